@@ -1,0 +1,100 @@
+"""Configs: typed, flat YAML plus `key=value`. Unknown keys are errors that name the nearest known one.
+
+Nothing here imports torch: a command must refuse a typo at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key and the remedy."""
+
+
+class Config(BaseModel):
+    """The base of every verb's config: flat, typed, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @classmethod
+    def known_keys(cls) -> set[str]:
+        """The keys that this config takes."""
+        return set(cls.model_fields)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+# Keys that newer releases of transformers renamed or dropped, by what they are called now (None: no longer needed).
+ALIASES: dict[str, str | None] = {
+    "overwrite_output_dir": None,
+    "evaluation_strategy": "eval_strategy",
+    "preprocessing_num_workers": None,
+    "overwrite_cache": None,
+}
+
+
+def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
+    """The config of `kind` from a YAML file and `key=value` overrides; values are read as YAML.
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, an unknown key, or a value of the wrong type.
+    """
+    values = read_yaml(path) if path else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not of the form key=value")
+        values[key.strip()] = yaml.safe_load(text)
+    return build_config(kind, values, where=str(path) if path else "the command line")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, or no mapping in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"no config at {path} ({error.strerror})") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return values
+
+
+def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
+    """The config of `kind` with these values, old names translated.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    values = translate(values)
+    known = kind.known_keys()
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error
+
+
+def translate(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with keys of older releases under their present names."""
+    return {ALIASES.get(key, key): value for key, value in values.items() if ALIASES.get(key, key)}  # type: ignore[misc]

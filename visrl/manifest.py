@@ -1,0 +1,61 @@
+"""What made a file or a folder: a manifest beside every output, written last, so that its presence means "complete"."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from visrl import __version__
+
+NAME = "manifest.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
+
+
+class ManifestError(ValueError):
+    """An output folder that belongs to something else than what is asked for."""
+
+
+def write_manifest(
+    folder: str | os.PathLike[str], *, verb: str, config: dict[str, Any], parents: dict[str, str], **facts: Any
+) -> dict[str, Any]:
+    """Write the manifest of `folder`: what ran, on what, with which versions. Replaces an older one at once."""
+    manifest = {
+        "verb": verb,
+        "config": config,
+        "parents": parents,
+        "versions": {"visrl": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        **facts,
+    }
+    path = Path(folder) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return manifest
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of `folder`, or None where none was written (nothing is complete there)."""
+    path = Path(folder) / NAME
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def hash_files(*paths: str | os.PathLike[str]) -> str:
+    """One short hash over the names and bytes of files and of all files under folders, manifests left out."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in map(Path, paths):
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if file.name == NAME:
+                continue
+            digest.update(file.name.encode() + b"\0")
+            with open(file, "rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
