@@ -1,0 +1,348 @@
+"""The endpoint client and engine against servers of our own making, sound and faulty, on loopback."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from visrl.conversation import Sampling
+from visrl.engines.client import Ask, Client, Endpoint, EndpointError
+
+Script = Callable[["Handler", dict[str, Any]], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as its server's `script` says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", headers.pop("content_type", "application/json"))
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def text(self, text: str, finish_reason: str = "stop") -> None:
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+        body = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": {"completion_tokens": 3}}
+        self.send(200, json.dumps(body).encode())
+
+    def do_GET(self) -> None:
+        self.send(*self.server.models)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.open += 1
+            self.server.most_open = max(self.server.most_open, self.server.open)
+        try:
+            self.server.script(self, body)
+        finally:
+            with self.server.lock:
+                self.server.open -= 1
+
+
+@contextmanager
+def serving(script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.script, server.models = script, models
+    server.lock, server.bodies, server.open, server.most_open = threading.Lock(), [], 0, 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def client_of(*urls: str, **options: Any) -> Iterator[Client]:
+    client = Client(Endpoint(urls, "m", **{"first_wait_s": 0.01, "timeout_s": 5.0, "api_key": "k"} | options))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def ask(text: str, **options: Any) -> Ask:
+    return Ask([{"role": "user", "content": text}], **options)
+
+
+def echo(handler: Handler, body: dict[str, Any]) -> None:
+    handler.text(body["messages"][0]["content"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_replies_keep_the_order_of_their_requests() -> None:
+    def slower_first(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.05 if body["messages"][0]["content"] == "0" else 0)
+        echo(handler, body)
+
+    with serving(slower_first) as server, client_of(server.url) as client:
+        replies = client.ask_all(ask(str(number)) for number in range(20))
+    assert [reply.text for reply in replies] == [str(number) for number in range(20)]
+    assert {(reply.tokens, reply.finish_reason, reply.error) for reply in replies} == {(3, "stop", None)}
+    assert client.counts == Counter(ok=20)
+
+
+def test_the_request_holds_what_was_asked() -> None:
+    sampling = Sampling(temperature=0.5, top_p=0.9, max_tokens=7)
+    with serving(echo) as server, client_of(server.url, extra_body={"top_k": 3}) as client:
+        client.ask_all([ask("a", sampling=sampling, seed=2**62), ask("b")])
+    first, second = sorted(server.bodies, key=lambda body: body["messages"][0]["content"])
+    assert first == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "a"}],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 7,
+        "seed": 2**62,
+        "top_k": 3,
+    }
+    assert "seed" not in second
+
+
+def test_no_more_requests_at_once_than_allowed() -> None:
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.02)
+        echo(handler, body)
+
+    with serving(slow) as server, client_of(server.url, concurrency=3) as client:
+        client.ask_all(ask(str(number)) for number in range(15))
+    assert server.most_open == 3
+
+
+def test_requests_are_made_as_slots_come_free() -> None:
+    made, answered, ahead = 0, 0, []
+
+    def asks() -> Iterator[Ask]:
+        nonlocal made
+        for number in range(30):
+            ahead.append(made - answered)
+            made += 1
+            yield ask(str(number))
+
+    def count(index: int, completion: object) -> None:
+        nonlocal answered
+        answered += 1
+
+    with serving(echo) as server, client_of(server.url, concurrency=2) as client:
+        client.ask_all(asks(), count)
+    assert (made, answered) == (30, 30)
+    assert max(ahead) <= 2
+
+
+def test_several_servers_share_the_work() -> None:
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        time.sleep(0.01)
+        echo(handler, body)
+
+    with serving(slow) as one, serving(slow) as two, client_of(one.url, two.url, concurrency=4) as client:
+        client.ask_all(ask(str(number)) for number in range(40))
+    assert len(one.bodies) + len(two.bodies) == 40
+    assert min(len(one.bodies), len(two.bodies)) >= 10
+
+
+def test_a_dead_server_among_living_ones_costs_no_answer() -> None:
+    dead = f"http://127.0.0.1:{free_port()}/v1"
+    with serving(echo) as server, client_of(dead, server.url) as client:
+        replies = client.ask_all(ask(str(number)) for number in range(20))
+    assert all(reply.error is None for reply in replies)
+    assert client.counts["connection"] >= 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_a_refusal_is_not_asked_again(status: int) -> None:
+    with (
+        serving(lambda handler, body: handler.send(status, b'{"error": {"message": "because"}}')) as server,
+        client_of(server.url) as client,
+    ):
+        (reply,) = client.ask_all([ask("a")])
+    assert len(server.bodies) == 1
+    assert reply.text is None
+    assert reply.finish_reason == "error"
+    assert str(status) in reply.error
+    assert "because" in reply.error
+    assert client.counts == Counter({f"http {status}": 1, "gave up": 1})
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_a_passing_fault_is_asked_again(status: int) -> None:
+    def third_time_lucky(handler: Handler, body: dict[str, Any]) -> None:
+        if len(handler.server.bodies) < 3:
+            handler.send(status, b"{}", content_type="text/plain")
+        else:
+            echo(handler, body)
+
+    with serving(third_time_lucky) as server, client_of(server.url) as client:
+        (reply,) = client.ask_all([ask("a")])
+    assert reply.text == "a"
+    assert client.counts == Counter({f"http {status}": 2, "ok": 1})
+
+
+def test_retry_after_is_heeded() -> None:
+    def wait_first(handler: Handler, body: dict[str, Any]) -> None:
+        if len(handler.server.bodies) == 1:
+            handler.send(429, b"{}", retry_after="0.4")
+        else:
+            echo(handler, body)
+
+    with serving(wait_first) as server, client_of(server.url) as client:
+        start = time.monotonic()
+        (reply,) = client.ask_all([ask("a")])
+    assert reply.text == "a"
+    assert time.monotonic() - start >= 0.4
+
+
+def test_the_attempts_end() -> None:
+    with (
+        serving(lambda handler, body: handler.send(500, b"{}")) as server,
+        client_of(server.url, attempts=3) as client,
+    ):
+        (reply,) = client.ask_all([ask("a")])
+    assert len(server.bodies) == 3
+    assert "3 tries" in reply.error
+    assert client.counts == Counter({"http 500": 3, "gave up": 1})
+
+
+def drip(handler: Handler, body: dict[str, Any]) -> None:
+    """Keeps the connection busy without ever ending: no silence for a read time-out to notice."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(40):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def hang(handler: Handler, body: dict[str, Any]) -> None:
+    time.sleep(0.6)
+
+
+@pytest.mark.parametrize("script", [hang, drip])
+def test_a_server_that_never_ends_is_left(script: Script) -> None:
+    with serving(script) as server, client_of(server.url, attempts=2, timeout_s=0.2) as client:
+        start = time.monotonic()
+        (reply,) = client.ask_all([ask("a")])
+        assert time.monotonic() - start < 1.0
+    assert "0.2 s" in reply.error
+    assert client.counts == Counter({"time-out": 2, "gave up": 1})
+
+
+GARBAGE = [b"", b"<html>oops", b"{", b"[]", b"null", b'{"choices": []}', b'{"choices": [{"message": {}}]}', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
+@pytest.mark.parametrize("body", GARBAGE)
+def test_a_garbage_body_is_a_value(body: bytes, content_type: str) -> None:
+    with (
+        serving(lambda handler, _: handler.send(200, body, content_type=content_type)) as server,
+        client_of(server.url, attempts=2) as client,
+    ):
+        (reply,) = client.ask_all([ask("a")])
+    assert reply.text is None
+    assert client.counts == Counter({"garbage": 2, "gave up": 1})
+
+
+def cut(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def test_a_faulty_server_loses_no_row() -> None:
+    """30 % of the calls fail in five ways; every row comes back and every failure is counted."""
+    dice, lock, sent = random.Random(1), threading.Lock(), Counter()
+
+    def faulty(handler: Handler, body: dict[str, Any]) -> None:
+        with lock:
+            fault = dice.choice(["500", "hang", "cut", "garbage", "429"]) if dice.random() < 0.3 else "ok"
+            sent[fault] += 1
+        if fault == "500":
+            handler.send(500, b"boom", content_type="text/plain")
+        elif fault == "429":
+            handler.send(429, b"{}")
+        elif fault == "garbage":
+            handler.send(200, b'{"choices": [{"mess')
+        elif fault == "hang":
+            time.sleep(0.8)
+            handler.close_connection = True
+        elif fault == "cut":
+            cut(handler, body)
+        else:
+            echo(handler, body)
+
+    with serving(faulty) as server, client_of(server.url, attempts=12, timeout_s=0.5, concurrency=16) as client:
+        replies = client.ask_all(ask(str(number)) for number in range(200))
+    assert [reply.text for reply in replies] == [str(number) for number in range(200)]
+    assert client.counts["ok"] == 200
+    assert client.counts["http 500"] == sent["500"] > 0
+    assert client.counts["http 429"] == sent["429"] > 0
+    assert client.counts["garbage"] == sent["garbage"] > 0
+    assert client.counts["connection"] >= sent["cut"] > 0
+    assert client.counts["time-out"] >= sent["hang"] > 0
+    assert sum(client.counts.values()) >= sum(sent.values())
+
+
+def test_a_request_that_cannot_be_made_is_no_fault_of_the_server() -> None:
+    def asks() -> Iterator[Ask]:
+        yield ask("a")
+        raise ValueError("a row of ours is broken")
+
+    with serving(echo) as server, client_of(server.url) as client, pytest.raises(ValueError, match="row of ours"):
+        client.ask_all(asks())
+
+
+def test_check_says_what_is_wrong() -> None:
+    def check(models: tuple[int, bytes]) -> None:
+        with serving(echo, models) as server, client_of(server.url) as client:
+            client.check()
+
+    check((200, b'{"data": [{"id": "m"}]}'))
+    check((404, b"{}"))  # a server without a model list can still complete
+    for models, said in [
+        ((200, b'{"data": [{"id": "other"}]}'), "does not serve 'm'; it serves other"),
+        ((401, b"{}"), "refuses the key"),
+        ((503, b"{}"), "not ready"),
+        ((200, b"<html>"), "no OpenAI-compatible server"),
+    ]:
+        with pytest.raises(EndpointError, match=said):
+            check(models)
+    with client_of(f"http://127.0.0.1:{free_port()}/v1") as client, pytest.raises(EndpointError, match="start one"):
+        client.check()
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(EndpointError, match="base_url"):
+        Endpoint((), "m")
+    with pytest.raises(EndpointError, match="at least 1"):
+        Endpoint(("http://127.0.0.1:1/v1",), "m", attempts=0)
