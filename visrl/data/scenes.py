@@ -1,0 +1,317 @@
+"""Drawn scenes: pictures of small tags whose numbers and dots can be read in a crop and not in the whole picture.
+
+A scene is a pure function of its pool and index. Pools draw from disjoint seeds, so training, preference, validation
+and test scenes never meet. The file knows pictures, questions and true boxes; it knows no model and no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from visrl.box import Box
+from visrl.records import Sample
+
+Kind = Literal["colour", "shape", "edge", "count", "relation"]
+
+SIDE = 448  # px: a model that sees the whole scene at 112 px sees a quarter of it, and a 14-px digit at 3.5 px
+POOLS = ("train", "preference", "validation", "test")
+KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")
+COLOURS = {
+    "red": (214, 69, 65),
+    "green": (63, 166, 90),
+    "blue": (66, 110, 214),
+    "yellow": (236, 200, 66),
+    "purple": (146, 84, 190),
+    "orange": (240, 140, 50),
+    "pink": (240, 150, 190),
+    "brown": (140, 100, 70),
+}
+SHAPES = ("square", "circle", "diamond")
+GLYPH_HEIGHT = 14  # px of a digit in the scene
+GLYPH_SCALE = 2  # px per dot of the 5 × 7 digits below
+DOT_RADIUS = 2.5  # px
+MAX_DOTS = 6
+MAX_TAGS = 5
+INK = (25, 25, 30)
+
+# Our own 5 × 7 digits, a row of dots per string: the same pixels whatever fonts a machine has.
+DIGITS = {
+    "0": (" ### ", "#   #", "#  ##", "# # #", "##  #", "#   #", " ### "),
+    "1": ("  #  ", " ##  ", "  #  ", "  #  ", "  #  ", "  #  ", " ### "),
+    "2": (" ### ", "#   #", "    #", "   # ", "  #  ", " #   ", "#####"),
+    "3": (" ### ", "#   #", "    #", "  ## ", "    #", "#   #", " ### "),
+    "4": ("   # ", "  ## ", " # # ", "#  # ", "#####", "   # ", "   # "),
+    "5": ("#####", "#    ", "#### ", "    #", "    #", "#   #", " ### "),
+    "6": (" ### ", "#    ", "#    ", "#### ", "#   #", "#   #", " ### "),
+    "7": ("#####", "    #", "   # ", "   # ", "  #  ", "  #  ", "  #  "),
+    "8": (" ### ", "#   #", "#   #", " ### ", "#   #", "#   #", " ### "),
+    "9": (" ### ", "#   #", "#   #", " ####", "    #", "    #", " ### "),
+}
+
+PixelBox = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A coloured shape with a number or with dots on it; all lengths in pixels of the scene."""
+
+    colour: str
+    shape: str
+    box: PixelBox
+    text: str  # the number, or "" where there are dots
+    dots: tuple[tuple[float, float], ...]
+    content: PixelBox  # the smallest box around the number or the dots
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with one answer and the tag that must be seen to give it."""
+
+    kind: Kind
+    text: str
+    answer: str
+    target: int  # index of the tag
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Everything about one picture: its tags, from which picture, questions, answers and boxes follow exactly."""
+
+    pool: str
+    index: int
+    max_tags: int
+    background: tuple[int, int, int]
+    lines: tuple[PixelBox, ...]
+    tags: tuple[Tag, ...]
+
+    @property
+    def name(self) -> str:
+        level = "" if self.max_tags == MAX_TAGS else f"@{self.max_tags}"
+        return f"{self.pool}{level}/{self.index}"
+
+    @property
+    def ref(self) -> str:
+        return f"scene:{self.name}"
+
+
+def parse_ref(ref: str) -> Scene:
+    """The scene that `scene:POOL/INDEX` names, or `scene:POOL@TAGS/INDEX` for scenes of at most TAGS tags.
+
+    Raises:
+        ValueError: no such pool, or not of this form.
+    """
+    match = re.fullmatch(r"scene:(\w+?)(?:@([1-5]))?/(\d{1,15})", ref)
+    if match is None or match[1] not in POOLS:
+        raise ValueError(f"{ref!r} is no drawn scene; scenes are named scene:POOL/INDEX with POOL in {', '.join(POOLS)}")
+    return make_scene(match[1], int(match[3]), int(match[2] or MAX_TAGS))
+
+
+@lru_cache(maxsize=4096)
+def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
+    """The scene `index` of `pool`; `max_tags` below 5 gives the easier scenes of a curriculum."""
+    # One residue class of seeds per pool: no two pools can ever draw from the same seed.
+    seed = index * len(POOLS) + POOLS.index(pool)
+    rng = np.random.default_rng([0x5CE4E, max_tags, seed])
+    count = int(rng.integers(min(3, max_tags), max_tags + 1))
+    places = _places(rng, count)
+    colours = rng.choice(list(COLOURS), size=count, replace=False)
+    tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=True))
+    background = tuple(int(value) for value in rng.integers(222, 250, size=3))
+    lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))
+    return Scene(pool, index, max_tags, background, lines, tags)  # type: ignore[arg-type]
+
+
+def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
+    """`count` squares that lie apart from each other and inside the scene."""
+    while True:
+        places: list[PixelBox] = []
+        for _ in range(60):
+            side = rng.uniform(68, 96)
+            x, y = rng.uniform(2, SIDE - side - 2, size=2)
+            box = (float(x), float(y), float(x + side), float(y + side))
+            if all(box[2] + 8 < p[0] or p[2] + 8 < box[0] or box[3] + 8 < p[1] or p[3] + 8 < box[1] for p in places):
+                places.append(box)
+            if len(places) == count:
+                return places
+
+
+def _tag(rng: np.random.Generator, box: PixelBox, colour: str) -> Tag:
+    shape = str(rng.choice(SHAPES))
+    middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]) + rng.uniform(-6, 6, size=2)
+    if rng.random() < 0.7:
+        text = str(rng.integers(10, 100))
+        width = (len(text) * 6 - 1) * GLYPH_SCALE
+        x, y = (int(v) for v in middle - np.array([width, GLYPH_HEIGHT]) / 2)
+        return Tag(colour, shape, box, text, (), (x, y, x + width, y + GLYPH_HEIGHT))
+    dots = _dots(rng, middle, int(rng.integers(1, MAX_DOTS + 1)))
+    xs, ys = [x for x, _ in dots], [y for _, y in dots]
+    content = (min(xs) - DOT_RADIUS, min(ys) - DOT_RADIUS, max(xs) + DOT_RADIUS, max(ys) + DOT_RADIUS)
+    return Tag(colour, shape, box, "", dots, content)
+
+
+def _dots(rng: np.random.Generator, middle: np.ndarray, count: int) -> tuple[tuple[float, float], ...]:
+    """`count` dots on a 3 × 3 grid around `middle`, 11 px apart."""
+    cells = rng.choice(9, size=count, replace=False)
+    return tuple((float(middle[0] + (c % 3 - 1) * 11), float(middle[1] + (c // 3 - 1) * 11)) for c in cells)
+
+
+# --- Questions ------------------------------------------------------------------------------------------------------
+
+
+def questions_of(scene: Scene) -> list[Question]:
+    """Every question that has exactly one answer in this scene, in a fixed order."""
+    found: list[Question] = []
+    shapes = [tag.shape for tag in scene.tags]
+    for index, tag in enumerate(scene.tags):
+        if tag.text:
+            found.append(Question("colour", f"Which number is on the {tag.colour} tag?", tag.text, index))
+            if shapes.count(tag.shape) == 1:
+                found.append(Question("shape", f"Which number is on the {tag.shape}?", tag.text, index))
+        else:
+            found.append(Question("count", f"How many dots are on the {tag.colour} tag?", str(len(tag.dots)), index))
+        for side, neighbour in _neighbours(scene, index):
+            if scene.tags[neighbour].text:
+                text = f"Which number is {side} the {tag.colour} tag?"
+                found.append(Question("relation", text, scene.tags[neighbour].text, neighbour))
+    for side, index in _extremes(scene):
+        if scene.tags[index].text:
+            found.append(Question("edge", f"Which number is on the {side} tag?", scene.tags[index].text, index))
+    return found
+
+
+def _neighbours(scene: Scene, index: int) -> Iterator[tuple[str, int]]:
+    """The sides on which a tag has exactly one other tag within a quarter turn, and which."""
+    x, y = scene.tags[index].center
+    sides: dict[str, list[int]] = {"left of": [], "right of": [], "above": [], "below": []}
+    for other, tag in enumerate(scene.tags):
+        dx, dy = tag.center[0] - x, tag.center[1] - y
+        if other != index and abs(dx) > 1.2 * abs(dy):
+            sides["left of" if dx < 0 else "right of"].append(other)
+        elif other != index and abs(dy) > 1.2 * abs(dx):
+            sides["above" if dy < 0 else "below"].append(other)
+    # A tag near the diagonal is on no side; then no side of this tag is asked about.
+    if sum(len(others) for others in sides.values()) == len(scene.tags) - 1:
+        yield from ((side, others[0]) for side, others in sides.items() if len(others) == 1)
+
+
+def _extremes(scene: Scene) -> Iterator[tuple[str, int]]:
+    """The outermost tag of each side, where it stands out by at least 20 px."""
+    for side, axis, sign in (("leftmost", 0, 1), ("rightmost", 0, -1), ("top", 1, 1), ("bottom", 1, -1)):
+        order = sorted(range(len(scene.tags)), key=lambda i: sign * scene.tags[i].center[axis])
+        if len(order) > 1 and abs(scene.tags[order[0]].center[axis] - scene.tags[order[1]].center[axis]) >= 20:
+            yield side, order[0]
+
+
+def true_box(scene: Scene, question: Question) -> Box:
+    """The focus box of a question: the whole tag."""
+    return Box.from_pixels(scene.tags[question.target].box, (SIDE, SIDE))
+
+
+def scene_samples(
+    pool: str,
+    start: int,
+    count: int,
+    *,
+    per_scene: int = 1,
+    kinds: tuple[Kind, ...] = KINDS,
+    with_box: bool = False,
+    max_tags: int = MAX_TAGS,
+) -> list[Sample]:
+    """Samples of the scenes `start` … `start + count - 1` of `pool`, up to `per_scene` questions of each.
+
+    Kinds take turns from scene to scene, so that every kind the scenes allow is asked about equally often. Without
+    `with_box` a sample holds no true box: that is the pool that preferences are made from.
+    """
+    samples = []
+    for index in range(start, start + count):
+        scene = make_scene(pool, index, max_tags)
+        for question in _choose(scene, per_scene, kinds):
+            box = true_box(scene, question) if with_box else None
+            name = f"{scene.name}:{question.text}"
+            samples.append(Sample(name, scene.ref, question.text, question.answer, box, f"scenes-{question.kind}"))
+    return samples
+
+
+def _choose(scene: Scene, count: int, kinds: tuple[Kind, ...]) -> list[Question]:
+    rng = np.random.default_rng([0xA5C, POOLS.index(scene.pool), scene.index])
+    left = [question for question in questions_of(scene) if question.kind in kinds]
+    chosen: list[Question] = []
+    turn = scene.index
+    while left and len(chosen) < count:
+        kind = kinds[turn % len(kinds)]
+        of_kind = [question for question in left if question.kind == kind]
+        turn += 1
+        if not of_kind:
+            # Give the turn to the next kind, and end when no kind is left at all.
+            continue
+        chosen.append(of_kind[int(rng.integers(len(of_kind)))])
+        left.remove(chosen[-1])
+    return chosen
+
+
+def find_question(sample_id: str) -> tuple[Scene, Question]:
+    """Scene and question of a sample's id: what an oracle may look up, and training data does not hold.
+
+    Raises:
+        ValueError: the id is not one of a drawn scene.
+    """
+    name, _, text = sample_id.partition(":")
+    scene = parse_ref(f"scene:{name}")
+    for question in questions_of(scene):
+        if question.text == text:
+            return scene, question
+    raise ValueError(f"{sample_id!r}: the scene has no such question")
+
+
+# --- Drawing --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene, 448 × 448 RGB. Do not write into it: pictures are shared."""
+    image = Image.new("RGB", (SIDE, SIDE), scene.background)
+    pen = ImageDraw.Draw(image)
+    shade = tuple(value - 14 for value in scene.background)
+    for line in scene.lines:
+        pen.line(line, fill=shade, width=2)
+    for tag in scene.tags:
+        _draw_tag(pen, tag)
+    return image
+
+
+def draw_ref(ref: str) -> Image.Image:
+    """The picture of `scene:POOL/INDEX`."""
+    return draw(parse_ref(ref))
+
+
+def _draw_tag(pen: ImageDraw.ImageDraw, tag: Tag) -> None:
+    x0, y0, x1, y1 = tag.box
+    cx, cy = tag.center
+    fill = COLOURS[tag.colour]
+    if tag.shape == "square":
+        pen.rectangle(tag.box, fill=fill)
+    elif tag.shape == "circle":
+        pen.ellipse(tag.box, fill=fill)
+    else:
+        pen.polygon([(cx, y0), (x1, cy), (cx, y1), (x0, cy)], fill=fill)
+    for x, y in tag.dots:
+        pen.ellipse((x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS), fill=INK)
+    left, top = tag.content[:2]
+    for place, digit in enumerate(tag.text):
+        for row, dots in enumerate(DIGITS[digit]):
+            for column, dot in enumerate(dots):
+                if dot == "#":
+                    x = left + (place * 6 + column) * GLYPH_SCALE
+                    y = top + row * GLYPH_SCALE
+                    pen.rectangle((x, y, x + GLYPH_SCALE - 1, y + GLYPH_SCALE - 1), fill=INK)

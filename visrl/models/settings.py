@@ -1,0 +1,43 @@
+"""How a checkpoint looks at pictures: kept beside its weights, so that it trains, generates and serves the same way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from visrl.box import CropRule
+
+NAME = "visrl.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Pixel limits of the whole picture and of crops, the crop rule and the box codec; None: the processor's or
+    family's own."""
+
+    image_min_pixels: int | None = None
+    image_max_pixels: int | None = None
+    crop_min_pixels: int | None = None
+    crop_max_pixels: int | None = None
+    crop_rule: CropRule = "exact"
+    codec: str = "visrl"
+
+    def save(self, folder: str | Path) -> None:
+        """Write these settings into a checkpoint's folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str | Path) -> ModelSettings:
+        """The settings in a checkpoint's folder, or the defaults where it has none (a model from elsewhere)."""
+        path = Path(folder, NAME)
+        if not path.is_file():
+            return ModelSettings()
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return ModelSettings(**{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values})
+
+    def with_given(self, **given: Any) -> ModelSettings:
+        """These settings with every value that is given (not None) in place of its own."""
+        return replace(self, **{key: value for key, value in given.items() if value is not None})

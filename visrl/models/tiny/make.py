@@ -1,0 +1,134 @@
+"""Make the random start of the embedded model: a Qwen2-VL architecture of 1.4 M parameters, tokenizer and processor.
+
+Real transformers classes, written to a folder that `AutoProcessor` and `AutoModelForImageTextToText` load offline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from visrl.data.scenes import scene_samples
+from visrl.models.settings import ModelSettings
+from visrl.prompts import answer_prompt, focus_prompt
+
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
+)  # fmt: skip
+
+# Qwen2's split, with the opening of a coordinate ("[0." and ", 0.") kept whole before it: a box is 17 tokens.
+SPLIT = (
+    r"\[[01]\.|, [01]\.|"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 512, **sizes: int) -> Path:
+    """Write a randomly initialised tiny model with its processor to `folder`; `sizes` override the text config's."""
+    folder = Path(folder)
+    tokenizer = make_tokenizer(vocabulary)
+    # The whole 448-px scene is shown at 112 × 112 (16 tokens), a crop at about 84 × 84 (9 tokens).
+    limits = ModelSettings(
+        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=84 * 84, crop_max_pixels=112 * 84
+    )
+    image_processor = Qwen2VLImageProcessor(
+        size={"shortest_edge": limits.image_min_pixels, "longest_edge": limits.image_max_pixels}
+    )
+    processor = Qwen2VLProcessor(image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer, **sizes))
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    limits.save(folder)
+    return folder
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2VLConfig:
+    """A Qwen2-VL of 4 layers of 128 with a vision tower of 2 layers of 96."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+        **sizes,
+    }
+    vision = {"depth": 2, "embed_dim": 96, "hidden_size": text["hidden_size"], "num_heads": 4, "mlp_ratio": 4}
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in _TOKEN_IDS.items()}
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+_TOKEN_IDS = {
+    "image_token": "image_pad",
+    "video_token": "video_pad",
+    "vision_start_token": "vision_start",
+    "vision_end_token": "vision_end",
+}
+
+
+def make_tokenizer(vocabulary: int = 512) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of Qwen's form, trained on the prompts and boxes of drawn scenes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+
+
+def _texts() -> Iterator[str]:
+    for sample in scene_samples("train", 0, 2000, per_scene=6):
+        yield focus_prompt(sample.question).replace("<image>", "")
+        yield answer_prompt(sample.question).replace("<image>", "")
+        yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
+        yield "user\nassistant\nsystem\n"
+
+
+def describe(folder: str | Path) -> str:
+    """One line about the model in `folder`: parameters and vocabulary."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return f"{config['model_type']}, vocabulary {config['text_config']['vocab_size']}"
