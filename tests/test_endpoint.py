@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import random
 import socket
@@ -14,9 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from visrl.conversation import Sampling
+from visrl.box import Box
+from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, crop_view
 from visrl.engines.client import Ask, Client, Endpoint, EndpointError
+from visrl.engines.endpoint import EndpointEngine
+from visrl.records import Picture
 
 Script = Callable[["Handler", dict[str, Any]], None]
 
@@ -346,3 +352,83 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Endpoint((), "m")
     with pytest.raises(EndpointError, match="at least 1"):
         Endpoint(("http://127.0.0.1:1/v1",), "m", attempts=0)
+
+
+# --- The engine -----------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
+
+
+def decoded(part: dict[str, Any]) -> Image.Image:
+    head, data = part["image_url"]["url"].split(",")
+    assert head == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+@contextmanager
+def engine_of(url: str, **options: Any) -> Iterator[EndpointEngine]:
+    engine = EndpointEngine(Endpoint((url,), "m", first_wait_s=0.01, timeout_s=5.0, api_key="k", **options))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def test_a_conversation_becomes_messages_with_exact_pictures_in_their_places() -> None:
+    whole, detail = View("whole", picture(1)), View("detail", picture(2), is_crop=True)
+    conversation = Conversation(
+        (
+            Message("system", "be brief"),
+            Message("user", "<image>\nfirst"),
+            Message("assistant", "[0.1, 0.2, 0.3, 0.4]"),
+            Message("user", "before <image> after"),
+        ),
+        (whole, detail),
+    )
+    with serving(echo) as server, engine_of(server.url) as engine:
+        engine.complete([conversation], Sampling(), [[5]])
+    system, first, box, second = server.bodies[0]["messages"]
+    assert system == {"role": "system", "content": "be brief"}
+    assert box == {"role": "assistant", "content": "[0.1, 0.2, 0.3, 0.4]"}
+    assert [part["type"] for part in first["content"]] == ["image_url", "text"]
+    assert first["content"][1]["text"] == "\nfirst"
+    assert [part.get("text") for part in second["content"]] == ["before ", None, " after"]
+    assert decoded(first["content"][0]).tobytes() == whole.image.tobytes()
+    assert decoded(second["content"][1]).tobytes() == detail.image.tobytes()
+    assert "detail" not in second["content"][1]["image_url"]
+
+
+def test_crops_are_marked_for_our_own_server_alone() -> None:
+    whole = View("w", picture(1))
+    conversation = answer_conversation("Q?", whole, crop_view(whole, Picture("w", Box(0.1, 0.1, 0.9, 0.9))))
+    details = {}
+    for owner in ("visrl", "vllm"):
+        listed = json.dumps({"data": [{"id": "m", "owned_by": owner}]}).encode()
+        with serving(lambda handler, _: handler.text("x"), (200, listed)) as server, engine_of(server.url) as engine:
+            engine.check()
+            engine.complete([conversation], Sampling(), [[1]])
+        parts = server.bodies[0]["messages"][0]["content"]
+        details[owner] = [part["image_url"].get("detail") for part in parts if part["type"] == "image_url"]
+    assert details == {"visrl": [None, "low"], "vllm": [None, None]}
+
+
+def test_one_completion_per_seed_in_order_with_failures_in_place() -> None:
+    def by_seed(handler: Handler, body: dict[str, Any]) -> None:
+        if body["seed"] == 12:
+            handler.send(400, b'{"error": {"message": "no"}}')
+        else:
+            handler.text(f"{body['messages'][0]['content']}{body['seed']}")
+
+    conversations = [Conversation((Message("user", text),)) for text in ("a", "b", "c")]
+    with serving(by_seed) as server, engine_of(server.url) as engine:
+        replies = engine.complete(conversations, Sampling(), [[11, 12], [], [13]])
+    assert [[reply.text for reply in row] for row in replies] == [["a11", None], [], ["c13"]]
+    assert "400" in replies[0][1].error
+    with (
+        serving(by_seed) as server,
+        engine_of(server.url) as engine,
+        pytest.raises(ValueError, match="3 conversations"),
+    ):
+        engine.complete(conversations, Sampling(), [[1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -29,16 +30,29 @@ def open_image(ref: str, root: str | Path | None = None) -> Image.Image:
     path = Path(ref) if root is None else Path(root) / ref
     if not path.is_file():
         raise ImageError(f"no picture at {path}")
+    return decode_image(path, str(path))
+
+
+def decode_image(
+    source: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """The picture in a file or stream as RGB; `formats` (Pillow's names) bounds which decoders may see the bytes.
+
+    Raises:
+        ImageError: unreadable, truncated, of another format or larger than `max_pixels`; the message opens with `name`.
+    """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{path} has {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}")
+        with Image.open(source, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
             image.load()
             return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {max_pixels:,} pixels") from error
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:

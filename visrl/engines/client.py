@@ -114,13 +114,13 @@ class Client:
         """
         return self._await(self._ask_all(asks, on_reply))
 
-    def check(self) -> None:
-        """Make sure that every server answers and serves the model.
+    def check(self) -> set[str]:
+        """Make sure that every server answers and serves the model; returns who the servers say owns it.
 
         Raises:
             EndpointError: the first server that does not, with the remedy.
         """
-        self._await(self.check_async())
+        return self._await(self.check_async())
 
     def close(self) -> None:
         """Close the connections and stop the thread behind the plain calls."""
@@ -245,14 +245,15 @@ class Client:
 
     # --- Health ---
 
-    async def check_async(self) -> None:
+    async def check_async(self) -> set[str]:
         """`check` for code that runs in an event loop."""
+        owners: set[str] = set()
         for server in self._servers:
             try:
                 listed = await asyncio.wait_for(server.api.models.list(), min(self.endpoint.timeout_s, 20.0))
-                served = [str(model.id) for model in listed.data or []]
+                served = {str(model.id): str(model.owned_by or "") for model in listed.data or []}
             except openai.NotFoundError:
-                continue  # a server without a model list can still complete
+                served = {}  # a server without a model list can still complete
             except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
                 raise EndpointError(f"{server.url} refuses the key; set api_key or OPENAI_API_KEY") from error
             except openai.APIStatusError as error:
@@ -267,8 +268,10 @@ class Client:
                     f"{server.url} is no OpenAI-compatible server; does base_url end in /v1?"
                 ) from error
             if served and self.endpoint.model not in served:
-                names = ", ".join(served[:8])
+                names = ", ".join(list(served)[:8])
                 raise EndpointError(f"{server.url} does not serve {self.endpoint.model!r}; it serves {names}")
+            owners.add(served.get(self.endpoint.model, ""))
+        return owners
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
