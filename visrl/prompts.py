@@ -8,9 +8,7 @@ from __future__ import annotations
 IMAGE = "<image>"
 
 # REFERENCE: the sentences of Visual-CoT (box only) and of VisRL (box, then the sub-image).
-BOX_SENTENCE = (
-    "Please provide the bounding box coordinate of the region that can help you answer the question better."
-)
+BOX_SENTENCE = "Please provide the bounding box coordinate of the region that can help you answer the question better."
 FOCUS_SENTENCE = (
     "Please first provide the bounding box coordinate of the region, "
     "then refer to the corresponding sub-image to answer the question better."
@@ -25,3 +23,35 @@ def focus_prompt(question: str) -> str:
 def answer_prompt(question: str) -> str:
     """Step 2 of the `visrl` protocol: picture and crop in one user turn, the model answers the question."""
     return f"{focus_prompt(question)}\n{IMAGE}"
+
+
+# --- The published scores' protocol, `viscot` (Visual-CoT; its line breaks and letter case are part of it) ------------
+
+_QUESTION_ENDS = " Please provide the bounding box"
+
+JUDGE_SYSTEM = (
+    "\nYou are responsible for proofreading the answers, you need to give a score to the model's answer by referring "
+    "to the standard answer, based on the given question. The full score is 1 point and the minimum score is 0 points. "
+    'Please output the score in the form "score: <score>". The evaluation criteria require that the closer the '
+    "model's answer is to the standard answer, the higher the score.\n"
+)
+
+
+def viscot_box_prompt(question: str) -> str:
+    """Step 1 of the `viscot` protocol: the question in lower case and with a full stop after it."""
+    return f"{IMAGE}\n{question.lower()}. {BOX_SENTENCE}"
+
+
+def viscot_answer_prompt(question: str) -> str:
+    """The third turn of the `viscot` protocol, after `<image>\\n` + question and the box text."""
+    return f"{IMAGE}\nPlease answer the question based on the original image and local detail image.{question}"
+
+
+def judged_question(first_turn: str) -> str:
+    """What the judge is shown of a benchmark row's first turn: its `<image>` mark stays, the box sentence goes."""
+    return first_turn.split(_QUESTION_ENDS)[0]
+
+
+def judge_prompt(question: str, reference: str, prediction: str) -> str:
+    """The judge's user turn; `question` as `judged_question` gives it."""
+    return f"\nquestion: {question}\nstandard answer: {reference}\nmodel's answer: {prediction}\n"
