@@ -1,0 +1,222 @@
+"""Judging answers with a language model: the published prompt, its reading to the letter, and ours beside it.
+
+The judge is anything that answers `Ask`s: `engines.client.Client.ask_all` for an endpoint, `engine_asker` for a model
+in this process. A judge that fails or cannot be understood leaves a record without a score, never a 0; what the
+published scorer would have made of it stands beside it. Knows nothing of data sets or of averages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
+from visrl.engines.client import Ask
+from visrl.prompts import IMAGE, JUDGE_SYSTEM, judge_prompt
+from visrl.records import Journal, RecordError, read_jsonl, write_records
+
+JUDGE_TOKENS = 256  # room for a judge that explains itself; the published scorer sets no limit
+
+OnReply = Callable[[int, Completion], None]
+
+
+class AskAll(Protocol):
+    """Requests in, one completion each, in their order; `on_reply` hears of each as it comes. Failures are values."""
+
+    def __call__(self, asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer to be judged. `question` is what `prompts.judged_question` gives of the benchmark's first turn."""
+
+    id: str
+    question: str
+    reference: str
+    prediction: str
+    dataset: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge said of one answer.
+
+    `score` is our reading, None where the judge failed (`error` says why) or could not be understood; `published` is
+    the published scorer's number, 0 in those cases. `key` is a hash of judge, prompt and answer: a judgement is used
+    again only for the very same question to the very same judge.
+    """
+
+    id: str
+    dataset: str
+    judge: str
+    reply: str | None
+    score: float | None
+    published: float
+    error: str | None
+    key: str
+
+
+# --- Reading a reply ------------------------------------------------------------------------------------------------
+
+_PUBLISHED = re.compile(r"score: ([\d.]+)")
+_SCORED = re.compile(r"score\W{0,6}?(-?(?:\d+(?:\.\d+)?|\.\d+))(?!\d|%|\.\d)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?")
+_BARE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(\d+(?:\.\d+)?))?")
+
+
+def read_published(reply: str | None) -> float:
+    """The score in a reply, to the letter of the published scorer.
+
+    In lower case it must hold `score: ` followed by digits and dots exactly once, else 0; more than 1 is 1. The
+    published scorer stops with an error at digits and dots that are no number (`score: 0.8.`): 0 here.
+    """
+    found = _PUBLISHED.findall((reply or "").lower())
+    if len(found) != 1:
+        return 0.0
+    try:
+        return min(float(found[0]), 1.0)
+    except ValueError:
+        return 0.0
+
+
+def read_score(reply: str | None) -> float | None:
+    """The score in a reply as a person would read it, or None where there is none or more than one.
+
+    Reads `score: 0.8`, `Score = **0.8**.`, `{"score": 0.8}`, `score: 8/10`, `0.8` alone. Two different scores, one
+    outside [0, 1] or a scale that is not said are not read: a score is never guessed.
+    """
+    text = (reply or "").lower().strip()
+    found = _SCORED.findall(text)
+    bare = _BARE.fullmatch(text.strip("*`\"'. ") or "-")
+    if not found and bare:
+        found = [bare.groups(default="")]
+    scores = {_fraction(value, whole) for value, whole in found}
+    score = scores.pop() if len(scores) == 1 else None
+    return score if score is not None and 0 <= score <= 1 else None
+
+
+def _fraction(value: str, whole: str) -> float | None:
+    if not whole:
+        return float(value)
+    return float(value) / float(whole) if float(whole) > 0 else None
+
+
+# --- Asking ---------------------------------------------------------------------------------------------------------
+
+
+def judge_ask(answered: Answered) -> Ask:
+    """The published prompt about one answer, at temperature 0."""
+    return Ask(
+        [
+            {"role": "system", "content": JUDGE_SYSTEM},
+            {"role": "user", "content": judge_prompt(answered.question, answered.reference, answered.prediction)},
+        ],
+        Sampling(temperature=0.0, max_tokens=JUDGE_TOKENS),
+    )
+
+
+def judge_all(
+    answers: Sequence[Answered],
+    ask_all: AskAll,
+    judge: str,
+    journal: str | os.PathLike[str] | None = None,
+    on_judgement: Callable[[Judgement], None] | None = None,
+) -> list[Judgement]:
+    """One judgement per answer, in their order. `judge` names the judge in the records.
+
+    With a `journal` (a JSONL path) every judgement is kept as it comes, a killed run goes on where it was, failed ones
+    are asked again, and the finished file is in the order of `answers`, whatever was interrupted.
+
+    Raises:
+        RecordError: the journal holds a line that is no judgement, or another judge's.
+    """
+    keys = [_key(answered, judge) for answered in answers]
+    earlier = [] if journal is None else list(read_judgements(journal))
+    other = next((done.judge for done in earlier if done.judge != judge), None)
+    if other is not None:
+        raise RecordError(f"{journal} holds what {other!r} said, not {judge!r}; give each judge a file of its own")
+    known = {done.key: done for done in earlier if done.error is None}
+    waiting = {key: index for index, key in enumerate(keys) if key not in known}
+    order = list(waiting.values())
+    kept = None if journal is None else Journal(journal)
+
+    def on_reply(index: int, completion: Completion) -> None:
+        answered = answers[order[index]]
+        judgement = _judgement(answered, judge, keys[order[index]], completion)
+        known[judgement.key] = judgement
+        if kept is not None:
+            kept.append([asdict(judgement)])
+        if on_judgement is not None:
+            on_judgement(judgement)
+
+    try:
+        ask_all((judge_ask(answers[index]) for index in order), on_reply)
+    finally:
+        if kept is not None:
+            kept.close()
+    judgements = [
+        Judgement(**{**asdict(known[key]), "id": answered.id, "dataset": answered.dataset})
+        for key, answered in zip(keys, answers, strict=True)
+    ]
+    if journal is not None:
+        write_records(journal, (asdict(judgement) for judgement in judgements))
+    return judgements
+
+
+def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
+    """The judgements in a JSONL file; none where there is no such file. A last line cut off by a kill is left out.
+
+    Raises:
+        RecordError: a line is no judgement.
+    """
+    if not Path(path).exists():
+        return
+    Journal(path).close()  # cuts what a kill left unfinished
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            yield Judgement(**row)
+        except TypeError as error:
+            raise RecordError(
+                f"{path}, row {number}: not a judgement ({error}); name another file or remove this one"
+            ) from error
+
+
+def engine_asker(engine: Engine) -> AskAll:
+    """A model in this process as the judge. The `<image>` mark of the question goes: no picture is shown with it."""
+
+    def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:
+        replies = []
+        for index, ask in enumerate(asks):
+            messages = tuple(
+                Message(message["role"], message["content"].replace(f"{IMAGE}\n", "").replace(IMAGE, ""))
+                for message in ask.messages
+            )
+            replies.append(engine.complete([Conversation(messages)], ask.sampling, [[0]])[0][0])
+            if on_reply is not None:
+                on_reply(index, replies[-1])
+        return replies
+
+    return ask_all
+
+
+def _judgement(answered: Answered, judge: str, key: str, completion: Completion) -> Judgement:
+    return Judgement(
+        id=answered.id,
+        dataset=answered.dataset,
+        judge=judge,
+        reply=completion.text,
+        score=read_score(completion.text),
+        published=read_published(completion.text),
+        error=completion.error,
+        key=key,
+    )
+
+
+def _key(answered: Answered, judge: str) -> str:
+    ask = judge_ask(answered)
+    parts = (judge, ask.messages[0]["content"], ask.messages[1]["content"], str(ask.sampling))
+    return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()
