@@ -1,16 +1,14 @@
-"""Boxes: the only home of box arithmetic, box text and crop windows.
+"""Boxes: the only home of box arithmetic and crop windows.
 
-A `Box` is always in fractions of the original image. Text exists only at the edge: a codec turns a box into the text
-that a model family was trained on, and back, bound to the size of the original and to the size the processor gave it.
-Nothing here knows about models, tensors or files.
+A `Box` is always in fractions of the original image. Text exists only at the edge: visrl/codecs.py turns a box into the
+text that a model family was trained on, and back. Nothing here knows about text, models, tensors or files.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Size = tuple[int, int]  # width, height in pixels
 Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the original
@@ -95,6 +93,45 @@ def box_fault(x0: float, y0: float, x1: float, y1: float) -> BoxFault | None:
     return None
 
 
+def corner_fault(corners: Sequence[float], size: Size) -> BoxFault | None:
+    """Why these pixel corners are no box in an image of `size`, or None. Exact: a thousandth of a pixel is outside."""
+    x0, y0, x1, y1 = corners
+    fault = box_fault(x0, y0, x1, y1)
+    if fault not in (None, "outside"):
+        return fault
+    return "outside" if min(x0, y0) < 0 or x1 > size[0] or y1 > size[1] else None
+
+
+@dataclass(frozen=True, slots=True)
+class Clamped:
+    """A box brought inside its image, and how far its furthest corner was moved, in fractions of the image."""
+
+    box: Box
+    moved: float
+
+
+def clamp(x0: float, y0: float, x1: float, y1: float) -> Clamped:
+    """The part of these four fractions that lies inside the image, with a report of what was cut off.
+
+    Raises:
+        BoxError: they are inverted or empty, no numbers, or lie wholly outside.
+    """
+    fault = box_fault(x0, y0, x1, y1)
+    corners = [x0, y0, x1, y1]
+    if fault not in (None, "outside"):
+        raise BoxError(fault, f"the box {corners} is {fault}: clamping cannot mend that")
+    inside = [min(1.0, max(0.0, value)) for value in corners]
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        raise BoxError("outside", f"the box {corners} lies wholly outside its image")
+    return Clamped(Box(*inside), max(abs(a - b) for a, b in zip(corners, inside, strict=True)))
+
+
+def padding(size: Size) -> tuple[int, int, int]:
+    """Visual-CoT's padded square of an image of `size`: its side and what is added left and above, in pixels."""
+    side = max(size)
+    return side, (side - size[0]) // 2, (side - size[1]) // 2
+
+
 def overlap(a: Box, b: Box) -> float:
     """The area that two boxes share, in fractions of the image."""
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
@@ -160,35 +197,10 @@ def _shifted_inside(low: float, high: float, limit: int) -> tuple[int, int]:
     return max(0, int(low + 1e-6)), min(limit, -int(-(high - 1e-6) // 1))
 
 
-# --- Codecs ---------------------------------------------------------------------------------------------------------
+def __getattr__(name: str) -> Any:
+    """`CODECS` and `Codec` live in visrl/codecs.py; they may be imported from here too."""
+    if name in ("CODECS", "Codec"):
+        from visrl import codecs
 
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_FOUR = re.compile(rf"\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """How one model family writes a box: `format` and `parse` are bound to the sizes given at each call.
-
-    `original` is the size of the picture as it lies on disk, `processed` the size that the processor gave it.
-    """
-
-    name: str
-    format: Callable[[Box, Size, Size], str]
-    parse: Callable[[str, Size, Size], Box]
-
-
-def _format_visrl(box: Box, original: Size, processed: Size) -> str:
-    return "[" + ", ".join(f"{value:.3f}" for value in box.as_list()) + "]"
-
-
-def _parse_visrl(text: str, original: Size, processed: Size) -> Box:
-    found = _FOUR.findall(text)
-    if not found:
-        raise BoxError("no_box", f"no box like [0.1, 0.2, 0.3, 0.4] in {text[:80]!r}")
-    if len(found) > 1:
-        raise BoxError("more_than_one", f"{len(found)} boxes where one is wanted in {text[:80]!r}")
-    return Box(*(float(number) for number in found[0]))
-
-
-CODECS: dict[str, Codec] = {"visrl": Codec("visrl", _format_visrl, _parse_visrl)}
+        return getattr(codecs, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

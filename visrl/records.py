@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from visrl.box import Box
+from visrl.box import Box, Size
 
 Step = Literal["box", "answer"]
 Origin = Literal["sampled", "random"]
@@ -22,17 +22,28 @@ class RecordError(ValueError):
     """A line that is not the record it should be; the message names file, line and remedy."""
 
 
+class VisrlWarning(UserWarning):
+    """Something that a user should know and that does not stop the work."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture by reference: a path, a data URL or `scene:POOL/INDEX`, whole or cropped to `crop`."""
+    """A picture by reference: a path, a data URL or `scene:POOL/INDEX`, whole or cropped to `crop`.
+
+    `size` is its annotated width and height, where known: it decides which way up the picture is opened.
+    """
 
     ref: str
     crop: Box | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A question about a picture. `raw` is the row it came from, so that a format is written back as it was read."""
+    """A question about a picture. `raw` is the row it came from, so that a format is written back as it was read.
+
+    `size` is the annotated width and height of the picture, where known: boxes were drawn on the picture that way up.
+    """
 
     id: str
     image: str
@@ -41,6 +52,7 @@ class Sample:
     box: Box | None = None
     source: str = ""
     raw: Any = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +109,33 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
         if isinstance(value, Box):
             row[name] = value.as_list()
     if "images" in row:
-        row["images"] = [
-            {"ref": picture.ref, "crop": picture.crop.as_list()} if picture.crop else picture.ref
-            for picture in row["images"]
-        ]
+        row["images"] = [_picture_json(picture) for picture in row["images"]]
     return row
+
+
+def _picture_json(picture: Picture) -> str | dict[str, Any]:
+    if picture.crop is None and picture.size is None:
+        return picture.ref
+    row: dict[str, Any] = {"ref": picture.ref}
+    if picture.crop is not None:
+        row["crop"] = picture.crop.as_list()
+    if picture.size is not None:
+        row["size"] = list(picture.size)
+    return row
+
+
+def _picture(entry: str | dict[str, Any]) -> Picture:
+    if isinstance(entry, str):
+        return Picture(entry)
+    crop, size = entry.get("crop"), entry.get("size")
+    return Picture(entry["ref"], Box(*crop) if crop else None, _size(size) if size else None)
+
+
+def _size(value: Any) -> Size:
+    width, height = value
+    if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
+        raise ValueError(f"size must be [width, height] in whole pixels, not {value!r}")
+    return width, height
 
 
 def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
@@ -117,12 +151,11 @@ def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
         if row.get("box") is not None:
             row["box"] = Box(*row["box"])
         if "images" in row:
-            row["images"] = tuple(
-                Picture(entry) if isinstance(entry, str) else Picture(entry["ref"], Box(*entry["crop"]))
-                for entry in row["images"]
-            )
+            row["images"] = tuple(_picture(entry) for entry in row["images"])
+        if row.get("size") is not None:
+            row["size"] = _size(row["size"])
         return kind(**row)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecordError(f"not a {kind.__name__}: {error}") from error
 
 
@@ -139,9 +172,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise RecordError(
-                    f"{path}, line {number}: not JSON ({error.msg}); mend or remove this line"
-                ) from error
+                raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove this line") from error
 
 
 def read_records(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
