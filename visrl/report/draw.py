@@ -36,7 +36,7 @@ def annotate(image: Image.Image, boxes: Sequence[Mark]) -> Image.Image:
     font = ImageFont.load_default(size=max(11, round(min(drawn.size) / 26)))
     outlines = [_inside(box.to_pixels(drawn.size), drawn.size) for box, _, _ in boxes]
     for outline, (_, colour, _) in zip(outlines, boxes, strict=True):
-        draw.rectangle(_grown(outline, line), outline=HALO, width=line * 3)
+        draw.rectangle(_grown(outline, 1), outline=HALO, width=line + 2)
         draw.rectangle(outline, outline=colour, width=line)
     placed: list[Rectangle] = []
     for outline, (_, colour, label) in zip(outlines, boxes, strict=True):
@@ -53,11 +53,18 @@ def shrink(image: Image.Image, longest: int) -> Image.Image:
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX)
 
 
-def data_uri(image: Image.Image, quality: int = 82) -> str:
-    """`image` as a JPEG data URI, so that a page needs no second file."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def data_uri(image: Image.Image, limit: int | None = None) -> str:
+    """`image` as a JPEG data URI, so that a page needs no second file; coarser until it has at most `limit` characters.
+
+    A picture that is too long even at the coarsest quality is given at that quality.
+    """
+    for quality in (86, 75, 60, 40, 20):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True, subsampling=0 if quality > 60 else 2)
+        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        if limit is None or len(uri) <= limit:
+            break
+    return uri
 
 
 def _inside(corners: Rectangle, size: tuple[int, int]) -> Rectangle:

@@ -1,0 +1,126 @@
+"""Test questions to look at: which ones by a rule that no answer can sway, and what each checkpoint made of them.
+
+Draws and crops; knows nothing of the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from PIL import Image
+
+from visrl.box import Box, iou
+from visrl.images import ImageError, crop, open_image
+from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
+from visrl.report.run import Row, Stage
+
+PICTURES = 36
+LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
+LONGEST_CROP, CROP_LIMIT = 240, 15_000  # with 36 pictures and two crops each the page stays below 5 MB
+
+OUTCOMES = ("wrong → right", "right → wrong", "right both times", "wrong both times")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one checkpoint did with a question: its crop as a data URI ("" without a box), answer and IoU."""
+
+    title: str
+    crop: str
+    answer: str
+    correct: bool
+    iou: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """One question of the gallery. `change` is last minus first IoU; `disagreement` is 1 − IoU of their two boxes."""
+
+    id: str
+    kind: str
+    question: str
+    answer: str
+    picture: str
+    alt: str
+    problem: str  # why there is no picture, else ""
+    looks: list[Look]
+    trail: list[tuple[str, bool, float]]  # every checkpoint: title, right or not, IoU
+    outcome: str
+    change: float
+    disagreement: float
+
+
+def draw_lot(ids: Iterable[str], count: int = PICTURES) -> list[str]:
+    """`count` of the ids, drawn by the hash of the id alone: no box and no answer has a say."""
+    return sorted(ids, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:count]
+
+
+def outcome(first: Row, last: Row) -> str:
+    """Which of `OUTCOMES` a question is, by what the first and the last checkpoint answered."""
+    before, after = bool(first["correct"]), bool(last["correct"])
+    if before == after:
+        return OUTCOMES[2] if after else OUTCOMES[3]
+    return OUTCOMES[0] if after else OUTCOMES[1]
+
+
+def count_outcomes(first: Stage, last: Stage, ids: Iterable[str]) -> dict[str, int]:
+    """How many of the questions have each outcome, all of `OUTCOMES` named."""
+    counts = Counter(outcome(first.rows[name], last.rows[name]) for name in ids)
+    return {name: counts[name] for name in OUTCOMES}
+
+
+def shared_ids(stages: Iterable[Stage]) -> list[str]:
+    """The questions that all of the stages answered, in the order of the first."""
+    first, *rest = [stage.rows for stage in stages]
+    return [name for name in first if all(name in rows for rows in rest)]
+
+
+def exhibits(stages: list[Stage], count: int = PICTURES) -> list[Exhibit]:
+    """The gallery over these evaluated checkpoints, first and last of them drawn."""
+    return [_exhibit(stages, name) for name in draw_lot(shared_ids(stages), count)]
+
+
+def _exhibit(stages: list[Stage], name: str) -> Exhibit:
+    ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
+    rows = [stage.rows[name] for stage, _ in ends]
+    boxes = [Box(*row["box"]) if row["box"] else None for row in rows]
+    image, problem = _open(rows[0]["image"])
+    marks = [(Box(*rows[0]["true_box"]), TRUE_COLOUR, "true")] if rows[0].get("true_box") else []
+    labels = ("SFT" if stages[0].name == "sft" else "first", "last")
+    marks += [(box, colour, label) for box, (_, colour), label in zip(boxes, ends, labels, strict=False) if box]
+    looks = [
+        Look(
+            title=stage.title,
+            crop=data_uri(shrink(crop(image, box), LONGEST_CROP), CROP_LIMIT) if image and box else "",
+            answer=row["prediction"] if row["prediction"] is not None else row["error"] or "no answer",
+            correct=row["correct"],
+            iou=row["iou"] or 0.0,
+        )
+        for (stage, _), row, box in zip(ends, rows, boxes, strict=True)
+    ]
+    described = [f"{look.title}'s box has IoU {look.iou:.2f}" if box else f"{look.title} gave no box"
+                 for look, box in zip(looks, boxes, strict=True)]  # fmt: skip
+    return Exhibit(
+        id=name,
+        kind=rows[0].get("kind", ""),
+        question=rows[0]["question"],
+        answer=rows[0]["answer"],
+        picture=data_uri(annotate(shrink(image, LONGEST_SIDE), marks), PICTURE_LIMIT) if image else "",
+        alt=f"Picture of the question “{rows[0]['question']}” with the boxes drawn: " + ", ".join(described),
+        problem=problem,
+        looks=looks,
+        trail=[(stage.title, stage.rows[name]["correct"], stage.rows[name]["iou"] or 0.0) for stage in stages],
+        outcome=outcome(rows[0], rows[-1]),
+        change=looks[-1].iou - looks[0].iou,
+        disagreement=1 - iou(boxes[0], boxes[-1]) if boxes[0] and boxes[-1] else 1.0,
+    )
+
+
+def _open(ref: str) -> tuple[Image.Image | None, str]:
+    try:
+        return open_image(ref), ""
+    except ImageError as error:
+        return None, str(error)  # shown in the picture's place: a question does not leave the lot for it

@@ -1,0 +1,129 @@
+"""The report of a run: one HTML file that holds its own styles, figures and pictures and asks nothing of the network.
+
+`page.html` is the page, `page.css` its look; the numbers come from `run`, the words from `story`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from visrl.report import draw, wording
+from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
+from visrl.report.gallery import count_outcomes, draw_lot, exhibits, shared_ids
+from visrl.report.run import CONTROLS, MEASURES, Pairs, Row, Run, load_run
+from visrl.report.story import caveats, change, gap_closed, headlines, lede
+
+NAME = "report.html"
+
+
+def write_report(run: Path) -> Path:
+    """Write the report of the run folder `run`, finished or not, to `report.html` in it; returns its path.
+
+    Raises:
+        ReportError: `run` is no folder of a run, or a file in it cannot be read.
+    """
+    page = render(load_run(Path(run)))
+    path = Path(run) / NAME
+    part = path.with_suffix(".part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def render(run: Run) -> str:
+    """The page of a run."""
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "percent": wording.percent, "measured": wording.measured, "count": wording.count,
+        "duration": wording.duration, "plain": _plain,
+    }  # fmt: skip
+    return environment.get_template("page.html").render(
+        css=(here / "page.css").read_text(encoding="utf-8"),
+        run=run,
+        lede=lede(run),
+        headlines=headlines(run),
+        gap=gap_closed(run),
+        stage_figures=_present(stage_figure(run.stages, measure, _ceiling(run, measure)) for measure in MEASURES),
+        iterations=[_iteration(run, pairs) for pairs in run.pairs],
+        curves=curve_figures(run.curves),
+        stage_rows=_stage_rows(run),
+        measures=MEASURES,
+        control_names=CONTROLS,
+        control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
+        **_kinds(run),
+        **_gallery(run),
+        notes=caveats(run),
+    )
+
+
+def _present(drawings: Any) -> list[Drawing]:
+    return [drawing for drawing in drawings if drawing]
+
+
+def _ceiling(run: Run, measure: str) -> float | None:
+    """The first checkpoint's score with the true box, where that says something: its boxes are right by definition."""
+    truth = run.controls.get("first", {}).get("truth", {})
+    return truth[measure].mean if measure == "answer_accuracy" and measure in truth else None
+
+
+def _iteration(run: Run, pairs: Pairs) -> Row:
+    """One turn of the loop: which checkpoint made the tries, what was kept, and what training on it reached."""
+    before = [stage for stage in run.stages if stage.name == "sft" or stage.iteration < pairs.iteration]
+    after = [stage for stage in run.stages if stage.name != "sft" and stage.iteration == pairs.iteration]
+    dropped = sum(pairs.dropped.values()) or pairs.questions - pairs.kept
+    return {"pairs": pairs, "policy": before[-1] if before else None, "stages": after, "dropped": dropped}
+
+
+def _stage_rows(run: Run) -> list[Row]:
+    """The table of checkpoints, each against the one before it."""
+    rows = []
+    for number, stage in enumerate(run.stages):
+        earlier = run.stages[number - 1] if number else None
+        changes = {
+            measure: change(earlier, stage, measure)
+            for measure in MEASURES
+            if earlier and measure in stage.scores and measure in earlier.scores
+        }
+        rows.append({"stage": stage, "changes": changes})
+    return rows
+
+
+def _kinds(run: Run) -> Row:
+    """The results by kind of question, first checkpoint against last."""
+    if not run.stages or not run.stages[0].by_kind:
+        return {"kind_figures": [], "kinds": []}
+    first, last = run.stages[0], run.stages[-1]
+    drawings = [kind_figure(first, last, measure) for measure in ("answer_accuracy", "box_iou")]
+    kinds = [(kind, first.by_kind[kind], last.by_kind.get(kind, {})) for kind in first.by_kind]
+    return {"kind_figures": _present(drawings) if first is not last else [], "kinds": kinds}
+
+
+def _gallery(run: Run) -> Row:
+    """The questions to look at, and how their outcomes compare with those of all questions."""
+    stages = [stage for stage in run.stages if stage.rows]
+    ids = shared_ids(stages) if stages else []
+    outcomes = []
+    if len(stages) > 1 and ids:
+        everywhere = count_outcomes(stages[0], stages[-1], ids)
+        shown = count_outcomes(stages[0], stages[-1], draw_lot(ids))
+        outcomes = [(name, shown[name], everywhere[name]) for name in everywhere]
+    return {
+        "gallery": exhibits(stages) if ids else [],
+        "gallery_total": len(ids),
+        "outcomes": outcomes,
+        "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},
+    }
+
+
+def _plain(value: Any) -> str:
+    """A config value as one would type it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

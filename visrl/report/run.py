@@ -1,0 +1,281 @@
+"""What lies in a run folder, finished or not: scores, controls, pairs, curves and manifests. Knows no page, no figure.
+
+A part that is not there yet is left out and named in `Run.missing`; a part that is there and cannot be read is an
+error. The last line of a file that something is still writing may be unfinished, and only that line is forgiven.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visrl.evaluate.statistics import interval
+from visrl.manifest import NAME as MANIFEST
+from visrl.records import RecordError, read_jsonl
+
+Row = dict[str, Any]
+
+MEASURES = {
+    "answer_accuracy": "Answers right",
+    "box_iou": "Mean IoU of the box",
+    "box_accuracy_50": "Boxes with IoU > 0.5",
+}
+CONTROLS = {
+    "no_crop": "No crop",
+    "random": "Random box",
+    "center": "Centre box",
+    "own": "Own box",
+    "truth": "True box",
+}  # in the order in which they should bound each other
+
+
+class ReportError(ValueError):
+    """A run folder that no report can be made of; the message names file and remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean with its 95 % interval, all in [0, 1]."""
+
+    mean: float
+    low: float
+    high: float
+
+
+Scores = dict[str, Score]  # by measure; a measure that does not apply is absent
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A checkpoint that was evaluated. `rows` are its answers by question id, empty where the file is not there."""
+
+    name: str
+    iteration: int
+    scores: Scores
+    n: int
+    by_kind: dict[str, Row]
+    rows: dict[str, Row]
+
+    @property
+    def title(self) -> str:
+        if self.name == "sft":
+            return "SFT"
+        return f"{self.name.replace('stage', 'Stage ')}, iteration {self.iteration}"
+
+    @property
+    def short(self) -> str:
+        return "SFT" if self.name == "sft" else f"{self.name.replace('stage', 'stage ')}\niter. {self.iteration}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What became of one iteration's questions: tries made, and questions kept as preference pairs or dropped."""
+
+    iteration: int
+    questions: int
+    kept: int
+    dropped: dict[str, int]
+    tries: int
+    random_boxes: int
+    unparsed: int
+    unread: int  # verdicts of which a score could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The training log of one stage, one row a step."""
+
+    title: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder as it is now."""
+
+    folder: Path
+    summary: Row
+    stages: list[Stage]
+    controls: dict[str, dict[str, Scores]]  # by checkpoint ("first", "last"), then by control
+    pairs: list[Pairs]
+    curves: list[Curve]
+    manifests: dict[str, Row]  # by folder, relative to the run
+    missing: list[str]
+
+
+def load_run(folder: Path) -> Run:
+    """Everything a report shows of the run in `folder`.
+
+    Raises:
+        ReportError: no such folder, nothing of a run in it, or a file in it that cannot be read.
+    """
+    if not folder.is_dir():
+        raise ReportError(f"no run at {folder}; give the folder that `visrl demo` wrote to")
+    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    stages = _stages(folder, summary)
+    run = Run(
+        folder=folder,
+        summary=summary,
+        stages=stages,
+        controls=_controls(folder, summary, stages),
+        pairs=_pairs(folder, summary),
+        curves=_curves(folder),
+        manifests={str(path.parent.relative_to(folder)): _read_json(path) for path in sorted(folder.rglob(MANIFEST))},
+        missing=[],
+    )
+    if not (run.summary or run.stages or run.pairs or run.curves or run.manifests):
+        raise ReportError(f"{folder} holds no summary, log, evaluation or manifest; is it the folder of a run?")
+    parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
+             "training logs": run.curves}  # fmt: skip
+    run.missing.extend(name for name, part in parts.items() if not part)
+    return run
+
+
+def measure(rows: Sequence[Row]) -> Scores:
+    """The three measures of evaluation rows, with their intervals."""
+    values = {
+        "answer_accuracy": [float(row["correct"]) for row in rows],
+        "box_iou": [float(row["iou"]) for row in rows if row.get("iou") is not None],
+    }
+    values["box_accuracy_50"] = [float(iou > 0.5) for iou in values["box_iou"]]
+    return {name: Score(**interval(series)) for name, series in values.items() if series}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The objects of a JSONL file, an unfinished last line left out.
+
+    Raises:
+        ReportError: another line is not JSON.
+    """
+    rows: list[Row] = []
+    try:
+        for row in read_jsonl(path):
+            rows.append(row)  # one by one: what came before a bad line stays
+    except RecordError as error:
+        # A kill can only have spoilt the last line, and left no line end.
+        if path.read_bytes().endswith(b"\n"):
+            raise ReportError(str(error)) from error
+    return rows
+
+
+# --- Parts of a run -------------------------------------------------------------------------------------------------
+
+
+def _stages(folder: Path, summary: Row) -> list[Stage]:
+    """The evaluated checkpoints in the order of training, by the summary where it has them, else by their files."""
+    told = {(entry["iteration"] if entry["name"] != "sft" else -1, entry["name"]): entry
+            for entry in summary.get("stages", [])}  # fmt: skip
+    files = {}
+    for path in folder.glob("eval/*.jsonl"):
+        found = re.fullmatch(r"(?:iter(\d+)-)?(sft|stage\d+)", path.stem)
+        if found:
+            files[int(found[1] or -1), found[2]] = path
+    stages = []
+    for iteration, name in sorted(told.keys() | files.keys()):
+        file, entry = files.get((iteration, name)), told.get((iteration, name))
+        rows = read_rows(file) if file else []
+        if entry is None and not rows:
+            continue
+        scores = _scores(entry) if entry else measure(rows)
+        by_kind = entry.get("by_kind", {}) if entry else _by_kind(rows)
+        count = entry["n"] if entry else len(rows)
+        stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {row["id"]: row for row in rows}))
+    return stages
+
+
+def _by_kind(rows: Sequence[Row]) -> dict[str, Row]:
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.get("kind", ""), []).append(row)
+    return {
+        kind: {**{name: score.mean for name, score in measure(group).items()}, "n": len(group)}
+        for kind, group in sorted(kinds.items())
+    }
+
+
+def _scores(entry: Row) -> Scores:
+    return {name: Score(**{key: entry[name][key] for key in ("mean", "low", "high")})
+            for name in MEASURES if isinstance(entry.get(name), dict)}  # fmt: skip
+
+
+def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, dict[str, Scores]]:
+    """The controls of the first and of the last checkpoint, its own box among them, in bounding order."""
+    found = {}
+    for which, key, stage in (("first", "controls", stages[:1]), ("last", "controls_last", stages[1:][-1:])):
+        told = {name: _scores(entry) for name, entry in summary.get(key, {}).items()}
+        if stage and not told:
+            file = "sft" if stage[0].name == "sft" else f"iter{stage[0].iteration}-{stage[0].name}"
+            paths = {name: folder / "eval" / f"{file}.{name}.jsonl" for name in CONTROLS}
+            told = {name: measure(read_rows(path)) for name, path in paths.items() if path.is_file()}
+        if told and stage:
+            told["own"] = stage[0].scores
+            found[which] = {name: told[name] for name in CONTROLS if told.get(name)}
+    return found
+
+
+def _pairs(folder: Path, summary: Row) -> list[Pairs]:
+    told = {entry["iteration"]: entry for entry in summary.get("pairs", [])}
+    numbers = {int(path.name[4:]) for path in folder.glob("iter*") if path.name[4:].isdigit()}
+    found = []
+    for iteration in sorted(told.keys() | numbers):
+        tally = _tally(folder / f"iter{iteration}")
+        entry = told.get(iteration, {})
+        if not entry and not tally["tries"]:
+            continue
+        found.append(
+            Pairs(
+                iteration,
+                questions=entry.get("questions", tally["questions"]),
+                kept=entry.get("kept", tally["kept"]),
+                dropped=dict(sorted(entry.get("dropped_by_reason", {}).items(), key=lambda item: -item[1])),
+                tries=entry.get("trajectories", tally["tries"]),
+                random_boxes=tally["random_boxes"],
+                unparsed=entry.get("unparsed_boxes", tally["unparsed"]),
+                unread=tally["unread"],
+            )
+        )
+    return found
+
+
+def _tally(folder: Path) -> dict[str, int]:
+    """Counts over the records of one iteration, for what the summary does not say."""
+    paths = [folder / "generate/trajectories.jsonl", folder / "generate/verdicts.jsonl",
+             folder / "filter/preferences.jsonl"]  # fmt: skip
+    tries, verdicts, preferences = (read_rows(path) if path.is_file() else [] for path in paths)
+    return {
+        "questions": len({row["sample_id"] for row in tries}),
+        "kept": len({row["id"] for row in preferences}),
+        "tries": len(tries),
+        "random_boxes": sum(row["origin"] == "random" for row in tries),
+        "unparsed": sum(row["box"] is None for row in tries),
+        "unread": sum(row["box_score"] is None or row["answer_score"] is None for row in verdicts),
+    }
+
+
+def _curves(folder: Path) -> list[Curve]:
+    """The training logs of the run, in the order of training; a plain training folder has one, at its top."""
+    found = []
+    for path in sorted(folder.rglob("log.jsonl"), key=lambda path: _natural(str(path.relative_to(folder)))):
+        rows = [row for row in read_rows(path) if "step" in row]
+        parts = [re.sub(r"^(iter|stage)(\d+)$", r"\1 \2", part) for part in path.relative_to(folder).parts[:-1]]
+        if rows:
+            found.append(Curve(", ".join(parts) or "training", rows))
+    return found
+
+
+def _natural(text: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _read_json(path: Path) -> Row:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON ({error}); remove it and run the step that writes it again") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path} must hold a JSON object; remove it and run the step that writes it again")
+    return value

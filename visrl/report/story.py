@@ -1,0 +1,165 @@
+"""What the report says in words and numbers: headline, steps that helped or did not, caveats. Knows no page.
+
+Every sentence is made from the run's own numbers, and a step that did not help is said as plainly as one that did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from visrl.evaluate.statistics import paired
+from visrl.report.gallery import shared_ids
+from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage
+from visrl.report.wording import count, percent, signed
+
+Verdict = Literal["better", "worse", "no measurable difference", "not compared in pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A later checkpoint against an earlier one in one measure; `text` holds the difference and its interval."""
+
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One measure at both ends of the run. `ceiling` is the first checkpoint's score with the true box."""
+
+    measure: str
+    title: str
+    first: Score
+    last: Score
+    ceiling: Score | None
+    change: Change | None
+
+
+def change(earlier: Stage, later: Stage, measure: str) -> Change:
+    """What `later` gained on `earlier`: question by question where both sets of rows are there."""
+    ids = shared_ids([earlier, later])
+    if not ids:
+        difference = later.scores[measure].mean - earlier.scores[measure].mean
+        return Change(signed(difference, measure), "not compared in pairs")
+    result = paired(_values(earlier, ids, measure), _values(later, ids, measure))
+    low, high = (signed(result[end], measure, "") for end in ("low", "high"))
+    text = f"{signed(result['difference'], measure)} [{low}, {high}]"
+    if result["low"] > 0:
+        return Change(text, "better")
+    return Change(text, "worse" if result["high"] < 0 else "no measurable difference")
+
+
+def headlines(run: Run) -> list[Headline]:
+    """The measures that both ends of the run have."""
+    if not run.stages:
+        return []
+    first, last = run.stages[0], run.stages[-1]
+    truth = run.controls.get("first", {}).get("truth", {})
+    return [
+        Headline(
+            measure,
+            title,
+            first.scores[measure],
+            last.scores[measure],
+            truth.get(measure) if measure == "answer_accuracy" else None,
+            change(first, last, measure) if first is not last else None,
+        )
+        for measure, title in MEASURES.items()
+        if measure in first.scores and measure in last.scores
+    ]
+
+
+def gap_closed(run: Run) -> float | None:
+    """The share of the way from the first checkpoint's answers to its own true-box control that the last one went."""
+    truth = run.controls.get("first", {}).get("truth", {}).get("answer_accuracy")
+    if truth is None or len(run.stages) < 2:
+        return None
+    first, last = (run.stages[at].scores["answer_accuracy"].mean for at in (0, -1))
+    return (last - first) / (truth.mean - first) if truth.mean > first else None
+
+
+def lede(run: Run) -> str:
+    """The run in a sentence or two."""
+    if not run.stages:
+        return "No checkpoint of this run has been evaluated yet."
+    first, last = run.stages[0], run.stages[-1]
+    answers = last.scores["answer_accuracy"]
+    sentence = f"{last.title} answers {percent(answers.mean)} of {count(last.n, 'held-out question')} right"
+    if first is last:
+        return sentence + "; nothing later has been evaluated yet."
+    gained = change(first, last, "answer_accuracy")
+    before = percent(first.scores["answer_accuracy"].mean)
+    return f"{sentence}; {first.title} alone had {before}. The change is {gained.text}: {gained.verdict}."
+
+
+def caveats(run: Run) -> list[str]:
+    """What a reader must know before believing the figures."""
+    notes = []
+    if run.missing:
+        notes.append(f"Not in this run folder (yet): {', '.join(run.missing)}. What depends on them is left out.")
+    notes += _step_notes(run) + _order_notes(run)
+    if run.stages:
+        notes.append(
+            "The intervals cover the draw of test questions only. This is one training run of one seed: how much "
+            "another seed would differ, they do not say."
+        )
+        rows = run.stages[-1].rows.values()
+        unparsed, failed = sum(row["box"] is None for row in rows), sum(row.get("error") is not None for row in rows)
+        if rows:
+            notes.append(
+                f"{run.stages[-1].title}: {count(unparsed)} of {count(len(rows), 'box text')} could not be read and "
+                f"count as IoU 0; {count(failed, 'question')} ended in an error and count as wrong."
+            )
+    unread = sum(pairs.unread for pairs in run.pairs)
+    if unread:
+        notes.append(f"{count(unread, 'critic verdict')} could not be read and count neither for nor against a try.")
+    if run.curves:
+        notes.append(
+            "Reward accuracy, margins and log-probabilities are of the pairs trained on, which can be memorised. "
+            "Held-out rollouts are the curve to judge by."
+        )
+    return notes
+
+
+def _step_notes(run: Run) -> list[str]:
+    """The training stages that did not help, by answers or by boxes."""
+    notes = []
+    for earlier, later in pairwise(run.stages):
+        for measure, what in (("answer_accuracy", "answers"), ("box_iou", "boxes")):
+            if measure not in earlier.scores or measure not in later.scores:
+                continue
+            step = change(earlier, later, measure)
+            if step.verdict == "worse":
+                notes.append(f"{later.title} made the {what} worse than {earlier.title}: {step.text}.")
+            elif step.verdict == "no measurable difference":
+                notes.append(f"{later.title} made no measurable difference to the {what}: {step.text}.")
+    return notes
+
+
+def _order_notes(run: Run) -> list[str]:
+    """Whether the controls bound each other as they should, by their answer accuracy."""
+    notes = []
+    for which, scores in run.controls.items():
+        means = {name: scores[name]["answer_accuracy"].mean for name in CONTROLS
+                 if "answer_accuracy" in scores.get(name, {})}  # fmt: skip
+        broken = [
+            f"{CONTROLS[low].lower()}, {percent(means[low])}, is above {CONTROLS[high].lower()}, {percent(means[high])}"
+            for low, high in pairwise(means)
+            if means[low] > means[high]
+        ]
+        if len(means) > 1:
+            order = " ≤ ".join(CONTROLS[name].lower() for name in means)
+            verdict = "does not hold: " + "; ".join(broken) if broken else "holds"
+            notes.append(f"Controls of the {which} checkpoint, by answers: the order {order} {verdict}.")
+    return notes
+
+
+def _values(stage: Stage, ids: Sequence[str], measure: str) -> list[float]:
+    rows = [stage.rows[name] for name in ids]
+    if measure == "answer_accuracy":
+        return [float(row["correct"]) for row in rows]
+    overlaps = [row["iou"] or 0.0 for row in rows]
+    return overlaps if measure == "box_iou" else [float(overlap > 0.5) for overlap in overlaps]

@@ -1,0 +1,32 @@
+"""How the report writes a number: one look for percentages, differences, counts and durations."""
+
+from __future__ import annotations
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A fraction of 1 in percent."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def signed(change: float, measure: str, unit: str = " points") -> str:
+    """A change of `measure` with its sign: an IoU as it is, anything else in percentage points."""
+    text = f"{change:+.3f}" if measure == "box_iou" else f"{100 * change:+.1f}{unit}"
+    return text.replace("-", "−")
+
+
+def measured(value: float, measure: str) -> str:
+    """A value of `measure`: an IoU with three decimals, anything else in percent."""
+    return f"{value:.3f}" if measure == "box_iou" else percent(value)
+
+
+def count(number: int, noun: str = "") -> str:
+    """A whole number with its thousands set apart, and the noun in singular or plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}" if noun else f"{number:,}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
