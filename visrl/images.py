@@ -2,57 +2,126 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import struct
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
-from visrl.box import Box, CropRule, crop_window
+from visrl.box import Box, CropRule, Size, crop_window
 from visrl.records import Picture
 
 MAX_PIXELS = 100_000_000  # a picture larger than this is taken for a decompression bomb
+MAX_BYTES = 200_000_000  # of one picture given as bytes or as a data URL
+# Decoders that may see the bytes. Others are left out because nobody needs them here, and some start programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SAME_SHAPE = 0.01  # two sizes whose aspect ratios differ by less are one picture at two scales
+
+# What Pillow's decoders raise on bytes that are not the picture they claim to be.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
 
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names it and says why."""
 
 
-def open_image(ref: str, root: str | Path | None = None) -> Image.Image:
-    """The picture `ref` as RGB: a path (relative ones under `root`) or `scene:POOL/INDEX`, which is drawn.
+def open_image(ref: str | bytes, root: str | Path | None = None, size: Size | None = None) -> Image.Image:
+    """The picture `ref` as RGB, the right way up.
+
+    `ref` is a path (relative ones under `root`), the file's bytes, a data URL, or `scene:POOL/INDEX`, which is drawn.
+    `size` is the annotated width and height: where given, it decides the orientation, else the EXIF tag does.
 
     Raises:
-        ImageError: missing, unreadable, truncated or larger than `MAX_PIXELS`.
+        ImageError: missing, unreadable, truncated, larger than `MAX_PIXELS`, or not of the annotated shape.
     """
-    if ref.startswith("scene:"):
-        from visrl.data.scenes import draw_ref
-
-        return draw_ref(ref)
-    path = Path(ref) if root is None else Path(root) / ref
-    if not path.is_file():
-        raise ImageError(f"no picture at {path}")
-    return decode_image(path, str(path))
+    if isinstance(ref, str) and ref.startswith("scene:"):
+        return _drawn(ref)
+    source, name = _source(ref, root)
+    return decode_image(source, name, size=size)
 
 
 def decode_image(
-    source: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+    source: Path | BinaryIO,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+    size: Size | None = None,
 ) -> Image.Image:
     """The picture in a file or stream as RGB; `formats` (Pillow's names) bounds which decoders may see the bytes.
 
     Raises:
-        ImageError: unreadable, truncated, of another format or larger than `max_pixels`; the message opens with `name`.
+        ImageError: unreadable, truncated, of another format, larger than `max_pixels` or not of the annotated shape
+            `size`; the message opens with `name`.
     """
     try:
-        with Image.open(source, formats=formats) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
+        with Image.open(source, formats=formats or FORMATS) as image:
+            _check_pixels(image, name, max_pixels)
             image.load()
-            return image.convert("RGB")
+            turn = _turn(image, size, name)
+            return _rgb(image.transpose(turn) if turn is not None else image)
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than {max_pixels:,} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
+    except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
+    """The width and height that `open_image` gives without an annotation, from the file's header alone.
+
+    Raises:
+        ImageError: missing, no picture, or larger than `MAX_PIXELS`. Damage after the header is not seen.
+    """
+    if isinstance(ref, str) and ref.startswith("scene:"):
+        return _drawn(ref).size
+    source, name = _source(ref, root)
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            _check_pixels(image, name, MAX_PIXELS)
+            turn = _turn(image, None, name)
+            return (image.height, image.width) if _is_quarter_turn(turn) else image.size
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels") from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
+    """Where the picture `ref` lies under `root`, or None.
+
+    Of `cot/gqa/1.jpg` also `gqa/1.jpg` and `1.jpg` are looked for, so that `root` may be the folder of one data set.
+    """
+    parts = Path(ref).parts
+    starts = [0] if root is None or Path(ref).is_absolute() else range(len(parts))
+    for start in starts:
+        path = Path(root or ".", *parts[start:])
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name that no file system takes
+            return None
+    return None
 
 
 def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
@@ -62,5 +131,85 @@ def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
 
 def open_picture(picture: Picture, root: str | Path | None = None, rule: CropRule = "exact") -> Image.Image:
     """The picture, cropped where it says so."""
-    image = open_image(picture.ref, root)
+    image = open_image(picture.ref, root, picture.size)
     return crop(image, picture.crop, rule) if picture.crop else image
+
+
+def _drawn(ref: str) -> Image.Image:
+    from visrl.data.scenes import draw_ref
+
+    try:
+        return draw_ref(ref)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ImageError(f"{ref[:80]} names no drawn scene: {error}") from error
+
+
+def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO, str]:
+    """Where the bytes of a picture come from, and what to call it in an error."""
+    if isinstance(ref, bytes):
+        if len(ref) > MAX_BYTES:
+            raise ImageError(f"a picture of {len(ref):,} bytes, more than {MAX_BYTES:,}")
+        return io.BytesIO(ref), f"a picture of {len(ref):,} bytes"
+    if ref.startswith("data:"):
+        return io.BytesIO(_data_url(ref)), f"the data URL {ref[:30]}…"
+    if ref.startswith(("http://", "https://")):
+        raise ImageError(f"{ref[:200]} is not fetched: download the picture and give its path")
+    path = picture_path(ref, root)
+    if path is None:
+        raise ImageError(f"no picture at {Path(root or '.') / ref}")
+    return path, str(path)
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ImageError(f"{url[:30]!r} is no data URL of a picture: it must open with data:image/…;base64,")
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise ImageError(f"the data URL {url[:30]}… holds more than {MAX_BYTES:,} bytes")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the data URL {url[:30]}… is not base64: {error}") from error
+
+
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
+
+
+def _turn(image: Image.Image, size: Size | None, name: str) -> Image.Transpose | None:
+    """How to turn the picture: to its annotated `size`, or by its EXIF tag where nothing is annotated."""
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    if size is None:
+        return turn
+    turned = (image.height, image.width) if _is_quarter_turn(turn) else image.size
+    if image.size == size:
+        return None
+    if turned == size:
+        return turn
+    if _same_shape(image.size, size):
+        return None
+    if _same_shape(turned, size):
+        return turn
+    raise ImageError(
+        f"{name} is {image.width} × {image.height} but annotated as {size[0]} × {size[1]}: another picture lies there"
+    )
+
+
+def _is_quarter_turn(turn: Image.Transpose | None) -> bool:
+    return turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
+
+
+def _same_shape(a: Size, b: Size) -> bool:
+    return abs(a[0] * b[1] - a[1] * b[0]) <= _SAME_SHAPE * a[0] * b[1]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB: transparency shown on white, 16 bits scaled to 8 and not cut off."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
