@@ -1,0 +1,86 @@
+"""Two checkpoints on the same questions: the difference, its interval and a test. Rows in, numbers and tables out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from visrl.evaluate.results import READINGS, Reading, Row, columns_of, dataset_of, key_of, value_of
+from visrl.evaluate.statistics import paired, paired_mean
+from visrl.records import RecordError
+
+Pair = tuple[Row, Row]
+
+
+def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]:
+    """Question by question, b over a, on the questions that both hold: `only_a` and `only_b` count the others.
+
+    `{"n", "only_a", "only_b", "columns": {column: {reading: entry | None}}, "datasets": {name: {column: …}}}`, an entry
+    being `{"n", "a", "b", "difference", "low", "high", "p_mcnemar"}`: the last for columns of 0 and 1 only. Under
+    `left_out` a question is left out where either side is. With several data sets the first `columns` hold the
+    unweighted mean over them (and the test over all questions).
+
+    Raises:
+        RecordError: the two have no question or no column in common.
+    """
+    right = {key_of(row): row for row in b}
+    pairs = [(row, right[key_of(row)]) for row in a if key_of(row) in right]
+    columns = [column for column in columns_of(a) if column in columns_of(b)]
+    if not pairs or not columns:
+        what = "question" if not pairs else "column"
+        raise RecordError(f"the two results have no {what} in common; were they made on the same benchmark?")
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(dataset_of(pair[0]), []).append(pair)
+    return {
+        "n": len(pairs),
+        "only_a": len(a) - len(pairs),
+        "only_b": len(b) - len(pairs),
+        "columns": {
+            column: {reading: _over_datasets(groups, column, reading, seed) for reading in READINGS}
+            for column in columns
+        },
+        "datasets": {
+            name: {
+                column: {reading: _entry(*_values(group, column, reading), seed) for reading in READINGS}
+                for column in columns
+            }
+            for name, group in groups.items()
+        },
+    }
+
+
+def _values(pairs: Sequence[Pair], column: str, reading: Reading) -> tuple[list[float], list[float]]:
+    first, second = [], []
+    for row_a, row_b in pairs:
+        a, b = value_of(row_a, column, reading), value_of(row_b, column, reading)
+        if a is not None and b is not None:
+            first.append(a)
+            second.append(b)
+    return first, second
+
+
+def _entry(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, Any] | None:
+    if not a:
+        return None
+    return {"n": len(a), "a": sum(a) / len(a), "b": sum(b) / len(b), **paired(a, b, seed)}
+
+
+def _over_datasets(
+    groups: Mapping[str, Sequence[Pair]], column: str, reading: Reading, seed: int
+) -> dict[str, Any] | None:
+    values = {name: _values(group, column, reading) for name, group in groups.items()}
+    if not all(first for first, _ in values.values()):
+        return None  # a mean over fewer data sets than there are is another figure
+    a = {name: first for name, (first, _) in values.items()}
+    b = {name: second for name, (_, second) in values.items()}
+    all_a, all_b = (list(chain.from_iterable(side.values())) for side in (a, b))
+    pooled = paired(all_a, all_b, seed)
+    if len(groups) == 1:
+        return {"n": len(all_a), "a": sum(all_a) / len(all_a), "b": sum(all_b) / len(all_b), **pooled}
+    means = [sum(sum(values) / len(values) for values in side.values()) / len(side) for side in (a, b)]
+    entry = {"n": len(all_a), "a": means[0], "b": means[1], **paired_mean(a, b, seed)}
+    if "p_mcnemar" in pooled:
+        entry["p_mcnemar"] = pooled["p_mcnemar"]
+    return entry
