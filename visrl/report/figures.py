@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from visrl.report.run import CONTROLS, MEASURES, Curve, Score, Scores, Stage
-from visrl.report.wording import percent
+from visrl.report.wording import measured, percent
 
 # Stand-ins: colours that nothing else uses, each replaced by the page's variable of that name.
 INKS = {name: f"#0a0b{number:02x}" for number, name in enumerate(
@@ -51,8 +51,8 @@ RC: dict[Any, Any] = {
 # Panel title, then its series: key of the log, label, ink, dashed.
 PANELS: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
     ("Held-out greedy rollouts", [("rollout/iou", "mean IoU", "box", False),
-                                  ("rollout/accuracy", "answers right", "answer", False),
-                                  ("rollout/parse_rate", "boxes readable", "muted", True)]),
+                                  ("rollout/accuracy", "answers", "answer", False),
+                                  ("rollout/parse_rate", "readable", "muted", True)]),
     ("Reward accuracy", [("rewards/accuracies/box", "box", "box", False),
                          ("rewards/accuracies/answer", "answer", "answer", False)]),
     ("Reward margin", [("rewards/margins/box", "box", "box", False),
@@ -82,15 +82,15 @@ def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -
     if not shown:
         return None
     with matplotlib.rc_context(RC):
-        figure, axes = _canvas(500, 330)
+        figure, axes = _canvas(360, 280)
         means = [stage.scores[measure].mean for stage in shown]
         axes.plot(range(len(shown)), means, color=INKS["hair"], linewidth=2, zorder=1)
         for x, stage in enumerate(shown):
             score, ink = stage.scores[measure], INKS["first" if stage.name == "sft" else "last"]
             axes.vlines(x, score.low, score.high, color=ink, linewidth=2.5, zorder=2)
             axes.plot(x, score.mean, "o", color=ink, markersize=9, markeredgecolor=INKS["paper"], zorder=3)
-            axes.annotate(percent(score.mean), (x, score.high), xytext=(0, 6), textcoords="offset points", ha="center",
-                          fontweight="bold")  # fmt: skip
+            axes.annotate(measured(score.mean, measure), (x, score.high), xytext=(0, 6), textcoords="offset points",
+                          ha="center", fontweight="bold")  # fmt: skip
         axes.set_xticks(range(len(shown)), [stage.short for stage in shown])
         axes.set_xlim(-0.5, len(shown) - 0.5)
         floor, top = (
@@ -104,9 +104,14 @@ def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -
             _reference(axes, means[0], "first", "")
         spread = max(top - floor, 0.05)
         axes.set_ylim(max(0.0, floor - 0.12 * spread), min(1.04, top + 0.16 * spread))
-        _percent_axis(axes.yaxis)
+        if measure == "box_iou":
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        else:
+            _percent_axis(axes.yaxis)
         axes.grid(axis="y")
-        alt = f"{MEASURES[measure]}: " + "; ".join(f"{stage.title} {_spelt(stage.scores[measure])}" for stage in shown)
+        alt = f"{MEASURES[measure]}: " + "; ".join(
+            f"{stage.title} {_spelt(stage.scores[measure], measure)}" for stage in shown
+        )
         return _drawing(figure, MEASURES[measure], alt)
 
 
@@ -116,7 +121,7 @@ def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> Draw
     if not names:
         return None
     with matplotlib.rc_context(RC):
-        figure, axes = _canvas(500, 60 + 46 * len(names))
+        figure, axes = _canvas(460, 60 + 44 * len(names))
         words = []
         for which, shift, label in (("first", -0.14, "SFT"), ("last", 0.14, "last checkpoint")):
             rows = [(y, controls[which][name][measure]) for y, name in enumerate(names)
@@ -127,9 +132,9 @@ def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> Draw
             axes.hlines(ys, [s.low for s in scores], [s.high for s in scores], color=INKS[which], linewidth=2.5)
             axes.plot([s.mean for s in scores], ys, "o", color=INKS[which], markersize=8, label=label,
                       markeredgecolor=INKS["paper"])  # fmt: skip
-            words += [f"{label}, {CONTROLS[names[y]].lower()} {percent(score.mean)}" for y, score in rows]
+            words += [f"{label}, {CONTROLS[names[y]].lower()} {measured(score.mean, measure)}" for y, score in rows]
         axes.set_yticks(range(len(names)), [CONTROLS[name] for name in names])
-        _finish_rows(axes, len(names))
+        _finish_rows(axes, len(names), measure)
         return _drawing(figure, MEASURES[measure], f"{MEASURES[measure]} under each control: " + "; ".join(words))
 
 
@@ -140,7 +145,7 @@ def kind_figure(first: Stage, last: Stage, measure: str) -> Drawing | None:
         return None
     kinds.sort(key=lambda kind: -float(first.by_kind[kind][measure]))
     with matplotlib.rc_context(RC):
-        figure, axes = _canvas(500, 60 + 40 * len(kinds))
+        figure, axes = _canvas(460, 60 + 38 * len(kinds))
         before = [float(first.by_kind[kind][measure]) for kind in kinds]
         after = [float(last.by_kind[kind][measure]) for kind in kinds]
         ys = range(len(kinds))
@@ -148,8 +153,9 @@ def kind_figure(first: Stage, last: Stage, measure: str) -> Drawing | None:
         for values, ink, stage in ((before, "first", first), (after, "last", last)):
             axes.plot(values, ys, "o", color=INKS[ink], markersize=9, label=stage.title, markeredgecolor=INKS["paper"])
         axes.set_yticks(ys, kinds)
-        _finish_rows(axes, len(kinds))
-        words = [f"{kind} from {percent(a)} to {percent(b)}" for kind, a, b in zip(kinds, before, after, strict=True)]
+        _finish_rows(axes, len(kinds), measure)
+        words = [f"{kind} from {measured(a, measure)} to {measured(b, measure)}"
+                 for kind, a, b in zip(kinds, before, after, strict=True)]  # fmt: skip
         return _drawing(figure, MEASURES[measure], f"{MEASURES[measure]} by kind: " + "; ".join(words))
 
 
@@ -166,7 +172,7 @@ def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str
     series = [entry for entry in series if any(entry[0] in row for curve in curves for row in curve.rows)]
     if not series:
         return None
-    figure, axes = _canvas(420, 270)
+    figure, axes = _canvas(350, 260)
     words: dict[str, list[float]] = {}
     start = 0.0
     for number, curve in enumerate(curves):
@@ -234,20 +240,21 @@ def _reference(axes: Axes, value: float, ink: str, label: str) -> None:
                       textcoords="offset points", ha="left", va="top", color=INKS[ink])  # fmt: skip
 
 
-def _finish_rows(axes: Axes, rows: int) -> None:
-    """The axes of a figure whose rows are names and whose x is a fraction of 1."""
+def _finish_rows(axes: Axes, rows: int, measure: str) -> None:
+    """The axes of a figure whose rows are names and whose x is `measure`, from 0 to 1."""
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.tick_params(axis="y", labelcolor=INKS["ink"])
     axes.spines["bottom"].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
+    if measure != "box_iou":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
     axes.grid(axis="x")
     _legend(axes, 2, below=0.42 / rows + 0.02)
 
 
 def _legend(axes: Axes, columns: int, below: float) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -below), ncols=columns, handlelength=1.6, columnspacing=1.4,
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -below), ncols=columns, handlelength=1.5, columnspacing=1.1,
                 borderaxespad=0, labelcolor=INKS["ink"])  # fmt: skip
 
 
@@ -256,8 +263,9 @@ def _percent_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
 
 
-def _spelt(score: Score) -> str:
-    return f"{percent(score.mean)} (95 % interval {percent(score.low)} to {percent(score.high)})"
+def _spelt(score: Score, measure: str) -> str:
+    low, high = measured(score.low, measure), measured(score.high, measure)
+    return f"{measured(score.mean, measure)} (95 % interval {low} to {high})"
 
 
 def _drawing(figure: Figure, title: str, alt: str) -> Drawing:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from visrl.box import Box, iou
+from visrl.box import Box, CropRule, iou
 from visrl.images import ImageError, crop, open_image
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
 from visrl.report.run import Row, Stage
@@ -78,12 +78,12 @@ def shared_ids(stages: Iterable[Stage]) -> list[str]:
     return [name for name in first if all(name in rows for rows in rest)]
 
 
-def exhibits(stages: list[Stage], count: int = PICTURES) -> list[Exhibit]:
-    """The gallery over these evaluated checkpoints, first and last of them drawn."""
-    return [_exhibit(stages, name) for name in draw_lot(shared_ids(stages), count)]
+def exhibits(stages: list[Stage], rule: CropRule, count: int = PICTURES) -> list[Exhibit]:
+    """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops."""
+    return [_exhibit(stages, rule, name) for name in draw_lot(shared_ids(stages), count)]
 
 
-def _exhibit(stages: list[Stage], name: str) -> Exhibit:
+def _exhibit(stages: list[Stage], rule: CropRule, name: str) -> Exhibit:
     ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
     rows = [stage.rows[name] for stage, _ in ends]
     boxes = [Box(*row["box"]) if row["box"] else None for row in rows]
@@ -94,7 +94,7 @@ def _exhibit(stages: list[Stage], name: str) -> Exhibit:
     looks = [
         Look(
             title=stage.title,
-            crop=data_uri(shrink(crop(image, box), LONGEST_CROP), CROP_LIMIT) if image and box else "",
+            crop=data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image and box else "",
             answer=row["prediction"] if row["prediction"] is not None else row["error"] or "no answer",
             correct=row["correct"],
             iou=row["iou"] or 0.0,

@@ -43,7 +43,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "percent": wording.percent, "measured": wording.measured, "count": wording.count,
+        "percent": wording.percent, "measured": wording.measured, "between": wording.between, "count": wording.count,
         "duration": wording.duration, "plain": _plain,
     }  # fmt: skip
     return environment.get_template("page.html").render(
@@ -117,7 +117,7 @@ def _gallery(run: Run) -> Row:
         shown = count_outcomes(stages[0], stages[-1], draw_lot(ids))
         outcomes = [(name, shown[name], everywhere[name]) for name in everywhere]
     return {
-        "gallery": exhibits(stages) if ids else [],
+        "gallery": exhibits(stages, run.crop_rules[-1]) if ids else [],
         "gallery_total": len(ids),
         "outcomes": outcomes,
         "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},

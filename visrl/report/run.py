@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visrl.box import CropRule
 from visrl.evaluate.statistics import interval
 from visrl.manifest import NAME as MANIFEST
 from visrl.records import RecordError, read_jsonl
@@ -105,6 +106,12 @@ class Run:
     curves: list[Curve]
     manifests: dict[str, Row]  # by folder, relative to the run
     missing: list[str]
+
+    @property
+    def crop_rules(self) -> list[CropRule]:
+        """The crop rules that the manifests name; more than one is worth a warning, none means "exact"."""
+        places = [place for manifest in self.manifests.values() for place in (manifest, manifest.get("config", {}))]
+        return sorted({place["crop_rule"] for place in places if isinstance(place.get("crop_rule"), str)}) or ["exact"]
 
 
 def load_run(folder: Path) -> Run:

@@ -13,9 +13,9 @@ from typing import Literal
 from visrl.evaluate.statistics import paired
 from visrl.report.gallery import shared_ids
 from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage
-from visrl.report.wording import count, percent, signed
+from visrl.report.wording import NO_BREAK, count, percent, signed
 
-Verdict = Literal["better", "worse", "no measurable difference", "not compared in pairs"]
+Verdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ def change(earlier: Stage, later: Stage, measure: str) -> Change:
     ids = shared_ids([earlier, later])
     if not ids:
         difference = later.scores[measure].mean - earlier.scores[measure].mean
-        return Change(signed(difference, measure), "not compared in pairs")
+        return Change(signed(difference, measure), "not compared question by question")
     result = paired(_values(earlier, ids, measure), _values(later, ids, measure))
     low, high = (signed(result[end], measure, "") for end in ("low", "high"))
-    text = f"{signed(result['difference'], measure)} [{low}, {high}]"
+    text = f"{signed(result['difference'], measure)} [{low},{NO_BREAK}{high}]"
     if result["low"] > 0:
         return Change(text, "better")
     return Change(text, "worse" if result["high"] < 0 else "no measurable difference")
@@ -92,7 +92,8 @@ def lede(run: Run) -> str:
         return sentence + "; nothing later has been evaluated yet."
     gained = change(first, last, "answer_accuracy")
     before = percent(first.scores["answer_accuracy"].mean)
-    return f"{sentence}; {first.title} alone had {before}. The change is {gained.text}: {gained.verdict}."
+    worth = {"better": ", a gain", "worse": ", a loss"}.get(gained.verdict, f": {gained.verdict}")
+    return f"{sentence}; {first.title} alone had {before}. That is {gained.text} on the same questions{worth}."
 
 
 def caveats(run: Run) -> list[str]:
@@ -101,6 +102,8 @@ def caveats(run: Run) -> list[str]:
     if run.missing:
         notes.append(f"Not in this run folder (yet): {', '.join(run.missing)}. What depends on them is left out.")
     notes += _step_notes(run) + _order_notes(run)
+    if len(run.crop_rules) > 1:
+        notes.append(f"The parts of this run do not crop alike: {', '.join(run.crop_rules)}.")
     if run.stages:
         notes.append(
             "The intervals cover the draw of test questions only. This is one training run of one seed: how much "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+NO_BREAK = "\u00a0"  # a number and its unit stay on one line
+
 
 def percent(value: float, digits: int = 1) -> str:
     """A fraction of 1 in percent."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}{NO_BREAK}%"
 
 
-def signed(change: float, measure: str, unit: str = " points") -> str:
+def signed(change: float, measure: str, unit: str = NO_BREAK + "points") -> str:
     """A change of `measure` with its sign: an IoU as it is, anything else in percentage points."""
     text = f"{change:+.3f}" if measure == "box_iou" else f"{100 * change:+.1f}{unit}"
     return text.replace("-", "−")
@@ -17,6 +19,11 @@ def signed(change: float, measure: str, unit: str = " points") -> str:
 def measured(value: float, measure: str) -> str:
     """A value of `measure`: an IoU with three decimals, anything else in percent."""
     return f"{value:.3f}" if measure == "box_iou" else percent(value)
+
+
+def between(low: float, high: float, measure: str) -> str:
+    """An interval of `measure` in brackets, in the unit of the value it stands beside."""
+    return f"[{low:.3f}, {high:.3f}]" if measure == "box_iou" else f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def count(number: int, noun: str = "") -> str:
