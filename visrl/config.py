@@ -34,6 +34,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 # Keys that newer releases of transformers renamed or dropped, by what they are called now (None: no longer needed).
 ALIASES: dict[str, str | None] = {
     "overwrite_output_dir": None,
+    "warmup_ratio": "warmup_steps",  # a float below 1 is a share of all steps
     "evaluation_strategy": "eval_strategy",
     "preprocessing_num_workers": None,
     "overwrite_cache": None,

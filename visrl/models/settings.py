@@ -36,7 +36,9 @@ class ModelSettings:
         if not path.is_file():
             return ModelSettings()
         values = json.loads(path.read_text(encoding="utf-8"))
-        return ModelSettings(**{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values})
+        return ModelSettings(
+            **{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values}
+        )
 
     def with_given(self, **given: Any) -> ModelSettings:
         """These settings with every value that is given (not None) in place of its own."""

@@ -15,6 +15,7 @@ import torch
 from visrl.models.encode import EncodedView, TokenPath, common_prefix
 
 BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
+ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much as the rest of a small layer
 
 
 @dataclass(slots=True)
@@ -30,14 +31,19 @@ class Tree:
     _keys: list[np.ndarray] = field(default_factory=list)
     _view_numbers: dict[str, int] = field(default_factory=dict)
 
-    def add(self, path: TokenPath, image_token: int) -> None:
-        """Merge `path` in at its longest prefix of equal tokens and equal pictures."""
+    def add(self, path: TokenPath, image_token: int, *, recompute_last: bool = False) -> None:
+        """Merge `path` in at its longest prefix of equal tokens and equal pictures.
+
+        With `recompute_last` its last token is always new, so that a forward pass over new tokens predicts what
+        follows even where the whole path was known.
+        """
         keys = self._identify(path, image_token)
         shared, host = 0, None
         for number, other in enumerate(self._keys):
             length = common_prefix(keys, other)
             if length > shared:
                 shared, host = length, number
+        shared = min(shared, len(path.ids) - 1) if recompute_last else shared
         ancestors = self.paths[host][0][:shared] if host is not None else np.empty(0, dtype=np.int64)
         fresh = len(path.ids) - shared
         places = np.concatenate([ancestors, np.arange(self.size, self.size + fresh)])
@@ -123,8 +129,7 @@ def pack(trees: Sequence[Tree], *, bin_length: int = 512, pad_id: int = 0) -> Pa
 
     A bin holds as many trees as fit `bin_length`; a longer tree makes all bins as long as it needs.
     """
-    length = -(-max(max(tree.size for tree in trees), min(bin_length, sum(t.size for t in trees))) // BUCKET) * BUCKET
-    offsets, bins = _place([tree.size for tree in trees], length)
+    length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length)
     total = bins * length
     depth = trees[0].positions[0].shape[0]
     ids = np.full(total, pad_id, dtype=np.int64)
@@ -159,6 +164,20 @@ def pack(trees: Sequence[Tree], *, bin_length: int = 512, pad_id: int = 0) -> Pa
         tokens=sum(tree.size for tree in trees),
         naive_tokens=sum(len(path.ids) for tree in trees for _, path in tree.paths),
     )
+
+
+def _choose_bins(sizes: Sequence[int], limit: int) -> tuple[int, list[int], int]:
+    """Bin length, offsets and bin count that cost least: padding costs, and so does attention in long bins."""
+    longest, total = max(sizes), sum(sizes)
+    top = max(longest, min(limit, total))
+    best = None
+    for length in range(-(-longest // BUCKET) * BUCKET, -(-top // BUCKET) * BUCKET + 1, BUCKET):
+        offsets, bins = _place(sizes, length)
+        cost = bins * length * (1 + length / ATTENTION_TOKENS)
+        if best is None or cost < best[0]:
+            best = (cost, length, offsets, bins)
+    assert best is not None
+    return best[1:]
 
 
 def _place(sizes: Sequence[int], length: int) -> tuple[list[int], int]:

@@ -6,6 +6,7 @@ Real transformers classes, written to a folder that `AutoProcessor` and `AutoMod
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +23,18 @@ from transformers import (
 
 from visrl.data.scenes import scene_samples
 from visrl.models.settings import ModelSettings
-from visrl.prompts import answer_prompt, focus_prompt
+from visrl.prompts import BOX_SENTENCE, FOCUS_SENTENCE, answer_prompt, focus_prompt
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
     "<|video_pad|>",
 )  # fmt: skip
 
-# Qwen2's split, with the opening of a coordinate ("[0." and ", 0.") kept whole before it: a box is 17 tokens.
+# Qwen2's split; before it, the constant sentences of the prompts and the opening of a coordinate ("[0." and ", 0.") are
+# kept whole, so that a prompt is some 12 tokens beside its picture and a box 17. A full stop still merges with a newline
+# after it, as in Qwen's own tokenizer.
 SPLIT = (
+    "|".join(f" {re.escape(sentence[:-1])}" for sentence in (FOCUS_SENTENCE, BOX_SENTENCE)) + "|"
     r"\[[01]\.|, [01]\.|"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -46,13 +50,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 512, **sizes: int) -> Path:
+def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **sizes: int) -> Path:
     """Write a randomly initialised tiny model with its processor to `folder`; `sizes` override the text config's."""
     folder = Path(folder)
     tokenizer = make_tokenizer(vocabulary)
-    # The whole 448-px scene is shown at 112 × 112 (16 tokens), a crop at about 84 × 84 (9 tokens).
+    # The whole 448-px scene and a crop of it are both shown at about 112 × 112 (16 tokens).
     limits = ModelSettings(
-        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=84 * 84, crop_max_pixels=112 * 84
+        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=100 * 100, crop_max_pixels=112 * 112
     )
     image_processor = Qwen2VLImageProcessor(
         size={"shortest_edge": limits.image_min_pixels, "longest_edge": limits.image_max_pixels}
@@ -98,7 +102,7 @@ _TOKEN_IDS = {
 }
 
 
-def make_tokenizer(vocabulary: int = 512) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: int = 640) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of Qwen's form, trained on the prompts and boxes of drawn scenes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,0 +1,80 @@
+"""Loading checkpoints: model, processor and settings, with a clear sentence where that cannot be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from visrl.models.encode import Encoder
+from visrl.models.settings import ModelSettings
+
+
+class CheckpointError(ValueError):
+    """A folder or name that holds no model this program can load; the message says what is missing."""
+
+
+def load_encoder(
+    path: str | Path, settings: ModelSettings | None = None, *, trust_remote_code: bool = False
+) -> Encoder:
+    """The encoder of a checkpoint.
+
+    Raises:
+        CheckpointError: no processor there.
+    """
+    check_folder(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: no processor can be loaded ({_first_line(error)})") from error
+    return Encoder(processor, config, settings or ModelSettings.load(path))
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, **options: Any
+) -> torch.nn.Module:
+    """The model of a checkpoint, safetensors only.
+
+    Raises:
+        CheckpointError: no folder, no config, or weights that cannot be read.
+    """
+    check_folder(path)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+        )
+    except Exception as error:  # noqa: BLE001 (safetensors raises its own type for a broken file)
+        if type(error).__name__ not in ("OSError", "ValueError", "SafetensorError", "KeyError", "RuntimeError"):
+            raise
+        raise CheckpointError(f"{path}: the weights cannot be loaded ({_first_line(error)})") from error
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse early and clearly what is no checkpoint folder; names of a hub pass, loading will tell.
+
+    Raises:
+        CheckpointError: a local path without a model in it, or a folder that holds an adapter only.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or "/" not in str(path):
+            raise CheckpointError(f"no model at {path}: there is no such folder")
+        return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path} holds an adapter without its base model; set model_name_or_path={base} and "
+            f"adapter_name_or_path={path}, or merge it first with `visrl export`"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path} is no model folder: it has no config.json")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

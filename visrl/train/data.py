@@ -1,0 +1,124 @@
+"""Training data as items: drawn scenes with a curriculum, samples with boxes (SFT), preferences (stages 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.data import Dataset
+
+from visrl.box import Box
+from visrl.conversation import (
+    Conversation,
+    View,
+    answer_conversation,
+    crop_view,
+    focus_conversation,
+    image_view,
+)
+from visrl.data.scenes import scene_samples
+from visrl.images import open_image
+from visrl.models.encode import Encoder
+from visrl.records import Picture, Preference, Sample
+from visrl.train.items import Item, Row
+
+if TYPE_CHECKING:
+    from visrl.train.config import Phase, Task
+
+
+class Curriculum(Dataset[Item]):
+    """Drawn scenes in the order of a curriculum: a pure function of the index, read in sequence.
+
+    Every scene is seen once. An item is one scene with its questions, so that the picture is computed once for all.
+    """
+
+    def __init__(self, encoder: Encoder, phases: Sequence[Phase], batch_size: int) -> None:
+        self.encoder = encoder
+        self.phases = phases
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return self.batch_size * sum(phase.steps for phase in self.phases)
+
+    def __getitem__(self, index: int) -> Item:
+        left = index
+        for phase in self.phases:
+            if left < phase.steps * self.batch_size:
+                break
+            left -= phase.steps * self.batch_size
+        samples: list[Sample] = []
+        place = index
+        while not samples:  # a scene may allow no question of the phase's kinds; then the next free one is drawn
+            samples = scene_samples(
+                "train", place, 1, per_scene=phase.per_scene, kinds=tuple(phase.kinds), with_box=True,
+                max_tags=phase.max_tags,
+            )  # fmt: skip
+            place += len(self)
+        rows = [row for sample in samples for row in sft_rows(self.encoder, sample, phase.tasks)]
+        return Item(samples[0].image, tuple(rows))
+
+
+def sft_rows(
+    encoder: Encoder, sample: Sample, tasks: Sequence[Task] = ("locate", "read"), root: str | Path | None = None
+) -> list[Row]:
+    """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer).
+
+    The crop is that of the box as its text says it, so that warm-up and rollout see the same windows.
+
+    Raises:
+        ValueError: the sample has no box.
+    """
+    if sample.box is None:
+        raise ValueError(f"sample {sample.id} has no box: warm-up needs samples with boxes")
+    whole = image_view(Picture(sample.image), open_image(sample.image, root))
+    processed = encoder.processed_size(whole.size)
+    text = encoder.codec.format(sample.box, whole.size, processed)
+    rows = []
+    if "locate" in tasks:
+        talk = focus_conversation(sample.question, whole)
+        rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
+    if "read" in tasks:
+        box = encoder.codec.parse(text, whole.size, processed)
+        talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
+        rows.append(Row(f"{sample.id}/answer", "answer", talk, (("target", sample.answer),)))
+    return rows
+
+
+def crop_of(whole: View, box: Box, encoder: Encoder) -> View:
+    """The crop of `box`, under the checkpoint's own crop rule."""
+    return crop_view(whole, Picture(whole.key, box), encoder.settings.crop_rule)
+
+
+class Preferences(Dataset[Item]):
+    """Preference rows grouped into items: both rows of a question share a step."""
+
+    def __init__(
+        self, encoder: Encoder, preferences: Sequence[Preference], *, stage: int, root: str | Path | None = None
+    ) -> None:
+        groups: dict[str, list[Preference]] = {}
+        for preference in preferences:
+            if stage == 2 or preference.step == "box":
+                groups.setdefault(preference.id, []).append(preference)
+        self.encoder = encoder
+        self.root = root
+        self.groups = list(groups.items())
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Item:
+        name, preferences = self.groups[index]
+        return Item(name, tuple(preference_row(self.encoder, preference, self.root) for preference in preferences))
+
+
+def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:
+    """The row of one preference: its prompt and pictures with the chosen and the rejected response."""
+    from visrl.conversation import Message
+
+    whole_picture, *details = preference.images
+    whole = image_view(whole_picture, open_image(whole_picture.ref, root))
+    views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
+    talk = Conversation((Message("user", preference.prompt),), tuple(views))
+    responses = (("chosen", preference.chosen), ("rejected", preference.rejected))
+    return Row(f"{preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)

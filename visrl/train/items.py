@@ -1,0 +1,96 @@
+"""Training items and their collation: conversations with responses in, one packed batch out. Knows no loss.
+
+An item is what belongs together in one optimisation step: the rows of one question, or of all questions of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from visrl.conversation import Conversation
+from visrl.models.encode import Encoder, TokenPath
+from visrl.records import Step
+from visrl.train.tree import Packed, Tree, grow, pack
+
+Role = Literal["target", "chosen", "rejected"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation with its responses: a target (SFT), or chosen and rejected. `key` names it in the cache of
+    reference log-probabilities."""
+
+    key: str
+    step: Step
+    conversation: Conversation
+    responses: tuple[tuple[Role, str], ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    id: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """What a branch of a packed batch is: the role of which row of which item."""
+
+    item: int
+    row: str
+    step: Step
+    role: Role
+    weight: float
+
+
+@dataclass(slots=True)
+class Batch:
+    """A packed batch and what its branches are; `items` counts whole items, `targets` response tokens."""
+
+    packed: Packed
+    branches: list[Branch]
+    items: int
+    targets: int
+
+
+def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPath], list[Branch]]:
+    """The token paths of an item's responses and what each is."""
+    paths: list[TokenPath] = []
+    branches: list[Branch] = []
+    for row in item.rows:
+        paths += encoder.encode(row.conversation, [text for _, text in row.responses])
+        branches += [Branch(number, row.key, row.step, role, row.weight) for role, _ in row.responses]
+    return paths, branches
+
+
+class Collator:
+    """Items → `Batch`. Items that show the same picture share its tokens."""
+
+    def __init__(self, encoder: Encoder, *, bin_length: int = 512) -> None:
+        self.encoder = encoder
+        self.bin_length = bin_length
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
+        # All pictures of a batch go through the image processor together.
+        self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
+        by_picture: dict[str, tuple[list[TokenPath], list[Branch]]] = {}
+        for number, item in enumerate(items):
+            views = item.rows[0].conversation.views
+            group = by_picture.setdefault(views[0].key if views else f"item {number}", ([], []))
+            paths, branches = encode_item(self.encoder, number, item)
+            group[0].extend(paths)
+            group[1].extend(branches)
+        trees: list[Tree] = grow([paths for paths, _ in by_picture.values()], self.encoder.image_token_id)
+        packed = pack(trees, bin_length=self.bin_length)
+        branches = [branch for _, group in by_picture.values() for branch in group]
+        return {"batch": Batch(packed, branches, len(items), int(packed.target.numel()))}
+
+
+def select(branches: Sequence[Branch], role: Role, device: torch.device | None = None) -> torch.Tensor:
+    """Indices of the branches with `role`, in order. Chosen and rejected of one row come out at the same rank."""
+    return torch.tensor([n for n, branch in enumerate(branches) if branch.role == role], device=device)
