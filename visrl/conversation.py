@@ -68,6 +68,7 @@ class Completion:
     tokens: int = 0
     finish_reason: Literal["stop", "length", "error"] = "stop"
     error: str | None = None
+    prompt_tokens: int = 0
 
 
 class Engine(Protocol):

@@ -296,12 +296,18 @@ def _read_reply(reply: Any) -> Completion:
         text = ""  # the protocol's way to say that the model ended without a word (a reasoning model cut short)
     if not isinstance(text, str):
         raise ValueError("the first choice holds no text")
-    used = getattr(getattr(reply, "usage", None), "completion_tokens", None)
+    usage = getattr(reply, "usage", None)
     return Completion(
         text,
-        tokens=used if isinstance(used, int) else 0,
+        tokens=_count(usage, "completion_tokens"),
         finish_reason="length" if finish_reason == "length" else "stop",
+        prompt_tokens=_count(usage, "prompt_tokens"),
     )
+
+
+def _count(usage: Any, name: str) -> int:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else 0
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
