@@ -92,8 +92,10 @@ def lede(run: Run) -> str:
         return sentence + "; nothing later has been evaluated yet."
     gained = change(first, last, "answer_accuracy")
     before = percent(first.scores["answer_accuracy"].mean)
-    worth = {"better": ", a gain", "worse": ", a loss"}.get(gained.verdict, f": {gained.verdict}")
-    return f"{sentence}; {first.title} alone had {before}. That is {gained.text} on the same questions{worth}."
+    worth = {"better": ", a gain on the same questions", "worse": ", a loss on the same questions"}.get(
+        gained.verdict, f": {gained.verdict}"
+    )
+    return f"{sentence}; {first.title} alone had {before}. That is {gained.text}{worth}."
 
 
 def caveats(run: Run) -> list[str]:
