@@ -92,6 +92,9 @@ class Court:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
+        if scope["method"] == "GET":
+            await reply(send, 200, b'{"object": "list", "data": [{"id": "court", "object": "model"}]}')
+            return
         body = b""
         while True:
             part = await receive()

@@ -59,7 +59,7 @@ def judge_lmms(predicted: Sequence[float], truth: Sequence[float], text: str | N
     """
     four = [float(value) for value in predicted]
     unparseable = not any(four)
-    said = text if text is not None else f"[{', '.join(str(value) for value in four)}]"
+    said = text if text is not None else f"[{', '.join(f'{value:.6f}' for value in four)}]"
     hit = _iou_lmms(four, truth) >= THRESHOLD
     return _detection(None if unparseable and text is None else said, truth, (1, 1), CODECS[codec], hit, unparseable)
 

@@ -134,7 +134,7 @@ def judge_all(
     Raises:
         RecordError: the journal holds a line that is no judgement, or another judge's.
     """
-    keys = [_key(answered, judge) for answered in answers]
+    keys = [judgement_key(answered, judge) for answered in answers]
     earlier = [] if journal is None else list(read_judgements(journal))
     other = next((done.judge for done in earlier if done.judge != judge), None)
     if other is not None:
@@ -216,7 +216,7 @@ def _judgement(answered: Answered, judge: str, key: str, completion: Completion)
     )
 
 
-def _key(answered: Answered, judge: str) -> str:
+def judgement_key(answered: Answered, judge: str) -> str:
     ask = judge_ask(answered)
     parts = (judge, ask.messages[0]["content"], ask.messages[1]["content"], str(ask.sampling))
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()

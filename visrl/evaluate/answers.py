@@ -1,0 +1,102 @@
+"""Scoring answer files that other programs wrote, and joining them with what a judge said. Asks no judge itself.
+
+They are Visual-CoT's answer files, or what its judge script makes of them. The formats are in docs/EVALUATION.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from visrl.evaluate.files import PathLike, Rows, read_rows, text_of
+from visrl.evaluate.judge import Answered, Judgement, judgement_key
+from visrl.evaluate.metrics import string_scores
+from visrl.prompts import IMAGE, judged_question
+from visrl.records import RecordError
+
+
+def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset: str = "") -> tuple[Rows, list[str]]:
+    """Result rows of an answer file with the string metrics, and the ids of questions that it leaves out.
+
+    `truth` is the benchmark's file of the data set (JSON list or JSONL), matched by `question_id`. Without it the rows
+    must hold `gt_answer_text`, as the output of Visual-CoT's judge script does; the `score` there is the published
+    reading of its judge.
+
+    Raises:
+        RecordError: an unreadable file, a question that the truth does not hold or that is answered twice.
+    """
+    rows = read_rows(predictions)
+    known = {} if truth is None else {row["question_id"]: row for row in _benchmark_rows(truth)}
+    results: Rows = []
+    seen: set[Any] = set()
+    for number, row in enumerate(rows, start=1):
+        where = f"{predictions}, row {number}"
+        name = row.get("question_id")
+        if name is None or name in seen:
+            raise RecordError(f"{where}: {'no question_id' if name is None else f'question {name} is answered twice'}")
+        seen.add(name)
+        if truth is not None and name not in known:
+            raise RecordError(f"{where}: question {name} is not in {truth}; name the file of the same data set")
+        results.append(_answer_row(row, known.get(name), where, dataset))
+    return results, [str(name) for name in known if name not in seen]
+
+
+def answered(row: Mapping[str, Any]) -> Answered | None:
+    """What a judge is asked about a result row of answers; None where the model gave no answer."""
+    if row.get("prediction") is None:
+        return None
+    question = f"{IMAGE}\n{row.get('question', '')}"
+    return Answered(str(row["id"]), question, str(row["answer"]), row["prediction"], str(row.get("dataset") or ""))
+
+
+def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> Rows:
+    """The rows with the columns `judge` (our reading) and `judge_published`.
+
+    Raises:
+        RecordError: a judgement is of another question, reference or answer than the row of its id.
+    """
+    said = {(one.dataset, one.id): one for one in judgements}
+    merged: Rows = []
+    for row in rows:
+        asked = answered(row)
+        one = said.get((asked.dataset, asked.id)) if asked else None
+        if asked and one and one.key != judgement_key(asked, one.judge):
+            raise RecordError(f"the judgement of {one.id} is of another answer than the predictions hold; judge anew")
+        merged.append({**row, "judge": one.score if one else None, "judge_published": one.published if one else None})
+    return merged
+
+
+def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: str, dataset: str) -> dict[str, Any]:
+    if truth is not None:
+        turns = truth["conversations"]
+        question, answer = judged_question(turns[0]["value"]), turns[-1]["value"]
+    elif "gt_answer_text" in row:
+        question, answer = str(row.get("question_text", "")), row["gt_answer_text"]
+    else:
+        raise RecordError(f"{where}: no reference answer; give the benchmark's file of this data set with --truth")
+    prediction = row["pred_answer_text"] if "pred_answer_text" in row else text_of(row, where)
+    result = {
+        "id": str(row["question_id"]),
+        "dataset": dataset or str((truth or {}).get("dataset", "")),
+        "question": question.removeprefix(f"{IMAGE}\n"),
+        "answer": answer,
+        "prediction": prediction,
+        **string_scores(prediction, [str(answer)]),
+    }
+    if "score" in row:
+        result["judge_published"] = row["score"]
+    return result
+
+
+def _benchmark_rows(path: PathLike) -> Rows:
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        turns = row.get("conversations")
+        told = isinstance(turns, list) and turns and all(_has_value(turn) for turn in turns)
+        if "question_id" not in row or not told:
+            raise RecordError(f"{path}, row {number}: not a benchmark row: it needs question_id and conversations")
+    return rows
+
+
+def _has_value(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)

@@ -1,0 +1,245 @@
+"""The `visrl eval` commands that run no model: score, judge, agree, compare, leaderboard.
+
+Each prints what it read, what it left out and where the result lies. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Score prediction files and compare checkpoints without running a model.")
+
+
+class ProtocolName(str, Enum):
+    """What a prediction file holds."""
+
+    detection = "detection"
+    refcoco = "refcoco"
+    answers = "answers"
+
+
+Predictions = Annotated[Path, typer.Option(help="Prediction file, or a folder of them by data set.")]
+Truth = Annotated[Path | None, typer.Option(help="The data set's own file (or the folder of them).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Out = Annotated[Path | None, typer.Option(help="Write the result rows here, for `visrl eval compare`.")]
+
+
+@app.command()
+def score(
+    predictions: Predictions,
+    protocol: Annotated[ProtocolName, typer.Option(help="What the file holds.")],
+    truth: Truth = None,
+    judgements: Annotated[Path | None, typer.Option(help="Answers: what `visrl eval judge` wrote.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Boxes: how our reading takes the text; the published has one way.")
+    ] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score predictions that other programs wrote: as published, and beside it as it should have been done."""
+    with _one_sentence():
+        if protocol is ProtocolName.answers:
+            _score_answers(predictions, truth, judgements, out, as_json)
+        else:
+            _score_boxes(predictions, truth, codec, out, as_json)
+
+
+@app.command()
+def judge(
+    predictions: Predictions,
+    out: Annotated[Path, typer.Option(help="Where the judgements go; a run that was stopped goes on there.")],
+    model: Annotated[str, typer.Option(help="The judge's name on its server.")],
+    base_url: Annotated[list[str], typer.Option(help="Address of an OpenAI-compatible server, up to /v1; may repeat.")],
+    truth: Truth = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds for one try.")] = 60.0,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries before a judgement counts as failed.")] = 6,
+) -> None:
+    """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
+    from visrl.engines.client import Client, Endpoint
+    from visrl.evaluate.answers import answered
+    from visrl.evaluate.judge import judge_all
+
+    with _one_sentence():
+        rows, _ = _answer_rows(predictions, truth)
+        asked = [one for one in map(answered, rows) if one is not None]
+        client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
+        try:
+            client.check()
+            with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
+                judged = judge_all(asked, client.ask_all, model, out, on_judgement=lambda _: bar.update(1))
+        finally:
+            client.close()
+        failed = sum(one.error is not None for one in judged)
+        unread = sum(one.error is None and one.score is None for one in judged)
+        typer.echo(f"{len(judged)} answers judged: {failed} failed, {unread} replies that could not be read")
+        if len(asked) < len(rows):
+            typer.echo(f"{len(rows) - len(asked)} questions without an answer were not shown to the judge")
+        typer.echo(f"judgements: {out}")
+
+
+@app.command()
+def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
+    """How far two judges agree on the same answers."""
+    from visrl.evaluate.judge import read_judgements
+    from visrl.evaluate.statistics import agreement
+    from visrl.records import RecordError
+
+    with _one_sentence():
+        first, second = ({(one.dataset, one.id): one for one in read_judgements(path)} for path in (a, b))
+        both = [(first[key], second[key]) for key in first if key in second]
+        scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
+        if not scores:
+            raise RecordError(f"{a} and {b} have no answer that both judges scored; were both asked about the same?")
+        result: dict[str, Any] = agreement([x for x, _ in scores], [y for _, y in scores])
+        result["unread"] = len(both) - len(scores)
+        result["not_shared"] = len(first) + len(second) - 2 * len(both)
+        if as_json:
+            typer.echo(json.dumps(result))
+            return
+        typer.echo(f"{result['n']} answers that both scored")
+        typer.echo(f"left out: {result['unread']} unread by one of them, {result['not_shared']} that one alone judged")
+        for name in ("same", "mean_absolute", "mean_a", "mean_b", "pearson", "kappa"):
+            typer.echo(f"{name:14} {'–' if result[name] is None else format(result[name], '.3f')}")
+
+
+@app.command()
+def compare(a: Path, b: Path, seed: int = 0, as_json: AsJson = False) -> None:
+    """Two checkpoints on the same questions: the difference B − A, its interval and McNemar's test."""
+    from visrl.evaluate.compare import compare as compare_results
+    from visrl.evaluate.results import read_results
+    from visrl.evaluate.tables import comparison_lines
+
+    with _one_sentence():
+        result = compare_results(read_results(a), read_results(b), seed)
+        if as_json:
+            typer.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            typer.echo("\n".join(comparison_lines(result, str(a), str(b))))
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files or folders of one checkpoint each; NAME=PATH names it.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
+    judge_name: Annotated[str, typer.Option("--judge", help="Who judged these results.")] = "not said",
+) -> None:
+    """One self-contained page: your results among the published ones, which keep their own colour."""
+    from visrl.evaluate.leaderboard import Entry, write_leaderboard
+    from visrl.evaluate.results import read_results, summarise
+
+    with _one_sentence():
+        entries = []
+        for given in map(str, results):
+            name, equals, path = given.partition("=")
+            rows = read_results(path if equals else given)
+            entries.append(Entry(name if equals else Path(given).stem, summarise(rows), judge_name))
+        write_leaderboard(out, entries)
+        typer.echo(f"leaderboard: {out}")
+
+
+# --- Pieces -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turns the errors a user can mend into one sentence and exit code 1; others keep their traceback."""
+    from visrl.engines.client import EndpointError
+    from visrl.records import RecordError
+
+    try:
+        yield
+    except (RecordError, EndpointError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:
+    from visrl.codecs import CODECS
+    from visrl.evaluate.boxfiles import box_totals, folder_totals, score_boxes
+    from visrl.evaluate.files import files_by_dataset
+    from visrl.evaluate.results import summarise
+    from visrl.evaluate.tables import summary_lines
+    from visrl.records import RecordError
+
+    if codec is not None and codec not in CODECS:
+        raise RecordError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
+    if not predictions.is_dir():
+        rows = score_boxes(predictions, truth, codec=codec)
+        totals: dict[str, Any] = box_totals(rows)
+    else:
+        files = files_by_dataset(predictions)
+        truths = {} if truth is None else files_by_dataset(truth)
+        lacking = [name for name in files if truth is not None and name not in truths]
+        if lacking:
+            raise RecordError(f"{truth} holds no file for {', '.join(lacking)}")
+        by_name = {name: score_boxes(path, truths.get(name), name, codec) for name, path in files.items()}
+        rows = [row for group in by_name.values() for row in group]
+        totals = folder_totals({name: box_totals(group) for name, group in by_name.items()})
+    _write(out, rows, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(totals))
+        return
+    typer.echo("\n".join(summary_lines(summarise(rows))))
+    typer.echo("")
+    for name, value in totals.items():
+        typer.echo(f"{name}: {json.dumps(value)}")
+
+
+def _score_answers(
+    predictions: Path, truth: Path | None, judgements: Path | None, out: Path | None, as_json: bool
+) -> None:
+    from visrl.evaluate.answers import with_judgements
+    from visrl.evaluate.judge import read_judgements
+    from visrl.evaluate.results import summarise
+    from visrl.evaluate.tables import summary_lines
+    from visrl.records import RecordError
+
+    rows, missing = _answer_rows(predictions, truth)
+    if judgements is not None:
+        if not judgements.is_file():
+            raise RecordError(f"no judgements at {judgements}; make them with `visrl eval judge`")
+        rows = with_judgements(rows, list(read_judgements(judgements)))
+    _write(out, rows, quiet=as_json)
+    summary = {**summarise(rows), "missing": len(missing)}
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    if missing:
+        typer.echo(
+            f"{len(missing)} questions of the truth are not answered, {missing[0]} the first: not in these figures"
+        )
+    typer.echo("\n".join(summary_lines(summary)))
+
+
+def _answer_rows(predictions: Path, truth: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
+    from visrl.evaluate.answers import score_answers
+    from visrl.evaluate.files import files_by_dataset
+
+    if not predictions.is_dir():
+        return score_answers(predictions, truth)
+    rows, missing = [], []
+    for name, path in files_by_dataset(predictions).items():
+        told = truth / f"{name}.json" if truth is not None and truth.is_dir() else truth
+        found, left = score_answers(path, told, name)
+        rows += found
+        missing += [f"{name}/{one}" for one in left]
+    return rows, missing
+
+
+def _write(out: Path | None, rows: list[dict[str, Any]], quiet: bool) -> None:
+    from visrl.records import write_records
+
+    if out is not None:
+        write_records(out, rows)
+        if not quiet:
+            typer.echo(f"result rows: {out}")

@@ -1,0 +1,78 @@
+"""Results as lines of text for a terminal: figures with intervals, both readings side by side. Computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from visrl.evaluate.results import READINGS
+
+HEADINGS = {"counted": "failures counted 0", "left_out": "failures left out"}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned lines: the first column to the left, the others to the right."""
+    cells = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) if not index else cell.rjust(width) for index, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in cells)
+    ]
+    return [lines[0].rstrip(), "  ".join("─" * width for width in widths), *(line.rstrip() for line in lines[1:])]
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The lines of `results.summarise`: counts, then a table per column over all data sets and each."""
+    counts = [f"{summary['n']:,} questions", f"{summary['failed']} failed"]
+    counts += [f"{summary[name]} {what}" for name, what in _NOTES.items() if summary[name]]
+    lines = [", ".join(counts)]
+    for column, entry in summary["columns"].items():
+        named = [(name, dataset["columns"].get(column)) for name, dataset in summary["datasets"].items()]
+        rows = [] if len(named) == 1 else [_summary_row(name, cells) for name, cells in named if cells]
+        rows.append(_summary_row("mean" if len(named) > 1 else named[0][0] or "all", entry))
+        lines += ["", *table([column, *(HEADINGS[reading] for reading in READINGS), "unread"], rows)]
+    return lines
+
+
+def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> list[str]:
+    """The lines of `compare.compare`: one table per column, each reading on its own lines."""
+    lines = [f"A = {name_a}", f"B = {name_b}", f"{result['n']:,} questions on both sides"]
+    if result["only_a"] or result["only_b"]:
+        lines.append(f"left out: {result['only_a']} that A alone holds, {result['only_b']} that B alone holds")
+    for column, readings in result["columns"].items():
+        rows = []
+        several = len(result["datasets"]) > 1
+        for reading in READINGS:
+            if several:
+                for name, columns in result["datasets"].items():
+                    rows.append(_comparison_row(name, reading, columns[column][reading]))
+            rows.append(_comparison_row("mean" if several else "all", reading, readings[reading]))
+        lines += ["", *table([column, "reading", "n", "A", "B", "B − A", "95 % interval", "McNemar p"], rows)]
+    return lines
+
+
+_NOTES = {"unparseable": "boxes the published rule cannot parse", "bad_truth": "with a ground truth that is no box"}
+
+
+def percent(entry: Mapping[str, float] | None) -> str:
+    """`54.3 [52.1, 56.4]`, in percent; a dash where there is no figure."""
+    return f"{entry['mean']:.1%} [{entry['low']:.1%}, {entry['high']:.1%}]".replace("%", "") if entry else "–"
+
+
+def _summary_row(name: str, entry: Mapping[str, Any]) -> list[str]:
+    return [name, *(percent(entry[reading]) for reading in READINGS), str(entry["unread"])]
+
+
+def _comparison_row(name: str, reading: str, entry: Mapping[str, Any] | None) -> list[str]:
+    if entry is None:
+        return [name, HEADINGS[reading], "0", "–", "–", "–", "–", "–"]
+    return [
+        name,
+        HEADINGS[reading],
+        str(entry["n"]),
+        f"{100 * entry['a']:.1f}",
+        f"{100 * entry['b']:.1f}",
+        f"{100 * entry['difference']:+.1f}",
+        f"[{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]",
+        f"{entry['p_mcnemar']:.3g}" if "p_mcnemar" in entry else "–",
+    ]
