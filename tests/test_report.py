@@ -9,16 +9,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 from report_run import STAGES, write_run
 
 from visrl.box import Box
 from visrl.records import read_jsonl, write_records
+from visrl.report.commands import report
 from visrl.report.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
 from visrl.report.figures import INKS
+from visrl.report.files import ReportError
 from visrl.report.gallery import OUTCOMES, draw_lot
 from visrl.report.page import write_report
-from visrl.report.run import ReportError, load_run
+from visrl.report.run import load_run
 from visrl.report.story import caveats, change
 
 
@@ -59,6 +62,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("report") / "demo")
 
 
+@pytest.fixture(scope="module")
+def text(finished: Path) -> str:
+    """The page of the finished run."""
+    return write_report(finished).read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run, to be spoilt; its pictures stay where they were."""
@@ -73,8 +82,8 @@ def rewrite(path: Path, **values: object) -> None:
     write_records(path, [{**row, **values} for row in read_jsonl(path)])
 
 
-def test_a_finished_run_is_shown_whole(finished: Path) -> None:
-    page = page_of(finished)
+def test_a_finished_run_is_shown_whole(finished: Path, text: str) -> None:
+    page = Page(text)
     assert not page.open
     summary = json.loads((finished / "summary.json").read_text())
     for stage in summary["stages"]:
@@ -89,8 +98,7 @@ def test_a_finished_run_is_shown_whole(finished: Path) -> None:
     assert "not finished" not in page.text
 
 
-def test_the_page_asks_nothing_of_the_network(finished: Path) -> None:
-    text = write_report(finished).read_text(encoding="utf-8")
+def test_the_page_asks_nothing_of_the_network(text: str) -> None:
     page = Page(text)
     for tag, attrs in page.tags:
         for name in ("src", "href", "action", "data", "poster", "srcset", "xlink:href"):
@@ -100,8 +108,8 @@ def test_the_page_asks_nothing_of_the_network(finished: Path) -> None:
     assert len(text) < 5_000_000
 
 
-def test_the_page_can_be_read_without_seeing_it(finished: Path) -> None:
-    page = page_of(finished)
+def test_the_page_can_be_read_without_seeing_it(text: str) -> None:
+    page = Page(text)
     assert all(attrs.get("alt") for attrs in page.all("img"))
     assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in page.all("svg"))
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
@@ -112,8 +120,7 @@ def test_the_page_can_be_read_without_seeing_it(finished: Path) -> None:
     assert len(page.all("h1")) == 1
 
 
-def test_figures_take_every_colour_from_the_theme(finished: Path) -> None:
-    text = write_report(finished).read_text(encoding="utf-8")
+def test_figures_take_every_colour_from_the_theme(text: str) -> None:
     figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     assert not any(stand_in in figures for stand_in in INKS.values())
     assert set(re.findall(r"#[0-9a-f]{6}\b", figures)) <= {"#000000"}  # the default of marks that are never filled
@@ -121,8 +128,8 @@ def test_figures_take_every_colour_from_the_theme(finished: Path) -> None:
     assert {"ink", "first", "last"} <= set(re.findall(r"var\(--(\w+)\)", figures)) <= defined
 
 
-def test_the_same_run_gives_the_same_page(finished: Path) -> None:
-    assert write_report(finished).read_bytes() == write_report(finished).read_bytes()
+def test_the_same_run_gives_the_same_page(finished: Path, text: str) -> None:
+    assert write_report(finished).read_text(encoding="utf-8") == text
 
 
 def test_without_a_summary_the_scores_come_from_the_answers(run: Path) -> None:
@@ -155,6 +162,21 @@ def test_an_unfinished_last_line_is_left_out_and_a_bad_line_is_not(run: Path) ->
     log.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(ReportError, match=r"log\.jsonl, line 2"):
         write_report(run)
+    log.unlink()
+    rewrite(run / "eval/sft.jsonl", iou=None)
+    assert "answer_accuracy" in load_run(run).stages[0].scores
+    write_records(run / "eval/sft.jsonl", [{"id": "test-0", "question": "?"}])
+    with pytest.raises(ReportError, match=r"sft\.jsonl, row 1: no 'answer'"):
+        write_report(run)
+
+
+def test_the_command_says_where_the_page_is_or_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(run)
+    assert f"report: {run / 'report.html'}" in capsys.readouterr().out
+    with pytest.raises(typer.Exit) as stopped:
+        report(run / "nowhere")
+    assert stopped.value.exit_code == 1
+    assert "no run at" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from visrl.box import Box, CropRule, iou
 from visrl.images import ImageError, crop, open_image
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
-from visrl.report.run import Row, Stage
+from visrl.report.files import Row
+from visrl.report.run import Stage
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
@@ -96,7 +97,7 @@ def _exhibit(stages: list[Stage], rule: CropRule, name: str) -> Exhibit:
             title=stage.title,
             crop=data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image and box else "",
             answer=row["prediction"] if row["prediction"] is not None else row["error"] or "no answer",
-            correct=row["correct"],
+            correct=bool(row["correct"]),
             iou=row["iou"] or 0.0,
         )
         for (stage, _), row, box in zip(ends, rows, boxes, strict=True)

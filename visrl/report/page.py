@@ -14,8 +14,9 @@ import jinja2
 
 from visrl.report import draw, wording
 from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
+from visrl.report.files import Row
 from visrl.report.gallery import count_outcomes, draw_lot, exhibits, shared_ids
-from visrl.report.run import CONTROLS, MEASURES, Pairs, Row, Run, load_run
+from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
 
 NAME = "report.html"
@@ -27,7 +28,11 @@ def write_report(run: Path) -> Path:
     Raises:
         ReportError: `run` is no folder of a run, or a file in it cannot be read.
     """
-    page = render(load_run(Path(run)))
+    return save(run, render(load_run(Path(run))))
+
+
+def save(run: Path, page: str) -> Path:
+    """Put `page` into the run folder at once: a reader sees the old page or the new one."""
     path = Path(run) / NAME
     part = path.with_suffix(".part")
     part.write_text(page, encoding="utf-8")
@@ -79,7 +84,9 @@ def _iteration(run: Run, pairs: Pairs) -> Row:
     """One turn of the loop: which checkpoint made the tries, what was kept, and what training on it reached."""
     before = [stage for stage in run.stages if stage.name == "sft" or stage.iteration < pairs.iteration]
     after = [stage for stage in run.stages if stage.name != "sft" and stage.iteration == pairs.iteration]
-    dropped = sum(pairs.dropped.values()) or pairs.questions - pairs.kept
+    dropped = pairs.dropped
+    if not dropped and pairs.kept is not None and pairs.kept < pairs.questions:
+        dropped = {"reason not recorded": pairs.questions - pairs.kept}
     return {"pairs": pairs, "policy": before[-1] if before else None, "stages": after, "dropped": dropped}
 
 
@@ -100,11 +107,15 @@ def _stage_rows(run: Run) -> list[Row]:
 def _kinds(run: Run) -> Row:
     """The results by kind of question, first checkpoint against last."""
     if not run.stages or not run.stages[0].by_kind:
-        return {"kind_figures": [], "kinds": []}
+        return {"kind_figures": [], "kind_sides": [], "kinds": []}
     first, last = run.stages[0], run.stages[-1]
-    drawings = [kind_figure(first, last, measure) for measure in ("answer_accuracy", "box_iou")]
-    kinds = [(kind, first.by_kind[kind], last.by_kind.get(kind, {})) for kind in first.by_kind]
-    return {"kind_figures": _present(drawings) if first is not last else [], "kinds": kinds}
+    sides = [first] if first is last else [first, last]
+    drawings = [kind_figure(first, last, measure) for measure in ("answer_accuracy", "box_iou") if len(sides) > 1]
+    return {
+        "kind_figures": _present(drawings),
+        "kind_sides": [side.title for side in sides],
+        "kinds": [(kind, [side.by_kind.get(kind, {}) for side in sides]) for kind in first.by_kind],
+    }
 
 
 def _gallery(run: Run) -> Row:

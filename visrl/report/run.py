@@ -6,7 +6,6 @@ error. The last line of a file that something is still writing may be unfinished
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from typing import Any
 from visrl.box import CropRule
 from visrl.evaluate.statistics import interval
 from visrl.manifest import NAME as MANIFEST
-from visrl.records import RecordError, read_jsonl
-
-Row = dict[str, Any]
+from visrl.report.files import ReportError, Row, read_object, read_rows
 
 MEASURES = {
     "answer_accuracy": "Answers right",
@@ -34,8 +31,7 @@ CONTROLS = {
 }  # in the order in which they should bound each other
 
 
-class ReportError(ValueError):
-    """A run folder that no report can be made of; the message names file and remedy."""
+ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +70,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What became of one iteration's questions: tries made, and questions kept as preference pairs or dropped."""
+    """What became of one iteration's questions: tries made, and questions kept as pairs (None: not filtered yet)."""
 
     iteration: int
     questions: int
-    kept: int
+    kept: int | None
     dropped: dict[str, int]
     tries: int
     random_boxes: int
@@ -122,7 +118,7 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ReportError(f"no run at {folder}; give the folder that `visrl demo` wrote to")
-    summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
     run = Run(
         folder=folder,
@@ -131,7 +127,7 @@ def load_run(folder: Path) -> Run:
         controls=_controls(folder, summary, stages),
         pairs=_pairs(folder, summary),
         curves=_curves(folder),
-        manifests={str(path.parent.relative_to(folder)): _read_json(path) for path in sorted(folder.rglob(MANIFEST))},
+        manifests={str(path.parent.relative_to(folder)): read_object(path) for path in sorted(folder.rglob(MANIFEST))},
         missing=[],
     )
     if not (run.summary or run.stages or run.pairs or run.curves or run.manifests):
@@ -152,23 +148,6 @@ def measure(rows: Sequence[Row]) -> Scores:
     return {name: Score(**interval(series)) for name, series in values.items() if series}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The objects of a JSONL file, an unfinished last line left out.
-
-    Raises:
-        ReportError: another line is not JSON.
-    """
-    rows: list[Row] = []
-    try:
-        for row in read_jsonl(path):
-            rows.append(row)  # one by one: what came before a bad line stays
-    except RecordError as error:
-        # A kill can only have spoilt the last line, and left no line end.
-        if path.read_bytes().endswith(b"\n"):
-            raise ReportError(str(error)) from error
-    return rows
-
-
 # --- Parts of a run -------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +163,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
     stages = []
     for iteration, name in sorted(told.keys() | files.keys()):
         file, entry = files.get((iteration, name)), told.get((iteration, name))
-        rows = read_rows(file) if file else []
+        rows = read_rows(file, ANSWER_KEYS) if file else []
         if entry is None and not rows:
             continue
         scores = _scores(entry) if entry else measure(rows)
@@ -217,7 +196,7 @@ def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, 
         if stage and not told:
             file = "sft" if stage[0].name == "sft" else f"iter{stage[0].iteration}-{stage[0].name}"
             paths = {name: folder / "eval" / f"{file}.{name}.jsonl" for name in CONTROLS}
-            told = {name: measure(read_rows(path)) for name, path in paths.items() if path.is_file()}
+            told = {name: measure(read_rows(path, ANSWER_KEYS)) for name, path in paths.items() if path.is_file()}
         if told and stage:
             told["own"] = stage[0].scores
             found[which] = {name: told[name] for name in CONTROLS if told.get(name)}
@@ -248,18 +227,22 @@ def _pairs(folder: Path, summary: Row) -> list[Pairs]:
     return found
 
 
-def _tally(folder: Path) -> dict[str, int]:
+def _tally(folder: Path) -> dict[str, Any]:
     """Counts over the records of one iteration, for what the summary does not say."""
-    paths = [folder / "generate/trajectories.jsonl", folder / "generate/verdicts.jsonl",
-             folder / "filter/preferences.jsonl"]  # fmt: skip
-    tries, verdicts, preferences = (read_rows(path) if path.is_file() else [] for path in paths)
+    files = {
+        folder / "generate/trajectories.jsonl": ("sample_id", "origin", "box"),
+        folder / "generate/verdicts.jsonl": ("box_score", "answer_score"),
+        folder / "filter/preferences.jsonl": ("id",),
+    }
+    tries, verdicts, preferences = (read_rows(path, keys) if path.is_file() else None for path, keys in files.items())
+    tries = tries or []
     return {
         "questions": len({row["sample_id"] for row in tries}),
-        "kept": len({row["id"] for row in preferences}),
+        "kept": None if preferences is None else len({row["id"] for row in preferences}),
         "tries": len(tries),
         "random_boxes": sum(row["origin"] == "random" for row in tries),
         "unparsed": sum(row["box"] is None for row in tries),
-        "unread": sum(row["box_score"] is None or row["answer_score"] is None for row in verdicts),
+        "unread": sum(row["box_score"] is None or row["answer_score"] is None for row in verdicts or []),
     }
 
 
@@ -276,13 +259,3 @@ def _curves(folder: Path) -> list[Curve]:
 
 def _natural(text: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
-def _read_json(path: Path) -> Row:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON ({error}); remove it and run the step that writes it again") from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} must hold a JSON object; remove it and run the step that writes it again")
-    return value

@@ -40,7 +40,7 @@ class Headline:
 
 def change(earlier: Stage, later: Stage, measure: str) -> Change:
     """What `later` gained on `earlier`: question by question where both sets of rows are there."""
-    ids = shared_ids([earlier, later])
+    ids = [name for name in shared_ids([earlier, later]) if _applies(earlier, later, name, measure)]
     if not ids:
         difference = later.scores[measure].mean - earlier.scores[measure].mean
         return Change(signed(difference, measure), "not compared question by question")
@@ -166,5 +166,10 @@ def _values(stage: Stage, ids: Sequence[str], measure: str) -> list[float]:
     rows = [stage.rows[name] for name in ids]
     if measure == "answer_accuracy":
         return [float(row["correct"]) for row in rows]
-    overlaps = [row["iou"] or 0.0 for row in rows]
+    overlaps = [float(row["iou"]) for row in rows]
     return overlaps if measure == "box_iou" else [float(overlap > 0.5) for overlap in overlaps]
+
+
+def _applies(earlier: Stage, later: Stage, name: str, measure: str) -> bool:
+    """Whether a question has this measure at both checkpoints: without a true box there is no IoU."""
+    return measure == "answer_accuracy" or None not in (earlier.rows[name]["iou"], later.rows[name]["iou"])

@@ -1,0 +1,29 @@
+"""`visrl report`: the page of a run, from the command line. Heavy things are imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+    """Write one self-contained HTML page about a run: scores, loop, curves, controls and a gallery."""
+    from visrl.report.files import ReportError
+    from visrl.report.page import render, save
+    from visrl.report.run import load_run
+
+    try:
+        loaded = load_run(run)
+        path = save(run, render(loaded))
+    except (ReportError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "
+        f"{len(loaded.curves)} training logs, {len(loaded.manifests)} manifests"
+    )
+    if loaded.missing:
+        typer.echo(f"left out, not there yet: {', '.join(loaded.missing)}")
+    typer.echo(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
