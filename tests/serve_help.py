@@ -1,0 +1,134 @@
+"""Servers and pictures for the server's tests: real sockets on loopback, and an engine whose texts are known."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from PIL import Image
+
+from visrl.box import CODECS, Codec, Size
+from visrl.conversation import Completion, Conversation
+from visrl.serve.app import Settings, create_app
+from visrl.serve.batching import Backend, Batcher, Loaded, OnToken, Row
+from visrl.serve.metrics import Metrics
+
+NAME = "known"
+
+
+class KnownEngine:
+    """An engine that says what `speak` makes of a conversation, one character a token, `token_s` seconds each."""
+
+    codec: Codec = CODECS["visrl"]
+
+    def __init__(self, speak: Callable[[Conversation], str], token_s: float = 0.0) -> None:
+        self.speak, self.token_s = speak, token_s
+        self.batches: list[list[Row]] = []
+        self.running = 0
+
+    def processed_size(self, size: Size) -> Size:
+        return size
+
+    def forget(self) -> None:
+        pass
+
+    def generate(self, rows: Sequence[Any], on_token: OnToken | None = None) -> list[Completion]:
+        self.batches.append(list(rows))
+        full = [self.speak(row.conversation)[: row.sampling.max_tokens] for row in rows]
+        said = ["" for _ in rows]
+        ended: list[str | None] = [None for _ in rows]
+        while not all(ended):
+            self.running = sum(reason is None for reason in ended)
+            time.sleep(self.token_s)
+            for index, text in enumerate(full):
+                if ended[index] is not None:
+                    continue
+                if len(said[index]) == len(text):
+                    ended[index] = "length" if len(text) == rows[index].sampling.max_tokens else "stop"
+                    continue
+                said[index] = text[: len(said[index]) + 1]
+                if on_token is not None and not on_token(index, said[index]):
+                    ended[index] = "stop"
+        self.running = 0
+        return [
+            Completion(text, len(text), reason or "stop", prompt_tokens=7)  # type: ignore[arg-type]
+            for text, reason in zip(said, ended, strict=True)
+        ]
+
+
+def two_steps(conversation: Conversation) -> str:
+    """A box for one picture, an answer that names the crop's size for two."""
+    if len(conversation.views) == 1:
+        return "[0.250, 0.500, 0.750, 1.000]"
+    return "crop {}x{}".format(*conversation.views[1].size) if conversation.views else "hello"
+
+
+@contextmanager
+def serving(backend: Backend, metrics: Metrics, wait: bool = True, **settings: Any) -> Iterator[str]:
+    """The address of a real server with this backend."""
+    app = create_app(backend, Settings(**{"name": NAME} | settings), metrics)
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    backend.start()
+    thread.start()
+    while not server.started or (wait and backend.state == "loading"):
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        backend.stop()
+
+
+@contextmanager
+def known(
+    speak: Callable[[Conversation], str] = two_steps,
+    token_s: float = 0.0,
+    max_batch: int = 32,
+    max_waiting: int = 256,
+    **settings: Any,
+) -> Iterator[tuple[str, KnownEngine, Metrics]]:
+    """A server over a known engine: its address, engine and metrics."""
+    engine, metrics = KnownEngine(speak, token_s), Metrics()
+    batcher = Batcher(lambda: Loaded(engine), metrics, max_batch=max_batch, max_waiting=max_waiting)
+    with serving(batcher, metrics, **settings) as url:
+        yield url, engine, metrics
+
+
+def picture(size: tuple[int, int] = (200, 100), kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+def data_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+
+def picture_part(url: str | None = None) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url or data_url(picture())}}
+
+
+def body(question: str = "What is it?", pictures: Sequence[str] | None = None, **fields: Any) -> dict[str, Any]:
+    """A chat request with pictures (one by default) and a question."""
+    parts = [picture_part(url) for url in ([data_url(picture())] if pictures is None else pictures)]
+    message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+    return {"model": NAME, "messages": [message]} | fields
+
+
+def post(url: str, fields: Any, **options: Any) -> httpx.Response:
+    """Post a chat request; bytes go as they are."""
+    content = {"content": fields} if isinstance(fields, bytes) else {"json": fields}
+    headers = {"Content-Type": "application/json"} | options.pop("headers", {})
+    return httpx.post(f"{url}/v1/chat/completions", headers=headers, timeout=30, **content, **options)

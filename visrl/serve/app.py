@@ -1,0 +1,275 @@
+"""The application: OpenAI's chat completions over one backend, `:focus`, health, metrics and the page.
+
+Knows HTTP and the protocol; how texts are drawn is the backend's business, who may ask is the gate's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from visrl.conversation import Conversation, Sampling, View
+from visrl.serve.batching import Backend, Row
+from visrl.serve.focus import answer_plainly, answer_with_focus
+from visrl.serve.metrics import Metrics
+from visrl.serve.pictures import Fetcher, open_pictures
+from visrl.serve.safety import Application, Budget, Gate
+from visrl.serve.schemas import (
+    FOCUS_SUFFIX,
+    ChatRequest,
+    Choice,
+    Limits,
+    Reply,
+    RequestError,
+    event,
+    model_list,
+    read_request,
+    to_conversation,
+    to_question,
+)
+
+PAGE = Path(__file__).parent / "page"
+DECODERS = 2  # pictures opened at once: each may need its limit of pixels twice over while it is decoded
+# The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the application is told: the served name, defaults of sampling, limits, and what may be fetched."""
+
+    name: str
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    limits: Limits = Limits()  # noqa: RUF009 (frozen)
+    fetcher: Fetcher = Fetcher()  # noqa: RUF009 (frozen)
+    api_key: str | None = None
+    only_local_names: bool = True
+    created: int = 0
+
+
+def create_app(backend: Backend, settings: Settings, metrics: Metrics) -> Application:
+    """The whole application, behind its gate."""
+    # The generated documentation pages load scripts from elsewhere; docs/SERVING.md is the documentation.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    server = _Server(backend, settings, metrics)
+    metrics.ready = lambda: backend.state == "ready"
+    app.get("/health")(server.health)
+    app.get("/metrics")(server.show_metrics)
+    app.get("/v1/models")(server.models)
+    app.post("/v1/chat/completions")(server.chat)
+    app.get("/")(server.page)
+    app.get("/page/{name}")(server.page_file)
+    app.exception_handler(RequestError)(_refused)
+    app.exception_handler(404)(_not_found)
+    return Gate(
+        app,  # type: ignore[arg-type]
+        limits=settings.limits,
+        api_key=settings.api_key,
+        only_local_names=settings.only_local_names,
+        metrics=metrics,
+    )
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return JSONResponse(RequestError(404, "there is nothing at this address").body(), 404)
+
+
+class _Server:
+    """The routes of one application."""
+
+    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
+        self.backend, self.settings, self.metrics = backend, settings, metrics
+        self.pixels = Budget(settings.limits.held_pixels, "pictures")
+        self.decoders = asyncio.Semaphore(DECODERS)
+
+    async def health(self) -> Response:
+        state = self.backend.state
+        return JSONResponse({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
+
+    async def show_metrics(self) -> Response:
+        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> Response:
+        return JSONResponse(model_list(self.settings.name, self.settings.created))
+
+    async def page(self) -> Response:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    async def page_file(self, name: str) -> Response:
+        if name not in {"page.js", "page.css", "icon.svg"}:
+            raise RequestError(404, "there is nothing at this address")
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
+    async def chat(self, request: Request) -> Response:
+        asked = read_request(await request.body(), self.settings.limits)
+        if asked.model not in (self.settings.name, self.settings.name + FOCUS_SUFFIX):
+            name = self.settings.name
+            raise RequestError(404, f"no model {asked.model!r} here, but {name} and {name}:focus", "model_not_found")
+        if self.backend.state != "ready":
+            raise RequestError(503, f"the model is not ready ({self.backend.state}); try again soon", retry_after_s=2)
+        if asked.focus:
+            to_question(asked)  # refused before any work is done
+        if asked.stream:
+            return await self._begin_stream(asked, request)
+        choices = await self._timely(self._answer(asked, None), request)
+        if choices is None:
+            return Response(status_code=499)  # nobody is there to read it
+        return JSONResponse(Reply.begin(asked.model).whole(choices))
+
+    async def _timely(self, work: Coroutine[Any, Any, list[Choice]], request: Request) -> list[Choice] | None:
+        """The result of `work`, or None where the client left first, which cancels it.
+
+        Raises:
+            RequestError: 504 where the time of a request is over, and whatever `work` raises.
+        """
+        task = asyncio.ensure_future(work)
+        left = asyncio.ensure_future(_until_left(request))
+        try:
+            await asyncio.wait({task, left}, timeout=self.settings.limits.request_s, return_when="FIRST_COMPLETED")
+            if task.done():
+                return task.result()
+            if left.done():
+                return None
+            raise RequestError(504, f"this took longer than {self.settings.limits.request_s:g} s and was stopped")
+        finally:
+            left.cancel()
+            task.cancel()
+            # The places it holds are given back before the next request is looked at.
+            await asyncio.gather(task, left, return_exceptions=True)
+
+    async def _answer(self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any]] | None) -> list[Choice]:
+        """All choices of a request; `chunks` is told of their parts as they come."""
+        limits = self.settings.limits
+        with ExitStack() as held:
+            async with self.decoders:
+                views = await asyncio.to_thread(open_pictures, asked.pictures(), limits, self.settings.fetcher)
+                pixels = sum(
+                    view.image.width * view.image.height for view in {view.key: view for view in views}.values()
+                )
+                held.enter_context(self.pixels.hold(pixels))
+            conversation = to_conversation(asked, views)
+            jobs = [
+                asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks))
+                for index, seed in enumerate(asked.seeds())
+            ]
+            try:
+                choices = list(await asyncio.gather(*jobs))
+            finally:
+                for job in jobs:
+                    job.cancel()
+        self.metrics.tokens["prompt"] += sum(choice.prompt_tokens for choice in choices)
+        self.metrics.tokens["completion"] += sum(choice.completion_tokens for choice in choices)
+        return choices
+
+    async def _choice(
+        self,
+        asked: ChatRequest,
+        conversation: Conversation,
+        views: list[View],
+        index: int,
+        seed: int,
+        chunks: asyncio.Queue[dict[str, Any]] | None,
+    ) -> Choice:
+        sent, first = 0, {"role": "assistant"}
+
+        def tell(delta: dict[str, Any], finish_reason: str | None = None) -> None:
+            nonlocal first
+            if chunks is not None:
+                delta, first = first | delta, {}
+                chunks.put_nowait({"index": index, "delta": delta, "finish_reason": finish_reason})
+
+        def tell_text(text: str) -> None:
+            nonlocal sent
+            if len(text) > sent:
+                tell({"content": text[sent:]})
+                sent = len(text)
+
+        row = Row(
+            conversation,
+            asked.sampling(self.settings.sampling),
+            seed,
+            asked.stops,
+            on_text=None if chunks is None else tell_text,
+        )
+        if asked.focus:
+            question = to_question(asked)
+            choice = await answer_with_focus(
+                self.backend, question, views[0], row, lambda focus: tell({"focus": focus})
+            )
+        else:
+            choice = await answer_plainly(self.backend, row)
+        tell_text(choice.text)
+        tell({}, choice.finish_reason)
+        return choice
+
+    async def _begin_stream(self, asked: ChatRequest, request: Request) -> Response:
+        """The streamed reply, begun with its first event, so that what is refused still gets its own status."""
+        events = self._stream(asked, request)
+        first = await anext(events, None)
+        if first is None:
+            return Response(status_code=499)
+
+        async def all_events() -> AsyncIterator[bytes]:
+            yield first
+            async for data in events:
+                yield data
+
+        return StreamingResponse(all_events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _stream(self, asked: ChatRequest, request: Request) -> AsyncIterator[bytes]:
+        """The reply as server-sent events. An error after the beginning is an event too: the status is long sent."""
+        begun = False
+        reply = Reply.begin(asked.model)
+        chunks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        work = asyncio.ensure_future(self._timely(self._answer(asked, chunks), request))
+        try:
+            while True:
+                waiting = asyncio.ensure_future(chunks.get())
+                await asyncio.wait({waiting, work}, return_when="FIRST_COMPLETED")
+                if waiting.done():
+                    begun = True
+                    yield event(reply.chunk(**waiting.result()))
+                    continue
+                waiting.cancel()
+                break
+            while not chunks.empty():
+                begun = True
+                yield event(reply.chunk(**chunks.get_nowait()))
+            choices = await work
+            if choices is None:
+                return
+            if asked.stream_options is not None and asked.stream_options.include_usage:
+                yield event(reply.last_chunk(choices))
+            yield event("[DONE]")
+        except RequestError as error:
+            if not begun:
+                raise
+            yield event(error.body())
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+
+async def _until_left(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,293 @@
+"""One worker thread that owns the engine: requests of all clients wait in one queue and are computed together.
+
+New rows join at the next batch. A row whose client left is dropped from the queue, or stopped at its next token.
+Nothing here knows about HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from visrl.box import Codec, CropRule, Size
+from visrl.conversation import Completion, Conversation, Sampling
+from visrl.serve.metrics import Metrics
+from visrl.serve.schemas import RequestError
+
+GATHER_S = 0.004  # how long the first row of an idle engine waits for company
+FORGET_BATCHES = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
+PICTURE_TOKENS = 512  # a guess for sizing batches, no limit
+# Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
+BATCH_AREA = 64_000_000
+UNSURE = "\ufffd"  # what a tokeniser gives for a character of which not all bytes are there yet
+
+State = Literal["loading", "ready", "failed", "stopped"]
+OnText = Callable[[str], None]
+OnToken = Callable[[int, str], bool]
+
+
+class RowEngine(Protocol):
+    """What the worker needs of an engine: rows in, completions out, a say after each token."""
+
+    @property
+    def codec(self) -> Codec: ...
+    def processed_size(self, size: Size) -> Size: ...
+    def generate(self, rows: Sequence[Any], on_token: OnToken | None = None) -> list[Completion]: ...
+    def forget(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine and the crop rule of its checkpoint."""
+
+    engine: RowEngine
+    crop_rule: CropRule = "exact"
+
+
+class Backend(Protocol):
+    """What the application asks: one row at a time, batched or passed on as the backend likes."""
+
+    @property
+    def failure(self) -> Exception | None: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def crop_rule(self) -> CropRule: ...
+    def processed_size(self, size: Size) -> Size: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    async def submit(self, row: Row) -> Completion: ...
+
+
+@dataclass(slots=True)
+class Row:
+    """One text to draw. `on_text` is told the visible text so far, in the event loop, as it grows."""
+
+    conversation: Conversation
+    sampling: Sampling
+    seed: int
+    stops: tuple[str, ...] = ()
+    on_text: OnText | None = None
+    cancelled: bool = False
+    stopped_at: int | None = None  # where a stop text begins
+    shown: int = 0  # characters told so far
+
+    def see(self, text: str) -> tuple[bool, str | None]:
+        """Whether to go on after `text` so far, and the visible part of it where that has grown."""
+        if self.cancelled:
+            return False, None
+        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        if found:
+            self.stopped_at = min(found)
+            visible = text[: self.stopped_at]
+        else:
+            visible = text[: len(text) - held_back(text, self.stops)]
+        if len(visible) <= self.shown:
+            return not found, None
+        self.shown = len(visible)
+        return not found, visible
+
+    def finish(self, completion: Completion) -> Completion:
+        """The completion with everything from a stop text on cut off."""
+        if completion.text is None:
+            return completion
+        if self.stopped_at is None:
+            self.see(completion.text)  # an engine may end in the same step in which the stop text became whole
+        if self.stopped_at is None:
+            return completion
+        return replace(completion, text=completion.text[: self.stopped_at], finish_reason="stop")
+
+
+@dataclass(slots=True)
+class _Job:
+    row: Row
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Completion]
+
+    def post(self, action: Callable[..., None], *args: Any) -> None:
+        """Run `action` in the event loop; a loop that has closed has nobody left to tell."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(action, *args)
+
+    def resolve(self, completion: Completion) -> None:
+        if not self.future.done():
+            self.future.set_result(completion)
+
+    def fail(self, error: RequestError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Batcher:
+    """Loads an engine in its own thread and keeps it there; a `Backend`."""
+
+    def __init__(
+        self, load: Callable[[], Loaded], metrics: Metrics, *, max_batch: int = 32, max_waiting: int = 256
+    ) -> None:
+        self._load, self._metrics = load, metrics
+        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._loaded: Loaded | None = None
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._state: State = "loading"
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        metrics.waiting_rows = lambda: len(self._waiting)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why loading failed, where it did."""
+        return self._failure
+
+    @property
+    def codec(self) -> Codec:
+        return self._ready().engine.codec
+
+    @property
+    def crop_rule(self) -> CropRule:
+        return self._ready().crop_rule
+
+    def processed_size(self, size: Size) -> Size:
+        return self._ready().engine.processed_size(size)
+
+    def _ready(self) -> Loaded:
+        if self._loaded is None:
+            raise RequestError(503, "the model is still loading; try again soon", retry_after_s=2)
+        return self._loaded
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Refuse what waits, stop what runs at its next token, and end the thread."""
+        with self._changed:
+            self._state = "stopped"
+            self._changed.notify_all()
+        self._thread.join()
+
+    async def submit(self, row: Row) -> Completion:
+        """The completion of one row; cancelling this frees its place.
+
+        Raises:
+            RequestError: 429 where too many wait, 400 for a prompt the model cannot take, 503 without a model,
+                500 where computing failed.
+        """
+        loop = asyncio.get_running_loop()
+        job = _Job(row, loop, loop.create_future())
+        with self._changed:
+            if self._state != "ready":
+                raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
+            if len(self._waiting) >= self._max_waiting:
+                raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
+            self._waiting.append(job)
+            self._changed.notify_all()
+        try:
+            return row.finish(await job.future)
+        except asyncio.CancelledError:
+            row.cancelled = True
+            self._metrics.cancelled += 1
+            with self._changed:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+            raise
+
+    # --- The thread ---
+
+    def _work(self) -> None:
+        try:
+            self._loaded = self._load()
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:  # what a bad checkpoint gives
+            self._failure, self._state = error, "failed"
+            return
+        with self._changed:
+            if self._state == "loading":
+                self._state = "ready"
+        engine = self._loaded.engine
+        try:
+            for count in itertools.count(1):
+                batch = self._next_batch()
+                if not batch:
+                    break
+                self._metrics.batch_rows.add(len(batch))
+                self._compute(engine, batch)
+                if count % FORGET_BATCHES == 0:
+                    engine.forget()
+        finally:
+            # Reached by `stop`, and by an error nobody foresaw: whoever still waits must be told.
+            with self._changed:
+                self._state = "stopped"
+                left = list(self._waiting)
+                self._waiting.clear()
+            for job in left:
+                job.post(job.fail, RequestError(503, "the server is shutting down"))
+
+    def _next_batch(self) -> list[_Job]:
+        """The rows to compute next, oldest first; empty once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
+            self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._state == "stopped", GATHER_S)
+            if self._state == "stopped":
+                return []
+            batch: list[_Job] = []
+            longest = 0
+            while self._waiting and len(batch) < self._max_batch:
+                longest = max(longest, length_guess(self._waiting[0].row.conversation))
+                if batch and longest**2 * (len(batch) + 1) > BATCH_AREA:
+                    break
+                batch.append(self._waiting.popleft())
+            return batch
+
+    def _compute(self, engine: RowEngine, batch: list[_Job]) -> None:
+        def on_token(index: int, text: str) -> bool:
+            job = batch[index]
+            go_on, visible = job.row.see(text)
+            if visible is not None and job.row.on_text is not None:
+                job.post(job.row.on_text, visible)
+            return go_on and self._state == "ready"
+
+        try:
+            completions = engine.generate([job.row for job in batch], on_token)
+        except (ValueError, RuntimeError) as error:
+            if len(batch) > 1:
+                # One caller's bad prompt, or too much memory at once, must not fail the others.
+                for job in batch:
+                    self._compute(engine, [job])
+                return
+            status = 400 if isinstance(error, ValueError) else 500
+            job = batch[0]
+            job.post(job.fail, RequestError(status, f"the model cannot answer this: {error}"))
+            return
+        for job, completion in zip(batch, completions, strict=True):
+            if completion.text is None:
+                job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
+            else:
+                job.post(job.resolve, completion)
+
+
+def length_guess(conversation: Conversation) -> int:
+    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and pictures."""
+    text = sum(len(message.text.encode()) for message in conversation.messages)
+    return text + PICTURE_TOKENS * len(conversation.views)
+
+
+def held_back(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` must not be shown yet: half a character, or a stop text's beginning."""
+    held = len(text) - len(text.rstrip(UNSURE))
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), held, -1):
+            if text.endswith(stop[:length]):
+                held = length
+                break
+    return held

@@ -1,0 +1,148 @@
+"""`visrl api`: the server's config, and starting and stopping it. Heavy things are imported when they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from visrl.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from visrl.serve.batching import Backend, Loaded
+    from visrl.serve.metrics import Metrics
+    from visrl.serve.schemas import Limits
+
+ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
+SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
+
+
+class ServeConfig(Config):
+    """What `visrl api` takes; the variables API_HOST, API_PORT, API_KEY and API_MODEL_NAME win over the file."""
+
+    model_name_or_path: str
+    """A checkpoint folder."""
+    adapter_name_or_path: str | None = None
+    """A LoRA adapter that is merged into the model as it is loaded."""
+    template: str | None = None
+    """Accepted for configs of the reference; the checkpoint's own chat template is used."""
+    infer_backend: Literal["huggingface", "vllm"] = "huggingface"
+    """"huggingface" runs the model in this process; "vllm" asks the server at `vllm_url`, or starts one."""
+    trust_remote_code: bool = False
+    """Run code that comes with a checkpoint. Refused unless `allow_remote_code` says that you mean it."""
+    allow_remote_code: bool = False
+    served_model_name: str | None = None
+    """The name that clients ask for; by default the folder's."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, lt=65536)
+    api_key: str | None = Field(None, min_length=1)
+    device: str | None = None
+    image_max_pixels: int | None = Field(None, ge=28 * 28)
+    crop_max_pixels: int | None = Field(None, ge=28 * 28)
+    temperature: float = Field(0.0, ge=0, le=2)
+    """Used where a request names none; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(256, ge=1)
+    max_batch: int = Field(32, ge=1)
+    """Rows computed together."""
+    vllm_url: str | None = None
+    """A running vLLM (or any OpenAI-compatible) server up to `/v1`; without it one is started."""
+    vllm_model: str | None = None
+    """The name under which that server serves the model; by default `model_name_or_path`."""
+    vllm_args: list[str] = Field(default_factory=list)
+    """More arguments for the vLLM server that is started."""
+    allowed_image_hosts: list[str] = Field(default_factory=list)
+    """Hosts (`name` or `name:port`) from which http(s) pictures may be fetched; none by default."""
+    max_body_bytes: int = Field(20_000_000, ge=1024)
+    max_images: int = Field(8, ge=1)
+    max_picture_pixels: int = Field(25_000_000, ge=1)
+    max_text_bytes: int = Field(8_192, ge=1)
+    max_tokens_limit: int = Field(4096, ge=1)
+    max_choices: int = Field(16, ge=1)
+    max_waiting: int = Field(512, ge=1)
+    request_timeout_s: float = Field(120.0, gt=0)
+
+    def with_environment(self, environment: Mapping[str, str]) -> ServeConfig:
+        """This config with what the environment says in place.
+
+        Raises:
+            ConfigError: API_PORT is no port.
+        """
+        given: dict[str, Any] = {key: environment[name] for name, key in ENVIRONMENT.items() if environment.get(name)}
+        if "port" in given:
+            if not given["port"].isdigit() or int(given["port"]) > 65535:
+                raise ConfigError(f"API_PORT is {given['port']!r}; it must be a port number")
+            given["port"] = int(given["port"])
+        return self.model_copy(update=given)
+
+    @property
+    def name(self) -> str:
+        """The name that clients ask for."""
+        return self.served_model_name or Path(self.model_name_or_path).name
+
+    @property
+    def limits(self) -> Limits:
+        from visrl.serve.schemas import Limits
+
+        return Limits(
+            body_bytes=self.max_body_bytes,
+            images=self.max_images,
+            picture_pixels=self.max_picture_pixels,
+            text_bytes=self.max_text_bytes,
+            max_tokens=self.max_tokens_limit,
+            choices=self.max_choices,
+            request_s=self.request_timeout_s,
+            waiting_rows=self.max_waiting,
+        )
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until told to stop (SIGINT or SIGTERM), which lets the requests in work finish.
+
+    Raises:
+        ConfigError: remote code that was not allowed, or a model that cannot be loaded or reached.
+    """
+    from visrl.serve.runner import run_server
+
+    config = config.with_environment(os.environ)
+    if config.trust_remote_code and not config.allow_remote_code:
+        raise ConfigError(
+            "trust_remote_code runs code that comes with a checkpoint, on a server for others; "
+            "set allow_remote_code=true as well if you mean it"
+        )
+    if ":" in config.name:
+        raise ConfigError(f"the served name {config.name!r} holds a colon, which marks `:focus`; set served_model_name")
+    run_server(config)
+
+
+def load_local(config: ServeConfig) -> Loaded:
+    """The in-process engine of the config's checkpoint."""
+    from visrl.engines.local import LocalEngine
+    from visrl.models.settings import ModelSettings
+    from visrl.serve.batching import Loaded
+
+    settings = ModelSettings.load(config.model_name_or_path).with_given(
+        image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels
+    )
+    engine = LocalEngine.load(
+        config.model_name_or_path,
+        config.device,
+        adapter=config.adapter_name_or_path,
+        settings=settings,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return Loaded(engine, settings.crop_rule)
+
+
+def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
+    """The backend that the config names, not yet started."""
+    from visrl.serve.batching import Batcher
+
+    if config.infer_backend == "vllm":
+        from visrl.serve.upstream import Upstream
+
+        return Upstream(config, metrics)
+    return Batcher(lambda: load_local(config), metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)

@@ -1,0 +1,177 @@
+"""Pictures that strangers send: data URLs decoded within limits, and http(s) only where the operator allows a host.
+
+Fetching on a caller's behalf is how servers are turned against their own networks, so it is off by default, and where
+it is on: names are resolved once, every address must be public, the connection goes to the very address that was
+checked, and redirects are not followed. Nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import http.client
+import io
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visrl.conversation import View
+from visrl.images import ImageError, decode_image
+from visrl.serve.schemas import ImageUrl, Limits, RequestError
+
+# Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FETCH_S = 10.0
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
+# The characters of RFC 3986 alone: a backslash, blank or control character is read differently by different parsers.
+PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?(/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*)?", re.IGNORECASE)
+
+Resolve = Callable[[str, int], Sequence[str]]
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name, from the system's resolver."""
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def is_public(address: str) -> bool:
+    """Whether an address lies in the public internet, whatever address of version 4 is wrapped in one of version 6."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        nat64 = ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in ipaddress.ip_network("64:ff9b::/96") else None
+        inner = ip.ipv4_mapped or ip.sixtofour or nat64
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
+
+
+@dataclass(frozen=True, slots=True)
+class Fetcher:
+    """Fetches pictures from the hosts that the operator allows, each as `name` or `name:port`; none by default."""
+
+    allowed_hosts: frozenset[str] = frozenset()
+    resolve: Resolve = resolve
+    is_public: Callable[[str], bool] = is_public
+    timeout_s: float = FETCH_S
+
+    def fetch(self, url: str, max_bytes: int) -> bytes:
+        """The bytes at `url`.
+
+        Raises:
+            RequestError: 400 where the URL is not allowed or does not give a body of at most `max_bytes` in time.
+        """
+        match = PLAIN_URL.fullmatch(url)
+        if match is None:
+            raise RequestError(400, "this picture URL is not plain http(s) (RFC 3986 characters, no user, no fragment)")
+        scheme, host, port_text, path = match[1].lower(), match[2].lower(), match[3], match[4] or "/"
+        port = int(port_text) if port_text else (443 if scheme == "https" else 80)
+        allowed_as = f"{host}:{port}" if port_text and port not in (80, 443) else host
+        if allowed_as not in self.allowed_hosts:
+            raise RequestError(400, f"this server does not fetch pictures from {allowed_as}; send a data URL")
+        try:
+            addresses = self.resolve(host, port)
+        except (OSError, UnicodeError) as error:
+            raise RequestError(400, f"the host {host} of a picture cannot be resolved") from error
+        if not addresses or not all(self.is_public(address) for address in addresses):
+            raise RequestError(400, f"the host {host} of a picture has an address that is not public")
+        return self._get(scheme, host, port, path, addresses[0], max_bytes)
+
+    def _get(self, scheme: str, host: str, port: int, path: str, address: str, max_bytes: int) -> bytes:
+        deadline = time.monotonic() + self.timeout_s
+        connection = _PinnedConnection(scheme, host, port, address, self.timeout_s)
+        # Time-outs of sockets start anew with every byte; this one ends the connection however slowly it drips.
+        alarm = threading.Timer(self.timeout_s, connection.cut)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "visrl"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RequestError(400, f"{host} answered {response.status} for a picture; redirects are not followed")
+            data = response.read(max_bytes + 1)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            late = time.monotonic() >= deadline
+            why = f"took longer than {self.timeout_s:g} s" if late else "could not be read"
+            raise RequestError(400, f"a picture from {host} {why}") from error
+        finally:
+            alarm.cancel()
+            connection.close()
+        if len(data) > max_bytes:
+            raise RequestError(400, f"a picture from {host} is larger than {max_bytes:,} bytes")
+        return data
+
+
+class _PinnedConnection(http.client.HTTPConnection):
+    """A connection to one checked address; the name is used for the Host header and the certificate only."""
+
+    def __init__(self, scheme: str, host: str, port: int, address: str, timeout_s: float) -> None:
+        super().__init__(host, port, timeout=timeout_s)
+        if scheme == "https":
+            self.default_port = http.client.HTTPS_PORT  # so that the Host header leaves 443 out
+        self._scheme, self._address = scheme, address
+        self._cut = False
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = plain
+        if self._scheme == "https":
+            self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
+        if self._cut:
+            raise TimeoutError
+
+    def cut(self) -> None:
+        """End the connection from another thread."""
+        self._cut = True
+        held: Any = self.sock
+        if held is None:
+            return
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            held.shutdown(socket.SHUT_RDWR)
+
+
+def open_pictures(pictures: Sequence[ImageUrl], limits: Limits, fetcher: Fetcher) -> list[View]:
+    """The views of a request's pictures; equal bytes are one view. Blocking: call it in a thread.
+
+    Raises:
+        RequestError: 400 with the number of the picture and what is wrong with it.
+    """
+    views: list[View] = []
+    for number, picture in enumerate(pictures, start=1):
+        data = _read(picture.url, number, limits, fetcher)
+        is_crop = picture.detail == "low"
+        key = f"{hashlib.blake2b(data, digest_size=16).hexdigest()}{'-crop' if is_crop else ''}"
+        same = next((view for view in views if view.key == key), None)
+        if same is not None:
+            views.append(same)
+            continue
+        try:
+            image = decode_image(io.BytesIO(data), f"picture {number}", limits.picture_pixels, FORMATS)
+        except ImageError as error:
+            raise RequestError(400, str(error)) from error
+        views.append(View(key, image, is_crop))
+    return views
+
+
+def _read(url: str, number: int, limits: Limits, fetcher: Fetcher) -> bytes:
+    if url[:5].lower() == "data:":
+        head = DATA_URL.match(url)
+        if head is None:
+            raise RequestError(400, f"picture {number} must be a data URL like data:image/png;base64,…")
+        try:
+            return base64.b64decode(url[head.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RequestError(400, f"picture {number} is not valid base64") from error
+    if url[:7].lower() == "http://" or url[:8].lower() == "https://":
+        return fetcher.fetch(url, limits.body_bytes)
+    raise RequestError(400, f"picture {number} must be a data URL (data:image/png;base64,…); paths are not read")

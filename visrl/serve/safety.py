@@ -1,0 +1,201 @@
+"""The gate before the application: who may ask, from where, and how much. Knows no route's meaning and no model.
+
+A request is read here as a whole, bounded in bytes and time, before anything else looks at it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from visrl.serve.metrics import Metrics
+from visrl.serve.schemas import Limits, RequestError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+BODY_S = 30.0  # how long a body may take to arrive
+OPEN_PATHS = {"/", "/health", "/page/page.js", "/page/page.css", "/page/icon.svg"}  # no key: nothing to steal there
+
+
+class ClientLeft(Exception):
+    """The connection ended before there was anybody to answer."""
+
+
+class Budget:
+    """An amount that all requests in work share; what does not fit is refused at once."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.held = total, what, 0
+
+    def hold(self, amount: int) -> AbstractContextManager[None]:
+        """Hold `amount` while the context is open.
+
+        Raises:
+            RequestError: 429 where too much is held already.
+        """
+        if self.held + amount > self.total:
+            raise RequestError(429, f"the server holds too many {self.what} now; try again soon", retry_after_s=1)
+        self.held += amount
+        return self._release(amount)
+
+    @contextmanager
+    def _release(self, amount: int) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.held -= amount
+
+
+class Gate:
+    """ASGI middleware: checks the caller, reads the body within limits, hands it on, counts how it ended."""
+
+    def __init__(
+        self, app: Application, *, limits: Limits, api_key: str | None, only_local_names: bool, metrics: Metrics
+    ) -> None:
+        self.app, self.limits, self.metrics = app, limits, metrics
+        self.key = api_key.encode() if api_key else None
+        self.only_local_names = only_local_names
+        self.bodies = Budget(limits.held_bytes, "bytes")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no route speaks anything else; a refused handshake closes it
+            return
+        start, status = time.monotonic(), 0
+
+        async def counting_send(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.metrics.begin()
+        try:
+            await self._admit(scope, receive, counting_send)
+        finally:
+            self.metrics.end(scope["path"], status, time.monotonic() - start)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as held:
+            try:
+                receive = await self._check(scope, receive, held)
+            except RequestError as error:
+                await refuse(send, error)
+                return
+            except ClientLeft:
+                return
+            await self.app(scope, receive, send)
+
+    async def _check(self, scope: Scope, receive: Receive, held: ExitStack) -> Receive:
+        """What the application shall receive from, once caller and body are in order."""
+        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
+        self._check_host(headers.get("host", b""))
+        if scope["path"] not in OPEN_PATHS:
+            self._check_key(headers.get("authorization", b""))
+        if scope["method"] != "POST":
+            return receive
+        size = self._check_body(headers)
+        held.enter_context(self.bodies.hold(size))
+        try:
+            body = await asyncio.wait_for(self._read(receive, size), BODY_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise RequestError(408, f"the body took longer than {BODY_S:g} s") from error
+        return _replay(body, receive)
+
+    def _check_host(self, host: bytes) -> None:
+        """A page elsewhere may point its own name at this machine; on loopback only local names are answered."""
+        if self.only_local_names and not is_local_name(host.decode("latin-1")):
+            raise RequestError(421, "this server answers to localhost only; set host to serve under other names")
+
+    def _check_key(self, authorization: bytes) -> None:
+        if self.key is None:
+            return
+        given = authorization[7:] if authorization[:7].lower() == b"bearer " else b""
+        if not hmac.compare_digest(given, self.key):
+            raise RequestError(401, "missing or wrong API key; send it as `Authorization: Bearer …`", "invalid_api_key")
+
+    def _check_body(self, headers: dict[str, bytes]) -> int:
+        """How many bytes the body may have: what it says of itself, else the limit."""
+        # A form or plain text may be posted from any page without asking; JSON may not.
+        if headers.get("content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+            raise RequestError(415, "send the body as application/json")
+        stated = headers.get("content-length")
+        if stated is None:
+            return self.limits.body_bytes
+        if not stated.isdigit() or int(stated) > self.limits.body_bytes:
+            raise RequestError(413, f"the body is larger than the {self.limits.body_bytes:,} bytes allowed")
+        return int(stated)
+
+    async def _read(self, receive: Receive, size: int) -> bytes:
+        """The body.
+
+        Raises:
+            ClientLeft: before it was whole.
+            RequestError: 413 where it is longer than it may be.
+        """
+        parts, length = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part = message.get("body", b"")
+            length += len(part)
+            if length > size:
+                raise RequestError(413, f"the body is larger than the {self.limits.body_bytes:,} bytes allowed")
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once and then tells what the connection does."""
+    given = False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def refuse(send: Send, error: RequestError) -> None:
+    """Answer with an error in the protocol's form."""
+    body = json.dumps(error.body(), ensure_ascii=False).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    if error.status in (408, 413):
+        headers.append((b"connection", b"close"))  # what is left of the body shall not be read as a new request
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def is_local_name(host: str) -> bool:
+    """Whether a Host header names this machine's loopback: `localhost` or an address of it, with or without a port."""
+    name = host.strip().lower()
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    elif name.count(":") == 1:
+        name = name.partition(":")[0]
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,279 @@
+"""What the OpenAI chat protocol looks like here: requests read and bounded, replies and chunks built.
+
+Nothing here opens a picture, knows a model or touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from visrl.conversation import Conversation, Message, Sampling, View, seed_of
+from visrl.prompts import IMAGE
+
+FOCUS_SUFFIX = ":focus"
+
+# What OpenAI's protocol has and this server cannot honour, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+}
+
+
+class RequestError(Exception):
+    """A request that is refused: the status, a sentence for the caller, and OpenAI's `code` where it has one."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.retry_after_s = status, message, code, retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The error in the protocol's form."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for, and what all of them together may hold."""
+
+    body_bytes: int = 20_000_000
+    images: int = 8
+    picture_pixels: int = 25_000_000
+    text_bytes: int = 8_192  # a token is at least a byte, so this bounds the text's tokens too
+    messages: int = 64
+    max_tokens: int = 4096
+    choices: int = 16
+    stops: int = 8
+    request_s: float = 120.0
+    waiting_rows: int = 512
+    held_bytes: int = 400_000_000  # bodies of all requests in work
+    held_pixels: int = 250_000_000  # opened pictures of all requests in work: 750 MB
+
+
+class ImageUrl(BaseModel):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class Part(BaseModel):
+    """A piece of a message: a text or a picture."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def parts(self) -> list[Part]:
+        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The body of a chat completion; `extra` fields are kept to see what was asked and cannot be done."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def focus(self) -> bool:
+        """Whether the two steps of VisRL are asked for."""
+        return self.model.endswith(FOCUS_SUFFIX)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in texts if text)
+
+    def pictures(self) -> list[ImageUrl]:
+        """The pictures in their order."""
+        found = []
+        for message in self.messages:
+            for part in message.parts():
+                if part.type == "image_url" and part.image_url is not None:
+                    url = part.image_url
+                    found.append(ImageUrl(url=url) if isinstance(url, str) else url)
+        return found
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """How to draw, with the server's defaults for what is not given."""
+        asked = self.max_completion_tokens or self.max_tokens
+        return Sampling(
+            temperature=default.temperature if self.temperature is None else self.temperature,
+            top_p=default.top_p if self.top_p is None else self.top_p,
+            max_tokens=asked or default.max_tokens,
+        )
+
+    def seeds(self) -> list[int]:
+        """One seed per choice; the first is the caller's own, as an engine in this process would be given it."""
+        first = secrets.randbits(63) if self.seed is None else self.seed % 2**63
+        return [first] + [seed_of(first, "choice", index) for index in range(1, self.n)]
+
+
+def read_request(body: bytes, limits: Limits) -> ChatRequest:
+    """The chat request in a body.
+
+    Raises:
+        RequestError: 400 with what is wrong: no JSON, not the protocol, not supported, or more than the limits allow.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"]) from error
+    for name, harmless in UNSUPPORTED.items():
+        value = (request.model_extra or {}).get(name)
+        if value not in harmless:
+            raise RequestError(400, f"{name} is not supported by this server; leave it out", "unsupported_parameter")
+    _check_limits(request, limits)
+    return request
+
+
+def _check_limits(request: ChatRequest, limits: Limits) -> None:
+    texts = [part.text or "" for message in request.messages for part in message.parts() if part.type == "text"]
+    tokens = max(request.max_tokens or 0, request.max_completion_tokens or 0)
+    for amount, limit, what in (
+        (len(request.messages), limits.messages, "messages"),
+        (len(request.pictures()), limits.images, "pictures"),
+        (sum(len(text.encode()) for text in texts), limits.text_bytes, "bytes of text"),
+        (tokens, limits.max_tokens, "max_tokens"),
+        (request.n, limits.choices, "choices (n)"),
+        (len(request.stops), limits.stops, "stop texts"),
+        (sum(len(text.encode()) for text in request.stops), limits.text_bytes, "bytes of stop texts"),
+    ):
+        if amount > limit:
+            raise RequestError(400, f"{amount} {what} where this server allows {limit}")
+    if any(IMAGE in text for text in texts):
+        raise RequestError(400, f"a text may not hold the mark {IMAGE}; put the picture's image_url part in its place")
+    for message in request.messages:
+        for part in message.parts():
+            if (part.text if part.type == "text" else part.image_url) is None:
+                raise RequestError(400, f"a part of type {part.type} has no {part.type}")
+
+
+def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
+    """The whole conversation, each picture's mark at its place."""
+    messages = []
+    for message in request.messages:
+        role: Any = "system" if message.role == "developer" else message.role
+        text = "".join(IMAGE if part.type == "image_url" else part.text or "" for part in message.parts())
+        messages.append(Message(role, text))
+    return Conversation(tuple(messages), tuple(views))
+
+
+def to_question(request: ChatRequest) -> str:
+    """The question of a `:focus` request: the text of the last user message.
+
+    Raises:
+        RequestError: 400 where there is none, or not exactly one picture in the conversation.
+    """
+    if len(request.pictures()) != 1:
+        raise RequestError(400, f"{FOCUS_SUFFIX} takes exactly one picture, here are {len(request.pictures())}")
+    last = request.messages[-1]
+    question = "\n".join(part.text for part in last.parts() if part.type == "text" and part.text).strip()
+    if last.role != "user" or not question:
+        raise RequestError(
+            400, f"{FOCUS_SUFFIX} answers the last message, which must be the user's and hold a question"
+        )
+    return question
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One finished text, and what `:focus` found on the way."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    focus: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is common to a reply and all its chunks."""
+
+    id: str
+    model: str
+    created: int
+
+    @staticmethod
+    def begin(model: str) -> Reply:
+        return Reply(f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time()))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        """The reply to a request that does not stream."""
+        rows = []
+        for index, choice in enumerate(choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.focus is not None:
+                message["focus"] = choice.focus
+            rows.append({"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None})
+        return self._head("chat.completion") | {"choices": rows, "usage": usage(choices)}
+
+    def chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        """One piece of one choice."""
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
+
+    def last_chunk(self, choices: list[Choice]) -> dict[str, Any]:
+        """The chunk with the usage, for who asked for it."""
+        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)}
+
+
+def usage(choices: list[Choice]) -> dict[str, int]:
+    """Tokens of all choices together; the prompt counts once, as in the protocol (`:focus`: both steps' prompts)."""
+    prompt = max(choice.prompt_tokens for choice in choices)
+    completion = sum(choice.completion_tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def model_list(name: str, created: int) -> dict[str, Any]:
+    """The served names in the protocol's form."""
+    ids = (name, name + FOCUS_SUFFIX)
+    return {
+        "object": "list",
+        "data": [{"id": id, "object": "model", "created": created, "owned_by": "visrl"} for id in ids],
+    }
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
