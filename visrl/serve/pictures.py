@@ -18,10 +18,8 @@ import re
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from visrl.conversation import View
 from visrl.images import ImageError, decode_image
@@ -88,7 +86,6 @@ class Fetcher:
         return self._get(scheme, host, port, path, addresses[0], max_bytes)
 
     def _get(self, scheme: str, host: str, port: int, path: str, address: str, max_bytes: int) -> bytes:
-        deadline = time.monotonic() + self.timeout_s
         connection = _PinnedConnection(scheme, host, port, address, self.timeout_s)
         # Time-outs of sockets start anew with every byte; this one ends the connection however slowly it drips.
         alarm = threading.Timer(self.timeout_s, connection.cut)
@@ -101,12 +98,13 @@ class Fetcher:
                 raise RequestError(400, f"{host} answered {response.status} for a picture; redirects are not followed")
             data = response.read(max_bytes + 1)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            late = time.monotonic() >= deadline
-            why = f"took longer than {self.timeout_s:g} s" if late else "could not be read"
-            raise RequestError(400, f"a picture from {host} {why}") from error
+            late = connection.is_cut or isinstance(error, TimeoutError)
+            raise RequestError(400, f"a picture from {host} {'came too late' if late else 'is cut short'}") from error
         finally:
             alarm.cancel()
             connection.close()
+        if connection.is_cut:  # the end of a body without a length looks like its whole
+            raise RequestError(400, f"a picture from {host} came too late")
         if len(data) > max_bytes:
             raise RequestError(400, f"a picture from {host} is larger than {max_bytes:,} bytes")
         return data
@@ -120,24 +118,26 @@ class _PinnedConnection(http.client.HTTPConnection):
         if scheme == "https":
             self.default_port = http.client.HTTPS_PORT  # so that the Host header leaves 443 out
         self._scheme, self._address = scheme, address
-        self._cut = False
+        self._held: socket.socket | None = None  # `sock` is forgotten as soon as a body without a length begins
+        self.is_cut = False
 
     def connect(self) -> None:
-        plain = socket.create_connection((self._address, self.port), self.timeout)
-        self.sock = plain
+        self._held = self.sock = socket.create_connection((self._address, self.port), self.timeout)
         if self._scheme == "https":
-            self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
-        if self._cut:
+            context = ssl.create_default_context()
+            self._held = self.sock = context.wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
+        if self.is_cut:
             raise TimeoutError
 
     def cut(self) -> None:
         """End the connection from another thread."""
-        self._cut = True
-        held: Any = self.sock
-        if held is None:
-            return
-        with contextlib.suppress(OSError):  # it may have ended by itself
-            held.shutdown(socket.SHUT_RDWR)
+        self.is_cut = True
+        if self._held is not None:
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                self._held.shutdown(socket.SHUT_RDWR)
 
 
 def open_pictures(pictures: Sequence[ImageUrl], limits: Limits, fetcher: Fetcher) -> list[View]:
