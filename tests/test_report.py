@@ -217,6 +217,7 @@ def test_a_picture_that_is_gone_is_named_in_its_place(run: Path) -> None:
         rewrite(run / f"eval/{name}.jsonl", image="gone.png")
     page = page_of(run)
     assert page.text.count("no picture at gone.png") == 36
+    assert not page.all("img")
 
 
 def test_words_of_a_model_cannot_become_markup(run: Path) -> None:
@@ -238,6 +239,21 @@ def test_a_step_that_hurt_and_controls_out_of_order_are_said(run: Path) -> None:
     assert "Stage 2, iteration 1 made the answers worse than Stage 1, iteration 1" in notes
     assert "does not hold: random box, 100.0\u00a0%, is above centre box" in notes
     assert "a loss on the same questions" in page_of(run).text
+
+
+def test_a_summary_that_its_answers_do_not_bear_out_is_said(run: Path) -> None:
+    assert "evaluate again" not in " ".join(caveats(load_run(run)))
+    rewrite(run / "eval/iter0-stage2.jsonl", correct=True)
+    assert "Stage 2, iteration 0: the summary says" in " ".join(caveats(load_run(run)))
+
+
+def test_checkpoints_still_being_evaluated_are_compared_over_what_both_answered(run: Path) -> None:
+    (run / "summary.json").unlink()
+    path = run / "eval/iter1-stage2.jsonl"
+    write_records(path, list(read_jsonl(path))[:40])
+    page = page_of(run)
+    assert "answered between 40 and 60 questions so far" in page.text
+    assert "36 of 40 test questions" in page.text
 
 
 def test_a_checkpoint_that_changed_nothing_is_not_praised(run: Path) -> None:

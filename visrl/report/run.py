@@ -138,7 +138,7 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def measure(rows: Sequence[Row]) -> Scores:
+def measure_rows(rows: Sequence[Row]) -> Scores:
     """The three measures of evaluation rows, with their intervals."""
     values = {
         "answer_accuracy": [float(row["correct"]) for row in rows],
@@ -166,7 +166,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
         rows = read_rows(file, ANSWER_KEYS) if file else []
         if entry is None and not rows:
             continue
-        scores = _scores(entry) if entry else measure(rows)
+        scores = _scores(entry) if entry else measure_rows(rows)
         by_kind = entry.get("by_kind", {}) if entry else _by_kind(rows)
         count = entry["n"] if entry else len(rows)
         stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {row["id"]: row for row in rows}))
@@ -178,7 +178,7 @@ def _by_kind(rows: Sequence[Row]) -> dict[str, Row]:
     for row in rows:
         kinds.setdefault(row.get("kind", ""), []).append(row)
     return {
-        kind: {**{name: score.mean for name, score in measure(group).items()}, "n": len(group)}
+        kind: {**{name: score.mean for name, score in measure_rows(group).items()}, "n": len(group)}
         for kind, group in sorted(kinds.items())
     }
 
@@ -196,7 +196,7 @@ def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, 
         if stage and not told:
             file = "sft" if stage[0].name == "sft" else f"iter{stage[0].iteration}-{stage[0].name}"
             paths = {name: folder / "eval" / f"{file}.{name}.jsonl" for name in CONTROLS}
-            told = {name: measure(read_rows(path, ANSWER_KEYS)) for name, path in paths.items() if path.is_file()}
+            told = {name: measure_rows(read_rows(path, ANSWER_KEYS)) for name, path in paths.items() if path.is_file()}
         if told and stage:
             told["own"] = stage[0].scores
             found[which] = {name: told[name] for name in CONTROLS if told.get(name)}

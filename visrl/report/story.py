@@ -12,8 +12,8 @@ from typing import Literal
 
 from visrl.evaluate.statistics import paired
 from visrl.report.gallery import shared_ids
-from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage
-from visrl.report.wording import NO_BREAK, count, percent, signed
+from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage, measure_rows
+from visrl.report.wording import NO_BREAK, count, measured, percent, signed
 
 Verdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
 
@@ -103,7 +103,7 @@ def caveats(run: Run) -> list[str]:
     notes = []
     if run.missing:
         notes.append(f"Not in this run folder (yet): {', '.join(run.missing)}. What depends on them is left out.")
-    notes += _step_notes(run) + _order_notes(run)
+    notes += _file_notes(run) + _step_notes(run) + _order_notes(run)
     if len(run.crop_rules) > 1:
         notes.append(f"The parts of this run do not crop alike: {', '.join(run.crop_rules)}.")
     if run.stages:
@@ -129,14 +129,34 @@ def caveats(run: Run) -> list[str]:
     return notes
 
 
+def _file_notes(run: Run) -> list[str]:
+    """Where the files of the run do not agree with each other."""
+    notes = []
+    for stage in run.stages:
+        counted = measure_rows(list(stage.rows.values())) if stage.rows else {}
+        for name, score in counted.items():
+            if name in stage.scores and abs(score.mean - stage.scores[name].mean) > 1e-3:
+                notes.append(
+                    f"{stage.title}: the summary says {measured(stage.scores[name].mean, name)} for "
+                    f"“{MEASURES[name].lower()}”, its answers give {measured(score.mean, name)}; evaluate again."
+                )
+    asked = {len(stage.rows) for stage in run.stages if stage.rows}
+    if len(asked) > 1:
+        notes.append(
+            f"The checkpoints have answered between {count(min(asked))} and {count(max(asked), 'question')} so far; "
+            "differences are over the questions that both have answered."
+        )
+    return notes
+
+
 def _step_notes(run: Run) -> list[str]:
     """The training stages that did not help, by answers or by boxes."""
     notes = []
     for earlier, later in pairwise(run.stages):
-        for measure, what in (("answer_accuracy", "answers"), ("box_iou", "boxes")):
-            if measure not in earlier.scores or measure not in later.scores:
+        for name, what in (("answer_accuracy", "answers"), ("box_iou", "boxes")):
+            if name not in earlier.scores or name not in later.scores:
                 continue
-            step = change(earlier, later, measure)
+            step = change(earlier, later, name)
             if step.verdict == "worse":
                 notes.append(f"{later.title} made the {what} worse than {earlier.title}: {step.text}.")
             elif step.verdict == "no measurable difference":
