@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from visrl.box import Box
 from visrl.evaluate.compare import compare
-from visrl.evaluate.results import read_results, summarise
-from visrl.records import RecordError
+from visrl.evaluate.controls import control_box
+from visrl.evaluate.results import read_results, result_row, summarise
+from visrl.records import RecordError, Sample
 
 ROWS = [
     {"id": "1", "dataset": "gqa", "judge": 1.0, "hit": 1, "iou": 0.8},
@@ -101,3 +103,42 @@ def test_a_folder_stands_for_its_results_and_drawn_scenes_are_read_as_they_are(t
     assert summarise(read_results(tmp_path))["datasets"]["digit"]["columns"]["correct"]["counted"]["mean"] == 1
     with pytest.raises(RecordError, match="no results at"):
         read_results(tmp_path / "nowhere")
+
+
+# --- Rows and controls of a run -------------------------------------------------------------------------------------
+
+SAMPLE = Sample("gqa/val/7", "a.jpg", "What is it?", "window", Box(0.0, 0.0, 0.5, 0.5), "gqa")
+
+
+def test_the_row_of_a_question_that_went_well():
+    row = result_row(SAMPLE, prediction="Window", box_text="[0, 0, 0.5, 0.25]", box=Box(0, 0, 0.5, 0.25))
+    assert (row["exact"], row["iou"], row["hit"], row["unparseable"], row["error"]) == (1, 0.5, 0, False, None)
+
+
+def test_an_unparseable_box_is_the_models_failure_and_a_lost_connection_is_not():
+    lost = result_row(SAMPLE, prediction=None, box_text="", error="connection lost")
+    vague = result_row(SAMPLE, prediction=None, box_text="on the left", error="box: no box in the form …")
+    assert (lost["exact"], lost["iou"], lost["hit"], lost["error"]) == (None, None, None, "connection lost")
+    assert (vague["exact"], vague["anls"], vague["iou"], vague["hit"], vague["error"]) == (0, 0, 0, 0, None)
+    summary = summarise([{**lost, "id": "1"}, {**vague, "id": "2"}])
+    assert (summary["failed"], summary["unparseable"]) == (1, 1)
+    assert summary["columns"]["hit"]["left_out"]["n"] == 1
+
+
+def test_rows_without_a_box_or_without_a_true_box():
+    assert "iou" not in result_row(SAMPLE, prediction="x")
+    no_truth = Sample("1", "a.jpg", "?", "window", None, "gqa")
+    row = result_row(no_truth, prediction="window", box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1))
+    assert (row["bad_truth"], row["iou"], row["hit"], row["exact"]) == (True, None, None, 1)
+    boxes_only = Sample("1", "a.jpg", "?", "", Box(0, 0, 1, 1), "gqa")
+    row = result_row(boxes_only, prediction=None, box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1))
+    assert (row["iou"], "exact" in row) == (1, False)
+
+
+def test_control_boxes_are_seeded_and_inside_the_picture():
+    # The middle half of a square of 200 around a 200 × 100 picture: its rows 50 to 150, the picture's 0 to 100.
+    assert control_box("center", (200, 100), "1").as_list() == pytest.approx([0.25, 0.0, 0.75, 1.0])
+    drawn = [control_box("random", (900, 60), str(index)) for index in range(200)]
+    assert drawn == [control_box("random", (900, 60), str(index)) for index in range(200)]
+    assert drawn != [control_box("random", (900, 60), str(index), seed=1) for index in range(200)]
+    assert len({box.x0 for box in drawn}) > 100

@@ -63,9 +63,10 @@ def judge(
     attempts: Annotated[int, typer.Option(min=1, help="Tries before a judgement counts as failed.")] = 6,
 ) -> None:
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
-    from visrl.engines.client import Client, Endpoint
+    from visrl.engines.client import Client, Endpoint, EndpointError
     from visrl.evaluate.answers import answered
     from visrl.evaluate.judge import judge_all
+    from visrl.records import RecordError
 
     with _one_sentence():
         rows, _ = _answer_rows(predictions, truth)
@@ -75,6 +76,8 @@ def judge(
             client.check()
             with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
                 judged = judge_all(asked, client.ask_all, model, out, on_judgement=lambda _: bar.update(1))
+        except EndpointError as error:
+            raise RecordError(str(error)) from error
         finally:
             client.close()
         failed = sum(one.error is not None for one in judged)
@@ -153,12 +156,11 @@ def leaderboard(
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """Turns the errors a user can mend into one sentence and exit code 1; others keep their traceback."""
-    from visrl.engines.client import EndpointError
     from visrl.records import RecordError
 
     try:
         yield
-    except (RecordError, EndpointError, OSError) as error:
+    except (RecordError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

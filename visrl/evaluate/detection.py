@@ -64,6 +64,11 @@ def judge_lmms(predicted: Sequence[float], truth: Sequence[float], text: str | N
     return _detection(None if unparseable and text is None else said, truth, (1, 1), CODECS[codec], hit, unparseable)
 
 
+def is_hit(overlap: float) -> bool:
+    """Whether an IoU in double precision is above one half by more than floating point alone can make it."""
+    return overlap > THRESHOLD + _NOISE
+
+
 # --- The published rule -----------------------------------------------------------------------------------------------
 
 
@@ -135,4 +140,4 @@ def _detection(
     if corner_fault(corners, size) is not None:
         return Detection(box, None, None, hit_published, unparseable, bad_truth=True)
     overlap = 0.0 if box is None else iou(box, Box.from_pixels(corners, size))
-    return Detection(box, overlap, overlap > THRESHOLD + _NOISE, hit_published, unparseable, bad_truth=False)
+    return Detection(box, overlap, is_hit(overlap), hit_published, unparseable, bad_truth=False)

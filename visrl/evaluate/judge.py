@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
-from visrl.engines.client import Ask
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, write_records
+
+if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
+    from visrl.engines.client import Ask
 
 JUDGE_TOKENS = 256  # room for a judge that explains itself; the published scorer sets no limit
 
@@ -110,13 +112,14 @@ def _fraction(value: str, whole: str) -> float | None:
 
 def judge_ask(answered: Answered) -> Ask:
     """The published prompt about one answer, at temperature 0."""
-    return Ask(
-        [
-            {"role": "system", "content": JUDGE_SYSTEM},
-            {"role": "user", "content": judge_prompt(answered.question, answered.reference, answered.prediction)},
-        ],
-        Sampling(temperature=0.0, max_tokens=JUDGE_TOKENS),
-    )
+    from visrl.engines.client import Ask
+
+    return Ask(_messages(answered), Sampling(temperature=0.0, max_tokens=JUDGE_TOKENS))
+
+
+def _messages(answered: Answered) -> list[dict[str, str]]:
+    asked = judge_prompt(answered.question, answered.reference, answered.prediction)
+    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": asked}]
 
 
 def judge_all(
@@ -217,6 +220,6 @@ def _judgement(answered: Answered, judge: str, key: str, completion: Completion)
 
 
 def judgement_key(answered: Answered, judge: str) -> str:
-    ask = judge_ask(answered)
-    parts = (judge, ask.messages[0]["content"], ask.messages[1]["content"], str(ask.sampling))
+    """What a judgement is a judgement of: a hash of the judge's name and every word it was asked."""
+    parts = [judge, str(JUDGE_TOKENS), *(message["content"] for message in _messages(answered))]
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()

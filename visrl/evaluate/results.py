@@ -16,8 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from visrl.box import Box, iou
+from visrl.evaluate.detection import is_hit
+from visrl.evaluate.metrics import METRICS, string_scores
 from visrl.evaluate.statistics import interval, mean_interval
-from visrl.records import RecordError, read_jsonl
+from visrl.records import RecordError, Sample, read_jsonl
 
 Row = Mapping[str, Any]
 Reading = Literal["counted", "left_out"]
@@ -63,6 +66,49 @@ def _fault(row: Any) -> str | None:
         if value is not None and not (isinstance(value, (bool, int, float)) and 0 <= value <= 1):
             return f"{name} is {value!r}; it must be null or lie between 0 and 1"
     return None
+
+
+def result_row(
+    sample: Sample,
+    *,
+    prediction: str | None,
+    box_text: str | None = None,
+    box: Box | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """The result row of one question: what a model looked at and answered, with IoU and the string metrics.
+
+    A box text that holds no box is the model's own failure: it scores 0 in every column, and no reading leaves it out.
+    With no box asked for (a control), leave `box_text` and `box` out. A sample without a box has a bad truth; one
+    without an answer gets no string metrics.
+    """
+    unparseable = bool(box_text) and box is None
+    row: dict[str, Any] = {
+        "id": sample.id,
+        "dataset": sample.source,
+        "question": sample.question,
+        "answer": sample.answer,
+        "image": sample.image,
+        "prediction": prediction,
+        "error": None if unparseable else error,
+    }
+    if sample.answer:
+        row.update(string_scores(prediction, [sample.answer]))
+    if sample.answer and unparseable:
+        row.update(dict.fromkeys(METRICS, 0.0))
+    if box_text is None and box is None:
+        return row
+    failed = box is None and not unparseable
+    overlap = None if failed or sample.box is None else 0.0 if box is None else iou(box, sample.box)
+    return row | {
+        "true_box": sample.box.as_list() if sample.box else None,
+        "box": box.as_list() if box else None,
+        "box_text": box_text,
+        "iou": overlap,
+        "hit": None if overlap is None else int(is_hit(overlap)),
+        "unparseable": unparseable,
+        "bad_truth": sample.box is None,
+    }
 
 
 def dataset_of(row: Row) -> str:

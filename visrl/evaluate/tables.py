@@ -35,14 +35,14 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> list[str]:
-    """The lines of `compare.compare`: one table per column, each reading on its own lines."""
+    """The lines of `compare.compare`: one table per column, the second reading only where something is left out."""
     lines = [f"A = {name_a}", f"B = {name_b}", f"{result['n']:,} questions on both sides"]
     if result["only_a"] or result["only_b"]:
         lines.append(f"left out: {result['only_a']} that A alone holds, {result['only_b']} that B alone holds")
     for column, readings in result["columns"].items():
         rows = []
         several = len(result["datasets"]) > 1
-        for reading in READINGS:
+        for reading in READINGS if readings["counted"] != readings["left_out"] else READINGS[:1]:
             if several:
                 for name, columns in result["datasets"].items():
                     rows.append(_comparison_row(name, reading, columns[column][reading]))
