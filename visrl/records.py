@@ -109,11 +109,11 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
         if isinstance(value, Box):
             row[name] = value.as_list()
     if "images" in row:
-        row["images"] = [_picture_json(picture) for picture in row["images"]]
+        row["images"] = [picture_json(picture) for picture in row["images"]]
     return row
 
 
-def _picture_json(picture: Picture) -> str | dict[str, Any]:
+def picture_json(picture: Picture) -> str | dict[str, Any]:
     if picture.crop is None and picture.size is None:
         return picture.ref
     row: dict[str, Any] = {"ref": picture.ref}

@@ -65,7 +65,7 @@ class Tag:
     colour: str
     shape: str
     box: PixelBox
-    text: str  # the number, or "" where there are dots
+    text: str  # the digit, or "" where there are dots
     dots: tuple[tuple[float, float], ...]
     content: PixelBox  # the smallest box around the number or the dots
 
@@ -150,7 +150,7 @@ def _tag(rng: np.random.Generator, box: PixelBox, colour: str) -> Tag:
     shape = str(rng.choice(SHAPES))
     middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]) + rng.uniform(-6, 6, size=2)
     if rng.random() < 0.7:
-        text = str(rng.integers(10, 100))
+        text = str(rng.integers(0, 10))
         width = (len(text) * 6 - 1) * GLYPH_SCALE
         x, y = (int(v) for v in middle - np.array([width, GLYPH_HEIGHT]) / 2)
         return Tag(colour, shape, box, text, (), (x, y, x + width, y + GLYPH_HEIGHT))

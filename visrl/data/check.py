@@ -1,0 +1,192 @@
+"""What is wrong with a data set before it is used: bad rows, missing and broken pictures, duplicates, leaks.
+
+Reads every row and, where a folder of pictures is given, decodes every picture once. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE
+from visrl.data.convert import Reading, dataset_of, read_format
+from visrl.data.rows import Row
+from visrl.data.sizes import FOLDERS, viscot_path
+from visrl.images import ImageError, open_image, picture_path
+from visrl.records import Sample
+
+FAULTS = ("inverted", "outside", "empty", "unparseable")  # always reported, also where there are none
+EXAMPLES = 3
+
+# Where the pictures of Visual-CoT's data sets come from. All of them together: the Visual-CoT data set on the hub.
+ORIGINS = {
+    "cub": "https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    "docvqa": "https://rrc.cvc.uab.es/?ch=17",
+    "dude": "https://rrc.cvc.uab.es/?ch=23",
+    "flickr30k": "https://shannon.cs.illinois.edu/DenotationGraph/",
+    "gqa": "https://cs.stanford.edu/people/dorarad/gqa/download.html",
+    "infographicsvqa": "https://rrc.cvc.uab.es/?ch=17",
+    "openimages": "https://storage.googleapis.com/openimages/web/index.html",
+    "sroie": "https://rrc.cvc.uab.es/?ch=13",
+    "textvqa": "https://textvqa.org/dataset/",
+    "textcap": "https://textvqa.org/dataset/",
+    "v7w": "https://ai.stanford.edu/~yukez/visual7w/",
+    "vsr": "https://cocodataset.org/#download",
+    "refcoco": "https://cocodataset.org/#download",
+    "refcoco+": "https://cocodataset.org/#download",
+    "refcocog": "https://cocodataset.org/#download",
+}
+ALL_PICTURES = "https://huggingface.co/datasets/deepcs233/Visual-CoT"
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found. Pictures are counted once each; `missing_images` is None where none were looked for."""
+
+    rows: int = 0
+    good: int = 0
+    bad: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(FAULTS, 0)))
+    missing_images: int | None = None
+    pictures: int = 0
+    missing: Counter[str] = field(default_factory=Counter)  # by data set
+    unusable: Counter[str] = field(default_factory=Counter)  # "unreadable", "absurd"
+    duplicates: int = 0
+    leaks: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, kind: str, text: str) -> None:
+        kept = self.examples.setdefault(kind, [])
+        if len(kept) < EXAMPLES:
+            kept.append(text)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"rows": self.rows, "good": self.good, "bad": dict(self.bad), "missing_images": self.missing_images}
+
+
+def check(
+    source: str, inputs: Iterable[str], reading: Reading, progress: Callable[[int], None] = lambda rows: None
+) -> Report:
+    """Read all rows of `inputs` and report. Pictures are looked at where `reading.sizes.images` names their folder.
+
+    Raises:
+        RecordError: a file is not there or damaged.
+    """
+    report = Report(missing_images=None if reading.sizes.images is None else 0)
+    seen_rows: set[bytes] = set()
+    seen_pictures: set[bytes] = set()
+    splits: dict[bytes, str] = {}
+    leaked: set[bytes] = set()
+    for path in inputs:
+        for row in read_format(source, path, reading):
+            report.rows += 1
+            progress(report.rows)
+            if row.fault:
+                report.bad[row.fault] += 1
+                report.note(row.fault, f"{path}, row {row.number}: {row.reason}")
+            else:
+                report.good += 1
+            _find_duplicate(report, row, path, seen_rows)
+            for ref in _pictures(row):
+                key = _hash(ref)
+                split = _split(row, path)
+                if splits.setdefault(key, split) != split and key not in leaked:
+                    leaked.add(key)
+                    report.leaks += 1
+                    report.note("leaks", f"{ref} is in {splits[key]!r} and in {split!r}")
+                if key not in seen_pictures:
+                    seen_pictures.add(key)
+                    report.pictures += 1
+                    _look_at(report, row, ref, reading.sizes.images)
+    return report
+
+
+def _find_duplicate(report: Report, row: Row, path: str, seen: set[bytes]) -> None:
+    for record in row.records:
+        if not isinstance(record, Sample):
+            continue
+        key = _hash(f"{record.image}\0{record.question}\0{record.answer}\0{record.box}")
+        if key in seen:
+            report.duplicates += 1
+            report.note("duplicates", f"{path}, row {row.number}: the same picture, question, box and answer again")
+        seen.add(key)
+
+
+def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
+    """Open a picture once: is it there, whole, and of a shape that a model can take?"""
+    if root is None:
+        return
+    if not ref.startswith(("scene:", "data:")) and picture_path(ref, root) is None:
+        report.missing_images = (report.missing_images or 0) + 1
+        report.missing[_origin(row, ref)] += 1
+        report.note("missing", ref)
+        return
+    record = row.records[0] if row.records else None
+    try:
+        width, height = open_image(ref, root, record.size if isinstance(record, Sample) else None).size
+    except ImageError as error:
+        report.unusable["unreadable"] += 1
+        report.note("unreadable", str(error))
+        return
+    if min(width, height) < MIN_CROP_SIDE or max(width, height) > MAX_CROP_ASPECT * min(width, height):
+        report.unusable["absurd"] += 1
+        report.note("absurd", f"{ref} is {width} × {height}: too small or too thin for the models' processors")
+
+
+def _pictures(row: Row) -> Iterator[str]:
+    """The pictures of a row, of a bad one as far as it says so."""
+    if row.records:
+        refs = {record.image if isinstance(record, Sample) else record.images[0].ref for record in row.records}
+        yield from refs
+        return
+    if not isinstance(row.raw, dict):
+        return
+    value = row.raw.get("image", row.raw.get("img_path", row.raw.get("images")))
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, str):
+        yield viscot_path(dataset_of(row), value) if "bboxs" in row.raw else value
+
+
+def _split(row: Row, path: str) -> str:
+    """The split that a row names, or the file it stands in."""
+    split = row.raw.get("split") if isinstance(row.raw, dict) else None
+    return split if isinstance(split, str) else Path(path).stem
+
+
+def _origin(row: Row, ref: str) -> str:
+    parts = Path(ref).parts
+    return dataset_of(row) or (parts[1] if len(parts) > 2 else "")
+
+
+def _hash(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+
+def as_text(report: Report, root: Path | None) -> str:
+    """The report for people: what was found, the first examples of each, and what to do about missing pictures."""
+    lines = [f"{report.rows:,} rows: {report.good:,} good, {report.rows - report.good:,} bad"]
+    for fault, count in sorted(report.bad.items(), key=lambda item: -item[1]):
+        if count:
+            lines += [f"  {fault}: {count:,}", *(f"    {text}" for text in report.examples.get(fault, []))]
+    found = {"duplicates": report.duplicates, "leaks": report.leaks, **report.unusable}
+    for kind, count in found.items():
+        if count:
+            lines += [f"{kind}: {count:,}", *(f"    {text}" for text in report.examples.get(kind, []))]
+    if report.missing_images is None:
+        lines.append(f"{report.pictures:,} pictures, not looked for (give --images DIR)")
+    else:
+        lines.append(f"{report.pictures:,} pictures, {report.missing_images:,} missing under {root}")
+    for dataset, count in report.missing.most_common():
+        folder = FOLDERS.get(dataset, dataset) or "…"
+        origin = ORIGINS.get(dataset, "the place its data came from")
+        where = f"{root}/cot/{folder}/" if dataset in ORIGINS and not dataset.startswith("refcoco") else f"{root}/"
+        lines.append(f"  {dataset or 'pictures'}: {count:,} missing; they belong in {where} and come from {origin}")
+    if report.missing:
+        lines += [f"    {ref}" for ref in report.examples.get("missing", [])]
+        if any(dataset in ORIGINS and not dataset.startswith("refcoco") for dataset in report.missing):
+            lines.append(f"  all of Visual-CoT's pictures in one place: {ALL_PICTURES}")
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""`visrl data`: convert, check and stats. Parses, then imports what the verb needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from pydantic import Field
+
+from visrl.config import Config, ConfigError, build_config, read_yaml
+
+app = typer.Typer(help="Convert, check and describe data sets.", no_args_is_help=True)
+
+_FORMATS = "viscot, viscot-meta, viscot-detection, refcoco, sharegpt, visrl, hf"
+From = Annotated[str, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")]
+SizesFile = Annotated[list[str] | None, typer.Option("--sizes", help="Detection or metadata JSONL with picture sizes.")]
+Images = Annotated[str | None, typer.Option("--images", help="Folder of the pictures.")]
+Space = Annotated[str | None, typer.Option("--box-space", help="What three-decimal boxes mean: image, padded_square.")]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Name in dataset_info.json (sharegpt).")]
+Columns = Annotated[list[str] | None, typer.Option("--columns", help="ours=theirs, for hf; may be repeated.")]
+
+
+class ConvertConfig(Config):
+    """What `--config` may hold; the command line goes before it."""
+
+    source: str = "visrl"
+    target: str = "visrl"
+    sizes: list[str] = Field(default_factory=list)
+    images: str | None = None
+    skip: dict[str, int] = Field(default_factory=dict)
+    take: dict[str, int] = Field(default_factory=dict)
+    seed: int = 88
+    validation: float = 0.0
+    box_space: str = "image"
+
+
+@app.command()
+def convert(
+    inputs: Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help=".json is written as a list, .jsonl as lines.")],
+    source: Annotated[str | None, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")] = None,
+    target: Annotated[str | None, typer.Option("--to", help=f"{_FORMATS}, viscot-sft1, viscot-sft2, rl-pool.")] = None,
+    sizes: SizesFile = None,
+    images: Images = None,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", help="Rows to pass by: N of each data set, NAME=N.")
+    ] = None,
+    take: Annotated[list[str] | None, typer.Option("--take", help="Rows to take: N of each data set, NAME=N.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the split by picture.")] = None,
+    validation: Annotated[float | None, typer.Option("--validation", help="Share of pictures for OUT's .val.")] = None,
+    box_space: Space = None,
+    dataset: Dataset = None,
+    columns: Columns = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="YAML with these options (configs/data_*.yaml).")
+    ] = None,
+) -> None:
+    """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
+    from visrl.data.convert import Reading, Selection
+    from visrl.data.convert import convert as run
+    from visrl.data.sizes import Sizes
+
+    with _clear_errors():
+        given = {
+            "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
+            "validation": validation, "box_space": box_space,
+            "skip": _counts(skip), "take": _counts(take),
+        }  # fmt: skip
+        values = read_yaml(config) if config else {}
+        values |= {key: value for key, value in given.items() if value not in (None, {})}
+        for needed, option in (("source", "--from"), ("target", "--to")):
+            if needed not in values:
+                raise ConfigError(f"say the format with {option} FORMAT")
+        options = build_config(ConvertConfig, values, where=config or "the command line")
+        space = _space(options.box_space)
+        reading = Reading(
+            Sizes(options.sizes, options.images), _space(box_space) if box_space else None, dataset, _pairs(columns)
+        )
+        with _progress() as tick:
+            summary = run(
+                options.source,
+                options.target,
+                inputs,
+                out,
+                reading=reading,
+                selection=Selection(options.skip, options.take),
+                box_space=space,
+                validation=options.validation,
+                seed=options.seed,
+                progress=tick,
+            )
+    print(f"read {summary.rows:,} rows from {', '.join(inputs)}")
+    if summary.left_out:
+        print(f"left out {summary.left_out:,} by --skip and --take")
+    for path, count in summary.written.items():
+        print(f"wrote {count:,} rows to {path}")
+    if summary.bad:
+        faults = ", ".join(f"{count:,} {fault}" for fault, count in summary.bad.most_common())
+        print(f"listed {sum(summary.bad.values()):,} bad rows in {out}.bad.jsonl: {faults}")
+
+
+@app.command()
+def check(
+    inputs: Annotated[list[str], typer.Argument(metavar="IN…")],
+    source: From,
+    images: Images = None,
+    sizes: SizesFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    box_space: Space = None,
+    dataset: Dataset = None,
+    columns: Columns = None,
+) -> None:
+    """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
+    from visrl.data.check import as_text
+    from visrl.data.check import check as run
+    from visrl.data.convert import Reading
+    from visrl.data.sizes import Sizes
+
+    with _clear_errors(), _progress() as tick:
+        space = _space(box_space) if box_space else None
+        report = run(source, inputs, Reading(Sizes(sizes, images), space, dataset, _pairs(columns)), tick)
+        root = Sizes(images=images).images
+    print(json.dumps(report.as_json()) if as_json else as_text(report, root))
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn errors that users can mend into one sentence and a non-zero exit."""
+    from visrl.images import ImageError
+    from visrl.records import RecordError
+
+    try:
+        yield
+    except (ConfigError, RecordError, ImageError) as error:
+        print(f"visrl data: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """Rows read so far, on standard error: a live line on a terminal, else a line every 100,000 rows."""
+    start = time.monotonic()
+    live = sys.stderr.isatty()
+    every = 5_000 if live else 100_000
+
+    def tick(rows: int) -> None:
+        if rows % every == 0:
+            rate = rows / max(1e-9, time.monotonic() - start)
+            print(f"{rows:,} rows, {rate:,.0f} rows/s", end="\r" if live else "\n", file=sys.stderr, flush=True)
+
+    yield tick
+    if live:
+        print(" " * 40, end="\r", file=sys.stderr, flush=True)
+
+
+def _space(name: str) -> Any:
+    from visrl.codecs import BOX_SPACES
+
+    if name not in BOX_SPACES:
+        raise ConfigError(f"box_space must be one of {', '.join(BOX_SPACES)}, not {name!r}")
+    return name
+
+
+def _counts(values: list[str] | None) -> dict[str, int]:
+    """`10000` for every data set, `gqa=500` for one."""
+    counts = {}
+    for value in values or []:
+        name, _, number = value.rpartition("=")
+        if not number.isdecimal():
+            raise ConfigError(f"{value!r} must be a number of rows, or NAME=number")
+        counts[name] = int(number)
+    return counts
+
+
+def _pairs(values: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for value in values or []:
+        ours, equals, theirs = value.partition("=")
+        if not equals:
+            raise ConfigError(f"--columns takes ours=theirs, not {value!r}")
+        pairs[ours] = theirs
+    return pairs

@@ -1,0 +1,300 @@
+"""Any format to any other: what `visrl data convert` does, and the one table of formats.
+
+A file is read row by row. A bad row is listed beside the output with its reason, never dropped in silence; where source
+and target are the same format every row, good or bad, is written back as it stood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from visrl.box import Size
+from visrl.codecs import BoxSpace
+from visrl.data.hf import ParquetWriter, read_hf
+from visrl.data.native import parse_visrl, pool_row, visrl_row
+from visrl.data.refcoco import parse_refcoco, refcoco_row
+from visrl.data.rows import Row, RowFault, Writer, read_rows
+from visrl.data.sharegpt import Entry, find_entry, read_sharegpt
+from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
+from visrl.data.sizes import Sizes
+from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
+from visrl.records import Preference, RecordError, Sample
+
+SOURCES = ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl", "hf")
+TARGETS = (*SOURCES, "viscot-sft1", "viscot-sft2", "rl-pool")
+_AS_IT_STOOD = Sample("", "", "", "")  # stands for a bad row that is written back
+_SHAREGPT = ("sharegpt", "viscot-sft1", "viscot-sft2")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read: sizes, and what some formats need to be told."""
+
+    sizes: Sizes = field(default_factory=Sizes)
+    box_space: BoxSpace | None = None
+    dataset: str | None = None  # the entry of dataset_info.json
+    columns: Mapping[str, str] = field(default_factory=dict)  # ours → theirs, for `hf`
+    split: str = "train"  # for `hf`
+    boxes: bool = True  # without: boxes are passed by, right or wrong, and sizes are not needed
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which rows of each data set: `skip` so many, then `take` so many; by name, or under "" for all others."""
+
+    skip: Mapping[str, int] = field(default_factory=dict)
+    take: Mapping[str, int] = field(default_factory=dict)
+
+    def takes(self, dataset: str, place: int) -> bool:
+        """Whether the row at `place` (from 0, in its data set) is wanted."""
+        first = self.skip.get(dataset, self.skip.get("", 0))
+        count = self.take.get(dataset, self.take.get(""))
+        return place >= first and (count is None or place < first + count)
+
+
+@dataclass(slots=True)
+class Summary:
+    """What became of the rows."""
+
+    rows: int = 0
+    written: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+
+
+def read_format(name: str, path: str, reading: Reading) -> Iterator[Row]:
+    """The rows of a file in the format `name`.
+
+    Raises:
+        RecordError: the file is not there or damaged, or there is no such format.
+    """
+    if name == "viscot":
+        return read_rows(path, lambda raw, number: parse_viscot(raw, number, reading.sizes, reading.boxes))
+    if name == "sharegpt":
+        return read_sharegpt(find_entry(path, reading.dataset), reading.sizes, reading.box_space)
+    if name == "hf":
+        return read_hf(path, split=reading.split, columns=dict(reading.columns))
+    if name == "viscot-meta":
+        return read_rows(path, lambda raw, number: parse_meta(raw, number, reading.boxes))
+    parsers = {"viscot-detection": parse_detection, "refcoco": parse_refcoco}
+    parse = parse_visrl if name == "visrl" else parsers.get(name)
+    if parse is None:
+        raise RecordError(f"no format {name!r}; the formats are {', '.join(SOURCES)}")
+    return read_rows(path, parse)
+
+
+def convert(
+    source: str,
+    target: str,
+    inputs: Iterable[str],
+    out: str,
+    *,
+    reading: Reading | None = None,
+    selection: Selection | None = None,
+    box_space: BoxSpace = "image",
+    validation: float = 0.0,
+    seed: int = 88,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Summary:
+    """Write the rows of `inputs` to `out` in another format; bad rows go to `<out>.bad.jsonl`.
+
+    `validation` is the share of pictures whose rows go to `<out stem>.val<suffix>`: chosen by a hash of `seed` and
+    picture, so that it is the same at every run and no picture is on both sides.
+
+    Raises:
+        RecordError: an input is not there or damaged (nothing is written then), or no such format.
+    """
+    if target not in TARGETS:
+        raise RecordError(f"no format {target!r} to write; there are {', '.join(TARGETS)}")
+    reading = reading or Reading()
+    if target == "rl-pool":
+        reading = replace(reading, boxes=False)
+    inputs = list(inputs)
+    same = source == target and target != "hf"  # parquet has typed columns, which a bad row may not fit
+    like = find_entry(inputs[0], reading.dataset) if source == target == "sharegpt" else None
+    to_row = _target_row(target, reading.sizes, box_space)
+    files = _Files(Path(out), target, validation, seed)
+    summary = Summary()
+    with files:
+        rows = _selected(source, inputs, reading, selection or Selection(), summary, progress)
+        for path, row, unit in _units(rows, as_it_stood=same, grouped=target == "sharegpt"):
+            if not unit:
+                # A row that is written back as it stood needs no size.
+                if not (same and row.fault == "no_size"):
+                    files.list_bad(path, row, row.fault, row.reason, summary)
+                continue
+            try:
+                files.write(row.raw if same else to_row(unit, row.number), _image(row))
+            except RowFault as error:
+                files.list_bad(path, row, error.fault, str(error), summary)
+    files.describe(box_space, like)
+    summary.written = files.counts()
+    return summary
+
+
+def _selected(
+    source: str, inputs: Iterable[str], reading: Reading, selection: Selection, summary: Summary,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[str, Row]]:  # fmt: skip
+    """The wanted rows of all files, counted."""
+    places = Counter[str]()
+    for path in inputs:
+        for row in read_format(source, path, reading):
+            summary.rows += 1
+            progress(summary.rows)
+            dataset = dataset_of(row)
+            places[dataset] += 1
+            if selection.takes(dataset, places[dataset] - 1):
+                yield path, row
+            else:
+                summary.left_out += 1
+
+
+def _units(
+    rows: Iterable[tuple[str, Row]], as_it_stood: bool, grouped: bool
+) -> Iterator[tuple[str, Row, tuple[Sample | Preference, ...]]]:
+    """What becomes one row of the output each, with the row it came from; nothing for a bad row.
+
+    Preferences of one item that follow each other are one unit where they are `grouped`, each its own otherwise.
+    """
+    group: tuple[Preference, ...] = ()
+    last: tuple[str, Row] | None = None
+    for path, row in rows:
+        if as_it_stood or row.fault:
+            if row.fault:
+                yield path, row, ()
+            if as_it_stood:
+                yield path, row, row.records or (_AS_IT_STOOD,)
+            continue
+        for record in row.records:
+            if not (grouped and isinstance(record, Preference)):
+                yield path, row, (record,)
+                continue
+            if last and group and group[0].id != record.id:
+                yield *last, group
+                group = ()
+            group, last = (*group, record), (path, row)
+    if last and group:
+        yield *last, group
+
+
+def dataset_of(row: Row) -> str:
+    """The data set a row belongs to, as far as a bad row says it."""
+    if row.records and isinstance(row.records[0], Sample):
+        return row.records[0].source
+    value = row.raw.get("dataset", "") if isinstance(row.raw, dict) else ""
+    return value if isinstance(value, str) else ""
+
+
+def format_of(raw: Any) -> str | None:
+    """The format that a kept row came from, by its keys."""
+    if not isinstance(raw, dict):
+        return None
+    if {"image", "conversations"} <= set(raw):
+        return "viscot"
+    if {"bboxs", "question"} <= set(raw):
+        return "viscot-meta"
+    if {"img_path", "expression"} <= set(raw):
+        return "refcoco" if "dataset_name" in raw else "viscot-detection"
+    return None
+
+
+def _target_row(target: str, sizes: Sizes, space: BoxSpace) -> Callable[[tuple[Sample | Preference, ...], int], Any]:
+    """What makes a row of the target format of a record and its number."""
+
+    def size_of(sample: Sample) -> Size:
+        return sample.size or sizes.of(sample.image)
+
+    sized = {
+        "viscot": viscot_row, "viscot-meta": meta_row, "viscot-detection": detection_row, "refcoco": refcoco_row,
+    }  # fmt: skip
+
+    def to_row(unit: tuple[Sample | Preference, ...], number: int) -> Any:
+        record = unit[0]
+        if isinstance(record, Preference):
+            if target == "sharegpt":
+                return ranking_row([each for each in unit if isinstance(each, Preference)])
+            if target == "visrl":
+                return visrl_row(record)
+            raise RowFault("preference", f"{record.id} is a preference; they go to sharegpt and visrl only")
+        if target in sized:
+            # A sample that came from this format goes back as it stood.
+            same = format_of(record.raw) == target
+            return record.raw if same else sized[target](record, size_of(record), number)
+        size = size_of(record) if space == "padded_square" and target in _SHAREGPT else record.size
+        if target == "viscot-sft1":
+            return sft1_row(record, space, size)
+        if target == "viscot-sft2":
+            return sft2_row(record, size)
+        if target == "sharegpt":
+            return sft_row(record, space, size)
+        return pool_row(record) if target == "rl-pool" else visrl_row(record)
+
+    return to_row
+
+
+def _image(row: Row) -> str:
+    record = row.records[0] if row.records else None
+    if isinstance(record, Sample):
+        return record.image
+    return record.images[0].ref if record else f"row-{row.number}"
+
+
+class _Files:
+    """The output, its validation part, and the list of bad rows."""
+
+    def __init__(self, out: Path, target: str, validation: float, seed: int) -> None:
+        self.out, self.target, self.validation, self.seed = out, target, validation, seed
+        self.bad_path = Path(f"{out}.bad.jsonl")
+        self.outs = [out, out.with_name(f"{out.stem}.val{out.suffix}")] if validation else [out]
+        self.reply_columns: set[str] = set()
+        self.bad: Writer | None = None
+
+    def __enter__(self) -> _Files:
+        self.stack = ExitStack()
+        self.writers: list[Writer | ParquetWriter] = []
+        for path in self.outs:
+            writer: Writer | ParquetWriter = ParquetWriter(path) if self.target == "hf" else Writer(path)
+            self.writers.append(writer)
+            self.stack.push(writer)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if self.bad is None and kind is None:
+            self.bad_path.unlink(missing_ok=True)  # of an earlier run
+        self.stack.__exit__(kind, *rest)
+
+    def write(self, raw: Any, image: str) -> None:
+        if self.target == "sharegpt" and isinstance(raw, dict):
+            self.reply_columns |= {"chosen", "rejected", "chosen_step", "rejected_step"} & set(raw)
+        second = self.validation > 0 and share_of(self.seed, image) < self.validation
+        self.writers[second].write(raw)
+
+    def list_bad(self, path: str, row: Row, fault: str, reason: str, summary: Summary) -> None:
+        if self.bad is None:
+            self.bad = self.stack.enter_context(Writer(self.bad_path))
+        summary.bad[fault] += 1
+        self.bad.write({"file": path, "row": row.number, "fault": fault, "reason": reason, "raw": row.raw})
+
+    def describe(self, box_space: BoxSpace, like: Entry | None) -> None:
+        """Name the files in `dataset_info.json`; a copy is described as its original is."""
+        if self.target in _SHAREGPT:
+            for path in self.outs:
+                described = entry_json(path.name, ranking=sorted(self.reply_columns), box_space=box_space)
+                add_entry(path, copied_entry(like, path.name) if like and like.columns else described)
+
+    def counts(self) -> dict[str, int]:
+        return {str(path): writer.count for path, writer in zip(self.outs, self.writers, strict=True)}
+
+
+def share_of(seed: int, image: str) -> float:
+    """A number in [0, 1) for a picture, the same at every run with this seed."""
+    digest = hashlib.blake2b(json.dumps([seed, image]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,267 @@
+"""Rows of data files, one by one: JSON lists and JSONL as streams, in and out. Knows no format and no picture.
+
+Every row of every file becomes one `Row`: good with its records, or bad with a fault in one word and a reason in a
+sentence. `raw` is what stood there, so that a file can be written back as it was read, bad rows included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from visrl.box import BoxError
+from visrl.records import Preference, RecordError, Sample
+
+CHUNK = 1 << 20  # characters read at a time from a JSON list
+MAX_ROW = 1 << 24  # characters: a row longer than this is taken for damage, not read into memory
+
+# Faults that are a row's form; "inverted", "outside" and "empty" are a box's.
+_BOX_TEXT_FAULTS = {"no_box", "count", "not_a_number", "more_than_one"}
+
+
+class RowFault(ValueError):
+    """A row that gives no record; `fault` says why in one word, the message in a sentence."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class BadLine(str):
+    """A line that is not JSON, kept as it stood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a data file: `records` where it is good, else `fault` and `reason`. Rows are numbered from 1."""
+
+    number: int
+    raw: Any
+    records: tuple[Sample | Preference, ...] = ()
+    fault: str = ""
+    reason: str = ""
+
+
+_DECODER = json.JSONDecoder()
+
+Parse = Callable[[Any, int], tuple[Sample | Preference, ...]]
+
+
+def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[Row]:
+    """The rows of a JSON list or JSONL file. `parse` makes records of one row or raises `RowFault` or `BoxError`.
+
+    Raises:
+        RecordError: the file is not there, or a JSON list is damaged so that what follows cannot be read.
+    """
+    for number, raw in enumerate(json_items(path), start=1):
+        yield parsed_row(raw, number, parse)
+
+
+def parsed_row(raw: Any, number: int, parse: Parse) -> Row:
+    """The row that `parse` makes of `raw`, good or bad."""
+    if isinstance(raw, BadLine):
+        return Row(number, raw, fault="unparseable", reason=_why_not_json(raw))
+    try:
+        return Row(number, raw, parse(raw, number))
+    except RowFault as error:
+        return Row(number, raw, fault=error.fault, reason=str(error))
+    except BoxError as error:
+        fault = "unparseable" if error.fault in _BOX_TEXT_FAULTS else error.fault
+        return Row(number, raw, fault=fault, reason=str(error))
+
+
+def json_items(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The values of a JSON list, or of the lines of a JSONL file; a line that is not JSON comes as a `BadLine`.
+
+    A file of any length is read in a few megabytes of memory.
+
+    Raises:
+        RecordError: the file is not there, or a JSON list is damaged; the message names file, row and place.
+    """
+    try:
+        file = open(path, encoding="utf-8-sig", errors="surrogateescape")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise RecordError(f"no data at {path} ({error.strerror})") from error
+    with file:
+        start = file.read(1)
+        while start and start.isspace():
+            start = file.read(1)
+        if start == "[":
+            yield from _list_items(file, str(path))
+        elif start:
+            yield from _line_items(file, start, str(path))
+
+
+def _line_items(file: IO[str], start: str, path: str) -> Iterator[Any]:
+    line = start + file.readline(MAX_ROW)
+    number = 0
+    while line:
+        number += 1
+        if len(line) >= MAX_ROW:
+            raise RecordError(f"{path}, line {number}: longer than {MAX_ROW:,} characters; is this a JSONL file?")
+        if not line.isspace():
+            yield _line_value(line)
+        line = file.readline(MAX_ROW)
+
+
+def _line_value(line: str) -> Any:
+    try:
+        line.encode()
+        return json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
+        return BadLine(line.rstrip("\n"))
+
+
+def _why_not_json(line: str) -> str:
+    try:
+        line.encode()
+        json.loads(line)
+    except UnicodeEncodeError:
+        return "the line is not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"the line is not JSON: {error.msg} at character {error.pos + 1}"
+    except ValueError as error:
+        return f"the line is not JSON: {error}"
+    except RecursionError:
+        return "the line is not JSON: it is nested too deeply"
+    return "the line is not JSON"
+
+
+def _list_items(file: IO[str], path: str) -> Iterator[Any]:
+    """The values of a JSON list whose `[` has been read."""
+    text, place, number = "", 0, 1
+    try:
+        while True:
+            text, place = _next_char(file, text, place)
+            if text[place] == "]":
+                break
+            if number > 1:
+                if text[place] != ",":
+                    raise ValueError(f"{text[place]!r} where ',' or ']' must stand")
+                text, place = _next_char(file, text, place + 1)
+            value, text, place = _next_value(file, text, place)
+            yield value
+            number += 1
+        if text[place + 1 :].strip() or file.read(CHUNK).strip():
+            raise ValueError("something follows the end of the list")
+    except (ValueError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise RecordError(f"{path}, row {number}: {what}; nothing from here on can be read: mend the file") from error
+
+
+def _next_char(file: IO[str], text: str, place: int) -> tuple[str, int]:
+    """The buffer, and the place in it of the next character that is no space; reads on where the buffer ends."""
+    while True:
+        while place < len(text) and text[place] in " \t\r\n":
+            place += 1
+        if place < len(text):
+            return text, place
+        text, place = file.read(CHUNK), 0
+        if not text:
+            raise ValueError("the list has no end")
+
+
+def _next_value(file: IO[str], text: str, place: int) -> tuple[Any, str, int]:
+    """The value that starts at `place`, the buffer, and the place after it; reads on until the value is whole."""
+    while True:
+        problem: json.JSONDecodeError | None = None
+        try:
+            value, end = _DECODER.raw_decode(text, place)
+            if end < len(text):
+                return value, text, end
+        except json.JSONDecodeError as error:
+            problem = error
+        if len(text) - place > MAX_ROW:
+            raise problem or ValueError(f"a row of more than {MAX_ROW:,} characters")
+        more = file.read(max(CHUNK, len(text) - place))
+        if not more:
+            raise problem or ValueError("the list has no end")
+        text, place = text[place:] + more, 0
+
+
+class Writer:
+    """A data file being written: a JSON list where the name ends in `.json`, else JSONL. Whole, or not there at all."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.count = 0
+        self._part = Path(f"{self.path}.part")
+        self._list = self.path.suffix == ".json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._part, "wb")  # noqa: SIM115 (closed in __exit__)
+
+    def write(self, raw: Any) -> None:
+        if self._list:
+            self._file.write(b",\n" if self.count else b"[\n")
+        self._file.write(json_bytes(raw))
+        if not self._list:
+            self._file.write(b"\n")
+        self.count += 1
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._list:
+            self._file.write(b"\n]\n" if self.count else b"[]\n")
+        self._file.close()
+        if kind is None:
+            os.replace(self._part, self.path)
+        else:
+            self._part.unlink()
+
+
+def json_bytes(raw: Any) -> bytes:
+    """`raw` as one line of JSON in UTF-8; a line that was not JSON as it stood."""
+    if isinstance(raw, BadLine):
+        return raw.encode("utf-8", "surrogateescape")
+    try:
+        return json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold in escapes only
+        return json.dumps(raw).encode()
+
+
+# --- Parts of a row, or a fault that names the key ------------------------------------------------------------------
+
+
+def get_text(raw: Any, key: str) -> str:
+    """`raw[key]`, a string that UTF-8 can hold."""
+    value = raw.get(key) if isinstance(raw, dict) else None
+    if not isinstance(value, str):
+        raise RowFault("unparseable", f"{key!r} must be a string, it is {_shown(value)}")
+    if not value.isascii():
+        check_text(value, key)
+    return value
+
+
+def check_text(value: str, key: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowFault("unparseable", f"{key!r} holds half a character (a lone surrogate)") from error
+
+
+def get_size(raw: Any) -> tuple[int, int]:
+    """`width` and `height` of a row, positive whole numbers."""
+    width, height = raw.get("width"), raw.get("height")
+    if not (type(width) is int and type(height) is int and width > 0 and height > 0):
+        raise RowFault("unparseable", f"width and height must be positive whole numbers, not {width!r} and {height!r}")
+    return width, height
+
+
+def four_numbers(value: Any, key: str) -> tuple[float, float, float, float]:
+    """`value` as four finite numbers."""
+    if not isinstance(value, list) or len(value) != 4:
+        raise RowFault("unparseable", f"{key!r} must be four numbers, it is {_shown(value)}")
+    for number in value:
+        if type(number) not in (int, float) or not abs(number) < 1e12:
+            raise RowFault("unparseable", f"{key!r} must be four numbers, it is {_shown(value)}")
+    return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:60]

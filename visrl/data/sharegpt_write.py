@@ -1,0 +1,139 @@
+"""Samples and preferences as ShareGPT rows, and the entry of `dataset_info.json` that describes their file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from visrl.box import Box, BoxError, Size
+from visrl.codecs import BOX_SPACES, BoxSpace
+from visrl.data.rows import RowFault
+from visrl.data.sharegpt import CHOSEN_CROP, INFO, STEP_COLUMNS, Entry
+from visrl.data.viscot import need_answer, need_box
+from visrl.prompts import IMAGE, answer_prompt, focus_prompt
+from visrl.records import Picture, Preference, Sample, picture_json
+
+
+def sft1_row(sample: Sample, space: BoxSpace, size: Size | None) -> dict[str, Any]:
+    """Warm-up, round 1: image and question, answered with the box as three decimals in `space`."""
+    box = need_box(sample)
+    if space == "padded_square" and size is None:
+        raise RowFault(
+            "no_size", f"the padded square of {sample.image} needs its size: give --sizes FILE or --images DIR"
+        )
+    text = BOX_SPACES[space].format(box, size or (1, 1), size or (1, 1))
+    return _row(sample.id, focus_prompt(sample.question), text, [Picture(sample.image)], size)
+
+
+def sft2_row(sample: Sample, size: Size | None) -> dict[str, Any]:
+    """Warm-up, round 2: image, question and crop, answered. The crop is named by its box, and cut at training time."""
+    pictures = [Picture(sample.image), Picture(sample.image, need_box(sample))]
+    return _row(sample.id, answer_prompt(sample.question), need_answer(sample), pictures, size)
+
+
+def sft_row(sample: Sample, space: BoxSpace, size: Size | None) -> dict[str, Any]:
+    """All that a sample holds in one row: round 2 where it has box and answer, else what there is."""
+    if sample.box is None:
+        return _row(sample.id, f"{IMAGE}\n{sample.question}", need_answer(sample), [Picture(sample.image)], size)
+    return sft2_row(sample, size) if sample.answer else sft1_row(sample, space, size)
+
+
+def ranking_row(preferences: Sequence[Preference]) -> dict[str, Any]:
+    """The ranking row of one item: its box preference, its answer preference, or both.
+
+    Raises:
+        RowFault: more than one preference of a step; a row has room for one.
+    """
+    steps = {preference.step: preference for preference in preferences}
+    if len(steps) != len(preferences):
+        raise RowFault("duplicate", f"{preferences[0].id} has two preferences of one step; a ranking row holds one")
+    first = steps.get("box") or preferences[0]
+    row: dict[str, Any] = {
+        "id": first.id,
+        "images": [picture_json(replace(picture, size=None)) for picture in first.images],
+        "conversations": [{"from": "human", "value": first.prompt}],
+    }
+    if first.images[0].size is not None:
+        row["size"] = list(first.images[0].size)
+    box, answer = steps.get("box"), steps.get("answer")
+    if box is not None:
+        row |= {"chosen_step": _said(box.chosen), "rejected_step": _said(box.rejected)}
+    if answer is not None:
+        row |= {"chosen": _said(answer.chosen), "rejected": _said(answer.rejected)}
+    if box is not None and answer is not None:
+        crop = next((picture.crop for picture in answer.images if picture.crop), None)
+        if answer.prompt != f"{box.prompt}\n{IMAGE}" or crop is None:
+            raise RowFault(
+                "form", f"the answer step of {first.id} must ask as its box step does, with the crop after it"
+            )
+        if not _means(box.chosen, crop):
+            row[CHOSEN_CROP] = crop.as_list()
+    return row
+
+
+def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
+    """Describe `file` by `entry` in the `dataset_info.json` beside it, under its stem; other entries are kept."""
+    file = Path(file)
+    path = file.parent / INFO
+    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    info[file.stem] = entry
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:
+    """The description of a file that holds the rows of `entry` as they stood."""
+    described: dict[str, Any] = {"file_name": file_name, "formatting": "sharegpt", "columns": dict(entry.columns)}
+    if entry.ranking:
+        described["ranking"] = True
+    if entry.box_space:
+        described["box_space"] = entry.box_space
+    return described | {"tags": dict(entry.tags)}
+
+
+def entry_json(
+    file_name: str, *, ranking: Sequence[str] = (), box_space: BoxSpace = "image", stage: int = 2
+) -> dict[str, Any]:
+    """The entry of one data set. At stage 1 of a step-level file, `chosen` and `rejected` are its boxes."""
+    columns = {"messages": "conversations"}
+    if stage == 1:
+        columns |= {"chosen": "chosen_step", "rejected": "rejected_step"}
+    else:
+        columns |= {name: name for name in STEP_COLUMNS if name in ranking}
+    entry: dict[str, Any] = {
+        "file_name": file_name,
+        "formatting": "sharegpt",
+        "columns": columns | {"images": "images"},
+    }
+    if ranking:
+        entry["ranking"] = True
+    return entry | {"box_space": box_space}
+
+
+def _row(name: str, prompt: str, reply: str, pictures: list[Picture], size: Size | None) -> dict[str, Any]:
+    """A row with its pictures as plain paths; the annotated size stands beside them, where other readers pass it by."""
+    row = {
+        "id": name,
+        "images": [picture_json(picture) for picture in pictures],
+        "conversations": [{"from": "human", "value": prompt}, _said(reply)],
+    }
+    return row if size is None else row | {"size": list(size)}
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def _means(text: str, crop: Box) -> bool:
+    """Whether three decimals of `text` are the box `crop`, so that it need not be written beside them."""
+    try:
+        box = BOX_SPACES["image"].parse(text, (1, 1), (1, 1))
+    except BoxError:
+        return False
+    return max(abs(a - b) for a, b in zip(box.as_list(), crop.as_list(), strict=True)) < 1e-9

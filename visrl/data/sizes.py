@@ -1,0 +1,77 @@
+"""Annotated picture sizes: from a file that holds them beside the rows, or from the pictures themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from visrl.box import Size
+from visrl.data.rows import RowFault, get_size, get_text, json_items
+from visrl.images import ImageError, picture_size
+from visrl.records import RecordError
+
+# Data sets of Visual-CoT whose pictures lie in another one's folder.
+FOLDERS = {"textcap": "textvqa"}
+
+
+def viscot_path(dataset: str, name: str) -> str:
+    """Where Visual-CoT keeps the picture `name` of a data set: `cot/<folder>/<name>`."""
+    return name if name.startswith("cot/") or not dataset else f"cot/{FOLDERS.get(dataset, dataset)}/{name}"
+
+
+class Sizes:
+    """Width and height of pictures, by reference.
+
+    `files` are detection or metadata JSONL files; what they do not hold is read from the pictures under `images`,
+    where that is given. A detection file also holds the untruncated box of each benchmark row.
+    """
+
+    def __init__(self, files: list[str] | None = None, images: str | os.PathLike[str] | None = None) -> None:
+        self.images = Path(images) if images is not None else None
+        self._sizes: dict[str, Size] = {}
+        self._boxes: dict[tuple[str, Any], Any] = {}
+        for path in files or []:
+            self._read(path)
+
+    def of(self, ref: str) -> Size:
+        """The width and height of a picture.
+
+        Raises:
+            RowFault: "no_size", with the remedy.
+        """
+        size = self._sizes.get(ref)
+        if size is None:
+            size = self._sizes[ref] = self._from_picture(ref)
+        return size
+
+    def annotated(self, ref: str) -> Size | None:
+        """The width and height that a file gives for a picture, or None; no picture is opened."""
+        return self._sizes.get(ref)
+
+    def box(self, ref: str, question_id: Any) -> Any:
+        """The four pixels that a detection file gives for this question, or None."""
+        return self._boxes.get((ref, question_id)) if isinstance(question_id, (int, str)) else None
+
+    def _from_picture(self, ref: str) -> Size:
+        if self.images is None and not ref.startswith(("scene:", "data:")):
+            raise RowFault("no_size", f"the size of {ref} is not known: give --sizes FILE or --images DIR")
+        try:
+            return picture_size(ref, self.images)
+        except ImageError as error:
+            raise RowFault("no_size", f"the size of {ref} is not known: {error}") from error
+
+    def _read(self, path: str) -> None:
+        for number, raw in enumerate(json_items(path), start=1):
+            try:
+                if isinstance(raw, dict) and "img_path" in raw:
+                    ref = get_text(raw, "img_path")
+                    if "question_id" in raw:
+                        self._boxes[ref, raw["question_id"]] = raw.get("bbox")
+                else:
+                    ref = viscot_path(get_text(raw, "dataset"), get_text(raw, "image"))
+                self._sizes[ref] = get_size(raw)
+            except (RowFault, TypeError) as error:
+                raise RecordError(
+                    f"{path}, row {number}: {error}; --sizes takes detection or metadata JSONL with width and height"
+                ) from error

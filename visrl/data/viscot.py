@@ -1,0 +1,236 @@
+"""Visual-CoT: training and benchmark JSON, metadata JSONL and detection JSONL, in and out. Knows no other format.
+
+Three versions of one box occur: floats (detection, metadata), integers cut off after `###`, and three-decimal text in
+the padded square. They must agree within what cutting and rounding explain, and a row is bad where any of them is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from visrl.box import Box, BoxError, BoxFault, Size, corner_fault, enclosing
+from visrl.codecs import BOX_SPACES
+from visrl.data.rows import RowFault, check_text, four_numbers, get_size, get_text
+from visrl.data.sizes import FOLDERS, Sizes, viscot_path
+from visrl.prompts import BOX_SENTENCE, FOCUS_SENTENCE, IMAGE
+from visrl.records import Sample
+
+_PIXELS = re.compile(r"\[\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*\]")
+_TEXT = BOX_SPACES["padded_square"]
+_HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
+Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+
+_CHANNELS = ("human", "gpt", "human", "gpt")
+
+
+def parse_viscot(raw: Any, number: int, sizes: Sizes, boxes: bool = True) -> tuple[Sample]:
+    """The sample of a row of training or benchmark JSON; without `boxes` its box is passed by, right or wrong.
+
+    Raises:
+        RowFault, BoxError: the row's form, its box, or three versions of the box that disagree.
+    """
+    ref, pixels = _image_and_pixels(raw)
+    question, box_text, answer = _turns(raw)
+    dataset = raw.get("dataset")
+    source = dataset if isinstance(dataset, str) else ""
+    name = sample_id(source or "viscot", raw, number)
+    if not boxes:
+        return (Sample(name, ref, question, answer, None, source, raw, sizes.annotated(ref)),)
+    exact = _untruncated(raw, ref, pixels, sizes)
+    _check_form(exact)
+    size = sizes.of(ref)
+    _check_inside(exact, size)
+    _check_inside(pixels, size)
+    _check_text(box_text, pixels, size)
+    return (Sample(name, ref, question, answer, Box.from_pixels(exact, size), source, raw, size),)
+
+
+def parse_meta(raw: Any, number: int, boxes: bool = True) -> tuple[Sample]:
+    """The sample of a row of per-data-set metadata JSONL; several boxes become their enclosing box."""
+    source = get_text(raw, "dataset")
+    question, answer = get_text(raw, "question"), get_text(raw, "answer")
+    ref = viscot_path(source, get_text(raw, "image"))
+    size = get_size(raw)
+    corners = raw.get("bboxs")
+    if boxes and not (isinstance(corners, list) and corners):
+        raise RowFault("unparseable", "'bboxs' must be a list of boxes")
+    box = enclosing([_pixel_box(four_numbers(each, "bboxs"), size) for each in corners]) if boxes else None
+    return (Sample(sample_id(source, raw, number), ref, question, answer, box, source, raw, size),)
+
+
+def parse_detection(raw: Any, number: int) -> tuple[Sample]:
+    """The sample of a row of detection JSONL: a question and its box, without an answer."""
+    ref, question = get_text(raw, "img_path"), get_text(raw, "expression")
+    size = get_size(raw)
+    box = _pixel_box(four_numbers(raw.get("bbox"), "bbox"), size)
+    parts = ref.split("/")
+    source = parts[1] if len(parts) > 2 and parts[0] == "cot" else ""
+    return (Sample(sample_id(source or "detection", raw, number), ref, question, "", box, source, raw, size),)
+
+
+def viscot_row(sample: Sample, size: Size, number: int) -> dict[str, Any]:
+    """The row of training JSON that says what `sample` says. Pixels are cut off to integers, as published."""
+    box = need_box(sample)
+    whole = [int(value + 1e-6) for value in box.to_pixels(size)]
+    return {
+        "dataset": sample.source,
+        "split": split_of(sample),
+        "question_id": number_of(sample, number),
+        "image": [sample.image, f"{sample.image}###{whole}"],
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE}\n{sample.question} {BOX_SENTENCE}"},
+            {"from": "gpt", "value": _TEXT.format(box, size, size)},
+            {"from": "human", "value": IMAGE},
+            {"from": "gpt", "value": need_answer(sample)},
+        ],
+    }
+
+
+def meta_row(sample: Sample, size: Size, number: int) -> dict[str, Any]:
+    """The row of metadata JSONL that says what `sample` says."""
+    folder = f"cot/{FOLDERS.get(sample.source, sample.source)}/"
+    return {
+        "question": sample.question,
+        "answer": need_answer(sample),
+        "image": sample.image.removeprefix(folder),
+        "width": size[0],
+        "height": size[1],
+        "bboxs": [pixel_list(need_box(sample), size)],
+        "dataset": sample.source,
+        "split": split_of(sample),
+    }
+
+
+def detection_row(sample: Sample, size: Size, number: int) -> dict[str, Any]:
+    """The row of detection JSONL that says what `sample` says; its answer has no place there."""
+    return {
+        "img_path": sample.image,
+        "expression": sample.question,
+        "bbox": pixel_list(need_box(sample), size),
+        "height": size[1],
+        "width": size[0],
+        "question_id": number_of(sample, number),
+        "split": split_of(sample),
+    }
+
+
+# --- Shared by formats with boxes in pixels -------------------------------------------------------------------------
+
+
+def need_box(sample: Sample) -> Box:
+    if sample.box is None:
+        raise RowFault("no_box", f"{sample.id} has no box, and this format needs one")
+    return sample.box
+
+
+def need_answer(sample: Sample) -> str:
+    if not sample.answer:
+        raise RowFault("no_answer", f"{sample.id} has no answer, and this format needs one")
+    return sample.answer
+
+
+def sample_id(source: str, raw: dict[str, Any], number: int, key: str = "question_id") -> str:
+    """A name for a row that is the same at every reading: data set, split, and the row's own number or place."""
+    split, own = raw.get("split"), raw.get(key)
+    return f"{source}/{split if isinstance(split, str) else 'all'}/{f'row-{number}' if own is None else own}"
+
+
+def pixel_list(box: Box, size: Size) -> list[float]:
+    """The corners in pixels; whole numbers as integers, so that what came as integers goes as integers."""
+    rounded = [round(value, 6) for value in box.to_pixels(size)]
+    return [int(value) if value.is_integer() else value for value in rounded]
+
+
+def split_of(sample: Sample) -> str:
+    split = sample.raw.get("split") if isinstance(sample.raw, dict) else None
+    return split if isinstance(split, str) else "train"
+
+
+def number_of(sample: Sample, number: int) -> Any:
+    question_id = sample.raw.get("question_id") if isinstance(sample.raw, dict) else None
+    return number if question_id is None else question_id
+
+
+def _untruncated(raw: dict[str, Any], ref: str, pixels: Corners, sizes: Sizes) -> Corners:
+    """The box of this question in the detection file that sizes came from; the integers where there is none."""
+    given = sizes.box(ref, raw.get("question_id"))
+    if given is None:
+        return pixels
+    exact = four_numbers(given, "bbox")
+    if max(abs(a - b) for a, b in zip(exact, pixels, strict=True)) > 1:
+        raise RowFault("disagree", f"the pixels {list(pixels)} are not those of the detection file, {list(exact)}")
+    return exact
+
+
+def _pixel_box(corners: Corners, size: Size) -> Box:
+    _check_form(corners)
+    _check_inside(corners, size)
+    return Box.from_pixels(corners, size)
+
+
+def _check_form(corners: Corners) -> None:
+    x0, y0, x1, y1 = corners
+    if x0 > x1 or y0 > y1:
+        raise _fault("inverted", corners)
+    if x0 == x1 or y0 == y1:
+        raise _fault("empty", corners)
+
+
+def _check_inside(corners: Corners, size: Size) -> None:
+    if corner_fault(corners, size) == "outside":
+        raise _fault("outside", corners, f" of {size[0]} × {size[1]}")
+
+
+def _fault(fault: BoxFault, corners: Corners, more: str = "") -> BoxError:
+    return BoxError(fault, f"the box {list(corners)} in pixels{more} is {fault}")
+
+
+def _check_text(text: str, pixels: Corners, size: Size) -> None:
+    """The text must be a box, and that of the pixels as far as cutting off and rounding allow."""
+    try:
+        box = _TEXT.parse(text, size, size)
+    except BoxError as error:
+        if error.fault == "empty":  # a box narrower than a thousandth of the square: the pixels say what it is
+            return
+        raise
+    allowed = 1 + _HALF_DIGIT * max(size) + 1e-6
+    if max(abs(a - b) for a, b in zip(box.to_pixels(size), pixels, strict=True)) > allowed:
+        raise RowFault("disagree", f"the text {text} is not the pixels {list(pixels)} of {size[0]} × {size[1]}")
+
+
+def _image_and_pixels(raw: Any) -> tuple[str, Corners]:
+    image = raw.get("image") if isinstance(raw, dict) else None
+    if not (isinstance(image, list) and len(image) == 2 and isinstance(image[0], str) and isinstance(image[1], str)):
+        raise RowFault("unparseable", "'image' must be [path, path###[x1, y1, x2, y2]]")
+    ref, marked = image
+    if not ref.isascii():
+        check_text(ref, "image")
+    found = _PIXELS.fullmatch(marked, len(ref) + 3) if marked.startswith(ref + "###") else None
+    if found is None:
+        raise RowFault("unparseable", f"{marked[:80]!r} must be the path, ### and four whole pixels in brackets")
+    x0, y0, x1, y1 = found.groups()
+    return ref, (int(x0), int(y0), int(x1), int(y1))
+
+
+def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
+    """Question, box text and answer of the four turns."""
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or len(turns) != 4:
+        raise RowFault("unparseable", "'conversations' must hold four turns")
+    values = []
+    for turn, channel in zip(turns, _CHANNELS, strict=True):
+        if not isinstance(turn, dict) or turn.get("from") != channel:
+            raise RowFault("unparseable", f"the turns must be from {', '.join(_CHANNELS)}")
+        values.append(get_text(turn, "value"))
+    return bare_question(values[0]), values[1], values[3]
+
+
+def bare_question(prompt: str) -> str:
+    """The question in a prompt, without picture marks and without the sentence that asks for a box."""
+    question = prompt.replace(IMAGE, "").strip()
+    for sentence in (BOX_SENTENCE, FOCUS_SENTENCE):
+        head, found, tail = question.rpartition(sentence)
+        if found and not tail.strip():
+            return head.strip()
+    return question
