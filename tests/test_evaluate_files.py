@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from test_evaluate_detection import KINDS, oracle, synthetic
@@ -167,6 +168,7 @@ def test_answers_are_scored_without_a_judge(tmp_path):
     assert gqa["exact"]["left_out"]["mean"] == pytest.approx(1 / 2)
     assert gqa["relaxed"]["left_out"]["mean"] == 1
     assert "judge" not in gqa
+    assert (found["average_published"], len(found["missing_datasets"])) == (None, 10)
     row = json.loads(out.read_text().splitlines()[0])
     assert (row["id"], row["question"], row["answer"]) == ("7", "What is 7?", "window")
 
@@ -213,10 +215,11 @@ def test_judge_score_agree_compare_and_leaderboard_from_end_to_end(tmp_path, mon
             )  # fmt: skip
             assert f"33 answers judged: 0 failed, {11 if checkpoint == 'a' else 0} replies" in said
     for checkpoint in kinds:
-        run(
+        said = run(
             "score", "--protocol", "answers", "--predictions", tmp_path / checkpoint, "--truth", truth,
             "--judgements", tmp_path / f"{checkpoint}.judged.jsonl", "--out", tmp_path / f"{checkpoint}.results.jsonl",
         )  # fmt: skip
+        assert f"counted 0: {'0.267' if checkpoint == 'a' else '0.800'}" in said
     a, b = tmp_path / "a.results.jsonl", tmp_path / "b.results.jsonl"
     judged = json.loads(run("compare", a, b, "--json"))["columns"]["judge"]
     assert (judged["counted"]["a"], judged["counted"]["b"]) == (pytest.approx(0.8 / 3), pytest.approx(0.8))
@@ -259,3 +262,13 @@ def test_only_whole_benchmarks_are_ranked():
     assert mine.low < mine.score < mine.high
     assert 0.74 < mine.score < 0.76
     assert len(leaderboard_lines([Entry("mine", summarise(rows[1:]), "court")])) == 28
+
+
+def test_every_command_and_option_in_the_docs_exists():
+    docs = Path(__file__).parent.parent / "docs" / "EVALUATION.md"
+    shown = [line.split() for line in docs.read_text(encoding="utf-8").splitlines() if line.startswith("visrl eval ")]
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {words[2] for words in shown} == commands
+    for words in shown:
+        told = run(words[2], "--help")
+        assert [word for word in words[3:] if word.startswith("--") and word not in told] == []

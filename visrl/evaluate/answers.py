@@ -11,6 +11,7 @@ from typing import Any
 from visrl.evaluate.files import PathLike, Rows, read_rows, text_of
 from visrl.evaluate.judge import Answered, Judgement, judgement_key
 from visrl.evaluate.metrics import string_scores
+from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
 
@@ -64,6 +65,24 @@ def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judg
             raise RecordError(f"the judgement of {one.id} is of another answer than the predictions hold; judge anew")
         merged.append({**row, "judge": one.score if one else None, "judge_published": one.published if one else None})
     return merged
+
+
+def with_averages(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of answers with `average_published`, the judge's average as published over the 11 data sets (None
+    without a judge or for other data sets), and `missing_datasets`, those of the 11 that hold no answer.
+    """
+    datasets = summary["datasets"]
+    benchmark = set(datasets) <= set(VISCOT_QUESTIONS)
+    scores = {
+        name: dataset["columns"]["judge_published"]["counted"]["mean"]
+        for name, dataset in datasets.items()
+        if "judge_published" in dataset["columns"]
+    }
+    return {
+        **summary,
+        "average_published": average_published_answers(scores) if benchmark and scores else None,
+        "missing_datasets": [name for name in VISCOT_QUESTIONS if name not in datasets] if benchmark else [],
+    }
 
 
 def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: str, dataset: str) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: 
 def _score_answers(
     predictions: Path, truth: Path | None, judgements: Path | None, out: Path | None, as_json: bool
 ) -> None:
-    from visrl.evaluate.answers import with_judgements
+    from visrl.evaluate.answers import with_averages, with_judgements
     from visrl.evaluate.judge import read_judgements
     from visrl.evaluate.results import summarise
     from visrl.evaluate.tables import summary_lines
@@ -212,7 +212,7 @@ def _score_answers(
             raise RecordError(f"no judgements at {judgements}; make them with `visrl eval judge`")
         rows = with_judgements(rows, list(read_judgements(judgements)))
     _write(out, rows, quiet=as_json)
-    summary = {**summarise(rows), "missing": len(missing)}
+    summary = with_averages({**summarise(rows), "missing": len(missing)})
     if as_json:
         typer.echo(json.dumps(summary, ensure_ascii=False))
         return
@@ -221,6 +221,10 @@ def _score_answers(
             f"{len(missing)} questions of the truth are not answered, {missing[0]} the first: not in these figures"
         )
     typer.echo("\n".join(summary_lines(summary)))
+    if summary["missing_datasets"]:
+        typer.echo(f"\nno answers to: {', '.join(summary['missing_datasets'])}; the means above are over the others")
+    if summary["average_published"] is not None:
+        typer.echo(f"\naverage as published, missing data sets counted 0: {summary['average_published']:.3f}")
 
 
 def _answer_rows(predictions: Path, truth: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
