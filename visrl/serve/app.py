@@ -6,6 +6,7 @@ Knows HTTP and the protocol; how texts are drawn is the backend's business, who 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from visrl.conversation import Conversation, Sampling, View
+from visrl.data.scenes import draw, make_scene, questions_of
+from visrl.engines.endpoint import data_url
 from visrl.serve.batching import Backend, Row
 from visrl.serve.focus import answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
@@ -37,9 +40,10 @@ from visrl.serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 DECODERS = 2  # pictures opened at once: each may need its limit of pixels twice over while it is decoded
+SCENES, SCENE_QUESTIONS = 1000, 5  # how many scenes the page draws from, and how many questions it suggests
 # The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' data:; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -71,6 +75,7 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics) -> Applic
     app.get("/v1/models")(server.models)
     app.post("/v1/chat/completions")(server.chat)
     app.get("/")(server.page)
+    app.get("/page/scene")(server.scene)
     app.get("/page/{name}")(server.page_file)
     app.exception_handler(RequestError)(_refused)
     app.exception_handler(404)(_not_found)
@@ -118,6 +123,10 @@ class _Server:
         if name not in {"page.js", "page.css", "icon.svg"}:
             raise RequestError(404, "there is nothing at this address")
         return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
+    async def scene(self) -> Response:
+        """A drawn scene and questions about it, for who has no picture at hand."""
+        return JSONResponse(await asyncio.to_thread(_draw_scene))
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(await request.body(), self.settings.limits)
@@ -267,6 +276,12 @@ class _Server:
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
+
+
+def _draw_scene() -> dict[str, Any]:
+    scene = make_scene("test", secrets.randbelow(SCENES))
+    questions = [question.text for question in questions_of(scene)]
+    return {"name": f"scene {scene.index}", "picture": data_url(draw(scene)), "questions": questions[:SCENE_QUESTIONS]}
 
 
 async def _until_left(request: Request) -> None:
