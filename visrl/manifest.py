@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_manifest(
         "verb": verb,
         "config": config,
         "parents": parents,
-        "versions": {"visrl": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "versions": {"visrl": __version__, **package_versions(PACKAGES)},
         **facts,
     }
     path = Path(folder) / NAME
@@ -36,6 +37,11 @@ def write_manifest(
     part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
     return manifest
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package."""
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -52,10 +58,38 @@ def hash_files(*paths: str | os.PathLike[str]) -> str:
     for path in map(Path, paths):
         files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
         for file in files:
-            if file.name == NAME:
+            if file.name in (NAME, STARTED):
                 continue
             digest.update(file.name.encode() + b"\0")
             with open(file, "rb") as stream:
                 while chunk := stream.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+STARTED = "started.json"
+
+
+def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bool:
+    """Claim `folder` for the work that `identity` describes; True where that work is already complete there.
+
+    Raises:
+        ManifestError: the folder belongs to other work, begun or complete.
+    """
+    wanted = json.loads(json.dumps(identity, default=str))
+    path = Path(folder) / STARTED
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != wanted:
+            differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+            raise ManifestError(
+                f"{folder} holds other work ({', '.join(differ)} differ); give another output folder or remove this one"
+            )
+        return (Path(folder) / NAME).is_file()
+    if (Path(folder) / NAME).is_file():
+        raise ManifestError(f"{folder} holds finished work of unknown origin; give another output folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return False

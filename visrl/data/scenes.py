@@ -218,6 +218,13 @@ def true_box(scene: Scene, question: Question) -> Box:
     return Box.from_pixels(scene.tags[question.target].box, (SIDE, SIDE))
 
 
+def close_up(scene: Scene, question: Question, zoom: float) -> Box:
+    """A box between the question's digit or dots alone (`zoom` 0) and the whole tag (1): what a curriculum reads."""
+    tag = scene.tags[question.target]
+    corners = [c + zoom * (b - c) for c, b in zip(tag.content, tag.box, strict=True)]
+    return Box.from_pixels(corners, (SIDE, SIDE))
+
+
 def scene_samples(
     pool: str,
     start: int,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from visrl.box import Codec, Size
+from visrl.box import Size
+from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import EncodedView, Encoder, PromptError, TokenPath

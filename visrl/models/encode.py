@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from visrl.box import CODECS, Codec, Size
+from visrl.box import Size
+from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, View
 from visrl.models.families import Family, Grid, family_of
 from visrl.models.settings import ModelSettings

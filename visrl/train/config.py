@@ -29,6 +29,7 @@ class Phase(BaseModel):
     kinds: list[Kind] = list(KINDS)
     max_tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)
     per_scene: int = Field(4, ge=1)
+    close_up: tuple[float, float] | None = None  # crops to read, from 0 (the digit alone) to 1 (the tag); None: the box
 
 
 class TrainConfig(Config):
@@ -77,6 +78,7 @@ class TrainConfig(Config):
     curriculum: list[Phase] = []
     bin_length: int = Field(512, gt=0)  # tokens that attend to each other at most, where no item needs more
 
+    rollout_dataset: str | None = None
     rollout_samples: int = Field(0, ge=0)  # held-out questions rolled out greedily at every evaluation
     plot_loss: bool = False
     output_dir: Path

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from visrl.box import Box
 from visrl.conversation import (
     Conversation,
+    Message,
     View,
     answer_conversation,
     crop_view,
     focus_conversation,
     image_view,
+    seed_of,
 )
-from visrl.data.scenes import scene_samples
+from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.images import open_image
 from visrl.models.encode import Encoder
 from visrl.records import Picture, Preference, Sample
@@ -55,16 +58,29 @@ class Curriculum(Dataset[Item]):
                 max_tags=phase.max_tags,
             )  # fmt: skip
             place += len(self)
-        rows = [row for sample in samples for row in sft_rows(self.encoder, sample, phase.tasks)]
+        rows = []
+        for sample in samples:
+            detail = None
+            if phase.close_up is not None:
+                low, high = phase.close_up
+                zoom = low + (high - low) * np.random.default_rng(seed_of(index, sample.id)).random()
+                detail = close_up(*find_question(sample.id), zoom)
+            rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
         return Item(samples[0].image, tuple(rows))
 
 
 def sft_rows(
-    encoder: Encoder, sample: Sample, tasks: Sequence[Task] = ("locate", "read"), root: str | Path | None = None
+    encoder: Encoder,
+    sample: Sample,
+    tasks: Sequence[Task] = ("locate", "read"),
+    *,
+    root: str | Path | None = None,
+    detail: Box | None = None,
 ) -> list[Row]:
     """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer).
 
-    The crop is that of the box as its text says it, so that warm-up and rollout see the same windows.
+    The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
+    another box in its place (a curriculum's close-up).
 
     Raises:
         ValueError: the sample has no box.
@@ -79,7 +95,7 @@ def sft_rows(
         talk = focus_conversation(sample.question, whole)
         rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
     if "read" in tasks:
-        box = encoder.codec.parse(text, whole.size, processed)
+        box = detail or encoder.codec.parse(text, whole.size, processed)
         talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
         rows.append(Row(f"{sample.id}/answer", "answer", talk, (("target", sample.answer),)))
     return rows
@@ -88,6 +104,25 @@ def sft_rows(
 def crop_of(whole: View, box: Box, encoder: Encoder) -> View:
     """The crop of `box`, under the checkpoint's own crop rule."""
     return crop_view(whole, Picture(whole.key, box), encoder.settings.crop_rule)
+
+
+class SftSamples(Dataset[Item]):
+    """Samples with boxes, those of one picture together: box and answer rows of all its questions are one item."""
+
+    def __init__(self, encoder: Encoder, samples: Sequence[Sample], root: str | Path | None = None) -> None:
+        groups: dict[str, list[Sample]] = {}
+        for sample in samples:
+            groups.setdefault(sample.image, []).append(sample)
+        self.encoder = encoder
+        self.root = root
+        self.groups = list(groups.items())
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Item:
+        image, samples = self.groups[index]
+        return Item(image, tuple(row for sample in samples for row in sft_rows(self.encoder, sample, root=self.root)))
 
 
 class Preferences(Dataset[Item]):
@@ -114,8 +149,6 @@ class Preferences(Dataset[Item]):
 
 def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:
     """The row of one preference: its prompt and pictures with the chosen and the rejected response."""
-    from visrl.conversation import Message
-
     whole_picture, *details = preference.images
     whole = image_view(whole_picture, open_image(whole_picture.ref, root))
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]

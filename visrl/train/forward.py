@@ -18,7 +18,15 @@ class BranchLogps(NamedTuple):
 
 
 def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
-    """Log-probabilities of each branch of `packed`, in fp32, with gradients where the model has them.
+    """Log-probabilities of each branch of `packed`, in fp32, with gradients where the model has them."""
+    logps = token_logps(model, packed)
+    sums = torch.zeros(packed.branches, dtype=torch.float32, device=logps.device)
+    counts = torch.bincount(packed.branch, minlength=packed.branches).to(sums.dtype)
+    return BranchLogps(sums.index_add(0, packed.branch, logps), counts)
+
+
+def token_logps(model: nn.Module, packed: Packed) -> torch.Tensor:
+    """Log-probability of every response token of `packed`, [T], in fp32.
 
     Hidden states meet the output layer at predicting places only (`logits_to_keep`), so no full-vocabulary logits of
     prompts exist.
@@ -32,7 +40,4 @@ def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
         use_cache=False,
         logits_to_keep=packed.keep,
     ).logits[0]
-    token_logps = torch.log_softmax(logits.float(), dim=-1)[packed.row, packed.target]
-    sums = torch.zeros(packed.branches, dtype=torch.float32, device=token_logps.device)
-    counts = torch.bincount(packed.branch, minlength=packed.branches).to(sums.dtype)
-    return BranchLogps(sums.index_add(0, packed.branch, token_logps), counts)
+    return torch.log_softmax(logits.float(), dim=-1)[packed.row, packed.target]

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from visrl.models.encode import Encoder
 from visrl.train import losses
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum
@@ -21,13 +22,16 @@ AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over
 
 
 class VisrlTrainer(Trainer):
-    """Feeds packed batches through the model's own forward and a pure loss. The loop is transformers' and accelerate's."""
+    """Feeds packed batches through the model's own forward and a pure loss; the loop is transformers'."""
 
     loss_is_scaled_for_ga = True  # compute_loss normalises over the whole accumulated batch
 
-    def __init__(self, *, visrl_config: TrainConfig, reference: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, visrl_config: TrainConfig, encoder: Encoder, reference: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.visrl_config = visrl_config
+        self.encoder = encoder
         self.reference = reference or {}
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
@@ -113,6 +117,18 @@ class VisrlTrainer(Trainer):
         self._sums[name] += float(value.detach())
         self._counts[name] += 1
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Greedy rollouts on the held-out samples: what the policy really does, not what its losses say."""
+        from visrl.engines.local import LocalEngine
+        from visrl.evaluate.rollouts import evaluate_samples, measures
+
+        engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
+        rows = evaluate_samples(engine, self.eval_dataset, crop_rule=self.encoder.settings.crop_rule)
+        metrics = {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **{name: self._sums[name] / self._counts[name] for name in self._sums}}
@@ -130,7 +146,7 @@ def preference_loss(
     beta: torch.Tensor,
     chosen_counts: torch.Tensor,
 ) -> torch.Tensor:
-    """The configured loss of each row, [rows]; log-probabilities are summed, or averaged for the losses that want it."""
+    """The configured loss of each row, [rows], on log-probabilities that are summed or averaged as it wants them."""
     four = (chosen, rejected, ref_chosen, ref_rejected)
     smoothing = config.dpo_label_smoothing
     match config.pref_loss:

@@ -1,0 +1,121 @@
+"""The command line: verbs that parse, then import what they need. A typo is refused before torch is loaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="visrl",
+    help="Teach a vision-language model where to look, by reinforced reasoning instead of box labels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="a YAML file of flat `key: value` lines", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's", show_default=False)]
+
+
+def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The config file may be left out: then the first argument is an override already."""
+    extra = list(overrides or [])
+    if config is not None and "=" in str(config) and not config.exists():
+        return None, [str(config), *extra]
+    return config, extra
+
+
+@app.command()
+def demo(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Run the whole loop on drawn scenes with the embedded model, and write a report."""
+    from visrl.config import read_config
+    from visrl.evolve.loop import DemoConfig, run_demo
+
+    run_demo(read_config(DemoConfig, *_given(config, overrides)))
+
+
+@app.command()
+def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Warm-up (stage: sft), or preference training of boxes (stage 1) and of boxes and answers (stage 2)."""
+    from visrl.config import read_config
+    from visrl.train.config import TrainConfig
+
+    settings = read_config(TrainConfig, *_given(config, overrides))
+    from visrl.train.run import train as run
+
+    run(settings)
+
+
+@app.command()
+def generate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Samples → trajectories → verdicts: sample boxes, crop, answer, let the critic score."""
+    from visrl.config import read_config
+    from visrl.evolve.generate import GenerateConfig
+    from visrl.evolve.generate import generate as run
+
+    run(read_config(GenerateConfig, *_given(config, overrides)))
+
+
+@app.command(name="filter")
+def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Verdicts → preferences: the best and the worst trajectory of every question that has both."""
+    from visrl.config import read_config
+    from visrl.evolve.generate import FilterConfig, filter_pairs
+
+    filter_pairs(read_config(FilterConfig, *_given(config, overrides)))
+
+
+@app.command()
+def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Merge a LoRA adapter into its base model."""
+    from visrl.config import read_config
+    from visrl.train.export import ExportConfig
+    from visrl.train.export import export as run
+
+    run(read_config(ExportConfig, *_given(config, overrides)))
+
+
+def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:
+    """The program `visrl` (and `visrl-cli`): one clear sentence and exit status 1 on bad input."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if defaults and given and given[0] == "train":
+        given = [*given, *defaults]
+    try:
+        app(given, standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where this one stopped", 130)
+    except _user_errors() as error:
+        _fail(str(error), 1)
+
+
+def main_stage2() -> None:
+    """The program `visrl-cli-stage2`: `train` with rl_stage=2."""
+    main(defaults=["rl_stage=2"])
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """Errors that are the user's to mend: their message is the whole story, a traceback would hide it."""
+    from visrl.box import BoxError
+    from visrl.config import ConfigError
+    from visrl.images import ImageError
+    from visrl.manifest import ManifestError
+    from visrl.records import RecordError
+
+    known: list[type[BaseException]] = [BoxError, ConfigError, ImageError, ManifestError, RecordError]
+    load: Any = sys.modules.get("visrl.models.load")
+    encode: Any = sys.modules.get("visrl.models.encode")
+    known += [load.CheckpointError] if load else []
+    known += [encode.PromptError] if encode else []
+    return tuple(known)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"visrl: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Where samples and preferences come from, by one string: drawn scenes, or a file of ours.
+
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`); anything else is a path to JSONL records.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from visrl.data.scenes import POOLS, scene_samples
+from visrl.records import Preference, RecordError, Sample, read_records
+
+_SCENES = re.compile(r"scenes:(\w+)/(\d+)\+(\d+)")
+
+
+def read_samples(spec: str, *, with_box: bool = False) -> list[Sample]:
+    """The samples that `spec` names; drawn ones hold their true box only where it is asked for.
+
+    Raises:
+        RecordError: no such pool or file, or a row that is no sample.
+    """
+    match = _SCENES.fullmatch(spec)
+    if match:
+        if match[1] not in POOLS:
+            raise RecordError(f"no pool {match[1]!r} of drawn scenes; there are {', '.join(POOLS)}")
+        return scene_samples(match[1], int(match[2]), int(match[3]), with_box=with_box)
+    if spec.startswith("scenes:"):
+        raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
+    if not Path(spec).is_file():
+        raise RecordError(f"no file {spec}: give a JSONL file of samples, or scenes:POOL/START+COUNT")
+    return list(read_records(Sample, spec))
+
+
+def read_preferences(spec: str) -> list[Preference]:
+    """The preferences in a JSONL file.
+
+    Raises:
+        RecordError: no such file, or a row that is no preference.
+    """
+    if not Path(spec).is_file():
+        raise RecordError(f"no file {spec}: `visrl filter` writes preferences.jsonl")
+    return list(read_records(Preference, spec))

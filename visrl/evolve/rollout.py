@@ -1,0 +1,185 @@
+"""Rollouts: where to look, then what is there. One code path for generation, evaluation, training curves and serving.
+
+A rollout that fails is a record with its error. Nothing here scores: see critic.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from visrl.box import Box, BoxError, CropRule, Size
+from visrl.codecs import Codec
+from visrl.conversation import (
+    Completion,
+    Conversation,
+    Engine,
+    Sampling,
+    View,
+    answer_conversation,
+    crop_view,
+    focus_conversation,
+    image_view,
+    seed_of,
+)
+from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
+from visrl.images import ImageError, open_image
+from visrl.records import Picture, Sample, Trajectory
+
+MAX_BOX_TOKENS = 64
+MAX_ANSWER_TOKENS = 64
+
+
+class Policy(Engine, Protocol):
+    """An engine whose box text can be read: it knows its codec and the size its processor gives a picture."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def processed_size(self, size: Size, is_crop: bool = False) -> Size: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """How trajectories are drawn: N rounds of two branches each, as in Algorithm 1."""
+
+    rounds: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    trigger: float = TRIGGER
+    diversity: bool = True
+    crop_rule: CropRule = "exact"
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Look:
+    """One focus on its way to an answer: what was written, where it points, or why it points nowhere."""
+
+    question: str
+    whole: View
+    text: str
+    box: Box | None
+    error: str | None = None
+    answer: str | None = None
+    origin: str = "sampled"
+    seed: int = 0
+    detail: View | None = field(default=None, repr=False)
+
+
+def read_box(policy: Policy, text: str, size: Size) -> Box:
+    """The box in a policy's text about a picture of `size`.
+
+    Raises:
+        BoxError: there is none.
+    """
+    return policy.codec.parse(text, size, policy.processed_size(size))
+
+
+def look_at(policy: Policy, question: str, whole: View, completion: Completion) -> Look:
+    """The look that a step-1 completion asks for."""
+    if completion.text is None:
+        return Look(question, whole, "", None, completion.error or "no text")
+    try:
+        return Look(question, whole, completion.text, read_box(policy, completion.text, whole.size))
+    except BoxError as error:
+        return Look(question, whole, completion.text, None, f"box: {error}")
+
+
+def answer_all(policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule) -> None:
+    """Answer every look that has a box, from the crop of that box; fills in `answer` or `error`."""
+    ready = [look for look in looks if look.box is not None]
+    talks: list[Conversation] = []
+    for look in ready:
+        look.detail = crop_view(look.whole, Picture(look.whole.key, look.box), crop_rule)
+        talks.append(answer_conversation(look.question, look.whole, look.detail))
+    answers = policy.complete(talks, sampling, [[look.seed] for look in ready])
+    for look, (completion,) in zip(ready, answers, strict=True):
+        look.answer, look.error = completion.text, completion.error
+
+
+def greedy_looks(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    boxes: Sequence[Box | None] | None = None,
+    root: str | Path | None = None,
+    crop_rule: CropRule = "exact",
+) -> list[Look]:
+    """Both steps at temperature 0, in the order of `samples`; with `boxes` given, step 1 is skipped and they are used."""
+    wholes = [image_view(Picture(sample.image), open_image(sample.image, root)) for sample in samples]
+    if boxes is None:
+        talks = [focus_conversation(sample.question, whole) for sample, whole in zip(samples, wholes, strict=True)]
+        first = policy.complete(talks, Sampling(max_tokens=MAX_BOX_TOKENS), [[0]] * len(talks))
+        looks = [look_at(policy, s.question, w, c[0]) for s, w, c in zip(samples, wholes, first, strict=True)]
+    else:
+        looks = [Look(s.question, w, "", b) for s, w, b in zip(samples, wholes, boxes, strict=True)]
+    answer_all(policy, looks, Sampling(max_tokens=MAX_ANSWER_TOKENS), crop_rule)
+    return looks
+
+
+def roll_out(
+    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
+) -> list[Trajectory]:
+    """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch.
+
+    Every draw has its own seed, named by sample, round, branch and step, so a question's trajectories do not depend on
+    when or with which others it is asked.
+    """
+    trajectories: dict[str, list[Trajectory]] = {sample.id: [] for sample in samples}
+    opened: list[tuple[Sample, View]] = []
+    for sample in samples:
+        try:
+            opened.append((sample, image_view(Picture(sample.image), open_image(sample.image, root))))
+        except ImageError as error:
+            trajectories[sample.id] = [_failed(sample, r, b, policy.name, str(error)) for r, b in _branches(settings)]
+    talks = [focus_conversation(sample.question, whole) for sample, whole in opened]
+    seeds = [[seed_of(settings.seed, s.id, r, b, "box") for r, b in _branches(settings)] for s, _ in opened]
+    sampling = Sampling(settings.temperature, settings.top_p, MAX_BOX_TOKENS)
+    completions = policy.complete(talks, sampling, seeds)
+    looks: list[list[Look]] = []
+    for (sample, whole), drawn in zip(opened, completions, strict=True):
+        own = [look_at(policy, sample.question, whole, completion) for completion in drawn]
+        if settings.diversity:
+            for r in range(settings.rounds):
+                _diversify(policy, own[2 * r], own[2 * r + 1], settings, sample.id, r)
+        for look, (r, b) in zip(own, _branches(settings), strict=True):
+            look.seed = seed_of(settings.seed, sample.id, r, b, "answer")
+        looks.append(own)
+    sampling = Sampling(settings.temperature, settings.top_p, MAX_ANSWER_TOKENS)
+    answer_all(policy, [look for own in looks for look in own], sampling, settings.crop_rule)
+    for (sample, _), own in zip(opened, looks, strict=True):
+        trajectories[sample.id] = [
+            Trajectory(
+                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error  # type: ignore[arg-type]
+            )
+            for look, (r, b) in zip(own, _branches(settings), strict=True)
+        ]  # fmt: skip
+    return [trajectory for sample in samples for trajectory in trajectories[sample.id]]
+
+
+def _diversify(policy: Policy, first: Look, second: Look, settings: RolloutSettings, sample_id: str, round_: int) -> None:
+    """Replace the second box of a round where it says the same as the first; its text comes from the codec, too."""
+    if first.box is None or second.box is None or not needs_replacing(first.box, second.box, settings.trigger):
+        return
+    box = random_box_apart(first.box, second.box, seed_of(settings.seed, sample_id, round_, 1, "random"))
+    second.origin = "random"
+    if box is None:
+        second.box, second.text, second.error = None, "", "no_room"
+        return
+    size = second.whole.size
+    second.text = policy.codec.format(box, size, policy.processed_size(size))
+    try:
+        second.box = read_box(policy, second.text, size)
+    except BoxError as error:
+        second.box, second.error = None, f"no_room: {error}"
+
+
+def _branches(settings: RolloutSettings) -> list[tuple[int, int]]:
+    return [(r, b) for r in range(settings.rounds) for b in (0, 1)]
+
+
+def _failed(sample: Sample, round_: int, branch: int, engine: str, error: str) -> Trajectory:
+    return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, error)
