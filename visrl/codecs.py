@@ -71,17 +71,17 @@ class Codec:
         """
         found = [self._tokens(group) for group in self.pattern.findall(text)]
         fours = [tokens for tokens in found if len(tokens) == 4]
-        shown = repr(text[:80])
+        shown = text[:80]
         if not found:
-            raise BoxError("no_box", f"no box in the form {self._example()} in {shown}")
+            raise BoxError("no_box", f"no box in the form {self._example()} in {shown!r}")
         if len(fours) > 1 or (not fours and len(found) > 1):
-            raise BoxError("more_than_one", f"{max(len(fours), len(found))} boxes where one is wanted in {shown}")
+            raise BoxError("more_than_one", f"{max(len(fours), len(found))} boxes where one is wanted in {shown!r}")
         tokens = fours[0] if fours else found[0]
         wrong = next((token for token in tokens if not _NUMBER.fullmatch(token)), None)
         if wrong is not None:
-            raise BoxError("not_a_number", f"{wrong[:20]!r} is not a number in {shown}")
+            raise BoxError("not_a_number", f"{wrong[:20]!r} is not a number in {shown!r}")
         if len(tokens) != 4:
-            raise BoxError("count", f"{len(tokens)} numbers where a box has four in {shown}")
+            raise BoxError("count", f"{len(tokens)} numbers where a box has four in {shown!r}")
         return self._box([float(token) for token in tokens], original, processed, shown)
 
     def mend(self, text: str, original: Size, processed: Size) -> Mended:
@@ -143,19 +143,23 @@ class Codec:
         if self.y_first:
             numbers = [numbers[1], numbers[0], numbers[3], numbers[2]]
         (scale_x, shift_x), (scale_y, shift_y) = self.scales(original, processed)
-        x0, x1 = ((number - shift_x) / scale_x for number in numbers[0::2])
-        y0, y1 = ((number - shift_y) / scale_y for number in numbers[1::2])
-        return x0, y0, x1, y1
+        x0, y0, x1, y1 = numbers
+        return (x0 - shift_x) / scale_x, (y0 - shift_y) / scale_y, (x1 - shift_x) / scale_x, (y1 - shift_y) / scale_y
 
     def _box(self, numbers: list[float], original: Size, processed: Size, shown: str) -> Box:
-        corners = self._fractions(numbers, original, processed)
-        unit_x, unit_y = self.unit(original, processed)
-        half = (unit_x / 2, unit_y / 2, unit_x / 2, unit_y / 2)
-        inside = [_forgiven(value, rounding) for value, rounding in zip(corners, half, strict=True)]
+        x0, y0, x1, y1 = self._fractions(numbers, original, processed)
+        if min(x0, y0) < 0 or max(x1, y1) > 1:
+            half_x, half_y = (unit / 2 for unit in self.unit(original, processed))
+            x0, x1, y0, y1 = (
+                _forgiven(x0, half_x),
+                _forgiven(x1, half_x),
+                _forgiven(y0, half_y),
+                _forgiven(y1, half_y),
+            )
         try:
-            return Box(*inside)
+            return Box(x0, y0, x1, y1)
         except BoxError as error:
-            raise BoxError(error.fault, f"the box in {shown} is {error.fault}") from error
+            raise BoxError(error.fault, f"the box in {shown!r} is {error.fault}") from error
 
     def _example(self) -> str:
         return self.template.format("x0", "y0", "x1", "y1")

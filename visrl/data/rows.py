@@ -171,7 +171,8 @@ def _next_value(file: IO[str], text: str, place: int) -> tuple[Any, str, int]:
         problem: json.JSONDecodeError | None = None
         try:
             value, end = _DECODER.raw_decode(text, place)
-            if end < len(text):
+            # What follows a number may be more of it: `1` of `1.5`.
+            if end < len(text) and (not isinstance(value, (int, float)) or text[end] in " \t\r\n,]"):
                 return value, text, end
         except json.JSONDecodeError as error:
             problem = error
@@ -258,9 +259,10 @@ def four_numbers(value: Any, key: str) -> tuple[float, float, float, float]:
     if not isinstance(value, list) or len(value) != 4:
         raise RowFault("unparseable", f"{key!r} must be four numbers, it is {_shown(value)}")
     for number in value:
-        if type(number) not in (int, float) or not abs(number) < 1e12:
+        if (type(number) is not int and type(number) is not float) or not -1e12 < number < 1e12:
             raise RowFault("unparseable", f"{key!r} must be four numbers, it is {_shown(value)}")
-    return tuple(value)
+    x0, y0, x1, y1 = value
+    return x0, y0, x1, y1
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
+from visrl.data.native import parse_pictures
 from visrl.data.rows import Row, RowFault, check_text, four_numbers, get_text, read_rows
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import bare_question
@@ -113,7 +114,7 @@ def parse_sharegpt(
         raise RowFault("unparseable", f"a row must be a JSON object, this is {type(raw).__name__}")
     entry = entry if entry.columns else _usual(entry, raw)
     turns = _turns(raw, entry)
-    pictures = _pictures(raw, entry)
+    pictures = parse_pictures(raw.get(entry.column("images"), []), raw.get("size"), entry.column("images"))
     marks = sum(text.count(IMAGE) for _, text in turns)
     if marks != len(pictures):
         raise RowFault("unparseable", f"{marks} {IMAGE} marks but {len(pictures)} pictures")
@@ -150,29 +151,6 @@ def _turn(turn: Any, entry: Entry) -> tuple[str, str]:
     return get_text(turn, entry.tags["role_tag"]), get_text(turn, entry.tags["content_tag"])
 
 
-def _pictures(raw: dict[str, Any], entry: Entry) -> list[Picture]:
-    """The pictures of a row; `size` beside them is the annotated width and height of the picture they all show."""
-    values = raw.get(entry.column("images"), [])
-    if isinstance(values, str):
-        values = [values]
-    if not isinstance(values, list):
-        raise RowFault("unparseable", f"{entry.column('images')!r} must be a list of pictures")
-    size = raw.get("size")
-    if size is None:
-        return [_picture(value, None) for value in values]
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-        raise RowFault("unparseable", f"'size' must be [width, height] in whole pixels, not {size!r}")
-    return [_picture(value, (size[0], size[1])) for value in values]
-
-
-def _picture(value: Any, size: Size | None) -> Picture:
-    if isinstance(value, str):
-        check_text(value, "images")
-        return Picture(value, None, size)
-    ref, crop = get_text(value, "ref"), value.get("crop")
-    return Picture(ref, Box(*four_numbers(crop, "crop")) if crop is not None else None, size)
-
-
 def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
     """The box that a three-decimal text means in `space`; the padded square needs the picture's size."""
     size: Size = (picture.size or sizes.of(picture.ref)) if space == "padded_square" else (1, 1)
@@ -180,8 +158,8 @@ def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
 
 
 def _sample(
-    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: list[Picture], entry: Entry, sizes: Sizes,
-    space: BoxSpace | None,
+    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: tuple[Picture, ...], entry: Entry,
+    sizes: Sizes, space: BoxSpace | None,
 ) -> Sample:  # fmt: skip
     """An SFT row as a sample: round 1 answers with a box, round 2 shows the crop and answers the question."""
     asked = [text for role, text in turns if role == entry.tags["user_tag"]]
@@ -198,8 +176,8 @@ def _sample(
 
 
 def _preferences(
-    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: list[Picture], entry: Entry, sizes: Sizes,
-    space: BoxSpace | None,
+    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: tuple[Picture, ...], entry: Entry,
+    sizes: Sizes, space: BoxSpace | None,
 ) -> tuple[Preference, ...]:  # fmt: skip
     """The preferences of a ranking row. Boxes with no named `box_space` are of the image, as the authors crop them."""
     prompt = turns[-1][1]
@@ -208,7 +186,7 @@ def _preferences(
         if chosen is None or rejected is None:
             raise RowFault("unparseable", "a ranking needs a chosen and a rejected reply")
         step = "box" if _is_box(chosen) and _is_box(rejected) else "answer"
-        return (Preference(name, step, prompt, tuple(pictures), chosen, rejected),)  # type: ignore[arg-type]
+        return (Preference(name, step, prompt, pictures, chosen, rejected),)  # type: ignore[arg-type]
     box, worse = (_reply(raw, entry, column) for column in ("chosen_step", "rejected_step"))
     if box is None or worse is None:
         raise RowFault("unparseable", "a ranking of boxes needs both chosen_step and rejected_step")

@@ -21,7 +21,7 @@ _TEXT = BOX_SPACES["padded_square"]
 _HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
-_CHANNELS = ("human", "gpt", "human", "gpt")
+_SPEAKERS = ("human", "gpt", "human", "gpt")
 
 
 def parse_viscot(raw: Any, number: int, sizes: Sizes, boxes: bool = True) -> tuple[Sample]:
@@ -158,7 +158,7 @@ def _untruncated(raw: dict[str, Any], ref: str, pixels: Corners, sizes: Sizes) -
     if given is None:
         return pixels
     exact = four_numbers(given, "bbox")
-    if max(abs(a - b) for a, b in zip(exact, pixels, strict=True)) > 1:
+    if _distance(exact, pixels) > 1:
         raise RowFault("disagree", f"the pixels {list(pixels)} are not those of the detection file, {list(exact)}")
     return exact
 
@@ -194,9 +194,13 @@ def _check_text(text: str, pixels: Corners, size: Size) -> None:
         if error.fault == "empty":  # a box narrower than a thousandth of the square: the pixels say what it is
             return
         raise
-    allowed = 1 + _HALF_DIGIT * max(size) + 1e-6
-    if max(abs(a - b) for a, b in zip(box.to_pixels(size), pixels, strict=True)) > allowed:
+    if _distance(box.to_pixels(size), pixels) > 1 + _HALF_DIGIT * max(size) + 1e-6:
         raise RowFault("disagree", f"the text {text} is not the pixels {list(pixels)} of {size[0]} × {size[1]}")
+
+
+def _distance(a: Corners, b: Corners) -> float:
+    """How far the furthest of two boxes' corners are apart along an axis."""
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1]), abs(a[2] - b[2]), abs(a[3] - b[3]))
 
 
 def _image_and_pixels(raw: Any) -> tuple[str, Corners]:
@@ -218,12 +222,11 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
     turns = raw.get("conversations")
     if not isinstance(turns, list) or len(turns) != 4:
         raise RowFault("unparseable", "'conversations' must hold four turns")
-    values = []
-    for turn, channel in zip(turns, _CHANNELS, strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != channel:
-            raise RowFault("unparseable", f"the turns must be from {', '.join(_CHANNELS)}")
-        values.append(get_text(turn, "value"))
-    return bare_question(values[0]), values[1], values[3]
+    for turn, speaker in zip(turns, _SPEAKERS, strict=True):
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            raise RowFault("unparseable", f"the turns must be from {', '.join(_SPEAKERS)}")
+    question, box_text, _, answer = (get_text(turn, "value") for turn in turns)
+    return bare_question(question), box_text, answer
 
 
 def bare_question(prompt: str) -> str:
