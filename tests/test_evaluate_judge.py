@@ -6,11 +6,14 @@ import asyncio
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +240,38 @@ def test_a_file_that_is_none_of_judgements_is_named(tmp_path):
     path.write_text('{"id": "1"}\n')
     with pytest.raises(RecordError, match=r"judge\.jsonl, row 1: not a judgement"):
         list(read_judgements(path))
+
+
+@pytest.mark.slow
+def test_a_judge_killed_at_any_moment_ends_in_the_same_file(tmp_path):
+    class Slow(Court):
+        async def answer(self, kind: str, attempt: int, send: Any) -> None:
+            await asyncio.sleep(0.05)
+            await super().answer(kind, 9, send)
+
+    rows = [
+        {"question_id": i, "text": f"{'good' if i % 3 else 'wrong'} {i}", "gt_answer_text": "t"} for i in range(200)
+    ]
+    predictions = tmp_path / "answers.jsonl"
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    killed = 0
+    with serving(Slow()) as url:
+
+        def start(out: Path) -> subprocess.Popen[bytes]:
+            command = "from visrl.evaluate.commands import app; app()"
+            options = ["judge", "--predictions", predictions, "--out", out, "--model", "court", "--base-url", url]
+            return subprocess.Popen([sys.executable, "-c", command, *map(str, options), "--concurrency", "4"])
+
+        assert start(tmp_path / "whole.jsonl").wait(60) == 0
+        part = tmp_path / "part.jsonl"
+        for lines in (20, 90, 150):
+            process = start(part)
+            while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < lines):
+                time.sleep(0.01)
+            killed += process.poll() is None
+            process.kill()
+            process.wait()
+        assert part.read_bytes().count(b"\n") < 200
+        assert start(part).wait(60) == 0
+    assert killed == 3
+    assert part.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -13,10 +13,10 @@ from visrl.evaluate.results import read_results, result_row, summarise
 from visrl.records import RecordError, Sample
 
 ROWS = [
-    {"id": "1", "dataset": "gqa", "judge": 1.0, "hit": 1, "iou": 0.8},
-    {"id": "2", "dataset": "gqa", "judge": None, "hit": 0, "iou": 0.2, "error": "time-out"},
-    {"id": "3", "dataset": "gqa", "judge": 0.5, "hit": None, "iou": None, "bad_truth": True},
-    {"id": "4", "dataset": "gqa", "judge": 0.5, "hit": 0, "iou": 0.0, "unparseable": True},
+    {"id": "1", "dataset": "gqa", "judge": 1.0, "hit": 1, "hit_published": 1, "iou": 0.8},
+    {"id": "2", "dataset": "gqa", "judge": None, "hit": 0, "hit_published": 0, "iou": 0.2, "error": "time-out"},
+    {"id": "3", "dataset": "gqa", "judge": 0.5, "hit": None, "hit_published": 0, "iou": None, "bad_truth": True},
+    {"id": "4", "dataset": "gqa", "judge": 0.5, "hit": 0, "hit_published": 0, "iou": 0.0, "unparseable": True},
     {"id": "1", "dataset": "vsr", "judge": 1.0, "hit": 1, "iou": 1.0},
 ]
 
@@ -36,7 +36,8 @@ def test_both_readings_by_hand():
     assert gqa["judge"]["counted"]["mean"] == pytest.approx(2.0 / 4)
     assert gqa["judge"]["left_out"]["mean"] == pytest.approx(2.0 / 3)
     assert (gqa["hit"]["counted"]["n"], gqa["hit"]["counted"]["mean"]) == (4, 0.25)
-    assert (gqa["hit"]["left_out"]["n"], gqa["hit"]["left_out"]["mean"]) == (3, pytest.approx(1 / 3))
+    for column in ("hit", "hit_published"):  # a bad truth is left out even where the published rule called it wrong
+        assert (gqa[column]["left_out"]["n"], gqa[column]["left_out"]["mean"]) == (3, pytest.approx(1 / 3))
     # Over data sets: the unweighted mean, not the mean over questions.
     assert result["columns"]["judge"]["counted"]["mean"] == pytest.approx((0.5 + 1.0) / 2)
     assert result["columns"]["judge"]["left_out"]["n"] == 4
