@@ -15,7 +15,8 @@ import httpx
 import uvicorn
 from PIL import Image
 
-from visrl.box import CODECS, Codec, Size
+from visrl.box import Size
+from visrl.codecs import CODECS, Codec
 from visrl.conversation import Completion, Conversation
 from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend, Batcher, Loaded, OnToken, Row

@@ -65,10 +65,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.open -= 1
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # many clients connect at once
+
+
 @contextmanager
 def serving(script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     server.script, server.models = script, models
     server.lock, server.bodies, server.open, server.most_open = threading.Lock(), [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from visrl.box import CODECS, Codec, Size
+from visrl.box import Size
+from visrl.codecs import CODECS, Codec
 from visrl.conversation import Completion, Conversation, Sampling, View
 from visrl.engines.client import Ask, Client, Endpoint
 from visrl.prompts import IMAGE
@@ -24,20 +25,21 @@ CROP_DETAIL = "low"  # how a crop is marked for our own server, which then keeps
 class EndpointEngine:
     """An `Engine` over one or many servers.
 
-    `codec` and `processed_size` say how the served model writes boxes; `processed_size` maps a picture's size to the
-    size that the server's processor gives it (it matters only to families that write absolute pixels).
+    `codec` and `processed_size` say how the served model writes boxes; `processed_size` maps a picture's size, and
+    whether it is a crop, to the size that the server's processor gives it (it matters only to families that write
+    absolute pixels).
     """
 
     def __init__(
         self,
         endpoint: Endpoint,
         codec: Codec = CODECS["visrl"],
-        processed_size: Callable[[Size], Size] = lambda size: size,
+        processed_size: Callable[[Size, bool], Size] = lambda size, is_crop: size,
     ) -> None:
         self.client = Client(endpoint)
         self.name = f"endpoint:{endpoint.model}"
         self.codec = codec
-        self.processed_size = processed_size
+        self._processed_size = processed_size
         self._mark_crops = False
 
     def check(self) -> None:
@@ -48,6 +50,10 @@ class EndpointEngine:
         """
         # Other servers read `detail` in their own ways (OpenAI's makes the picture small), so only ours is told.
         self._mark_crops = self.client.check() == {OWNER}
+
+    def processed_size(self, size: Size, is_crop: bool = False) -> Size:
+        """Width and height that the server's processor gives a picture of `size`."""
+        return self._processed_size(size, is_crop)
 
     def complete(
         self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]

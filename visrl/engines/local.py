@@ -256,7 +256,7 @@ class LocalEngine:
                 if reason:
                     alive[b, j] = False
                     text = self.encoder.decode(texts[n])
-                    done[n] = Completion(text, len(texts[n]), reason)  # type: ignore[arg-type]
+                    done[n] = Completion(text, len(texts[n]), reason, prompt_tokens=len(places[n]))  # type: ignore[arg-type]
             if not alive.any():
                 return
             visible = np.concatenate([visible, own], axis=2)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from visrl.box import Codec, CropRule, Size
+from visrl.box import CropRule, Size
+from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
 from visrl.serve.metrics import Metrics
 from visrl.serve.schemas import RequestError

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from visrl.serve.schemas import Limits
 
 ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
+KEPT_VIEWS = 16
 SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 
 
@@ -121,6 +122,7 @@ def serve(config: ServeConfig) -> None:
 def load_local(config: ServeConfig) -> Loaded:
     """The in-process engine of the config's checkpoint."""
     from visrl.engines.local import LocalEngine
+    from visrl.models.encode import Encoder
     from visrl.models.settings import ModelSettings
     from visrl.serve.batching import Loaded
 
@@ -134,6 +136,9 @@ def load_local(config: ServeConfig) -> Loaded:
         settings=settings,
         trust_remote_code=config.trust_remote_code,
     )
+    # Strangers seldom send a picture twice: prepared pictures are kept for the batch in work, not for hundreds before.
+    views = 2 * config.max_batch + KEPT_VIEWS
+    engine.encoder = Encoder(engine.encoder.processor, engine.model.config, settings, cache_views=views)
     return Loaded(engine, settings.crop_rule)
 
 

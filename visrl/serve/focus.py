@@ -21,11 +21,11 @@ from visrl.conversation import (
     seed_of,
 )
 from visrl.engines.endpoint import data_url
+from visrl.evolve.rollout import MAX_BOX_TOKENS
 from visrl.records import Picture
 from visrl.serve.batching import Backend, Row
 from visrl.serve.schemas import Choice, RequestError
 
-BOX_TOKENS = 128  # the published protocol's bound for a box
 LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
@@ -59,7 +59,7 @@ class Look:
 
 async def look(backend: Backend, question: str, whole: View, sampling: Sampling, seed: int) -> tuple[Look, Completion]:
     """Step 1: ask for the box, read it, cut the crop."""
-    box_sampling = replace(sampling, max_tokens=BOX_TOKENS)
+    box_sampling = replace(sampling, max_tokens=MAX_BOX_TOKENS)
     row = Row(focus_conversation(question, whole), box_sampling, seed_of(seed, "box"))
     completion = await backend.submit(row)
     text = completion.text or ""

@@ -16,11 +16,12 @@ from typing import Any
 
 import openai
 
-from visrl.box import Codec, CropRule, Size
+from visrl.box import CropRule, Size
+from visrl.codecs import Codec
 from visrl.config import ConfigError
 from visrl.conversation import Completion
 from visrl.engines.client import Client, Endpoint, EndpointError
-from visrl.engines.endpoint import data_url, to_messages
+from visrl.engines.endpoint import OWNER, data_url, to_messages
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError, load_encoder
 from visrl.models.settings import ModelSettings
@@ -70,6 +71,7 @@ class Upstream:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = config.vllm_url or ""
         self._api: openai.AsyncOpenAI | None = None
+        self._mark_crops = False
         self._in_work = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._begin, name="upstream", daemon=True)
@@ -147,7 +149,7 @@ class Upstream:
         try:
             for _ in range(int(START_S / POLL_S)):
                 try:
-                    client.check()
+                    self._mark_crops = client.check() == {OWNER}
                     self._state = "ready" if self._state == "loading" else self._state
                     return
                 except EndpointError:
@@ -191,7 +193,7 @@ class Upstream:
             view.key: await asyncio.to_thread(data_url, view.image)
             for view in {view.key: view for view in row.conversation.views}.values()
         }
-        messages: Any = to_messages(row.conversation, urls)
+        messages: Any = to_messages(row.conversation, urls, self._mark_crops)
         stream = await self._api.chat.completions.create(
             model=self._model,
             messages=messages,
