@@ -20,7 +20,7 @@ from visrl.records import Sample
 
 Kind = Literal["colour", "shape", "edge", "count", "relation"]
 
-SIDE = 448  # px: a model that sees the whole scene at 112 px sees a quarter of it, and a 14-px digit at 3.5 px
+SIDE = 672  # px: a model that sees the whole scene at 112 px sees a sixth of it, and a 21-px digit at 3.5 px
 POOLS = ("train", "preference", "validation", "test")
 KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")
 COLOURS = {
@@ -34,9 +34,9 @@ COLOURS = {
     "brown": (140, 100, 70),
 }
 SHAPES = ("square", "circle", "diamond")
-GLYPH_HEIGHT = 14  # px of a digit in the scene
-GLYPH_SCALE = 2  # px per dot of the 5 × 7 digits below
-DOT_RADIUS = 2.5  # px
+GLYPH_HEIGHT = 21  # px of a digit in the scene
+GLYPH_SCALE = 3  # px per dot of the 5 × 7 digits below
+DOT_RADIUS = 3.5  # px
 MAX_DOTS = 6
 MAX_TAGS = 5
 INK = (25, 25, 30)
@@ -137,7 +137,7 @@ def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
     while True:
         places: list[PixelBox] = []
         for _ in range(60):
-            side = rng.uniform(68, 96)
+            side = rng.uniform(100, 134)
             x, y = rng.uniform(2, SIDE - side - 2, size=2)
             box = (float(x), float(y), float(x + side), float(y + side))
             if all(box[2] + 8 < p[0] or p[2] + 8 < box[0] or box[3] + 8 < p[1] or p[3] + 8 < box[1] for p in places):
@@ -148,7 +148,7 @@ def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
 
 def _tag(rng: np.random.Generator, box: PixelBox, colour: str) -> Tag:
     shape = str(rng.choice(SHAPES))
-    middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]) + rng.uniform(-6, 6, size=2)
+    middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]) + rng.uniform(-10, 10, size=2)
     if rng.random() < 0.7:
         text = str(rng.integers(0, 10))
         width = (len(text) * 6 - 1) * GLYPH_SCALE
@@ -161,9 +161,9 @@ def _tag(rng: np.random.Generator, box: PixelBox, colour: str) -> Tag:
 
 
 def _dots(rng: np.random.Generator, middle: np.ndarray, count: int) -> tuple[tuple[float, float], ...]:
-    """`count` dots on a 3 × 3 grid around `middle`, 11 px apart."""
+    """`count` dots on a 3 × 3 grid around `middle`, 15 px apart."""
     cells = rng.choice(9, size=count, replace=False)
-    return tuple((float(middle[0] + (c % 3 - 1) * 11), float(middle[1] + (c // 3 - 1) * 11)) for c in cells)
+    return tuple((float(middle[0] + (c % 3 - 1) * 15), float(middle[1] + (c // 3 - 1) * 15)) for c in cells)
 
 
 # --- Questions ------------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def _neighbours(scene: Scene, index: int) -> Iterator[tuple[str, int]]:
 
 
 def _extremes(scene: Scene) -> Iterator[tuple[str, int]]:
-    """The outermost tag of each side, where it stands out by at least 20 px."""
+    """The outermost tag of each side, where it stands out by at least 30 px."""
     for side, axis, sign in (("leftmost", 0, 1), ("rightmost", 0, -1), ("top", 1, 1), ("bottom", 1, -1)):
         order = sorted(range(len(scene.tags)), key=lambda i: sign * scene.tags[i].center[axis])
-        if len(order) > 1 and abs(scene.tags[order[0]].center[axis] - scene.tags[order[1]].center[axis]) >= 20:
+        if len(order) > 1 and abs(scene.tags[order[0]].center[axis] - scene.tags[order[1]].center[axis]) >= 30:
             yield side, order[0]
 
 
@@ -286,12 +286,12 @@ def find_question(sample_id: str) -> tuple[Scene, Question]:
 
 @lru_cache(maxsize=256)
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, 448 × 448 RGB. Do not write into it: pictures are shared."""
+    """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared."""
     image = Image.new("RGB", (SIDE, SIDE), scene.background)
     pen = ImageDraw.Draw(image)
     shade = tuple(value - 14 for value in scene.background)
     for line in scene.lines:
-        pen.line(line, fill=shade, width=2)
+        pen.line(line, fill=shade, width=3)
     for tag in scene.tags:
         _draw_tag(pen, tag)
     return image

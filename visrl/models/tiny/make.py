@@ -54,9 +54,9 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
     """Write a randomly initialised tiny model with its processor to `folder`; `sizes` override the text config's."""
     folder = Path(folder)
     tokenizer = make_tokenizer(vocabulary)
-    # The whole 448-px scene is shown at 112 × 112 (16 tokens), a crop at about 84 × 84 (9 tokens).
+    # The whole 672-px scene and a crop of it are both shown at about 112 × 112 (16 tokens).
     limits = ModelSettings(
-        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=84 * 84, crop_max_pixels=112 * 84
+        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=100 * 100, crop_max_pixels=112 * 112
     )
     image_processor = Qwen2VLImageProcessor(
         size={"shortest_edge": limits.image_min_pixels, "longest_edge": limits.image_max_pixels}
