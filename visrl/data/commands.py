@@ -128,6 +128,50 @@ def check(
     print(json.dumps(report.as_json()) if as_json else as_text(report, root))
 
 
+@app.command()
+def stats(
+    inputs: Annotated[list[str], typer.Argument(metavar="IN…")],
+    source: From,
+    images: Images = None,
+    sizes: SizesFile = None,
+    model: Annotated[str | None, typer.Option("--model", help="Checkpoint whose processor counts tokens.")] = None,
+    image_max_pixels: Annotated[int | None, typer.Option(help="Limit of the whole picture, for tokens.")] = None,
+    crop_max_pixels: Annotated[int | None, typer.Option(help="Limit of the crop, for tokens.")] = None,
+    html: Annotated[str | None, typer.Option("--html", help="Write the page here.")] = None,
+    box_space: Space = None,
+    dataset: Dataset = None,
+    columns: Columns = None,
+) -> None:
+    """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
+    from visrl.data.convert import Reading
+    from visrl.data.sizes import Sizes
+    from visrl.data.stats import as_table, measure
+
+    with _clear_errors():
+        encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
+        space = _space(box_space) if box_space else None
+        with _progress() as tick:
+            reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns))
+            found = measure(source, inputs, reading, encoder, tick)
+    print(as_table(found))
+    if html:
+        from visrl.data.stats_page import write_page
+
+        write_page(found, ", ".join(inputs), html)
+        print(f"wrote {html}")
+
+
+def _encoder(model: str, image_max_pixels: int | None, crop_max_pixels: int | None) -> Any:
+    from visrl.models.load import CheckpointError, load_encoder
+    from visrl.models.settings import ModelSettings
+
+    settings = ModelSettings.load(model).with_given(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
+    try:
+        return load_encoder(model, settings)
+    except CheckpointError as error:
+        raise ConfigError(f"--model: {error}") from error
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn errors that users can mend into one sentence and a non-zero exit."""

@@ -1,0 +1,63 @@
+"""The statistics of a data set as one HTML page with a histogram of every measure. Knows no data set."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from visrl.data.stats import Statistics, as_table
+
+_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+pre { overflow-x: auto; padding: 1rem; border: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+figure { margin: 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
+svg { width: 100%; height: auto; }
+"""
+_LOG_RATIO = 20  # where the largest value is so many medians, bins are spaced by ratio
+
+
+def write_page(found: Statistics, title: str, path: str | Path) -> None:
+    """Write the page; it needs nothing but itself."""
+    figures = "\n".join(
+        f"<figure>{_histogram(name, [float(value) for value in values])}</figure>"
+        for name, values in found.measures().items()
+    )
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1>\n<pre>{html.escape(as_table(found))}</pre>\n"
+        f'<div class="figures">\n{figures}\n</div></body></html>\n'
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _histogram(name: str, values: list[float]) -> str:
+    """An SVG of how many samples or pictures have which value."""
+    low, high, middle = min(values), max(values), sorted(values)[len(values) // 2]
+    by_ratio = low > 0 and high > _LOG_RATIO * middle
+    count = min(40, max(1, len(set(values))))
+    if by_ratio:
+        bins = [low * (high / low) ** (step / count) for step in range(count + 1)]
+    else:
+        bins = [low + (high - low) * step / count for step in range(count + 1)]
+    if low == high:
+        bins = [low - 0.5, high + 0.5]
+    with matplotlib.rc_context({"svg.hashsalt": "visrl", "font.size": 11}):
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.hist(values, bins=bins, color="#4a6fa5")
+        axes.set_xscale("log" if by_ratio else "linear")
+        axes.set_title(name, loc="left", fontsize=12)
+        axes.spines[["top", "right"]].set_visible(False)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    svg = stream.getvalue()
+    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)
