@@ -32,7 +32,7 @@ def dpo(
 ) -> Tensor:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7), on summed log-probabilities.
 
-    `label_smoothing` ε is the conservative DPO of its appendix: −(1−ε) log σ(βm) − ε log σ(−βm).
+    `label_smoothing` ε gives conservative DPO (Mitchell 2023): −(1−ε) log σ(βm) − ε log σ(−βm).
     """
     scaled = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
@@ -69,7 +69,10 @@ def simpo(chosen: Tensor, rejected: Tensor, *, beta: float = 2.0, gamma: float =
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """ORPO (Hong et al. 2024, eq. 6–7): NLL of chosen plus β times the log odds ratio, averaged over tokens."""
+    """ORPO (Hong et al. 2024, eq. 6–7): NLL of chosen plus β times the log odds ratio, averaged over tokens.
+
+    The NLL is that of the response, as in the paper; TRL's trainer takes that of the prompt too.
+    """
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return -chosen - beta * logsigmoid(log_odds)
 
@@ -91,10 +94,19 @@ def kto(
 ) -> Tensor:
     """KTO (Ethayarajh et al. 2024, eq. 8), on summed log-probabilities, one loss per response.
 
-    `kl` is the scalar estimate of KL(policy ‖ reference) from mismatched completions, clamped at 0 and detached;
-    `desirable` [rows] is true for chosen responses.
+    `kl` is the scalar estimate of KL(policy ‖ reference) that `kto_kl` gives; `desirable` [rows] is true for chosen
+    responses.
     """
     ratio = logps - ref_logps
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - kl)))
     bad = undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratio)))
     return torch.where(desirable, good, bad)
+
+
+def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
+    """KTO's estimate of KL(policy ‖ reference): a scalar, clamped at 0, without gradient (section 4.1 of the paper).
+
+    Both are summed log-probabilities of mismatched completions, each row's prompt with another row's response, under
+    policy and reference.
+    """
+    return (mismatched - ref_mismatched).mean().detach().clamp(min=0)
