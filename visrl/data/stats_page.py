@@ -58,6 +58,6 @@ def _histogram(name: str, values: list[float]) -> str:
         axes.set_title(name, loc="left", fontsize=12)
         axes.spines[["top", "right"]].set_visible(False)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = stream.getvalue()
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(name)}"', 1)
