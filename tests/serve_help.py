@@ -19,8 +19,9 @@ from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Completion, Conversation
 from visrl.serve.app import Settings, create_app
-from visrl.serve.batching import Backend, Batcher, Loaded, OnToken, Row
+from visrl.serve.batching import Backend, Batcher, Loaded, OnToken
 from visrl.serve.metrics import Metrics
+from visrl.serve.rows import Row
 
 NAME = "known"
 

@@ -15,8 +15,9 @@ from PIL import Image
 from serve_help import NAME, KnownEngine, body, data_url, known, picture, post, serving, two_steps
 
 from visrl.conversation import Conversation
-from visrl.serve.batching import Batcher, Loaded, Row, held_back
+from visrl.serve.batching import Batcher, Loaded
 from visrl.serve.metrics import Metrics
+from visrl.serve.rows import Row, held_back
 from visrl.serve.schemas import Limits
 
 

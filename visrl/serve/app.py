@@ -19,10 +19,11 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from visrl.conversation import Conversation, Sampling, View
 from visrl.data.scenes import draw, make_scene, questions_of
 from visrl.engines.endpoint import data_url
-from visrl.serve.batching import Backend, Row
+from visrl.serve.batching import Backend
 from visrl.serve.focus import answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, open_pictures
+from visrl.serve.rows import Row
 from visrl.serve.safety import Application, Budget, Gate
 from visrl.serve.schemas import (
     FOCUS_SUFFIX,

@@ -11,24 +11,23 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, Conversation, Sampling
+from visrl.conversation import Completion, View
 from visrl.serve.metrics import Metrics
+from visrl.serve.rows import Row, length_guess
 from visrl.serve.schemas import RequestError
 
 GATHER_S = 0.004  # how long the first row of an idle engine waits for company
 FORGET_BATCHES = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
-PICTURE_TOKENS = 512  # a guess for sizing batches, no limit
 # Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
 BATCH_AREA = 64_000_000
-UNSURE = "\ufffd"  # what a tokeniser gives for a character of which not all bytes are there yet
 
 State = Literal["loading", "ready", "failed", "stopped"]
-OnText = Callable[[str], None]
 OnToken = Callable[[int, str], bool]
 
 
@@ -44,10 +43,11 @@ class RowEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine and the crop rule of its checkpoint."""
+    """An engine and the crop rule of its checkpoint. `prepare` readies pictures in another thread, if given."""
 
     engine: RowEngine
     crop_rule: CropRule = "exact"
+    prepare: Callable[[Sequence[View]], object] | None = None
 
 
 class Backend(Protocol):
@@ -65,45 +65,6 @@ class Backend(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
     async def submit(self, row: Row) -> Completion: ...
-
-
-@dataclass(slots=True)
-class Row:
-    """One text to draw. `on_text` is told the visible text so far, in the event loop, as it grows."""
-
-    conversation: Conversation
-    sampling: Sampling
-    seed: int
-    stops: tuple[str, ...] = ()
-    on_text: OnText | None = None
-    cancelled: bool = False
-    stopped_at: int | None = None  # where a stop text begins
-    shown: int = 0  # characters told so far
-
-    def see(self, text: str) -> tuple[bool, str | None]:
-        """Whether to go on after `text` so far, and the visible part of it where that has grown."""
-        if self.cancelled:
-            return False, None
-        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
-        if found:
-            self.stopped_at = min(found)
-            visible = text[: self.stopped_at]
-        else:
-            visible = text[: len(text) - held_back(text, self.stops)]
-        if len(visible) <= self.shown:
-            return not found, None
-        self.shown = len(visible)
-        return not found, visible
-
-    def finish(self, completion: Completion) -> Completion:
-        """The completion with everything from a stop text on cut off."""
-        if completion.text is None:
-            return completion
-        if self.stopped_at is None:
-            self.see(completion.text)  # an engine may end in the same step in which the stop text became whole
-        if self.stopped_at is None:
-            return completion
-        return replace(completion, text=completion.text[: self.stopped_at], finish_reason="stop")
 
 
 @dataclass(slots=True)
@@ -140,6 +101,7 @@ class Batcher:
         self._state: State = "loading"
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._preparer = ThreadPoolExecutor(1, "prepare")
         metrics.waiting_rows = lambda: len(self._waiting)
 
     @property
@@ -177,6 +139,7 @@ class Batcher:
             self._state = "stopped"
             self._changed.notify_all()
         self._thread.join()
+        self._preparer.shutdown(wait=False, cancel_futures=True)
 
     async def submit(self, row: Row) -> Completion:
         """The completion of one row; cancelling this frees its place.
@@ -186,6 +149,7 @@ class Batcher:
                 500 where computing failed.
         """
         loop = asyncio.get_running_loop()
+        await self._prepare(row, loop)
         job = _Job(row, loop, loop.create_future())
         with self._changed:
             if self._state != "ready":
@@ -203,6 +167,16 @@ class Batcher:
                 if job in self._waiting:
                     self._waiting.remove(job)
             raise
+
+    async def _prepare(self, row: Row, loop: asyncio.AbstractEventLoop) -> None:
+        """Ready a row's pictures while the engine computes others, unless the next batch is full anyway."""
+        prepare = self._ready().prepare
+        if prepare is None or not row.conversation.views or len(self._waiting) >= self._max_batch:
+            return
+        try:
+            await loop.run_in_executor(self._preparer, prepare, row.conversation.views)
+        except ValueError as error:
+            raise RequestError(400, f"the model cannot take this picture: {error}") from error
 
     # --- The thread ---
 
@@ -275,20 +249,3 @@ class Batcher:
                 job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
             else:
                 job.post(job.resolve, completion)
-
-
-def length_guess(conversation: Conversation) -> int:
-    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and pictures."""
-    text = sum(len(message.text.encode()) for message in conversation.messages)
-    return text + PICTURE_TOKENS * len(conversation.views)
-
-
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` must not be shown yet: half a character, or a stop text's beginning."""
-    held = len(text) - len(text.rstrip(UNSURE))
-    for stop in stops:
-        for length in range(min(len(stop) - 1, len(text)), held, -1):
-            if text.endswith(stop[:length]):
-                held = length
-                break
-    return held

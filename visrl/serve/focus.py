@@ -23,7 +23,8 @@ from visrl.conversation import (
 from visrl.engines.endpoint import data_url
 from visrl.evolve.rollout import MAX_BOX_TOKENS
 from visrl.records import Picture
-from visrl.serve.batching import Backend, Row
+from visrl.serve.batching import Backend
+from visrl.serve.rows import Row
 from visrl.serve.schemas import Choice, RequestError
 
 LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut

@@ -25,9 +25,10 @@ from visrl.engines.endpoint import OWNER, data_url, to_messages
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError, load_encoder
 from visrl.models.settings import ModelSettings
-from visrl.serve.batching import Row, State
+from visrl.serve.batching import State
 from visrl.serve.commands import ServeConfig
 from visrl.serve.metrics import Metrics
+from visrl.serve.rows import Row
 from visrl.serve.schemas import RequestError
 
 START_S = 900.0  # a large model may take this long to load

@@ -1,0 +1,171 @@
+"""How the server bears many clients: throughput of 64 at once against one after another, and memory over many requests.
+
+    python benchmarks/serving.py --json serving.json [--model FOLDER] [--clients 64] [--requests 2000]
+
+The server is a process of its own, started as `visrl api` starts it; the client is OpenAI's. The two ways are measured
+in turns, so that whatever else the machine does weighs on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+from visrl.data.scenes import draw_ref, scene_samples
+from visrl.engines.endpoint import data_url
+from visrl.models.tiny import CHECKPOINT
+
+TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
+PROGRAM = (
+    "import sys; from visrl.serve.commands import ServeConfig, serve; "
+    "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench', max_batch=64))"
+)
+
+
+@contextlib.contextmanager
+def server(model: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A server process on a free port: its address up to `/v1`, and itself."""
+    environment = os.environ | {"API_PORT": "0", "API_HOST": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(model)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line.startswith("Serving"):
+            raise SystemExit(f"the server did not start: {line}")
+        yield f"{line.split()[5]}/v1", psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def bodies(count: int, model: str) -> list[dict[str, Any]]:
+    """Requests about as many different pictures, greedy, answers of at most `TOKENS` tokens."""
+    return [
+        {
+            "model": model,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": data_url(draw_ref(sample.image))}},
+                        {"type": "text", "text": sample.question},
+                    ],
+                }
+            ],
+        }
+        for sample in scene_samples("test", 0, count)
+    ]
+
+
+async def ask_all(url: str, asks: list[dict[str, Any]], clients: int) -> tuple[float, int, list[float]]:
+    """Seconds for all requests with so many at once, how many failed, and the time each took."""
+    waiting, failed, times = iter(asks), 0, []
+
+    async def work(api: openai.AsyncOpenAI) -> None:
+        nonlocal failed
+        for ask in waiting:
+            start = time.perf_counter()
+            try:
+                await api.chat.completions.create(**ask)
+            except openai.OpenAIError:
+                failed += 1
+            times.append(time.perf_counter() - start)
+
+    async with contextlib.AsyncExitStack() as stack:
+        apis = [openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) for _ in range(clients)]
+        for api in apis:
+            await stack.enter_async_context(api)
+        start = time.perf_counter()
+        await asyncio.gather(*(work(api) for api in apis))
+        return time.perf_counter() - start, failed, times
+
+
+def measure(model: Path, clients: int, requests: int, turns: int) -> dict[str, Any]:
+    """All figures of one run."""
+    result: dict[str, Any] = {
+        "model": str(model.name),
+        "clients": clients,
+        "answer_tokens": TOKENS,
+        "turns": turns,
+        "ways": {},
+    }
+    with server(model) as (url, process):
+        for name in ("bench", "bench:focus"):
+            asks = bodies(clients, name)
+            asyncio.run(ask_all(url, asks[:8], 8))  # warm
+            ways: dict[str, list[float]] = {"one after another": [], "at once": []}
+            failed = 0
+            for _ in range(turns):
+                seconds, lost, _ = asyncio.run(ask_all(url, asks, 1))
+                ways["one after another"].append(clients / seconds)
+                failed += lost
+                seconds, lost, _ = asyncio.run(ask_all(url, asks, clients))
+                ways["at once"].append(len(asks) / seconds)
+                failed += lost
+            ratios = [b / a for a, b in zip(ways["one after another"], ways["at once"], strict=True)]
+            result["ways"][name.replace("bench", "plain") if name == "bench" else "focus"] = {
+                "per_second": {way: round(statistics.median(values), 2) for way, values in ways.items()},
+                "speedup": round(statistics.median(ratios), 2),
+                "speedups": [round(ratio, 2) for ratio in ratios],
+                "failed": failed,
+            }
+        result["memory"] = watch_memory(url, process, clients, requests)
+    return result
+
+
+def watch_memory(url: str, process: psutil.Process, clients: int, requests: int) -> dict[str, Any]:
+    """The server's memory in MB after each tenth of many requests, each about another picture."""
+    asks = bodies(requests, "bench")
+    for ask in asks[::8]:
+        ask["model"] = "bench:focus"
+    steps = [process.memory_info().rss / 1e6]
+    failed, tenth = 0, max(1, len(asks) // 10)
+    for start in range(0, len(asks), tenth):
+        _, lost, _ = asyncio.run(ask_all(url, asks[start : start + tenth], clients))
+        failed += lost
+        steps.append(process.memory_info().rss / 1e6)
+    return {"requests": len(asks), "failed": failed, "rss_mb": [round(step) for step in steps]}
+
+
+def main() -> None:
+    """Parse, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, default=CHECKPOINT)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if not (given.model / "config.json").is_file():
+            from visrl.models.tiny.make import make_tiny
+
+            print(f"{given.model} is not there; measuring a random model of its shape", file=sys.stderr)
+            given.model = make_tiny(Path(folder) / "random")
+        result = measure(given.model, given.clients, given.requests, given.turns)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if given.json:
+        given.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
