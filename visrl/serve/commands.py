@@ -139,7 +139,7 @@ def load_local(config: ServeConfig) -> Loaded:
     # Strangers seldom send a picture twice: prepared pictures are kept for the batch in work, not for hundreds before.
     views = 2 * config.max_batch + KEPT_VIEWS
     engine.encoder = Encoder(engine.encoder.processor, engine.model.config, settings, cache_views=views)
-    return Loaded(engine, settings.crop_rule, engine.encoder.encode_views)
+    return Loaded(engine, settings.crop_rule)
 
 
 def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
