@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,3 +203,31 @@ def test_the_whole_program_serves_curl_and_stops_when_told(checkpoint: Path, tmp
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_examples_of_the_documentation_run(
+    server: tuple[str, Metrics], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "SERVING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text.replace("http://127.0.0.1:8000", server[0]), re.DOTALL)
+    draw_ref("scene:test/3").save(tmp_path / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    (python,) = [code for kind, code in blocks if kind == "python"]
+    told = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert told.strip()
+    (curl,) = [code for kind, code in blocks if kind == "bash" and "curl" in code]
+    paths = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    told = subprocess.run(
+        ["bash", "-euc", curl], capture_output=True, text=True, timeout=60, check=True, env=paths
+    ).stdout
+    assert '"focus":' in told
+    assert told.rstrip().endswith("data: [DONE]")
+
+
+def test_every_config_key_of_the_documentation_is_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "SERVING.md").read_text(encoding="utf-8")
+    table = text.split("## Config")[1].split("## Batches")[0]
+    named = {name for row in re.findall(r"^\| (`[^|]*)\|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named <= ServeConfig.known_keys()
+    undocumented = {name for name in ServeConfig.known_keys() if f"`{name}" not in text}
+    assert undocumented == set()
