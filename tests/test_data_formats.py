@@ -416,3 +416,20 @@ def test_sizes_come_from_pictures_too(tmp_path):
     assert sizes.of("cot/gqa/0.jpg") == (640, 480)
     with pytest.raises(RowFault, match="no picture at"):
         sizes.of("cot/gqa/1.jpg")
+
+
+def test_a_picture_with_an_exif_turn_is_read_the_way_its_boxes_were_drawn(tmp_path):
+    from PIL import Image
+
+    from visrl.images import open_image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "cot" / "gqa").mkdir(parents=True)
+    Image.new("RGB", (640, 480)).save(tmp_path / "cot" / "gqa" / "0.jpg", exif=exif.tobytes())
+    for size in ((640, 480), (480, 640)):
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps([viscot(0, (300.0, 100.0, 470.0, 479.0), size)]))
+        (row,) = read_format("viscot", str(path), Reading(Sizes(images=tmp_path)))
+        assert row.records[0].size == size, row.reason
+        assert open_image("cot/gqa/0.jpg", tmp_path, size).size == size

@@ -5,6 +5,7 @@ Reads every row and, where a folder of pictures is given, decodes every picture 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -77,8 +78,7 @@ def check(
     """
     report = Report(missing_images=None if reading.sizes.images is None else 0)
     seen_rows: set[bytes] = set()
-    seen_pictures: set[bytes] = set()
-    splits: dict[bytes, str] = {}
+    splits: dict[bytes, str] = {}  # of every picture seen
     leaked: set[bytes] = set()
     for path in inputs:
         for row in read_format(source, path, reading):
@@ -93,14 +93,14 @@ def check(
             for ref in _pictures(row):
                 key = _hash(ref)
                 split = _split(row, path)
-                if splits.setdefault(key, split) != split and key not in leaked:
+                if key not in splits:
+                    splits[key] = split
+                    report.pictures += 1
+                    _look_at(report, row, ref, reading.sizes.images)
+                elif splits[key] != split and key not in leaked:
                     leaked.add(key)
                     report.leaks += 1
                     report.note("leaks", f"{ref} is in {splits[key]!r} and in {split!r}")
-                if key not in seen_pictures:
-                    seen_pictures.add(key)
-                    report.pictures += 1
-                    _look_at(report, row, ref, reading.sizes.images)
     return report
 
 
@@ -108,7 +108,8 @@ def _find_duplicate(report: Report, row: Row, path: str, seen: set[bytes]) -> No
     for record in row.records:
         if not isinstance(record, Sample):
             continue
-        key = _hash(f"{record.image}\0{record.question}\0{record.answer}\0{record.box}")
+        box = record.box.as_list() if record.box else None
+        key = _hash(f"{record.image}\0{record.question}\0{record.answer}\0{box}")
         if key in seen:
             report.duplicates += 1
             report.note("duplicates", f"{path}, row {row.number}: the same picture, question, box and answer again")
@@ -139,8 +140,8 @@ def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
 def _pictures(row: Row) -> Iterator[str]:
     """The pictures of a row, of a bad one as far as it says so."""
     if row.records:
-        refs = {record.image if isinstance(record, Sample) else record.images[0].ref for record in row.records}
-        yield from refs
+        record = row.records[0]
+        yield record.image if isinstance(record, Sample) else record.images[0].ref
         return
     if not isinstance(row.raw, dict):
         return
@@ -154,7 +155,7 @@ def _pictures(row: Row) -> Iterator[str]:
 def _split(row: Row, path: str) -> str:
     """The split that a row names, or the file it stands in."""
     split = row.raw.get("split") if isinstance(row.raw, dict) else None
-    return split if isinstance(split, str) else Path(path).stem
+    return sys.intern(split) if isinstance(split, str) else Path(path).stem
 
 
 def _origin(row: Row, ref: str) -> str:

@@ -47,6 +47,7 @@ class Row:
 
 
 _DECODER = json.JSONDecoder()
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every row
 
 Parse = Callable[[Any, int], tuple[Sample | Preference, ...]]
 
@@ -221,7 +222,7 @@ def json_bytes(raw: Any) -> bytes:
     if isinstance(raw, BadLine):
         return raw.encode("utf-8", "surrogateescape")
     try:
-        return json.dumps(raw, ensure_ascii=False).encode()
+        return _ENCODER.encode(raw).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold in escapes only
         return json.dumps(raw).encode()
 

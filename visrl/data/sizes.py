@@ -30,6 +30,7 @@ class Sizes:
     def __init__(self, files: list[str] | None = None, images: str | os.PathLike[str] | None = None) -> None:
         self.images = Path(images) if images is not None else None
         self._sizes: dict[str, Size] = {}
+        self._seen: dict[str, Size] = {}  # of pictures, turned as their EXIF tags say
         self._boxes: dict[tuple[str, Any], Any] = {}
         for path in files or []:
             self._read(path)
@@ -40,9 +41,9 @@ class Sizes:
         Raises:
             RowFault: "no_size", with the remedy.
         """
-        size = self._sizes.get(ref)
+        size = self._sizes.get(ref) or self._seen.get(ref)
         if size is None:
-            size = self._sizes[ref] = self._from_picture(ref)
+            size = self._seen[ref] = self._from_picture(ref)
         return size
 
     def annotated(self, ref: str) -> Size | None:

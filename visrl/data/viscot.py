@@ -40,9 +40,13 @@ def parse_viscot(raw: Any, number: int, sizes: Sizes, boxes: bool = True) -> tup
     exact = _untruncated(raw, ref, pixels, sizes)
     _check_form(exact)
     size = sizes.of(ref)
+    if sizes.annotated(ref) is None and not _fits(box_text, pixels, size) and _fits(box_text, pixels, size[::-1]):
+        # Only the picture says its size, and its EXIF tag turns it: text and pixels were made the other way up.
+        size = size[::-1]
     _check_inside(exact, size)
     _check_inside(pixels, size)
-    _check_text(box_text, pixels, size)
+    if not _agree(box_text, pixels, size):
+        raise RowFault("disagree", f"the text {box_text} is not the pixels {list(pixels)} of {size[0]} × {size[1]}")
     return (Sample(name, ref, question, answer, Box.from_pixels(exact, size), source, raw, size),)
 
 
@@ -186,16 +190,27 @@ def _fault(fault: BoxFault, corners: Corners, more: str = "") -> BoxError:
     return BoxError(fault, f"the box {list(corners)} in pixels{more} is {fault}")
 
 
-def _check_text(text: str, pixels: Corners, size: Size) -> None:
-    """The text must be a box, and that of the pixels as far as cutting off and rounding allow."""
+def _agree(text: str, pixels: Corners, size: Size) -> bool:
+    """Whether the text is the box of the pixels, as far as cutting off and rounding allow.
+
+    Raises:
+        BoxError: the text is no box, or one outside the picture.
+    """
     try:
         box = _TEXT.parse(text, size, size)
     except BoxError as error:
         if error.fault == "empty":  # a box narrower than a thousandth of the square: the pixels say what it is
-            return
+            return True
         raise
-    if _distance(box.to_pixels(size), pixels) > 1 + _HALF_DIGIT * max(size) + 1e-6:
-        raise RowFault("disagree", f"the text {text} is not the pixels {list(pixels)} of {size[0]} × {size[1]}")
+    return _distance(box.to_pixels(size), pixels) <= 1 + _HALF_DIGIT * max(size) + 1e-6
+
+
+def _fits(text: str, pixels: Corners, size: Size) -> bool:
+    """Whether text and pixels are one box inside a picture of `size`."""
+    try:
+        return corner_fault(pixels, size) is None and _agree(text, pixels, size)
+    except BoxError:
+        return False
 
 
 def _distance(a: Corners, b: Corners) -> float:
