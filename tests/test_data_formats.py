@@ -378,6 +378,33 @@ def test_pictures_in_parquet_become_data_urls(tmp_path):
     assert open_image(sample.image).size == (30, 40)
 
 
+def test_folders_that_datasets_saved_are_read_with_their_pictures_and_splits(tmp_path):
+    import datasets
+    from PIL import Image
+
+    from visrl.images import open_image
+
+    rows = {"image": [Image.new("RGB", (30, 40), (9, 9, 200))], "question": ["What?"], "answer": ["blue"]}
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows)}).save_to_disk(tmp_path / "saved")
+    (sample,) = records("hf", tmp_path / "saved", split="test")
+    assert open_image(sample.image).size == (30, 40)
+    with pytest.raises(RecordError, match="no split 'train'; it has test"):
+        records("hf", tmp_path / "saved")
+    with pytest.raises(RecordError, match="no data at"):
+        records("hf", tmp_path / "nowhere")
+
+
+def test_two_boxes_under_one_question_number_are_not_mixed_up(tmp_path):
+    from data_rows import detection
+
+    boxes = [(10.0, 10.0, 50.0, 50.0), (200.0, 200.0, 300.0, 300.0)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
+    sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
+    read = records("viscot", path, sizes=sizes)
+    assert [sample.box.to_pixels((640, 480)) for sample in read] == [pytest.approx(box) for box in boxes]
+
+
 def test_refcoco_rows(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [refcoco(7, (10.5, 20, 30, 40), (100, 80))])
     (sample,) = records("refcoco", path)

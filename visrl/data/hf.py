@@ -42,9 +42,11 @@ def read_hf(source: str, *, split: str = "train", columns: dict[str, str] | None
 
 
 def _open(source: str, split: str) -> Any:
+    path = Path(source)
+    if not path.exists() and (path.suffix or path.is_absolute() or len(path.parts) > 2 or source.startswith(".")):
+        raise RecordError(f"no data at {source} (a data set of the hub is named owner/name)")
     import datasets
 
-    path = Path(source)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(source)

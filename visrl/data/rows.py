@@ -250,6 +250,8 @@ def check_text(value: str, key: str) -> None:
 def get_size(raw: Any) -> tuple[int, int]:
     """`width` and `height` of a row, positive whole numbers."""
     width, height = raw.get("width"), raw.get("height")
+    if type(width) is float and type(height) is float and width.is_integer() and height.is_integer():
+        width, height = int(width), int(height)
     if not (type(width) is int and type(height) is int and width > 0 and height > 0):
         raise RowFault("unparseable", f"width and height must be positive whole numbers, not {width!r} and {height!r}")
     return width, height

@@ -68,7 +68,9 @@ class Sizes:
                 if isinstance(raw, dict) and "img_path" in raw:
                     ref = get_text(raw, "img_path")
                     if "question_id" in raw:
-                        self._boxes[ref, raw["question_id"]] = raw.get("bbox")
+                        key, box = (ref, raw["question_id"]), raw.get("bbox")
+                        # Two boxes under one number: neither can be taken for the box of a row.
+                        self._boxes[key] = box if self._boxes.get(key, box) == box else None
                 else:
                     ref = viscot_path(get_text(raw, "dataset"), get_text(raw, "image"))
                 self._sizes[ref] = get_size(raw)

@@ -16,7 +16,8 @@ from visrl.data.sizes import FOLDERS, Sizes, viscot_path
 from visrl.prompts import BOX_SENTENCE, FOCUS_SENTENCE, IMAGE
 from visrl.records import Sample
 
-_PIXELS = re.compile(r"\[\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*,\s*(-?[0-9]{1,9})\s*\]")
+_PIXEL = r"\s*(-?[0-9]{1,9}(?:\.[0-9]{1,18})?)\s*"
+_PIXELS = re.compile(rf"\[{_PIXEL},{_PIXEL},{_PIXEL},{_PIXEL}\]")
 _TEXT = BOX_SPACES["padded_square"]
 _HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
@@ -227,9 +228,13 @@ def _image_and_pixels(raw: Any) -> tuple[str, Corners]:
         check_text(ref, "image")
     found = _PIXELS.fullmatch(marked, len(ref) + 3) if marked.startswith(ref + "###") else None
     if found is None:
-        raise RowFault("unparseable", f"{marked[:80]!r} must be the path, ### and four whole pixels in brackets")
+        raise RowFault("unparseable", f"{marked[:80]!r} must be the path, ### and four pixels in brackets")
     x0, y0, x1, y1 = found.groups()
-    return ref, (int(x0), int(y0), int(x1), int(y1))
+    return ref, (_number(x0), _number(y0), _number(x1), _number(y1))
+
+
+def _number(text: str) -> float:
+    return float(text) if "." in text else int(text)
 
 
 def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
