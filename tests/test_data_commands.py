@@ -193,6 +193,7 @@ def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch):
     path, sizes, _ = benchmark(tmp_path)
     Path(path).rename(tmp_path / "viscot_363k.json")
     Path(sizes).rename(tmp_path / "gqa.jsonl")
+    run("convert", "--from", "sharegpt", "--to", "visrl", "data/demo_rl_data.json", "preferences.jsonl")
     for command in commands:
         words = shlex.split(command)
         assert words[:2] == ["visrl", "data"], command

@@ -271,6 +271,28 @@ def test_rankings_without_steps_are_answers_or_boxes_by_what_they_say(tmp_path):
     assert box.step == "box"
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_messages_with_roles_are_read_by_their_tags_or_by_their_usual_names(tmp_path, described):
+    row = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "<image>What is it?"},
+            {"role": "assistant", "content": "a cup"},
+        ],
+        "images": ["a.jpg"],
+    }
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    if described:
+        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+        columns = {"messages": "messages", "images": "images"}
+        info(tmp_path, a={"file_name": "a.jsonl", "formatting": "sharegpt", "columns": columns, "tags": tags})
+    (sample,) = records("sharegpt", path)
+    assert (sample.question, sample.answer, sample.image, sample.box) == ("What is it?", "a cup", "a.jpg", None)
+    convert("sharegpt", "sharegpt", [path], str(tmp_path / "b.jsonl"))
+    assert list(json_items(tmp_path / "b.jsonl")) == [row]
+    assert records("sharegpt", tmp_path / "b.jsonl")[0].answer == "a cup"
+
+
 def test_chosen_boxes_are_read_in_the_named_space(tmp_path):
     write_lines(tmp_path / "rl.jsonl", STEP_ROWS)
     info(tmp_path, rl={"file_name": "rl.jsonl", "ranking": True, "formatting": "sharegpt", "box_space": "padded_square",

@@ -284,11 +284,12 @@ class _Files:
         self.bad.write({"file": path, "row": row.number, "fault": fault, "reason": reason, "raw": row.raw})
 
     def describe(self, box_space: BoxSpace, like: Entry | None) -> None:
-        """Name the files in `dataset_info.json`; a copy is described as its original is."""
-        if self.target in _SHAREGPT:
-            for path in self.outs:
-                described = entry_json(path.name, ranking=sorted(self.reply_columns), box_space=box_space)
-                add_entry(path, copied_entry(like, path.name) if like and like.columns else described)
+        """Name the files in `dataset_info.json`; a copy is described as its original is, or as little."""
+        if self.target not in _SHAREGPT or (like and not like.columns):
+            return
+        for path in self.outs:
+            described = entry_json(path.name, ranking=sorted(self.reply_columns), box_space=box_space)
+            add_entry(path, copied_entry(like, path.name) if like else described)
 
     def counts(self) -> dict[str, int]:
         return {str(path): writer.count for path, writer in zip(self.outs, self.writers, strict=True)}
