@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -157,7 +158,7 @@ def stats(
     if html:
         from visrl.data.stats_page import write_page
 
-        write_page(found, ", ".join(inputs), html)
+        write_page(found, ", ".join(Path(path).name for path in inputs), html)
         print(f"wrote {html}")
 
 

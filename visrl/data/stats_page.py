@@ -14,7 +14,7 @@ from visrl.data.stats import Statistics, as_table
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-pre { overflow-x: auto; padding: 1rem; border: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+pre { overflow-x: auto; font-size: 0.8rem; padding: 1rem; border: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 figure { margin: 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
 svg { width: 100%; height: auto; }
@@ -48,7 +48,9 @@ def _histogram(name: str, values: list[float]) -> str:
         bins = [low * (high / low) ** (step / count) for step in range(count + 1)]
     else:
         bins = [low + (high - low) * step / count for step in range(count + 1)]
-    if low == high:
+    if all(value.is_integer() for value in values) and high - low < 40:
+        bins = [low - 0.5 + step for step in range(int(high - low) + 2)]  # a bar on every whole number
+    elif low == high:
         bins = [low - 0.5, high + 0.5]
     with matplotlib.rc_context({"svg.hashsalt": "visrl", "font.size": 11}):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
