@@ -20,6 +20,7 @@ from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import EncodedView, Encoder, PromptError, TokenPath
+from visrl.models.families import join_pictures
 from visrl.models.load import load_encoder, load_model
 from visrl.models.settings import ModelSettings
 from visrl.train.tree import Tree
@@ -288,10 +289,8 @@ class LocalEngine:
         position_ids = torch.from_numpy(np.ascontiguousarray(positions)).to(device)
         pictures = {}
         if views:
-            pictures = {
-                "pixel_values": torch.cat([view.pixel_values for view in views]).to(device),
-                "image_grid_thw": torch.cat([view.image_grid_thw for view in views]).to(device),
-            }
+            joined = join_pictures(self.encoder.family, [view.pictures for view in views])
+            pictures = {name: tensor.to(device) for name, tensor in joined.items()}
         return self.model(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=torch.from_numpy(mask)[:, None].to(device),
@@ -329,8 +328,8 @@ def _draw(logits: torch.Tensor, grid: np.ndarray, alive: np.ndarray, draws: dict
         probabilities = _nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
     uniform = torch.tensor([draw.uniform[step] for draw in mine], device=logits.device, dtype=torch.float64)  # type: ignore[index]
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    drawn = drawn.clamp(max=logits.shape[-1] - 1).cpu().numpy()
+    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    drawn = found.clamp(max=logits.shape[-1] - 1).cpu().numpy()
     for (b, j), token in zip(hot, drawn, strict=True):
         chosen[b, j] = token
     return chosen

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,6 @@ from visrl.config import Config
 from visrl.manifest import claim_folder, hash_files, write_manifest
 from visrl.records import Journal, Record, Sample, Trajectory, Verdict, read_records
 
-Key = TypeVar("Key")
 Critics = Literal["oracle"]
 
 
@@ -181,7 +180,7 @@ def filter_pairs(config: FilterConfig) -> dict[str, Any]:
         read_records(Verdict, config.input_dir / "verdicts.jsonl"),
         settings,
     )
-    counts = {
+    counts: dict[str, Any] = {
         "questions": result.questions,
         "kept": result.kept,
         "dropped_by_reason": dict(sorted(result.dropped.items())),

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from pydantic import Field
 
-from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.config import Config, build_config, read_yaml
 from visrl.manifest import claim_folder, hash_files, package_versions, read_manifest, write_manifest
 
 TINY_RL = Path(__file__).parents[2] / "configs" / "tiny" / "train_rl.yaml"
@@ -37,9 +37,9 @@ class DemoConfig(Config):
     controls: bool = True
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
-    train: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies defaults); over configs/tiny/train_rl.yaml
-    train_stage1: dict[str, Any] = {}  # noqa: RUF012
-    train_stage2: dict[str, Any] = {}  # noqa: RUF012
+    train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
+    train_stage1: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -74,9 +74,7 @@ def run_demo(config: DemoConfig) -> Path:
     return report
 
 
-def _iterate(
-    config: DemoConfig, iteration: int, policy: Path, checkpoints: dict[str, Path], clock: StepClock
-) -> Path:
+def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict[str, Path], clock: StepClock) -> Path:
     """One iteration from `policy`; its merged stage-2 checkpoint."""
     from visrl.evolve.generate import FilterConfig, GenerateConfig, filter_pairs, generate
 
@@ -151,7 +149,8 @@ def _evaluate(config: DemoConfig, name: str, path: Path, modes: tuple[Any, ...])
     from visrl.evaluate.rollouts import evaluate_samples
     from visrl.records import write_records
 
-    files = {mode: config.output_dir / "eval" / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
+    folder = config.output_dir / "eval"
+    files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
     if all(file.is_file() for file in files.values()):
         return
     engine = LocalEngine.load(path)
@@ -178,16 +177,16 @@ def summarise(config: DemoConfig, checkpoints: dict[str, Path], clock: StepClock
     summary: dict[str, Any] = {"seed": config.seed, "stages": [], "controls": {}, "controls_last": {}, "pairs": []}
     for name in names:
         iteration, _, stage = name.rpartition("-")
-        entry = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
+        entry: dict[str, Any] = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
         summary["stages"].append({**entry, **_scores(run / "eval" / f"{name}.jsonl", by_kind=True)})
     for key, name in (("controls", names[0]), ("controls_last", names[-1])):
         for file in sorted((run / "eval").glob(f"{name}.*.jsonl")):
             summary[key][file.name.split(".")[1]] = _scores(file)
-    for iteration in range(config.iterations):
-        filtered = read_manifest(run / f"iter{iteration}" / "filter") or {}
-        generated = read_manifest(run / f"iter{iteration}" / "generate") or {}
+    for number in range(config.iterations):
+        filtered = read_manifest(run / f"iter{number}" / "filter") or {}
+        generated = read_manifest(run / f"iter{number}" / "generate") or {}
         more = {"trajectories": generated.get("trajectories"), "counts": generated.get("counts")}
-        summary["pairs"].append({"iteration": iteration, **filtered.get("counts", {}), **more})
+        summary["pairs"].append({"iteration": number, **filtered.get("counts", {}), **more})
     summary["seconds"] = round(sum(clock.seconds.values()), 1)
     summary["seconds_by_step"] = clock.seconds
     summary["peak_rss_mb"] = json.loads((run / "peak_rss.json").read_text(encoding="utf-8"))["mb"]
@@ -278,13 +277,3 @@ def peak_memory(path: Path) -> Any:
         stop.set()
         thread.join()
         path.write_text(json.dumps({"mb": round(max(peak, process.memory_info().rss / 1e6), 1)}), encoding="utf-8")
-
-
-def check_checkpoint(path: Path) -> None:
-    """Refuse to start without a model.
-
-    Raises:
-        ConfigError: there is none at `path`.
-    """
-    if not (path / "config.json").is_file():
-        raise ConfigError(f"model_name_or_path: no model at {path}")

@@ -45,7 +45,7 @@ def make_pairs(
     samples: Iterable[Sample],
     trajectories: Iterable[Trajectory],
     verdicts: Iterable[Verdict],
-    settings: FilterSettings = FilterSettings(),  # noqa: B008 (frozen)
+    settings: FilterSettings = FilterSettings(),
 ) -> Filtered:
     """Pick winner and loser of every question, and write its box and answer preference."""
     scores = {(v.sample_id, v.round, v.branch): v for v in verdicts}
@@ -122,7 +122,8 @@ def preferences_of(sample: Sample, winner: Trajectory, loser: Trajectory) -> lis
     """
     whole = Picture(sample.image)
     rows = [Preference(sample.id, "box", focus_prompt(sample.question), (whole,), winner.box_text, loser.box_text)]
-    assert winner.answer is not None and loser.answer is not None
+    assert winner.answer is not None
+    assert loser.answer is not None
     if winner.answer != loser.answer:
         pictures = (whole, Picture(sample.image, winner.box))
         prompt = answer_prompt(sample.question)

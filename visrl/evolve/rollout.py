@@ -26,7 +26,7 @@ from visrl.conversation import (
 )
 from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.images import ImageError, open_image
-from visrl.records import Picture, Sample, Trajectory
+from visrl.records import Origin, Picture, Sample, Trajectory
 
 MAX_BOX_TOKENS = 64
 MAX_ANSWER_TOKENS = 64
@@ -64,7 +64,7 @@ class Look:
     box: Box | None
     error: str | None = None
     answer: str | None = None
-    origin: str = "sampled"
+    origin: Origin = "sampled"
     seed: int = 0
     detail: View | None = field(default=None, repr=False)
 
@@ -108,7 +108,7 @@ def greedy_looks(
     root: str | Path | None = None,
     crop_rule: CropRule = "exact",
 ) -> list[Look]:
-    """Both steps at temperature 0, in the order of `samples`; with `boxes` given, step 1 is skipped and they are used."""
+    """Both steps at temperature 0, in the order of `samples`; `boxes`, where given, take the place of step 1."""
     wholes = [image_view(Picture(sample.image), open_image(sample.image, root)) for sample in samples]
     if boxes is None:
         talks = [focus_conversation(sample.question, whole) for sample, whole in zip(samples, wholes, strict=True)]
@@ -153,14 +153,16 @@ def roll_out(
     for (sample, _), own in zip(opened, looks, strict=True):
         trajectories[sample.id] = [
             Trajectory(
-                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error  # type: ignore[arg-type]
+                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error
             )
             for look, (r, b) in zip(own, _branches(settings), strict=True)
-        ]  # fmt: skip
+        ]
     return [trajectory for sample in samples for trajectory in trajectories[sample.id]]
 
 
-def _diversify(policy: Policy, first: Look, second: Look, settings: RolloutSettings, sample_id: str, round_: int) -> None:
+def _diversify(
+    policy: Policy, first: Look, second: Look, settings: RolloutSettings, sample_id: str, round_: int
+) -> None:
     """Replace the second box of a round where it says the same as the first; its text comes from the codec, too."""
     if first.box is None or second.box is None or not needs_replacing(first.box, second.box, settings.trigger):
         return

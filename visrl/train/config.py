@@ -75,7 +75,7 @@ class TrainConfig(Config):
     cutoff_len: int = Field(2048, gt=0)
     max_samples: int | None = None
     val_size: float = Field(0.0, ge=0)
-    curriculum: list[Phase] = []
+    curriculum: list[Phase] = Field(default_factory=list)
     bin_length: int = Field(512, gt=0)  # tokens that attend to each other at most, where no item needs more
 
     rollout_dataset: str | None = None

@@ -24,7 +24,7 @@ from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.images import open_image
 from visrl.models.encode import Encoder
 from visrl.records import Picture, Preference, Sample
-from visrl.train.items import Item, Row
+from visrl.train.items import Item, Role, Row
 
 if TYPE_CHECKING:
     from visrl.train.config import Phase, Task
@@ -153,5 +153,5 @@ def preference_row(encoder: Encoder, preference: Preference, root: str | Path | 
     whole = image_view(whole_picture, open_image(whole_picture.ref, root))
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
     talk = Conversation((Message("user", preference.prompt),), tuple(views))
-    responses = (("chosen", preference.chosen), ("rejected", preference.rejected))
+    responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
     return Row(f"{preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)

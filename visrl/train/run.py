@@ -217,6 +217,7 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
     if trainer.is_world_process_zero():
         encoder.processor.save_pretrained(out)
         encoder.settings.save(out)
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
         for checkpoint in out.glob("checkpoint-*"):
             if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
                 shutil.rmtree(checkpoint)

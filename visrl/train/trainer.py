@@ -41,7 +41,7 @@ class VisrlTrainer(Trainer):
             return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
-    def _prepare_inputs(self, inputs: dict[str, Batch]) -> dict[str, Batch]:
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["batch"].packed = inputs["batch"].packed.to(self.args.device)
         return inputs
 
@@ -57,11 +57,11 @@ class VisrlTrainer(Trainer):
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, Batch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch = inputs["batch"]
+        batch: Batch = inputs["batch"]
         logps = branch_logps(model, batch.packed)
         if self.visrl_config.stage == "sft":
             per_row = self._sft(batch, logps)
@@ -123,7 +123,8 @@ class VisrlTrainer(Trainer):
         from visrl.evaluate.rollouts import evaluate_samples, measures
 
         engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
-        rows = evaluate_samples(engine, self.eval_dataset, crop_rule=self.encoder.settings.crop_rule)
+        held_out: Any = self.eval_dataset
+        rows = evaluate_samples(engine, held_out, crop_rule=self.encoder.settings.crop_rule)
         metrics = {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -151,17 +152,17 @@ def preference_loss(
     smoothing = config.dpo_label_smoothing
     match config.pref_loss:
         case "sigmoid":
-            return losses.dpo(*four, beta=beta, label_smoothing=smoothing)  # type: ignore[arg-type]
+            return losses.dpo(*four, beta=beta, label_smoothing=smoothing)
         case "robust":
-            return losses.robust_dpo(*four, beta=beta, label_smoothing=smoothing)  # type: ignore[arg-type]
+            return losses.robust_dpo(*four, beta=beta, label_smoothing=smoothing)
         case "ipo":
-            return losses.ipo(*four, beta=beta)  # type: ignore[arg-type]
+            return losses.ipo(*four, beta=beta)
         case "hinge":
-            return losses.hinge(*four, beta=beta)  # type: ignore[arg-type]
+            return losses.hinge(*four, beta=beta)
         case "simpo":
-            return losses.simpo(chosen, rejected, beta=beta, gamma=config.simpo_gamma)  # type: ignore[arg-type]
+            return losses.simpo(chosen, rejected, beta=beta, gamma=config.simpo_gamma)
         case "orpo":
-            return losses.orpo(chosen, rejected, beta=beta)  # type: ignore[arg-type]
+            return losses.orpo(chosen, rejected, beta=beta)
         case "sft":
             return losses.sft(chosen / chosen_counts)
     raise ValueError(f"pref_loss {config.pref_loss!r} is not a pairwise loss")

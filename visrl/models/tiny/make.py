@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,12 +56,11 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
     folder = Path(folder)
     tokenizer = make_tokenizer(vocabulary)
     # The whole 672-px scene and a crop of it are both shown at about 112 × 112 (16 tokens).
+    shown = 112 * 112
     limits = ModelSettings(
-        image_min_pixels=112 * 112, image_max_pixels=112 * 112, crop_min_pixels=100 * 100, crop_max_pixels=112 * 112
+        image_min_pixels=shown, image_max_pixels=shown, crop_min_pixels=100 * 100, crop_max_pixels=shown
     )
-    image_processor = Qwen2VLImageProcessor(
-        size={"shortest_edge": limits.image_min_pixels, "longest_edge": limits.image_max_pixels}
-    )
+    image_processor = Qwen2VLImageProcessor(size={"shortest_edge": shown, "longest_edge": shown})
     processor = Qwen2VLProcessor(image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(tiny_config(tokenizer, **sizes))
@@ -74,7 +74,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2VLConfig:
     """A Qwen2-VL of 4 layers of 128 with a vision tower of 2 layers of 96."""
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -82,15 +82,23 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2VLConf
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.pad_token_id,
         **sizes,
     }
-    vision = {"depth": 2, "embed_dim": 96, "hidden_size": text["hidden_size"], "num_heads": 4, "mlp_ratio": 4}
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in _TOKEN_IDS.items()}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "embed_dim": 96,
+        "hidden_size": text["hidden_size"],
+        "num_heads": 4,
+        "mlp_ratio": 4,
+    }
+    ids: dict[str, Any] = {
+        f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in _TOKEN_IDS.items()
+    }
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 

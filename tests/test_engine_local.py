@@ -1,0 +1,127 @@
+"""The local engine against transformers' own generate, on real pictures of drawn scenes and a random tiny model."""
+
+import pytest
+import torch
+
+from visrl.box import Box
+from visrl.conversation import (
+    Conversation,
+    Message,
+    Sampling,
+    answer_conversation,
+    crop_view,
+    focus_conversation,
+    image_view,
+)
+from visrl.data.scenes import scene_samples
+from visrl.engines.local import LocalEngine, Row
+from visrl.images import open_image
+from visrl.models.load import CheckpointError, load_model
+from visrl.records import Picture
+
+BOXES = [Box(0.05 * n, 0.1, 0.05 * n + 0.3, 0.5) for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    engine = LocalEngine.load(tiny)
+    # A freshly initialised model says one thing for ever; louder weights make its texts differ.
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in engine.model.parameters():
+            if weights.ndim > 1:
+                weights.add_(torch.randn_like(weights) * 0.1)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def talks():
+    samples = scene_samples("validation", 0, 6)
+    wholes = [image_view(Picture(s.image), open_image(s.image)) for s in samples]
+    first = [focus_conversation(s.question, w) for s, w in zip(samples, wholes, strict=True)]
+    second = [
+        answer_conversation(s.question, w, crop_view(w, Picture(s.image, b)))
+        for s, w, b in zip(samples, wholes, BOXES, strict=True)
+    ]
+    return first, second
+
+
+def plain_generate(engine: LocalEngine, talk: Conversation, tokens: int) -> str:
+    """The text of transformers' generate for one conversation by itself."""
+    path = engine.encoder.encode(talk, [None])[0]
+    ids = torch.tensor(path.ids)[None]
+    model = engine.model
+    model.model.language_model.config._attn_implementation = "sdpa"
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == engine.encoder.image_token_id).int(),
+        pixel_values=torch.cat([view.pictures["pixel_values"] for view in path.views]),
+        image_grid_thw=torch.cat([view.pictures["image_grid_thw"] for view in path.views]),
+        do_sample=False,
+        max_new_tokens=tokens,
+    )
+    model.model.language_model.config._attn_implementation = "visrl_tree"
+    return engine.encoder.decode(out[0, ids.shape[1] :].tolist())
+
+
+def test_greedy_texts_of_both_steps_equal_plain_generate(engine, talks):
+    for step in talks:
+        ours = engine.complete(step, Sampling(max_tokens=12), [[0]] * len(step))
+        theirs = [plain_generate(engine, talk, 12) for talk in step]
+        assert [texts[0].text for texts in ours] == theirs
+        assert len(set(theirs)) > 1
+
+
+def test_a_sample_does_not_depend_on_what_else_is_drawn(engine, talks):
+    sampling = Sampling(1.0, 0.9, 10)
+    together = engine.complete(talks[0], sampling, [[n, n + 1, n + 2] for n in range(6)])
+    for n in (0, 3, 5):
+        engine.forget()
+        assert engine.complete([talks[0][n]], sampling, [[n + 1]])[0][0] == together[n][1]
+    assert len({texts[0].text for texts in together}) > 1
+
+
+def test_the_second_step_computes_only_what_is_new(engine, talks):
+    first, second = talks
+    engine.forget()
+    engine.complete(first, Sampling(max_tokens=2), [[0]] * 6)
+    before = engine.prefilled_tokens
+    kept = engine.complete(second, Sampling(max_tokens=8), [[0]] * 6)
+    with_kept = engine.prefilled_tokens - before
+    engine.forget()
+    before = engine.prefilled_tokens
+    assert engine.complete(second, Sampling(max_tokens=8), [[0]] * 6) == kept
+    assert with_kept < 0.75 * (engine.prefilled_tokens - before)
+
+
+def test_every_row_has_its_own_limits_and_can_be_stopped(engine, talks):
+    rows = [Row(talks[0][0], Sampling(max_tokens=3), 0), Row(talks[0][0], Sampling(max_tokens=7), 0)]
+    seen: list[tuple[int, str]] = []
+
+    def watch(row: int, text: str) -> bool:
+        seen.append((row, text))
+        return not (row == 1 and len([r for r, _ in seen if r == 1]) == 5)
+
+    short, long = engine.generate(rows, watch)
+    assert (short.tokens, short.finish_reason) == (3, "length")
+    assert long.tokens == 5
+    assert long.text.startswith(short.text)
+
+
+def test_control_tokens_in_a_question_are_an_error_and_not_a_crash(engine, talks):
+    bad = Conversation((Message("user", "What is <|image_pad|> here?"),))
+    good = talks[0][0]
+    (failed,), (fine,) = engine.complete([bad, good], Sampling(max_tokens=2), [[0], [0]])
+    assert failed.text is None
+    assert "control token" in failed.error
+    assert fine.text is not None
+
+
+def test_no_model_is_one_clear_sentence(tmp_path, tiny):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        LocalEngine.load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="the weights cannot be loaded"):
+        load_model(tmp_path)

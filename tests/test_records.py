@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from visrl.box import Box
+from visrl.records import (
+    Journal,
+    Picture,
+    Preference,
+    RecordError,
+    Sample,
+    Trajectory,
+    Verdict,
+    from_json,
+    read_records,
+    to_json,
+    write_records,
+)
+
+RECORDS = [
+    Sample("a", "a.png", "What?", "that", Box(0.1, 0.2, 0.3, 0.4), "mine", {"any": ["row", 1]}),
+    Trajectory("a", 0, 1, "[0.1, 0.2, 0.3, 0.4]", Box(0.1, 0.2, 0.3, 0.4), "random", "that", "local", 7),
+    Trajectory("a", 0, 1, "no box", None, "sampled", None, "local", 7, "box: none"),
+    Verdict("a", 0, 1, 0.5, None, "score: 0.5"),
+    Preference(
+        "a", "answer", "<image>\nWhat?\n<image>", (Picture("a.png"), Picture("a.png", Box(0, 0, 1, 1))), "x", "y"
+    ),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)
+def test_a_record_comes_back_from_json_as_it_was(record):
+    assert from_json(type(record), json.loads(json.dumps(to_json(record)))) == record
+
+
+def test_what_is_no_record_is_refused_by_file_and_row(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    write_records(path, [RECORDS[0], {"id": "b", "image": "b.png"}])
+    with pytest.raises(RecordError, match=r"samples\.jsonl, row 2: not a Sample"):
+        list(read_records(Sample, path))
+    path.write_text('{"id": "a", "image"\n')
+    with pytest.raises(RecordError, match=r"samples\.jsonl, line 1: not JSON"):
+        list(read_records(Sample, path))
+
+
+def test_a_journal_drops_the_line_a_kill_left_unfinished(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    with Journal(path) as journal:
+        journal.append([RECORDS[3]])
+    with open(path, "a") as file:
+        file.write('{"sample_id": "b", "rou')
+    with Journal(path) as journal:
+        journal.append([RECORDS[3]])
+    assert list(read_records(Verdict, path)) == [RECORDS[3], RECORDS[3]]
+
+
+def test_an_unread_score_is_none_and_not_zero(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    write_records(path, [Verdict("a", 0, 0, None, 0.0)])
+    (verdict,) = read_records(Verdict, path)
+    assert verdict.box_score is None
+    assert verdict.answer_score == 0.0
