@@ -11,13 +11,12 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, View
+from visrl.conversation import Completion
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row, length_guess
 from visrl.serve.schemas import RequestError
@@ -43,11 +42,10 @@ class RowEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine and the crop rule of its checkpoint. `prepare` readies pictures in another thread, if given."""
+    """An engine and the crop rule of its checkpoint."""
 
     engine: RowEngine
     crop_rule: CropRule = "exact"
-    prepare: Callable[[Sequence[View]], object] | None = None
 
 
 class Backend(Protocol):
@@ -101,7 +99,6 @@ class Batcher:
         self._state: State = "loading"
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._preparer = ThreadPoolExecutor(1, "prepare")
         metrics.waiting_rows = lambda: len(self._waiting)
 
     @property
@@ -139,7 +136,6 @@ class Batcher:
             self._state = "stopped"
             self._changed.notify_all()
         self._thread.join()
-        self._preparer.shutdown(wait=False, cancel_futures=True)
 
     async def submit(self, row: Row) -> Completion:
         """The completion of one row; cancelling this frees its place.
@@ -149,7 +145,6 @@ class Batcher:
                 500 where computing failed.
         """
         loop = asyncio.get_running_loop()
-        await self._prepare(row, loop)
         job = _Job(row, loop, loop.create_future())
         with self._changed:
             if self._state != "ready":
@@ -167,16 +162,6 @@ class Batcher:
                 if job in self._waiting:
                     self._waiting.remove(job)
             raise
-
-    async def _prepare(self, row: Row, loop: asyncio.AbstractEventLoop) -> None:
-        """Ready a row's pictures while the engine computes others, unless the next batch is full anyway."""
-        prepare = self._ready().prepare
-        if prepare is None or not row.conversation.views or len(self._waiting) >= self._max_batch:
-            return
-        try:
-            await loop.run_in_executor(self._preparer, prepare, row.conversation.views)
-        except ValueError as error:
-            raise RequestError(400, f"the model cannot take this picture: {error}") from error
 
     # --- The thread ---
 
