@@ -91,8 +91,10 @@ def test_orpo_stays_finite_for_certain_and_impossible_responses() -> None:
     loss = losses.orpo(chosen, rejected)
     loss.sum().backward()
     assert loss.isfinite().all()
-    assert chosen.grad is not None and chosen.grad.isfinite().all()
-    assert rejected.grad is not None and rejected.grad.isfinite().all()
+    assert chosen.grad is not None
+    assert chosen.grad.isfinite().all()
+    assert rejected.grad is not None
+    assert rejected.grad.isfinite().all()
 
 
 def test_kto_by_hand() -> None:
@@ -107,7 +109,8 @@ def test_kto_by_hand() -> None:
 def test_kto_kl_is_a_mean_clamped_at_zero_without_gradient() -> None:
     policy = torch.tensor([-1.0, -2.0], requires_grad=True)
     kl = losses.kto_kl(policy, torch.tensor([-2.0, -2.5]))
-    assert kl.item() == pytest.approx(0.75) and not kl.requires_grad
+    assert kl.item() == pytest.approx(0.75)
+    assert not kl.requires_grad
     assert losses.kto_kl(policy, torch.zeros(2)).item() == 0.0
 
 
@@ -124,7 +127,8 @@ def test_gradients_by_hand(loss: Callable[..., Tensor], slope: float) -> None:
     """d loss / d chosen log-probability at margin 1.5 and β 0.1; the rejected one gets the opposite."""
     chosen, rejected = CHOSEN[:1].clone().requires_grad_(), REJECTED[:1].clone().requires_grad_()
     loss(chosen, rejected, REF_CHOSEN[:1], REF_REJECTED[:1], beta=0.1).sum().backward()
-    assert chosen.grad is not None and rejected.grad is not None
+    assert chosen.grad is not None
+    assert rejected.grad is not None
     assert chosen.grad.item() == pytest.approx(slope, rel=1e-5)
     assert rejected.grad.item() == pytest.approx(-slope, rel=1e-5)
 
@@ -158,7 +162,8 @@ def trainer_state(**fields: object) -> SimpleNamespace:
         device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x, autocast=nullcontext
     )
     return SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=accelerator, precompute_ref_logps=True, aux_loss_enabled=False,
+        model=SimpleNamespace(training=True), accelerator=accelerator, precompute_ref_logps=True,
+        aux_loss_enabled=False,
         _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1, **fields,
     )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -52,4 +54,5 @@ AttentionInterface.register(ATTENTION, tree_attention)
 
 def use_tree_attention(model: nn.Module) -> None:
     """Let the language model of `model` attend inside bins; the vision tower keeps its own attention."""
-    language_model(model).config._attn_implementation = ATTENTION
+    config: Any = language_model(model).config
+    config._attn_implementation = ATTENTION

@@ -5,6 +5,7 @@ Training, generation and serving all encode through here, so one conversation gi
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, View
-from visrl.models.families import Family, Grid, family_of
+from visrl.models.families import Family, Grid, Pictures, family_of
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 
@@ -27,11 +29,10 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class EncodedView:
-    """A picture ready for the vision tower: `pixel_values` [patches, values], `grid` in merged tokens."""
+    """A picture ready for the vision tower: its inputs by their names in the model, `grid` in merged tokens."""
 
     key: str
-    pixel_values: torch.Tensor
-    image_grid_thw: torch.Tensor  # [1, 3]
+    pictures: Pictures
     placeholder: str  # the text that stands for the picture in a prompt
     tokens: int
     grid: Grid
@@ -57,39 +58,53 @@ class Encoder:
         self.settings = settings
         self.family: Family = family_of(config)
         self.codec: Codec = CODECS[settings.codec]
-        self.image_token = processor.image_token
-        self.image_token_id = processor.image_token_id
+        self.image_mark = processor.image_token  # what a rendered prompt holds in a picture's place
+        self.image_token_id = processor.image_token_ids[0]  # what one feature of a picture replaces
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_of_turn = self.family.end_of_turn or self.tokenizer.eos_token
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
         self._control = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<")]
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
+        self._lock = threading.Lock()  # the server prepares pictures while the engine computes
         self._cache_views = cache_views
-        self._merge = processor.image_processor.merge_size
+        self._bos = _leading_bos(self.tokenizer)
 
     # --- pictures
 
-    def encode_views(self, views: Sequence[View]) -> list[EncodedView]:
-        """The views, preprocessed in one batch; those seen lately come from a cache."""
-        fresh = {view.key: view for view in views if view.key not in self._views}
+    def encode_views(self, views: Sequence[View], *, alone: bool = True) -> list[EncodedView]:
+        """The views, preprocessed in one batch; those seen lately come from a cache.
+
+        `alone` says whether a prompt shows one picture only, which some families cut otherwise than one among several.
+        """
+        mark = "" if alone or not self.family.alone_differs else "#among"
+        fresh = {view.key + mark: view for view in views if view.key + mark not in self._views}
         for is_crop in (False, True):
-            group = [view for view in fresh.values() if view.is_crop == is_crop]
-            if group:
+            group = {key: view for key, view in fresh.items() if view.is_crop == is_crop}
+            if group and self.family.pixel_limits:
                 self._preprocess(group, self._limits(is_crop))
-        encoded = [self._views[view.key] for view in views]
+            elif group:
+                self._preprocess_each(group, is_crop, alone=not mark)
+        encoded = [self._views[view.key + mark] for view in views]
         for view in views:
-            self._views.move_to_end(view.key)
+            self._views.move_to_end(view.key + mark)
         while len(self._views) > self._cache_views:
             self._views.popitem(last=False)
         return encoded
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
-        """Width and height that the processor gives a picture of `size`."""
+        """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it."""
+        if not self.family.pixel_limits:
+            return size
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         limits = self._limits(is_crop)
         processor = self.processor.image_processor
         height, width = smart_resize(
-            size[1], size[0], processor.patch_size * self._merge, limits["shortest_edge"], limits["longest_edge"]
+            size[1],
+            size[0],
+            processor.patch_size * processor.merge_size,
+            limits["shortest_edge"],
+            limits["longest_edge"],
         )
         return width, height
 
@@ -101,17 +116,33 @@ class Encoder:
         low, high = low or own["shortest_edge"], high or own["longest_edge"]
         return {"shortest_edge": min(low, high), "longest_edge": high}
 
-    def _preprocess(self, views: list[View], limits: dict[str, int]) -> None:
-        processed, placeholders = self.processor._process_images([view.image for view in views], size=limits)
+    def _preprocess(self, views: dict[str, View], limits: dict[str, int]) -> None:
+        """All pictures in one batch, for processors that take pixel limits and give grids."""
+        processor = self.processor.image_processor
+        processed, placeholders = self.processor._process_images([view.image for view in views.values()], size=limits)
         grids = processed["image_grid_thw"]
         pixels = torch.split(processed["pixel_values"], grids.prod(-1).tolist())
-        patch = self.processor.image_processor.patch_size
-        for view, grid, values, placeholder in zip(views, grids, pixels, placeholders, strict=True):
+        patch, merge = processor.patch_size, processor.merge_size
+        for key, grid, values, placeholder in zip(views, grids, pixels, placeholders, strict=True):
             time, height, width = grid.tolist()
-            merged = (time, height // self._merge, width // self._merge)
-            self._views[view.key] = EncodedView(
-                view.key, values, grid[None], placeholder, int(np.prod(merged)), merged, (width * patch, height * patch)
-            )
+            merged = (time, height // merge, width // merge)
+            inputs = {"pixel_values": values, "image_grid_thw": grid[None]}
+            size = (width * patch, height * patch)
+            self._views[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
+
+    def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> None:
+        """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""
+        options = self.processor._merge_kwargs(
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt"
+        )["images_kwargs"]  # fmt: skip
+        limit = self.settings.crop_max_pixels if is_crop else self.settings.image_max_pixels
+        for key, view in views.items():
+            image = _at_most(view.image, limit)
+            shown = [image] if alone else [image, image]
+            processed, placeholders = self.processor._process_images([shown], **options)
+            count = placeholders[0].count(self.image_token)
+            inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
+            self._views[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
 
     # --- text
 
@@ -123,7 +154,8 @@ class Encoder:
         """
         messages = []
         for message in conversation.messages:
-            if any(token in message.text for token in self._control):
+            # The mark of a picture may itself be a token of the model; the text around it may hold none.
+            if any(token in part for part in message.text.split(IMAGE) for token in self._control):
                 raise PromptError(f"the text {message.text[:80]!r} holds a control token of the model; take it out")
             content: list[dict[str, str]] = []
             for number, text in enumerate(message.text.split(IMAGE)):
@@ -132,7 +164,11 @@ class Encoder:
                 if text:
                     content.append({"type": "text", "text": text})
             messages.append({"role": message.role, "content": content})
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        template = self.processor.chat_template or self.family.chat_template
+        text = self.processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return text if text.startswith(self._bos) else self._bos + text
 
     def encode(self, conversation: Conversation, responses: Sequence[str | None]) -> list[TokenPath]:
         """One path per response, whole paths tokenised; a response of None gives the prompt alone.
@@ -140,7 +176,7 @@ class Encoder:
         A path with a response ends with the end of turn. The response starts where its tokens first differ from the
         prompt's, wherever a tokeniser merges across the edge.
         """
-        views = self.encode_views(conversation.views)
+        views = self.encode_views(conversation.views, alone=len(conversation.views) == 1)
         prompt = self._expand(self.render(conversation), views)
         texts = [prompt] + [prompt + response + self.end_of_turn for response in responses if response is not None]
         tokenised = [np.array(ids, dtype=np.int64) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
@@ -158,7 +194,7 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _expand(self, text: str, views: Sequence[EncodedView]) -> str:
-        parts = text.split(self.image_token)
+        parts = text.split(self.image_mark)
         if len(parts) != len(views) + 1:
             raise PromptError(f"{len(parts) - 1} image tokens for {len(views)} pictures")
         return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
@@ -169,3 +205,23 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differ = np.flatnonzero(a[:length] != b[:length])
     return int(differ[0]) if len(differ) else length
+
+
+def _leading_bos(tokenizer: Any) -> str:
+    """The token that a tokeniser puts before every text by itself, which chat templates may leave to it."""
+    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    return tokenizer.bos_token if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else ""
+
+
+def _at_most(image: Image.Image, pixels: int | None) -> Image.Image:
+    """`image`, reduced where it has more pixels than allowed."""
+    if pixels is None or image.width * image.height <= pixels:
+        return image
+    scale = (pixels / (image.width * image.height)) ** 0.5
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
+
+
+def _first_of(values: Any, pictures: int) -> torch.Tensor:
+    """The part of a processor's output that belongs to the first of `pictures` equal pictures, along the first axis."""
+    tensor = torch.as_tensor(values)
+    return tensor[: len(tensor) // pictures] if pictures > 1 else tensor

@@ -1,16 +1,35 @@
-"""What differs between model families: positions, ends of turns, box codec. The only file that tells models apart."""
+"""What differs between model families: positions, masks, inputs, ends of turns, box codec. The only file that tells
+models apart; everything else asks a `Family`. docs/FAMILIES.md is this table in words, checked by a test.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 # The grid of one picture in merged tokens (time, height, width), as the language model sees it.
 Grid = tuple[int, int, int]
+# What a processor makes of pictures, by the names of the model's inputs.
+Pictures = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tokens of one forward call lie, for the masks of families that need more than ancestors.
+
+    `sees` [bins, 1, length, length] is true from a token to its ancestors and itself. [bins, length]: `depth` counts
+    ancestors, `prompt` is true before the response, `block` numbers runs of picture tokens and is −1 elsewhere.
+    """
+
+    sees: torch.Tensor
+    depth: torch.Tensor
+    prompt: torch.Tensor
+    block: torch.Tensor
+    pictures: list[list[Pictures]]  # of each tree, in the order in which they lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +37,30 @@ class Family:
     """What the rest of the code must know of a family.
 
     `positions` maps (ids, image token id, grids of the pictures in order) to positions [d, n]. `shares` says which
-    branches of an item may share a prefix: "all", or only chosen and rejected of one step ("pairs").
+    branches of an item may share a prefix: "all", or only chosen and rejected of one prompt ("pairs"). With `rows`
+    every tree is a row of its own and only trees with as many pictures share a call. `inputs` maps a layout to what the
+    model takes beside ids and positions.
     """
 
     name: str
     positions: Callable[[np.ndarray, int, Sequence[Grid]], np.ndarray]
     codec: str
+    inputs: Callable[[Layout, Family], dict[str, Any]]
     end_of_turn: str | None = None  # None: the tokenizer's end of sequence
+    shares: Literal["all", "pairs"] = "all"
+    rows: bool = False
+    takes: tuple[str, ...] = ("pixel_values",)  # what of a processor's output the model takes
+    axis: int = 0  # along which pictures are joined
+    pixel_limits: bool = False  # whether the image processor takes a smallest and largest number of pixels
+    alone_differs: bool = False  # whether a picture alone is cut otherwise than one among several
+    chat_template: str | None = None  # for processors that come without one
+    parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")
+    window: int | None = None  # tokens that sliding layers look back; set by `family_of`
+    masks_window: bool = False  # whether `inputs` masks what lies outside the window
+    note: str = ""
+
+
+# --- Positions --------------------------------------------------------------------------------------------------------
 
 
 def mrope_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) -> np.ndarray:
@@ -56,10 +92,132 @@ def depth_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) ->
     return np.arange(len(ids), dtype=np.int64)[None]
 
 
+# --- Masks and pictures -----------------------------------------------------------------------------------------------
+
+
+def join_pictures(family: Family, pictures: Sequence[Pictures]) -> Pictures:
+    """The inputs of several pictures as one, in their order, smaller ones padded with zeros."""
+    return {name: _join([p[name] for p in pictures], family.axis) for name in family.takes} if pictures else {}
+
+
+def _join(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
+    axis = min(axis, tensors[0].dim() - 1)
+    largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [big - size for size, big in zip(tensor.shape, largest, strict=True)]
+        missing[axis] = 0
+        if any(missing):
+            tensor = torch.nn.functional.pad(tensor, [pad for more in reversed(missing) for pad in (0, more)])
+        padded.append(tensor)
+    return torch.cat(padded, dim=axis)
+
+
+def _flat(layout: Layout) -> list[Pictures]:
+    return [picture for tree in layout.pictures for picture in tree]
+
+
+def causal(layout: Layout, family: Family) -> dict[str, Any]:
+    """Ancestors only: what most families want."""
+    return {"attention_mask": layout.sees, **join_pictures(family, _flat(layout))}
+
+
+def onevision(layout: Layout, family: Family) -> dict[str, Any]:
+    """As `causal`, and how many pictures each prompt shows: a picture among several is not tiled."""
+    counts = [len(tree) for tree in layout.pictures if tree]
+    return {**causal(layout, family), **({"batch_num_images": torch.tensor(counts)} if counts else {})}
+
+
+def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
+    """The tokens of a picture see each other; sliding layers look back a window by depth on the path."""
+    own = (layout.block[:, :, None] == layout.block[:, None]) & (layout.block[:, :, None] >= 0)
+    full = layout.sees | own[:, None]
+    near = layout.depth[:, :, None] - layout.depth[:, None] < (family.window or layout.sees.shape[-1])
+    masks = {"full_attention": full, "sliding_attention": full & near[:, None]}
+    return {"attention_mask": masks, **join_pictures(family, _flat(layout))}
+
+
+def paligemma(layout: Layout, family: Family) -> dict[str, Any]:
+    """The tokens of a prompt see each other. Trees do not meet: a bin holds one tree only (`rows`)."""
+    prompt = layout.prompt[:, :, None] & layout.prompt[:, None]
+    return {"attention_mask": layout.sees | prompt[:, None], **join_pictures(family, _flat(layout))}
+
+
+def mllama(layout: Layout, family: Family) -> dict[str, Any]:
+    """Text looks at pictures through cross-attention, each token at the last picture before it.
+
+    Tokens before the first picture look at nothing by the mask, which the model turns into all pictures of their row;
+    so a row holds one prompt and exactly its pictures.
+    """
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    rows = [join_pictures(family, pictures) for pictures in layout.pictures]
+    inputs: dict[str, Any] = {"attention_mask": layout.sees}
+    if not rows[0]:
+        return inputs
+    inputs |= {name: torch.cat([row[name] for row in rows]) for name in family.takes}
+    tiles = inputs["aspect_ratio_mask"]  # [rows, pictures, tiles]
+    # The tokens of a row read on from the prompt, so that its branches look where the prompt's last token looks.
+    marks = [torch.nonzero(block >= 0).flatten().tolist() for block in layout.block]
+    spans = [get_cross_attention_token_mask([int(n in own) for n in range(layout.block.shape[1])], 1) for own in marks]
+    mask = convert_sparse_cross_attention_mask_to_dense(
+        spans, tiles.sum(-1).tolist(), tiles.shape[-1], layout.block.shape[1]
+    )
+    return {**inputs, "cross_attention_mask": torch.from_numpy(mask)}
+
+
+# --- The families -----------------------------------------------------------------------------------------------------
+
+_QWEN2_VL = Family(
+    "qwen2_vl", mrope_positions, "qwen2_vl", causal, end_of_turn="<|im_end|>", pixel_limits=True,
+    takes=("pixel_values", "image_grid_thw"), parts=("language_model", "visual", "visual.merger"),
+)  # fmt: skip
+_IDEFICS3 = Family(
+    "idefics3", depth_positions, "visrl", causal, end_of_turn="<end_of_utterance>", axis=1,
+    takes=("pixel_values", "pixel_attention_mask"), parts=("text_model", "vision_model", "connector"),
+)  # fmt: skip
+# PaliGemma's processor takes pictures first, then the text between <bos> and a newline.
+_PALIGEMMA_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}{{ bos_token }}"
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] | trim }}{{ ' ' if not loop.last }}{% endif %}"
+    "{% endfor %}{{ '\n' if not loop.last }}{% endfor %}\n"
+)
+
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family("qwen2_vl", mrope_positions, codec="qwen2_vl", end_of_turn="<|im_end|>"),
-    "qwen2_5_vl": Family("qwen2_5_vl", mrope_positions, codec="qwen2_5_vl", end_of_turn="<|im_end|>"),
-}
+    family.name: family
+    for family in (
+        _QWEN2_VL,
+        replace(_QWEN2_VL, name="qwen2_5_vl", codec="qwen2_5_vl"),
+        replace(_QWEN2_VL, name="qwen3_vl", codec="qwen3_vl"),
+        Family("llava", depth_positions, "viscot", causal),
+        Family("llava_next", depth_positions, "visrl", causal, takes=("pixel_values", "image_sizes")),
+        Family(
+            "llava_onevision", depth_positions, "visrl", onevision, end_of_turn="<|im_end|>", shares="pairs",
+            takes=("pixel_values", "image_sizes"), alone_differs=True,
+            note="a picture alone is tiled, one among several is not: box and answer prompts show different tokens",
+        ),
+        Family("internvl", depth_positions, "internvl", causal, end_of_turn="<|im_end|>"),
+        _IDEFICS3,
+        replace(_IDEFICS3, name="smolvlm"),
+        Family(
+            "paligemma", depth_positions, "paligemma", paligemma, shares="pairs", rows=True,
+            chat_template=_PALIGEMMA_TEMPLATE,
+            note="the whole prompt sees itself and holds both pictures before any text",
+        ),
+        Family("gemma3", depth_positions, "visrl", gemma3, end_of_turn="<end_of_turn>", masks_window=True),
+        Family(
+            "mllama", depth_positions, "visrl", mllama, end_of_turn="<|eot_id|>", shares="pairs", rows=True,
+            takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), axis=1,
+            parts=("language_model", "vision_model", "multi_modal_projector"),
+            note="tokens before the first picture look at every picture of their row, so no other may be there",
+        ),
+    )
+}  # fmt: skip
 
 
 def family_of(config: Any) -> Family:
@@ -71,16 +229,30 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ValueError(f"the model type {config.model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
-    return family
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
+    return replace(family, window=text.sliding_window) if slides else family
+
+
+# --- The parts of a model ---------------------------------------------------------------------------------------------
 
 
 def language_model(model: torch.nn.Module) -> torch.nn.Module:
     """The text decoder inside a vision-language model, through any adapter wrapped around it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.language_model
+    return _part(model, 0)
 
 
 def vision_tower(model: torch.nn.Module) -> torch.nn.Module:
     """The vision tower (with its projector where that is part of it)."""
+    return _part(model, 1)
+
+
+def projector(model: torch.nn.Module) -> torch.nn.Module:
+    """What maps the tower's features to the language model's."""
+    return _part(model, 2)
+
+
+def _part(model: Any, which: int) -> torch.nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.visual
+    return base.model.get_submodule(FAMILIES[base.config.model_type].parts[which])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from visrl.train.tree import Packed
+from visrl.train.pack import Packed
 
 
 class BranchLogps(NamedTuple):
@@ -31,13 +31,8 @@ def token_logps(model: nn.Module, packed: Packed) -> torch.Tensor:
     Hidden states meet the output layer at predicting places only (`logits_to_keep`), so no full-vocabulary logits of
     prompts exist.
     """
-    logits = model(
-        input_ids=packed.input_ids,
-        attention_mask=packed.mask,
-        position_ids=packed.position_ids,
-        pixel_values=packed.pixel_values,
-        image_grid_thw=packed.image_grid_thw,
-        use_cache=False,
-        logits_to_keep=packed.keep,
-    ).logits[0]
-    return torch.log_softmax(logits.float(), dim=-1)[packed.row, packed.target]
+    logits = [
+        model(**call.inputs, use_cache=False, logits_to_keep=call.keep).logits.flatten(0, 1) for call in packed.calls
+    ]
+    every = logits[0] if len(logits) == 1 else torch.cat(logits)
+    return torch.log_softmax(every.float(), dim=-1)[packed.row, packed.target]

@@ -14,7 +14,8 @@ import torch
 from visrl.conversation import Conversation
 from visrl.models.encode import Encoder, TokenPath
 from visrl.records import Step
-from visrl.train.tree import Packed, Tree, grow, pack
+from visrl.train.pack import Packed, pack
+from visrl.train.tree import grow
 
 Role = Literal["target", "chosen", "rejected"]
 
@@ -85,8 +86,9 @@ class Collator:
             paths, branches = encode_item(self.encoder, number, item)
             group[0].extend(paths)
             group[1].extend(branches)
-        trees: list[Tree] = grow([paths for paths, _ in by_picture.values()], self.encoder.image_token_id)
-        packed = pack(trees, bin_length=self.bin_length)
+        family, image_token = self.encoder.family, self.encoder.image_token_id
+        trees = grow([paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs")
+        packed = pack(trees, family, image_token, bin_length=self.bin_length)
         branches = [branch for _, group in by_picture.values() for branch in group]
         return {"batch": Batch(packed, branches, len(items), int(packed.target.numel()))}
 

@@ -1,0 +1,201 @@
+"""Prefix trees → what a model's own forward takes: ids, positions, masks and pictures, several trees side by side.
+
+Trees lie in bins of one long row, tokens of different bins never meet. What a family's masks and pictures look like is
+the family's (models/families.py); this file knows where tokens lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from visrl.models.families import Family, Layout
+from visrl.train.tree import Tree
+
+BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
+ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much as the rest of a small layer
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a model's forward: tokens [rows, length] with masks and pictures, and the columns [K] whose logits
+    are needed."""
+
+    inputs: dict[str, Any]
+    keep: torch.Tensor
+
+
+@dataclass(slots=True)
+class Packed:
+    """Trees side by side, ready for a model's own forward; T response tokens.
+
+    Nearly always one call; families that cannot mix trees take several. In the kept logits of all calls, [rows × K]
+    one after the other, `row[t]` predicts response token `target[t]`, which belongs to branch `branch[t]`.
+    """
+
+    calls: list[Call]
+    row: torch.Tensor  # [T]
+    target: torch.Tensor  # [T]
+    branch: torch.Tensor  # [T]
+    branches: int
+    tokens: int  # of the trees, padding left out
+    laid_tokens: int  # padding counted
+    naive_tokens: int  # of the same paths as separate sequences
+
+    def to(self, device: torch.device | str) -> Packed:
+        """This batch with every tensor on `device`."""
+        return Packed(**{name: _moved(getattr(self, name), device) for name in self.__slots__})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    return Call(_moved(value.inputs, device), _moved(value.keep, device)) if isinstance(value, Call) else value
+
+
+def pack(trees: Sequence[Tree], family: Family, image_token: int, *, bin_length: int = 512, pad_id: int = 0) -> Packed:
+    """Lay `trees` into bins of equal length; a bin holds as many as fit `bin_length`, or one longer tree.
+
+    Branches keep the numbers that `grow` gave them.
+
+    Raises:
+        ValueError: a path is longer than the window of sliding layers for which the family has no mask.
+    """
+    longest = max(len(places) for tree in trees for places, _ in tree.paths)
+    if family.window is not None and not family.masks_window and longest > family.window:
+        raise ValueError(
+            f"a path of {longest} tokens is longer than the {family.window} tokens that sliding layers of "
+            f"{family.name} look back: take smaller pictures (image_max_pixels) or shorter texts"
+        )
+    calls, rows, targets, branches = [], [], [], []
+    kept = 0
+    for members in _members_of_calls(trees, family):
+        call, row = _lay(members, family, image_token, bin_length, pad_id)
+        calls.append(call)
+        rows.append(kept + row)
+        kept += len(call.inputs["input_ids"]) * len(call.keep)
+        for tree in members:
+            targets += [path.ids[path.start :] for _, path in tree.paths]
+            for number, (_, path) in zip(tree.branches, tree.paths, strict=True):
+                branches.append(np.full(len(path.ids) - path.start, number))
+    return Packed(
+        calls=calls,
+        row=torch.from_numpy(np.concatenate(rows)),
+        target=torch.from_numpy(np.concatenate(targets)),
+        branch=torch.from_numpy(np.concatenate(branches)),
+        branches=sum(len(tree.paths) for tree in trees),
+        tokens=sum(tree.size for tree in trees),
+        laid_tokens=sum(call.inputs["input_ids"].numel() for call in calls),
+        naive_tokens=sum(len(path.ids) for tree in trees for _, path in tree.paths),
+    )
+
+
+def _members_of_calls(trees: Sequence[Tree], family: Family) -> list[list[Tree]]:
+    """All trees in one call; where each is a row of its own, those with as many pictures."""
+    if not family.rows:
+        return [list(trees)]
+    by_pictures: dict[int, list[Tree]] = {}
+    for tree in trees:
+        by_pictures.setdefault(len(tree.views), []).append(tree)
+    return list(by_pictures.values())
+
+
+def _lay(trees: list[Tree], family: Family, image_token: int, bin_length: int, pad_id: int) -> tuple[Call, np.ndarray]:
+    """The call of `trees`, and for each response token, in their order, the row of its prediction."""
+    if family.rows:
+        length, bins = -(-max(tree.size for tree in trees) // BUCKET) * BUCKET, len(trees)
+        offsets = [length * n for n in range(bins)]
+    else:
+        length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length)
+    width = length if family.rows else bins * length  # of a row of the model's input
+    ids = np.full(bins * length, pad_id, dtype=np.int64)
+    positions = np.zeros((trees[0].positions[0].shape[0], bins * length), dtype=np.int64)
+    predictors = []
+    for tree, offset in zip(trees, offsets, strict=True):
+        ids[offset : offset + tree.size] = np.concatenate(tree.ids)
+        positions[:, offset : offset + tree.size] = np.concatenate(tree.positions, axis=1)
+        predictors += [offset + places[path.start - 1 : -1] for places, path in tree.paths]
+    places = np.concatenate(predictors)
+    keep, column = np.unique(places % width, return_inverse=True)
+    layout = _layout(trees, offsets, ids.reshape(bins, length), image_token)
+    position_ids = torch.from_numpy(positions).view(len(positions), -1, width)
+    inputs = {
+        "input_ids": torch.from_numpy(ids).view(-1, width),
+        "position_ids": position_ids[0] if len(positions) == 1 else position_ids,
+        **family.inputs(layout, family),
+    }
+    return Call(inputs, torch.from_numpy(keep)), places // width * len(keep) + column
+
+
+def _layout(trees: list[Tree], offsets: list[int], ids: np.ndarray, image_token: int) -> Layout:
+    """Masks and places of trees that lie at `offsets` in bins of `ids` [bins, length]."""
+    bins, length = ids.shape
+    sees = torch.zeros(bins, 1, length, length, dtype=torch.bool)
+    sees[:, 0].diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no row is empty
+    depth, block = np.zeros(ids.size, dtype=np.int64), np.full(ids.size, -1, dtype=np.int64)
+    prompt = np.zeros(ids.size, dtype=bool)
+    blocks = 0
+    for tree, offset in zip(trees, offsets, strict=True):
+        _fill_mask(sees[offset // length, 0], tree, offset % length)
+        for first, last, ancestors in tree.segments:
+            a, b = offset + first, offset + last
+            depth[a:b] = len(ancestors) + np.arange(b - a)
+            is_picture = ids.reshape(-1)[a:b] == image_token
+            starts = is_picture & ~np.concatenate([[False], is_picture[:-1]])
+            block[a:b] = np.where(is_picture, blocks + np.cumsum(starts) - 1, -1)
+            blocks += int(starts.sum())
+        for places, path in tree.paths:
+            prompt[offset + places[: path.start]] = True
+    in_order = [tree for _, tree in sorted(zip(offsets, trees, strict=True), key=lambda pair: pair[0])]
+    return Layout(
+        sees=sees,
+        depth=torch.from_numpy(depth).view(bins, length),
+        prompt=torch.from_numpy(prompt).view(bins, length),
+        block=torch.from_numpy(block).view(bins, length),
+        pictures=[[view.pictures for view in tree.views] for tree in in_order],
+    )
+
+
+def _choose_bins(sizes: Sequence[int], limit: int) -> tuple[int, list[int], int]:
+    """Bin length, offsets and bin count that cost least: padding costs, and so does attention in long bins."""
+    longest, total = max(sizes), sum(sizes)
+    top = max(longest, min(limit, total))
+    best = None
+    for length in range(-(-longest // BUCKET) * BUCKET, -(-top // BUCKET) * BUCKET + 1, BUCKET):
+        offsets, bins = _place(sizes, length)
+        cost = bins * length * (1 + length / ATTENTION_TOKENS)
+        if best is None or cost < best[0]:
+            best = (cost, length, offsets, bins)
+    assert best is not None
+    return best[1:]
+
+
+def _place(sizes: Sequence[int], length: int) -> tuple[list[int], int]:
+    """Offsets of trees in bins of `length`, longest first into the first bin with room, and how many bins."""
+    free: list[int] = []
+    offsets = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        size = sizes[number]
+        home = next((b for b, room in enumerate(free) if room >= size), len(free))
+        if home == len(free):
+            free.append(length)
+        offsets[number] = home * length + length - free[home]
+        free[home] -= size
+    return offsets, len(free)
+
+
+def _fill_mask(mask: torch.Tensor, tree: Tree, offset: int) -> None:
+    """Let every token of `tree` see its ancestors and itself; `mask` is [length, length]."""
+    for first, last, ancestors in tree.segments:
+        a, b = offset + first, offset + last
+        mask[a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool).tril_()
+        if len(ancestors):
+            mask[a:b, torch.from_numpy(offset + ancestors)] = True
