@@ -14,7 +14,7 @@ from visrl.data.stats import Statistics, as_table
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-pre { overflow-x: auto; font-size: 0.8rem; padding: 1rem; border: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+pre { overflow-x: auto; font-size: 0.8rem; padding: 1rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 figure { margin: 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
 svg { width: 100%; height: auto; }
