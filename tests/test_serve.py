@@ -261,6 +261,19 @@ def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
     assert "cannot take" in replies[3].json()["error"]["message"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
+    class Broken(KnownEngine):
+        def generate(self, rows, on_token=None):  # type: ignore[no-untyped-def]
+            raise MemoryError("nobody foresaw this")
+
+    metrics = Metrics()
+    with serving(Batcher(lambda: Loaded(Broken(echo)), metrics), metrics) as url:
+        assert post(url, body()).status_code == 503
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert post(url, body()).status_code == 503
+
+
 # --- Health, models, metrics ----------------------------------------------------------------------------------------
 
 

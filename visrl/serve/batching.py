@@ -175,6 +175,7 @@ class Batcher:
             if self._state == "loading":
                 self._state = "ready"
         engine = self._loaded.engine
+        batch: list[_Job] = []
         try:
             for count in itertools.count(1):
                 batch = self._next_batch()
@@ -188,7 +189,7 @@ class Batcher:
             # Reached by `stop`, and by an error nobody foresaw: whoever still waits must be told.
             with self._changed:
                 self._state = "stopped"
-                left = list(self._waiting)
+                left = [*batch, *self._waiting]
                 self._waiting.clear()
             for job in left:
                 job.post(job.fail, RequestError(503, "the server is shutting down"))

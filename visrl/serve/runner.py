@@ -43,7 +43,10 @@ def run_server(config: ServeConfig) -> None:
     try:
         asyncio.run(_serve(config, create_app(backend, settings, metrics), backend))
     finally:
+        died = backend.state == "stopped"
         backend.stop()
+    if died:
+        raise ConfigError("the engine ended with an error of its own (see above), and the server with it")
     if backend.failure is not None:
         raise ConfigError(f"{config.model_name_or_path} cannot be served: {backend.failure}") from backend.failure
 
@@ -72,14 +75,17 @@ async def _serve(config: ServeConfig, app: Application, backend: Backend) -> Non
 
 
 async def _watch(server: uvicorn.Server, config: ServeConfig, backend: Backend) -> None:
-    """Say when the model is loaded; end the server when it cannot be."""
-    while backend.state == "loading":
+    """Say when the model is loaded; end the server when it cannot be, or when its engine has died under it."""
+    while backend.state == "loading" or not server.started:
         await asyncio.sleep(0.05)
-    if backend.state == "failed":
-        server.should_exit = True
-        return
-    while not server.started:
-        await asyncio.sleep(0.02)
+    if backend.state == "ready":
+        _announce(server, config)
+    while backend.state == "ready":
+        await asyncio.sleep(0.5)
+    server.should_exit = True
+
+
+def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
     port = server.servers[0].sockets[0].getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"Serving {config.name} and {config.name}:focus at http://{host}:{port} (page) and /v1 (API)", flush=True)
