@@ -175,6 +175,16 @@ def test_a_large_crop_is_shown_smaller_with_its_exact_window() -> None:
     assert focus["crop_window"] == [750, 750, 2250, 1500]
 
 
+def test_whole_is_the_second_step_with_the_whole_picture_for_a_crop() -> None:
+    with known() as (url, engine, _):
+        message = post(url, body() | {"model": f"{NAME}:whole"}).json()["choices"][0]["message"]
+    assert message["content"] == "crop 200x100"
+    assert "focus" not in message
+    conversation = engine.batches[0][0].conversation
+    assert conversation.messages[0].text.endswith("\n<image>")
+    assert [view.is_crop for view in conversation.views] == [False, True]
+
+
 # --- Many clients ---------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +325,9 @@ def test_models_are_listed_with_focus() -> None:
         models = client_of(url).models.list()
         with pytest.raises(openai.NotFoundError, match=f"{NAME}:focus"):
             client_of(url).chat.completions.create(**body() | {"model": "gpt-9"})
-    assert [(model.id, model.owned_by) for model in models] == [(NAME, "visrl"), (f"{NAME}:focus", "visrl")]
+    assert [(model.id, model.owned_by) for model in models] == [
+        (NAME + suffix, "visrl") for suffix in ("", ":focus", ":whole")
+    ]
 
 
 def test_metrics_count_what_happened() -> None:

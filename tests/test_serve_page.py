@@ -24,9 +24,8 @@ def speak(conversation: Conversation) -> str:
     """A box that depends on the question, an answer with focus, and another without."""
     text = conversation.messages[0].text
     if len(conversation.views) == 2:
-        return "seven <b>&amp;</b>"
-    if "bounding box" not in text:
-        return "perhaps nine"
+        whole, detail = conversation.views
+        return "perhaps nine" if detail.size == whole.size else "seven <b>&amp;</b>"
     return (
         "nowhere" if "lost" in text else "[0.250, 0.500, 0.750, 1.000]" if "second" in text else "[0.1, 0.2, 0.3, 0.4]"
     )

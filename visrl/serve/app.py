@@ -20,13 +20,14 @@ from visrl.conversation import Conversation, Sampling, View
 from visrl.data.scenes import draw, make_scene, questions_of
 from visrl.engines.endpoint import data_url
 from visrl.serve.batching import Backend
-from visrl.serve.focus import answer_plainly, answer_with_focus
+from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, open_pictures
 from visrl.serve.rows import Row
 from visrl.serve.safety import Application, Budget, Gate
 from visrl.serve.schemas import (
     FOCUS_SUFFIX,
+    WHOLE_SUFFIX,
     ChatRequest,
     Choice,
     Limits,
@@ -131,12 +132,13 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(await request.body(), self.settings.limits)
-        if asked.model not in (self.settings.name, self.settings.name + FOCUS_SUFFIX):
-            name = self.settings.name
-            raise RequestError(404, f"no model {asked.model!r} here, but {name} and {name}:focus", "model_not_found")
+        name = self.settings.name
+        if asked.model.removesuffix(asked.suffix) != name:
+            known = f"{name}, {name}{FOCUS_SUFFIX} and {name}{WHOLE_SUFFIX}"
+            raise RequestError(404, f"no model {asked.model!r} here, but {known}", "model_not_found")
         if self.backend.state != "ready":
             raise RequestError(503, f"the model is not ready ({self.backend.state}); try again soon", retry_after_s=2)
-        if asked.focus:
+        if asked.suffix:
             to_question(asked)  # refused before any work is done
         if asked.stream:
             return await self._begin_stream(asked, request)
@@ -220,7 +222,9 @@ class _Server:
             asked.stops,
             on_text=None if chunks is None else tell_text,
         )
-        if asked.focus:
+        if asked.suffix == WHOLE_SUFFIX:
+            choice = await answer_from_whole(self.backend, to_question(asked), views[0], row)
+        elif asked.suffix:
             question = to_question(asked)
             choice = await answer_with_focus(
                 self.backend, question, views[0], row, lambda focus: tell({"focus": focus})

@@ -102,6 +102,17 @@ async def answer_with_focus(
     )
 
 
+async def answer_from_whole(backend: Backend, question: str, whole: View, row: Row) -> Choice:
+    """The second step alone, shown the whole picture in place of a crop: what focus is to be compared with.
+
+    Raises:
+        RequestError: what the backend raises, or 502 where it gave no text.
+    """
+    crop = crop_view(whole, Picture(whole.key, WHOLE), backend.crop_rule)
+    row.conversation = answer_conversation(question, whole, crop)
+    return await answer_plainly(backend, row)
+
+
 async def answer_plainly(backend: Backend, row: Row) -> Choice:
     """One step: the conversation as it is.
 

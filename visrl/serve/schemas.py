@@ -17,6 +17,7 @@ from visrl.conversation import Conversation, Message, Sampling, View, seed_of
 from visrl.prompts import IMAGE
 
 FOCUS_SUFFIX = ":focus"
+WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole picture in place of the crop
 
 # What OpenAI's protocol has and this server cannot honour, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -108,9 +109,9 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
 
     @property
-    def focus(self) -> bool:
-        """Whether the two steps of VisRL are asked for."""
-        return self.model.endswith(FOCUS_SUFFIX)
+    def suffix(self) -> str:
+        """How the model is asked: `:focus`, `:whole`, or "" for the conversation as it is."""
+        return next((suffix for suffix in (FOCUS_SUFFIX, WHOLE_SUFFIX) if self.model.endswith(suffix)), "")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -195,18 +196,18 @@ def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
 
 
 def to_question(request: ChatRequest) -> str:
-    """The question of a `:focus` request: the text of the last user message.
+    """The question of a `:focus` or `:whole` request: the text of the last user message.
 
     Raises:
         RequestError: 400 where there is none, or not exactly one picture in the conversation.
     """
     if len(request.pictures()) != 1:
-        raise RequestError(400, f"{FOCUS_SUFFIX} takes exactly one picture, here are {len(request.pictures())}")
+        raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.pictures())}")
     last = request.messages[-1]
     question = "\n".join(part.text for part in last.parts() if part.type == "text" and part.text).strip()
     if last.role != "user" or not question:
         raise RequestError(
-            400, f"{FOCUS_SUFFIX} answers the last message, which must be the user's and hold a question"
+            400, f"{request.suffix} answers the last message, which must be the user's and hold a question"
         )
     return question
 
@@ -266,7 +267,7 @@ def usage(choices: list[Choice]) -> dict[str, int]:
 
 def model_list(name: str, created: int) -> dict[str, Any]:
     """The served names in the protocol's form."""
-    ids = (name, name + FOCUS_SUFFIX)
+    ids = (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)
     return {
         "object": "list",
         "data": [{"id": id, "object": "model", "created": created, "owned_by": "visrl"} for id in ids],

@@ -54,7 +54,7 @@ async function connect() {
 // The events of one streamed completion, as parsed chunks.
 async function* completion(model, text, signal) {
   const content = [{ type: "image_url", image_url: { url: state.picture.url } }];
-  content.push({ type: "text", text: model.endsWith(":focus") ? text : `\n${text}` });
+  content.push({ type: "text", text });
   const reply = await fetch("/v1/chat/completions", {
     method: "POST",
     headers: headers(),
@@ -206,7 +206,7 @@ async function ask(text) {
   $("cards").prepend(card);
   pick(question);
   const sides = [run(question, "focus", `${state.model}:focus`)];
-  if (both) sides.push(run(question, "plain", state.model));
+  if (both) sides.push(run(question, "plain", `${state.model}:whole`));
   await Promise.all(sides);
   card.classList.remove("busy");
 }
