@@ -20,7 +20,7 @@ from serve_help import body, post, serving
 
 from visrl.config import ConfigError
 from visrl.conversation import Sampling, focus_conversation, image_view
-from visrl.data.scenes import draw_ref, scene_samples
+from visrl.data.scenes import SIDE, draw_ref, scene_samples
 from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
@@ -101,7 +101,7 @@ def test_focus_looks_where_the_local_engine_looks(server: tuple[str, Metrics], l
     if here.box is None:
         assert focus["error"]
     else:
-        assert focus["box"] == [round(value, 2) for value in here.box.to_pixels((448, 448))]
+        assert focus["box"] == [round(value, 2) for value in here.box.to_pixels((SIDE, SIDE))]
         assert reply.choices[0].message.content == here.answer
     assert reply.usage.prompt_tokens > 0
     assert reply.usage.completion_tokens > 0

@@ -14,6 +14,7 @@ from PIL import Image
 from serve_help import known
 
 from visrl.conversation import Conversation
+from visrl.data.scenes import SIDE
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +137,7 @@ def test_a_scene_is_drawn_with_questions_to_ask(shown: tuple[Page, Path, str]) -
     page.run("document.querySelector('.ideas button').click()")
     page.wait(f"document.querySelectorAll('.card').length === 1 && {IDLE}")
     assert page.run("document.querySelectorAll('.ideas button').length") == ideas - 1
-    assert page.run("document.querySelector('#picture').naturalWidth") == 448
+    assert page.run("document.querySelector('#picture').naturalWidth") == SIDE
 
 
 def test_the_annotated_picture_is_downloaded(shown: tuple[Page, Path, str]) -> None:
