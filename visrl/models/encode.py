@@ -5,7 +5,6 @@ Training, generation and serving all encode through here, so one conversation gi
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +64,6 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
         self._control = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<")]
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
-        self._lock = threading.Lock()  # the server prepares pictures while the engine computes
         self._cache_views = cache_views
         self._bos = _leading_bos(self.tokenizer)
 
