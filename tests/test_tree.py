@@ -21,7 +21,7 @@ from visrl.conversation import (
 )
 from visrl.data.scenes import scene_samples
 from visrl.images import open_image
-from visrl.models.attention import use_tree_attention
+from visrl.models.attention import BLOCK, use_tree_attention
 from visrl.models.encode import EncodedView, Encoder, PromptError, TokenPath
 from visrl.models.families import FAMILIES, mrope_positions
 from visrl.models.load import load_encoder, load_model
@@ -231,6 +231,19 @@ def test_a_packed_batch_equals_separate_sequences(model: nn.Module, encoder: Enc
     assert ours.counts.tolist() == [len(p.ids) - p.start for group in groups for p in group]
     for a, b in zip(gradients(model, ours.sums), gradients(model, theirs), strict=True):
         assert relative(a, b) < 1e-4
+
+
+def test_blocks_of_queries_change_nothing(model: nn.Module, encoder: Encoder) -> None:
+    groups = [questions_of_a_picture(encoder, questions=4), questions_of_a_picture(encoder, first=5)]
+    packed = packed_of(encoder, groups, bin_length=64)
+    assert packed.calls[0].inputs["attention_mask"].shape[-1] > 2 * BLOCK
+    whole = branch_logps(model, packed).sums
+    use_tree_attention(model, blocks=True)
+    blocks = branch_logps(model, packed).sums
+    use_tree_attention(model)
+    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)
+    for a, b in zip(gradients(model, blocks), gradients(model, whole), strict=True):
+        assert relative(a, b) < 1e-5
 
 
 def test_a_plain_causal_mask_fails_the_check(model: nn.Module, encoder: Encoder) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from transformers import AttentionInterface
 from visrl.models.families import language_model
 
 ATTENTION = "visrl_tree"
+BLOCKS = "visrl_tree_blocks"  # the same, leaving out keys that lie behind a block of queries
+BLOCK = 128
 
 
 def tree_attention(
@@ -21,7 +25,7 @@ def tree_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention under an explicit mask, inside each bin of a packed batch.
 
@@ -37,10 +41,45 @@ def tree_attention(
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
+    attend: Any = nn.functional.scaled_dot_product_attention
+    if kwargs.get("softcap"):
+        attend = partial(_capped, softcap=kwargs["softcap"])
+    options = {"dropout_p": dropout, "scale": scaling}
+    config: Any = module.config
+    own = query.shape[2] == key.shape[2] > BLOCK and attention_mask.dtype == torch.bool
+    if own and config._attn_implementation == BLOCKS:
+        out = torch.cat([attend(*block, **options) for block in _blocks(query, key, value, attention_mask)], dim=2)
+    else:
+        out = attend(query, key, value, attention_mask, **options)
     return out.transpose(1, 2).reshape(batch, queries, heads, dim), None
+
+
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Blocks of queries with the keys up to the last one that any of them sees."""
+    for start in range(0, query.shape[2], BLOCK):
+        part = mask[:, :, start : start + BLOCK]
+        stop = int(part.any(dim=2).flatten(0, 1).any(dim=0).nonzero().max()) + 1
+        yield query[:, :, start : start + BLOCK], key[:, :, :stop], value[:, :, :stop], part[..., :stop]
+
+
+def _capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    softcap: float,
+    dropout_p: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention whose scores are bent to stay within ± `softcap` (Gemma 2), which PyTorch's own does not offer."""
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout_p) @ value
 
 
 def _per_bin(states: torch.Tensor, bins: int, length: int) -> torch.Tensor:
@@ -50,9 +89,13 @@ def _per_bin(states: torch.Tensor, bins: int, length: int) -> torch.Tensor:
 
 
 AttentionInterface.register(ATTENTION, tree_attention)
+AttentionInterface.register(BLOCKS, tree_attention)
 
 
-def use_tree_attention(model: nn.Module) -> None:
-    """Let the language model of `model` attend inside bins; the vision tower keeps its own attention."""
+def use_tree_attention(model: nn.Module, *, blocks: bool = False) -> None:
+    """Let the language model of `model` attend inside bins; the vision tower keeps its own attention.
+
+    With `blocks` long sequences are computed in blocks of queries, which spares nearly half of the attention.
+    """
     config: Any = language_model(model).config
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = BLOCKS if blocks else ATTENTION

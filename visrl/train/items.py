@@ -14,7 +14,7 @@ import torch
 from visrl.conversation import Conversation
 from visrl.models.encode import Encoder, TokenPath
 from visrl.records import Step
-from visrl.train.pack import Packed, pack
+from visrl.train.pack import BUCKET, Packed, pack
 from visrl.train.tree import grow
 
 Role = Literal["target", "chosen", "rejected"]
@@ -72,9 +72,10 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
 class Collator:
     """Items → `Batch`. Items that show the same picture share its tokens."""
 
-    def __init__(self, encoder: Encoder, *, bin_length: int = 512) -> None:
+    def __init__(self, encoder: Encoder, *, bin_length: int = 512, bucket: int = BUCKET) -> None:
         self.encoder = encoder
         self.bin_length = bin_length
+        self.bucket = bucket
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
         # All pictures of a batch go through the image processor together.
@@ -88,7 +89,7 @@ class Collator:
             group[1].extend(branches)
         family, image_token = self.encoder.family, self.encoder.image_token_id
         trees = grow([paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs")
-        packed = pack(trees, family, image_token, bin_length=self.bin_length)
+        packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
         branches = [branch for _, group in by_picture.values() for branch in group]
         return {"batch": Batch(packed, branches, len(items), int(packed.target.numel()))}
 

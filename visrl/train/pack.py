@@ -17,6 +17,7 @@ from visrl.models.families import Family, Layout
 from visrl.train.tree import Tree
 
 BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
+TIGHT_BUCKET = 16  # the same where shapes may be many, as on a CPU, and padding costs more than they do
 ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much as the rest of a small layer
 
 
@@ -61,10 +62,18 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return Call(_moved(value.inputs, device), _moved(value.keep, device)) if isinstance(value, Call) else value
 
 
-def pack(trees: Sequence[Tree], family: Family, image_token: int, *, bin_length: int = 512, pad_id: int = 0) -> Packed:
+def pack(
+    trees: Sequence[Tree],
+    family: Family,
+    image_token: int,
+    *,
+    bin_length: int = 512,
+    bucket: int = BUCKET,
+    pad_id: int = 0,
+) -> Packed:
     """Lay `trees` into bins of equal length; a bin holds as many as fit `bin_length`, or one longer tree.
 
-    Branches keep the numbers that `grow` gave them.
+    Branches keep the numbers that `grow` gave them. Lengths are multiples of `bucket`.
 
     Raises:
         ValueError: a path is longer than the window of sliding layers for which the family has no mask.
@@ -78,7 +87,7 @@ def pack(trees: Sequence[Tree], family: Family, image_token: int, *, bin_length:
     calls, rows, targets, branches = [], [], [], []
     kept = 0
     for members in _members_of_calls(trees, family):
-        call, row = _lay(members, family, image_token, bin_length, pad_id)
+        call, row = _lay(members, family, image_token, bin_length, bucket, pad_id)
         calls.append(call)
         rows.append(kept + row)
         kept += len(call.inputs["input_ids"]) * len(call.keep)
@@ -108,13 +117,15 @@ def _members_of_calls(trees: Sequence[Tree], family: Family) -> list[list[Tree]]
     return list(by_pictures.values())
 
 
-def _lay(trees: list[Tree], family: Family, image_token: int, bin_length: int, pad_id: int) -> tuple[Call, np.ndarray]:
+def _lay(
+    trees: list[Tree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int
+) -> tuple[Call, np.ndarray]:
     """The call of `trees`, and for each response token, in their order, the row of its prediction."""
     if family.rows:
-        length, bins = -(-max(tree.size for tree in trees) // BUCKET) * BUCKET, len(trees)
+        length, bins = -(-max(tree.size for tree in trees) // bucket) * bucket, len(trees)
         offsets = [length * n for n in range(bins)]
     else:
-        length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length)
+        length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length, bucket)
     width = length if family.rows else bins * length  # of a row of the model's input
     ids = np.full(bins * length, pad_id, dtype=np.int64)
     positions = np.zeros((trees[0].positions[0].shape[0], bins * length), dtype=np.int64)
@@ -164,12 +175,12 @@ def _layout(trees: list[Tree], offsets: list[int], ids: np.ndarray, image_token:
     )
 
 
-def _choose_bins(sizes: Sequence[int], limit: int) -> tuple[int, list[int], int]:
+def _choose_bins(sizes: Sequence[int], limit: int, bucket: int) -> tuple[int, list[int], int]:
     """Bin length, offsets and bin count that cost least: padding costs, and so does attention in long bins."""
     longest, total = max(sizes), sum(sizes)
     top = max(longest, min(limit, total))
     best = None
-    for length in range(-(-longest // BUCKET) * BUCKET, -(-top // BUCKET) * BUCKET + 1, BUCKET):
+    for length in range(-(-longest // bucket) * bucket, -(-top // bucket) * bucket + 1, bucket):
         offsets, bins = _place(sizes, length)
         cost = bins * length * (1 + length / ATTENTION_TOKENS)
         if best is None or cost < best[0]:
