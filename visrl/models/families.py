@@ -181,11 +181,10 @@ _IDEFICS3 = Family(
 )  # fmt: skip
 # PaliGemma's processor takes pictures first, then the text between <bos> and a newline.
 _PALIGEMMA_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}{{ bos_token }}"
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] | trim }}{{ ' ' if not loop.last }}{% endif %}"
-    "{% endfor %}{{ '\n' if not loop.last }}{% endfor %}\n"
+    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% endfor %}{{ bos_token }}{% for message in messages %}"
+    "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | map('trim') | join(' ') }}"
+    "{{ '\n' }}{% endfor %}"
 )
 
 FAMILIES: dict[str, Family] = {
