@@ -24,248 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from layouts import SHAPES, Ours, ReferenceLayout, Shape, Trl, make_items, make_model, stage2_loss
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from visrl.conversation import Conversation, Message, View
-from visrl.models.attention import use_tree_attention
-from visrl.models.encode import Encoder
-from visrl.models.load import load_encoder, load_model
-from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer, tiny_config
-from visrl.prompts import IMAGE
-from visrl.train.config import TrainConfig
-from visrl.train.forward import branch_logps
-from visrl.train.items import Batch, Collator, Item, Row, encode_item
-from visrl.train.losses import dpo
-from visrl.train.pack import TIGHT_BUCKET
-from visrl.train.trainer import VisrlTrainer
+from visrl.train.items import Batch, Item
 
 EPOCHS = 5  # over which ours spreads its one reference pass
-QUESTION, BOX, ANSWER = 24, 18, 8  # tokens, the end of the turn included
-PATCH = 28  # pixels along a merged token's side
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    image_tokens: int
-    crop_tokens: int
-    vocab: int
-    questions: int = 1  # per picture
-    pictures: int = 2  # per step
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("tiny", 16, 4, 640),
-        Shape("small", 256, 64, 2_000),
-        Shape("large_vocab", 256, 64, 152_000),
-        Shape("long", 1024, 256, 32_000),
-        Shape("many", 256, 64, 2_000, questions=4),
-    )
-}
-
-
-# --- model and rows ---------------------------------------------------------------------------------------------------
-
-
-def make_model(folder: Path, shape: Shape) -> None:
-    """A random Qwen2-VL in `folder`: hidden 256, 6 layers, MLP 4×, vision tower of 4 layers of 192; and a processor."""
-    tokenizer = make_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]}
-    sizes: dict[str, Any] = {
-        "vocab_size": max(shape.vocab, len(tokenizer)), "hidden_size": 256, "num_hidden_layers": 6,
-        "intermediate_size": 1024, "max_position_embeddings": 8192, "rope_parameters": rope,
-    }  # fmt: skip
-    config = tiny_config(tokenizer, **sizes)
-    config.vision_config.depth, config.vision_config.embed_dim = 4, 192
-    torch.manual_seed(0)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    pictures = Qwen2VLImageProcessor(size={"shortest_edge": PATCH**2, "longest_edge": 8192 * PATCH**2})
-    Qwen2VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-
-
-def make_items(shape: Shape, pictures: int, seed: int) -> list[Item]:
-    """One item per question, `questions` of each of `pictures` random pictures; digits are a token each."""
-    rng = np.random.default_rng(seed)
-
-    def digits(count: int) -> str:
-        return "".join(str(d) for d in rng.integers(0, 10, count))
-
-    def picture(tokens: int) -> Image.Image:
-        side = int(tokens**0.5) * PATCH
-        return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-    items = []
-    for n in range(pictures):
-        whole = View(f"{seed}/{n}", picture(shape.image_tokens))
-        for q in range(shape.questions):
-            name = f"{seed}/{n}/{q}"
-            detail = View(f"{name}#crop", picture(shape.crop_tokens), is_crop=True)
-            question = digits(QUESTION)
-            # The question alone, without the sentences of the prompts: its length is part of the shape.
-            box_talk = Conversation((Message("user", f"{IMAGE}\n{question}"),), (whole,))
-            answer_talk = Conversation((Message("user", f"{IMAGE}\n{question}\n{IMAGE}"),), (whole, detail))
-            rows = []
-            for step, talk, length in (("box", box_talk, BOX), ("answer", answer_talk, ANSWER)):
-                pair = (("chosen", digits(length - 1)), ("rejected", digits(length - 1)))
-                rows.append(Row(f"{name}/{step}", step, talk, pair))
-            items.append(Item(name, tuple(rows)))
-    return items
-
-
-# --- the three layouts ------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """Packed trees; the reference's log-probabilities are made beforehand, by the same pass."""
-
-    def __init__(self, folder: Path, scratch: Path, items: Sequence[Item]) -> None:
-        self.model, self.encoder = load_model(folder), load_encoder(folder)
-        use_tree_attention(self.model, blocks=True)
-        self.collate = Collator(self.encoder, bucket=TIGHT_BUCKET)
-        config = TrainConfig(
-            model_name_or_path=str(folder), stage="dpo", rl_stage=2, finetuning_type="full", output_dir=scratch
-        )
-        self.trainer = VisrlTrainer(
-            visrl_config=config, encoder=self.encoder, model=self.model, args=arguments(TrainingArguments, scratch),
-            train_dataset=items, data_collator=self.collate,
-        )  # fmt: skip
-        self.trainer.reference = dict.fromkeys(
-            (f"{row.key}/{role}" for item in items for row in item.rows for role, _ in row.responses), -50.0
-        )
-
-    def batch(self, items: Sequence[Item]) -> dict[str, Batch]:
-        return self.collate(items)
-
-    def logps(self, batch: dict[str, Batch]) -> Tensor:
-        return branch_logps(self.model, batch["batch"].packed).sums
-
-
-class ReferenceLayout:
-    """Every sequence by itself, two padded batches (box, answer), full logits, policy and reference every step."""
-
-    def __init__(self, folder: Path, scratch: Path, items: Sequence[Item]) -> None:
-        self.model, self.reference, self.encoder = load_model(folder), load_model(folder).eval(), load_encoder(folder)
-        self.reference.requires_grad_(False)
-        layout = self
-
-        class Loop(Trainer):
-            def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-                return layout.loss(inputs, layout.reference)
-
-        self.trainer = Loop(
-            model=self.model, args=arguments(TrainingArguments, scratch), train_dataset=items, data_collator=self.batch
-        )
-
-    def batch(self, items: Sequence[Item]) -> dict[str, Any]:
-        paths, branches = [], []
-        for number, item in enumerate(items):
-            own, what = encode_item(self.encoder, number, item)
-            paths += own
-            branches += what
-        halves = []
-        for step in ("box", "answer"):
-            members = [n for n, branch in enumerate(branches) if branch.step == step]
-            halves.append((torch.tensor(members), padded([paths[n] for n in members], self.encoder)))
-        return {"halves": halves, "count": len(paths)}
-
-    def logps(self, batch: dict[str, Any], model: nn.Module | None = None) -> Tensor:
-        model = model or self.model
-        sums = torch.zeros(batch["count"])
-        for members, (inputs, labels) in batch["halves"]:
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            every = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-            sums = sums.index_add(0, members, (every * (labels[:, 1:] >= 0)).sum(-1))
-        return sums
-
-    def loss(self, batch: dict[str, Any], reference: nn.Module) -> Tensor:
-        with torch.no_grad():
-            before = self.logps(batch, reference)
-        return stage2_loss(self.logps(batch), before)
-
-
-class Trl:
-    """TRL's own trainer on the same rows, a box pair and an answer pair per item. It refuses to compute reference
-    log-probabilities beforehand for data with pictures."""
-
-    def __init__(self, folder: Path, scratch: Path, items: Sequence[Item]) -> None:
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
-
-        rows = [trl_row(row) for item in items for row in item.rows]
-        options = arguments(DPOConfig, scratch, max_length=None, gradient_checkpointing=False, bf16=False, beta=0.1)
-        options.per_device_train_batch_size *= 2
-        encoder = load_encoder(folder)
-        self.trainer = DPOTrainer(
-            model=load_model(folder), args=options, train_dataset=Dataset.from_list(rows),
-            processing_class=encoder.processor,
-        )  # fmt: skip
-
-
-def arguments(kind: type, scratch: Path, **more: Any) -> Any:
-    """The same loop for all: AdamW, fp32, no dropout, no saving."""
-    return kind(
-        output_dir=str(scratch), report_to="none", use_cpu=True, max_steps=3, save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", remove_unused_columns=False, train_sampling_strategy="sequential", 
-        dataloader_pin_memory=False, learning_rate=1e-6, **more,
-    )  # fmt: skip
-
-
-def padded(paths: Sequence[Any], encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
-    """A padded batch of whole sequences, each with its own copy of its pictures, and labels [rows, length]."""
-    length = max(len(path.ids) for path in paths)
-    ids = torch.full((len(paths), length), encoder.tokenizer.pad_token_id)
-    labels = torch.full((len(paths), length), -100)
-    mask = torch.zeros(len(paths), length, dtype=torch.long)
-    for n, path in enumerate(paths):
-        ids[n, : len(path.ids)] = torch.from_numpy(path.ids)
-        labels[n, path.start : len(path.ids)] = torch.from_numpy(path.ids[path.start :])
-        mask[n, : len(path.ids)] = 1
-    pictures = [view.pictures for path in paths for view in path.views]
-    joined = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
-    types = (ids == encoder.image_token_id).int()
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **joined}, labels
-
-
-def stage2_loss(policy: Tensor, reference: Tensor) -> Tensor:
-    """The stage-2 loss of log-probabilities ordered box chosen, box rejected, answer chosen, answer rejected, …"""
-    chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-    rows = dpo(policy[chosen], policy[rejected], reference[chosen], reference[rejected])
-    return 0.5 * rows.sum() / (len(rows) / 2)
-
-
-def trl_row(row: Row) -> dict[str, Any]:
-    """A row in TRL's conversational form."""
-    content: list[dict[str, str]] = []
-    for number, text in enumerate(row.conversation.messages[0].text.split(IMAGE)):
-        content += [{"type": "image", "text": ""}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
-    answers = {
-        role: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for role, text in row.responses
-    }
-    images = [view.image for view in row.conversation.views]
-    return {"images": images, "prompt": [{"role": "user", "content": content}], **answers}
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -280,14 +55,16 @@ class Clock(TrainerCallback):
 
 
 def step_seconds(trainer: Trainer, rows_per_step: int) -> float:
-    """One whole step, from the end of the first to the end of the second of three: the third one's rows are read in
-    that time."""
+    """One whole step: the second of two, and the reading of its rows, which the loop does a step ahead."""
     clock = Clock()
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = rows_per_step
     trainer.add_callback(clock)
     trainer.train()
     trainer.remove_callback(clock)
-    return clock.ends[1] - clock.ends[0]
+    rows = [trainer.train_dataset[n] for n in range(rows_per_step, 2 * rows_per_step)]
+    start = time.perf_counter()
+    trainer.data_collator(rows)
+    return clock.ends[1] - clock.ends[0] + time.perf_counter() - start
 
 
 def flops(work: Callable[[], Any]) -> float:
@@ -359,18 +136,13 @@ def reference_pass_seconds(ours: Ours, items: Sequence[Item]) -> float:
     return time.perf_counter() - start
 
 
-def compare_times(
-    folder: Path, scratch: Path, shape: Shape, repeats: int, layouts: dict[str, Any], steps: Sequence[Item]
-) -> dict[str, float]:
+def compare_times(shape: Shape, repeats: int, layouts: dict[str, Any], steps: Sequence[Item]) -> dict[str, float]:
     """Medians over `repeats` rounds in which the layouts take turns."""
     per_step = shape.pictures * shape.questions
     seconds: dict[str, list[float]] = {name: [] for name in (*layouts, "ours_reference")}
     for _ in range(repeats):
         for name, layout in layouts.items():
-            if hasattr(layout, "encoder"):
-                layout.encoder._views.clear()  # a picture is new at every step of a real run
             seconds[name].append(step_seconds(layout.trainer, per_step * (2 if name == "trl" else 1)))
-        layouts["ours"].encoder._views.clear()
         seconds["ours_reference"].append(reference_pass_seconds(layouts["ours"], steps[:per_step]))
     median = {name: statistics.median(times) for name, times in seconds.items()}
     charged = median["ours"] + median["ours_reference"] / EPOCHS
@@ -394,7 +166,7 @@ def resident(field: str) -> int:
 
 def memory_of(layout: str, folder: Path, scratch: Path, shape: Shape) -> int:
     """Peak bytes of two whole steps less what was there when the model had been loaded."""
-    items = make_items(shape, 3 * shape.pictures, seed=0)
+    items = make_items(shape, 2 * shape.pictures, seed=0)
     kind = Ours if layout == "ours" else ReferenceLayout
     built = kind(folder, scratch, items)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -404,7 +176,8 @@ def memory_of(layout: str, folder: Path, scratch: Path, shape: Shape) -> int:
 
 
 def measured_memory(layout: str, folder: Path, shape: Shape) -> int:
-    command = [sys.executable, __file__, "--measure-memory", layout, "--model", str(folder), "--shapes", shape.name]
+    command = [sys.executable, __file__, "--measure-memory", layout, "--model", str(folder)]
+    command += ["--shapes", shape.name, "--pictures", str(shape.pictures)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -416,7 +189,7 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = Path(name, "model"), Path(name, "scratch")
         make_model(folder, shape)
-        items = make_items(shape, 3 * shape.pictures, seed=0)
+        items = make_items(shape, 2 * shape.pictures, seed=0)
         one_step = items[: shape.pictures * shape.questions]
         ours, theirs = Ours(folder, scratch, items), ReferenceLayout(folder, scratch, items)
         packed = ours.batch(one_step)["batch"].packed
@@ -431,7 +204,7 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
         layouts: dict[str, Any] = {"ours": ours, "reference": theirs}
         if trl:
             layouts["trl"] = Trl(folder, scratch, items)
-        facts |= compare_times(folder, scratch, shape, repeats, layouts, items)
+        facts |= compare_times(shape, repeats, layouts, items)
         del ours, theirs, layouts
         if memory:
             peaks = {layout: measured_memory(layout, folder, shape) for layout in ("ours", "reference")}
@@ -445,6 +218,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="small,large_vocab,long,many", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--pictures", type=int, default=2, help="per step, with all their questions")
     parser.add_argument("--no-trl", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--measure-memory", choices=("ours", "reference"), help=argparse.SUPPRESS)
@@ -452,7 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    shapes = [SHAPES[name] for name in options.shapes.split(",")]
+    shapes = [replace(SHAPES[name], pictures=options.pictures) for name in options.shapes.split(",")]
     if options.measure_memory:
         with tempfile.TemporaryDirectory() as scratch:
             print(memory_of(options.measure_memory, options.model, Path(scratch), shapes[0]))

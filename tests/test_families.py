@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,14 @@ import torch
 from PIL import Image
 from tiny_families import MAKERS, make
 from torch import Tensor, nn
+from transformers import BertConfig
 
-from visrl.conversation import Conversation, View, answer_conversation, focus_conversation
+from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, focus_conversation
+from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
-from visrl.models.encode import Encoder, TokenPath
-from visrl.models.families import language_model
+from visrl.models.encode import Encoder, PromptError, TokenPath
+from visrl.models.families import FAMILIES, Family, family_of, language_model, projector, vision_tower
+from visrl.models.settings import ModelSettings
 from visrl.train.forward import branch_logps
 from visrl.train.pack import Packed, pack
 from visrl.train.tree import grow
@@ -119,3 +124,112 @@ def test_a_plain_causal_mask_fails_the_check(name: str) -> None:
             mask[:] = torch.ones_like(mask[0, 0]).tril()
     wrong = branch_logps(model, packed).sums
     assert ((wrong - right).abs() / right.abs()).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MAKERS) if FAMILIES[name].plain])
+def test_generation_equals_the_models_own(name: str) -> None:
+    """Greedy texts of both steps through shared prefixes, and through `generate` on the processor's own inputs."""
+    model, encoder = make(name)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = encoder.end_id, 0
+    conversations = [talk for talk, _ in talks(1, 2)]
+    answers = LocalEngine(model, encoder).complete(conversations, Sampling(max_tokens=6), [[0]] * len(conversations))
+    language: Any = language_model(model).config
+    language._attn_implementation = "eager"
+    for talk, answer in zip(conversations, answers, strict=True):
+        images = [[view.image for view in talk.views]]
+        inputs = encoder.processor(
+            images=images, text=[encoder.render(talk)], return_tensors="pt", add_special_tokens=False
+        )
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert answer[0].text == encoder.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+def test_generation_refuses_what_it_would_get_wrong() -> None:
+    with pytest.raises(ValueError, match="gemma3 cannot be run in this process"):
+        LocalEngine(*make("gemma3"))
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_the_parts_of_a_model_are_found(name: str) -> None:
+    model, _ = make(name)
+    whole = {id(weights) for weights in model.parameters()}
+    language, vision, bridge = (
+        {id(weights) for weights in part(model).parameters()} for part in (language_model, vision_tower, projector)
+    )
+    assert language
+    assert vision
+    assert bridge
+    assert not language & (vision | bridge)
+    assert language | vision | bridge <= whole
+    left = [weights for weights in model.parameters() if id(weights) not in language | vision | bridge]
+    assert all(weights.dim() == 1 or weights.shape[0] >= 466 for weights in left)  # newline vectors and output layers
+
+
+def test_sliding_windows_are_masked_or_refused() -> None:
+    model, encoder = make("gemma3")
+    use_tree_attention(model)
+    groups = groups_of(encoder)[0]
+    right = branch_logps(model, packed_of(encoder, groups)).sums
+    family = encoder.family
+    assert family.window == 40
+    encoder.family = replace(family, window=None)
+    wrong = branch_logps(model, packed_of(encoder, groups)).sums
+    assert ((wrong - right).abs() / right.abs()).max() > 1e-4
+    _, other = make("paligemma")
+    other.family = replace(other.family, window=40)
+    with pytest.raises(ValueError, match="longer than the 40 tokens that sliding layers of paligemma look back"):
+        packed_of(other, groups_of(other)[0])
+
+
+def test_a_beginning_that_the_tokeniser_adds_is_in_every_prompt() -> None:
+    _, encoder = make("llava")
+    talk = talks(1, 1)[0][0]
+    assert encoder.render(talk).startswith("<s><|im_start|>")
+    assert encoder.encode(talk, [None])[0].ids[0] == encoder.tokenizer.bos_token_id
+    _, other = make("gemma3")  # its template writes the beginning itself
+    assert other.render(talk).count("<bos>") == 1
+
+
+def test_a_picture_mark_that_is_a_token_is_no_control_token() -> None:
+    _, encoder = make("llava")
+    with pytest.raises(PromptError, match="control token"):
+        encoder.render(Conversation((Message("user", "what is </s>?"),)))
+
+
+def test_pictures_are_reduced_to_the_limit() -> None:
+    _, encoder = make("llava_next")
+    big = View("big", picture(3, 240, 160))
+    free = encoder.encode_views([big])[0]
+    encoder.settings = ModelSettings(image_max_pixels=3000)
+    encoder.forget()
+    small = encoder.encode_views([big])[0]
+    assert small.pictures["image_sizes"].prod() <= 3000 < free.pictures["image_sizes"].prod()
+    assert small.pictures["pixel_values"].shape[1] <= free.pictures["pixel_values"].shape[1]
+
+
+def test_unknown_families_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'bert' is not supported; known: gemma3, idefics3"):
+        family_of(BertConfig())
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def row_of(family: Family) -> str:
+    """A family's row in docs/FAMILIES.md, without its first column."""
+    sees = str(family.inputs.__doc__).splitlines()[0].rstrip(".")
+    shares = "every branch" if family.shares == "all" else "chosen and rejected"
+    calls = "a prompt a row" if family.rows else "one row"
+    here = "yes" if family.plain else "no"
+    end = f"`{family.end_of_turn}`".replace("|", "\\|") if family.end_of_turn else "end of sequence"
+    return f"| `{family.name}` | {shares} | {calls} | {sees} | {here} | `{family.codec}` | {end} |"
+
+
+def test_the_table_in_the_docs_is_that_of_the_code() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "FAMILIES.md").read_text(encoding="utf-8")
+    rows = [line[line.index("| `") :] for line in text.splitlines() if line.startswith("| ") and "| `" in line]
+    assert [row for row in rows if row.split("`")[1] in FAMILIES] == [row_of(family) for family in FAMILIES.values()]
+    for family in FAMILIES.values():
+        if family.note:
+            assert f"`{family.name}`: {family.note}" in text
+    assert set(MAKERS) == set(FAMILIES)

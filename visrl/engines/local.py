@@ -55,6 +55,11 @@ class LocalEngine:
     """Draws texts from a model in this process. Not thread-safe: feed it from one thread."""
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder, *, name: str = "local", batch_size: int = 64) -> None:
+        if not encoder.family.plain:
+            raise ValueError(
+                f"{encoder.family.name} cannot be run in this process: its tokens see more than what came before them, "
+                f"which shared prefixes do not allow; serve it with vLLM or SGLang and name the server as endpoint"
+            )
         self.model = model
         self.encoder = encoder
         self.name = name

@@ -89,6 +89,10 @@ class Encoder:
             self._views.popitem(last=False)
         return encoded
 
+    def forget(self) -> None:
+        """Drop the views kept so far."""
+        self._views.clear()
+
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it."""
         if not self.family.pixel_limits:

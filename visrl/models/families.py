@@ -54,10 +54,15 @@ class Family:
     pixel_limits: bool = False  # whether the image processor takes a smallest and largest number of pixels
     alone_differs: bool = False  # whether a picture alone is cut otherwise than one among several
     chat_template: str | None = None  # for processors that come without one
-    parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")
+    parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")  # of the model
     window: int | None = None  # tokens that sliding layers look back; set by `family_of`
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
     note: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether a token sees its ancestors and nothing else, so that any cut of a sequence can be computed later."""
+        return self.inputs is causal
 
 
 # --- Positions --------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def depth_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) ->
     return np.arange(len(ids), dtype=np.int64)[None]
 
 
-# --- Masks and pictures -----------------------------------------------------------------------------------------------
+# --- Masks and pictures: what a token sees, in the first line of each ------------------------------------------------
 
 
 def join_pictures(family: Family, pictures: Sequence[Pictures]) -> Pictures:
@@ -118,18 +123,18 @@ def _flat(layout: Layout) -> list[Pictures]:
 
 
 def causal(layout: Layout, family: Family) -> dict[str, Any]:
-    """Ancestors only: what most families want."""
+    """What came before it on its path."""
     return {"attention_mask": layout.sees, **join_pictures(family, _flat(layout))}
 
 
 def onevision(layout: Layout, family: Family) -> dict[str, Any]:
-    """As `causal`, and how many pictures each prompt shows: a picture among several is not tiled."""
+    """What came before it on its path; the model is told how many pictures each prompt shows."""
     counts = [len(tree) for tree in layout.pictures if tree]
     return {**causal(layout, family), **({"batch_num_images": torch.tensor(counts)} if counts else {})}
 
 
 def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
-    """The tokens of a picture see each other; sliding layers look back a window by depth on the path."""
+    """What came before it, and its whole picture; sliding layers look back a window, by depth on the path."""
     own = (layout.block[:, :, None] == layout.block[:, None]) & (layout.block[:, :, None] >= 0)
     full = layout.sees | own[:, None]
     near = layout.depth[:, :, None] - layout.depth[:, None] < (family.window or layout.sees.shape[-1])
@@ -138,13 +143,13 @@ def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
 
 
 def paligemma(layout: Layout, family: Family) -> dict[str, Any]:
-    """The tokens of a prompt see each other. Trees do not meet: a bin holds one tree only (`rows`)."""
+    """What came before it, and its whole prompt."""
     prompt = layout.prompt[:, :, None] & layout.prompt[:, None]
     return {"attention_mask": layout.sees | prompt[:, None], **join_pictures(family, _flat(layout))}
 
 
 def mllama(layout: Layout, family: Family) -> dict[str, Any]:
-    """Text looks at pictures through cross-attention, each token at the last picture before it.
+    """What came before it, and through cross-attention the last picture before it.
 
     Tokens before the first picture look at nothing by the mask, which the model turns into all pictures of their row;
     so a row holds one prompt and exactly its pictures.
