@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from visrl.data.commands import app as data_app
+from visrl.evaluate.commands import app as eval_app
+
 app = typer.Typer(
     name="visrl",
     help="Teach a vision-language model where to look, by reinforced reasoning instead of box labels.",
@@ -76,6 +79,27 @@ def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from visrl.train.export import export as run
 
     run(read_config(ExportConfig, *_given(config, overrides)))
+
+
+@app.command()
+def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Serve a checkpoint behind the OpenAI protocol; a model name ending in `:focus` looks before it answers."""
+    from visrl.config import read_config
+    from visrl.serve.commands import ServeConfig, serve
+
+    serve(read_config(ServeConfig, *_given(config, overrides)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
+    """One self-contained HTML page for a run."""
+    from visrl.report.commands import report as write
+
+    write(run)
+
+
+app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval", help="Score, judge and compare.")
 
 
 def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:

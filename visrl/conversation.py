@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from PIL import Image
 
 from visrl.box import CropRule, Size
-from visrl.images import crop
+from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
 from visrl.records import Picture
 
@@ -86,6 +87,15 @@ class Engine(Protocol):
 def image_view(picture: Picture, image: Image.Image) -> View:
     """The view of a whole picture that has been opened."""
     return View(picture.ref, image)
+
+
+def open_view(picture: Picture, root: str | Path | None = None) -> View:
+    """The view of a whole picture by reference, the annotated way up.
+
+    Raises:
+        ImageError: it cannot be opened.
+    """
+    return image_view(picture, open_image(picture.ref, root, picture.size))
 
 
 def crop_view(whole: View, picture: Picture, rule: CropRule = "exact") -> View:

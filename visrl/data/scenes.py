@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from visrl.box import Box
 from visrl.records import Sample
 
-Kind = Literal["colour", "shape", "edge", "count", "relation"]
+Kind = Literal["colour", "shape", "edge", "count", "relation", "hue"]
 
 SIDE = 672  # px: a model that sees the whole scene at 112 px sees a sixth of it, and a 21-px digit at 3.5 px
 POOLS = ("train", "preference", "validation", "test")
-KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")
+KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")  # "hue" needs no looking: warm-up only
 COLOURS = {
     "red": (214, 69, 65),
     "green": (63, 166, 90),
@@ -30,15 +30,13 @@ COLOURS = {
     "yellow": (236, 200, 66),
     "purple": (146, 84, 190),
     "orange": (240, 140, 50),
-    "pink": (240, 150, 190),
-    "brown": (140, 100, 70),
 }
 SHAPES = ("square", "circle", "diamond")
 GLYPH_HEIGHT = 21  # px of a digit in the scene
 GLYPH_SCALE = 3  # px per dot of the 5 × 7 digits below
 DOT_RADIUS = 3.5  # px
 MAX_DOTS = 6
-MAX_TAGS = 5
+MAX_TAGS = 4
 INK = (25, 25, 30)
 
 # Our own 5 × 7 digits, a row of dots per string: the same pixels whatever fonts a machine has.
@@ -91,7 +89,7 @@ class Scene:
     pool: str
     index: int
     max_tags: int
-    background: tuple[int, int, int]
+    tint: int  # green of the background; red grows from left to right, blue from top to bottom
     lines: tuple[PixelBox, ...]
     tags: tuple[Tag, ...]
 
@@ -111,25 +109,27 @@ def parse_ref(ref: str) -> Scene:
     Raises:
         ValueError: no such pool, or not of this form.
     """
-    match = re.fullmatch(r"scene:(\w+?)(?:@([1-5]))?/(\d{1,15})", ref)
+    match = re.fullmatch(r"scene:(\w+?)(?:@([1-4]))?/(\d{1,15})", ref)
     if match is None or match[1] not in POOLS:
-        raise ValueError(f"{ref!r} is no drawn scene; scenes are named scene:POOL/INDEX with POOL in {', '.join(POOLS)}")
+        raise ValueError(
+            f"{ref!r} is no drawn scene; scenes are named scene:POOL/INDEX with POOL in {', '.join(POOLS)}"
+        )
     return make_scene(match[1], int(match[3]), int(match[2] or MAX_TAGS))
 
 
 @lru_cache(maxsize=4096)
 def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
-    """The scene `index` of `pool`; `max_tags` below 5 gives the easier scenes of a curriculum."""
+    """The scene `index` of `pool`; `max_tags` below 4 gives the easier scenes of a curriculum."""
     # One residue class of seeds per pool: no two pools can ever draw from the same seed.
     seed = index * len(POOLS) + POOLS.index(pool)
     rng = np.random.default_rng([0x5CE4E, max_tags, seed])
-    count = int(rng.integers(min(3, max_tags), max_tags + 1))
+    count = int(rng.integers(min(2, max_tags), max_tags + 1))
     places = _places(rng, count)
     colours = rng.choice(list(COLOURS), size=count, replace=False)
     tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=True))
-    background = tuple(int(value) for value in rng.integers(222, 250, size=3))
+    tint = int(rng.integers(205, 250))
     lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))
-    return Scene(pool, index, max_tags, background, lines, tags)  # type: ignore[arg-type]
+    return Scene(pool, index, max_tags, tint, lines, tags)  # type: ignore[arg-type]
 
 
 def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
@@ -137,7 +137,7 @@ def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
     while True:
         places: list[PixelBox] = []
         for _ in range(60):
-            side = rng.uniform(100, 134)
+            side = rng.uniform(110, 150)
             x, y = rng.uniform(2, SIDE - side - 2, size=2)
             box = (float(x), float(y), float(x + side), float(y + side))
             if all(box[2] + 8 < p[0] or p[2] + 8 < box[0] or box[3] + 8 < p[1] or p[3] + 8 < box[1] for p in places):
@@ -174,6 +174,8 @@ def questions_of(scene: Scene) -> list[Question]:
     found: list[Question] = []
     shapes = [tag.shape for tag in scene.tags]
     for index, tag in enumerate(scene.tags):
+        if shapes.count(tag.shape) == 1:
+            found.append(Question("hue", f"Which colour is the {tag.shape}?", f"the {tag.colour} one", index))
         if tag.text:
             found.append(Question("colour", f"Which number is on the {tag.colour} tag?", tag.text, index))
             if shapes.count(tag.shape) == 1:
@@ -287,14 +289,21 @@ def find_question(sample_id: str) -> tuple[Scene, Question]:
 @lru_cache(maxsize=256)
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared."""
-    image = Image.new("RGB", (SIDE, SIDE), scene.background)
+    image = Image.merge("RGB", (*_shading()[:1], Image.new("L", (SIDE, SIDE), scene.tint), *_shading()[1:]))
     pen = ImageDraw.Draw(image)
-    shade = tuple(value - 14 for value in scene.background)
     for line in scene.lines:
-        pen.line(line, fill=shade, width=3)
+        pen.line(line, fill=(190, scene.tint - 20, 190), width=3)
     for tag in scene.tags:
         _draw_tag(pen, tag)
     return image
+
+
+@lru_cache(maxsize=1)
+def _shading() -> tuple[Image.Image, Image.Image]:
+    """Red and blue of every background. The shading tells a patch where it is: a tiny vision tower without absolute
+    positions finds that out very slowly by itself."""
+    ramp = Image.linear_gradient("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR).point(lambda v: 150 + v * 0.4)
+    return ramp.rotate(90), ramp
 
 
 def draw_ref(ref: str) -> Image.Image:

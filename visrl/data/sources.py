@@ -1,6 +1,7 @@
-"""Where samples and preferences come from, by one string: drawn scenes, or a file of ours.
+"""Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
-`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`); anything else is a path to JSONL records.
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`); a name in `dataset_dir/dataset_info.json` is
+that data set; anything else is a path to JSONL records.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from visrl.data.named import is_named, named_preferences, named_samples
 from visrl.data.scenes import POOLS, scene_samples
 from visrl.records import Preference, RecordError, Sample, read_records
 
 _SCENES = re.compile(r"scenes:(\w+)/(\d+)\+(\d+)")
 
 
-def read_samples(spec: str, *, with_box: bool = False) -> list[Sample]:
+def read_samples(
+    spec: str, *, with_box: bool = False, dataset_dir: str = "data", image_root: str | None = None
+) -> list[Sample]:
     """The samples that `spec` names; drawn ones hold their true box only where it is asked for.
 
     Raises:
@@ -27,17 +31,26 @@ def read_samples(spec: str, *, with_box: bool = False) -> list[Sample]:
         return scene_samples(match[1], int(match[2]), int(match[3]), with_box=with_box)
     if spec.startswith("scenes:"):
         raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
+    if is_named(spec, dataset_dir):
+        return named_samples(spec, dataset_dir, image_root)
     if not Path(spec).is_file():
-        raise RecordError(f"no file {spec}: give a JSONL file of samples, or scenes:POOL/START+COUNT")
+        raise RecordError(
+            f"no data {spec!r}: give a JSONL file of samples, a name in {dataset_dir}/dataset_info.json, "
+            "or scenes:POOL/START+COUNT"
+        )
     return list(read_records(Sample, spec))
 
 
-def read_preferences(spec: str) -> list[Preference]:
-    """The preferences in a JSONL file.
+def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | None = None) -> list[Preference]:
+    """The preferences of a named data set or a JSONL file.
 
     Raises:
         RecordError: no such file, or a row that is no preference.
     """
+    if is_named(spec, dataset_dir):
+        return named_preferences(spec, dataset_dir, image_root)
     if not Path(spec).is_file():
-        raise RecordError(f"no file {spec}: `visrl filter` writes preferences.jsonl")
+        raise RecordError(
+            f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in {dataset_dir}/dataset_info.json"
+        )
     return list(read_records(Preference, spec))

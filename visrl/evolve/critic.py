@@ -14,7 +14,7 @@ from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 from visrl.evaluate.metrics import exact_match
 from visrl.records import Sample, Trajectory, Verdict
 
-LEGIBLE_HEIGHT = 18.0  # px of a shown digit from which on it counts as fully legible
+LEGIBLE_HEIGHT = 16.0  # px of a shown digit from which on it counts as fully legible
 
 
 class Critic(Protocol):

@@ -120,12 +120,12 @@ def preferences_of(sample: Sample, winner: Trajectory, loser: Trajectory) -> lis
 
     Both answers are given the crop of the *chosen* box (the paper's x̂).
     """
-    whole = Picture(sample.image)
+    whole = Picture(sample.image, size=sample.size)
     rows = [Preference(sample.id, "box", focus_prompt(sample.question), (whole,), winner.box_text, loser.box_text)]
     assert winner.answer is not None
     assert loser.answer is not None
     if winner.answer != loser.answer:
-        pictures = (whole, Picture(sample.image, winner.box))
+        pictures = (whole, Picture(sample.image, winner.box, sample.size))
         prompt = answer_prompt(sample.question)
         rows.append(Preference(sample.id, "answer", prompt, pictures, winner.answer, loser.answer))
     return rows

@@ -21,11 +21,11 @@ from visrl.conversation import (
     answer_conversation,
     crop_view,
     focus_conversation,
-    image_view,
+    open_view,
     seed_of,
 )
 from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
-from visrl.images import ImageError, open_image
+from visrl.images import ImageError
 from visrl.records import Origin, Picture, Sample, Trajectory
 
 MAX_BOX_TOKENS = 64
@@ -109,7 +109,7 @@ def greedy_looks(
     crop_rule: CropRule = "exact",
 ) -> list[Look]:
     """Both steps at temperature 0, in the order of `samples`; `boxes`, where given, take the place of step 1."""
-    wholes = [image_view(Picture(sample.image), open_image(sample.image, root)) for sample in samples]
+    wholes = [open_view(Picture(sample.image, size=sample.size), root) for sample in samples]
     if boxes is None:
         talks = [focus_conversation(sample.question, whole) for sample, whole in zip(samples, wholes, strict=True)]
         first = policy.complete(talks, Sampling(max_tokens=MAX_BOX_TOKENS), [[0]] * len(talks))
@@ -132,7 +132,7 @@ def roll_out(
     opened: list[tuple[Sample, View]] = []
     for sample in samples:
         try:
-            opened.append((sample, image_view(Picture(sample.image), open_image(sample.image, root))))
+            opened.append((sample, open_view(Picture(sample.image, size=sample.size), root)))
         except ImageError as error:
             trajectories[sample.id] = [_failed(sample, r, b, policy.name, str(error)) for r, b in _branches(settings)]
     talks = [focus_conversation(sample.question, whole) for sample, whole in opened]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +19,10 @@ from visrl.conversation import (
     answer_conversation,
     crop_view,
     focus_conversation,
-    image_view,
+    open_view,
     seed_of,
 )
 from visrl.data.scenes import close_up, find_question, scene_samples
-from visrl.images import open_image
 from visrl.models.encode import Encoder
 from visrl.records import Picture, Preference, Sample
 from visrl.train.items import Item, Role, Row
@@ -60,6 +61,8 @@ class Curriculum(Dataset[Item]):
             place += len(self)
         rows = []
         for sample in samples:
+            if phase.grid is not None:
+                sample = replace(sample, box=_on_grid(sample.box, phase.grid))
             detail = None
             if phase.close_up is not None:
                 low, high = phase.close_up
@@ -67,6 +70,15 @@ class Curriculum(Dataset[Item]):
                 detail = close_up(*find_question(sample.id), zoom)
             rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
         return Item(samples[0].image, tuple(rows))
+
+
+def _on_grid(box: Box | None, grid: int) -> Box | None:
+    """The smallest box around `box` whose corners are multiples of 1/grid."""
+    if box is None:
+        return None
+    low = [math.floor(value * grid) / grid for value in (box.x0, box.y0)]
+    high = [math.ceil(value * grid) / grid for value in (box.x1, box.y1)]
+    return Box(*low, *high)
 
 
 def sft_rows(
@@ -87,14 +99,14 @@ def sft_rows(
     """
     if sample.box is None:
         raise ValueError(f"sample {sample.id} has no box: warm-up needs samples with boxes")
-    whole = image_view(Picture(sample.image), open_image(sample.image, root))
+    whole = open_view(Picture(sample.image, size=sample.size), root)
     processed = encoder.processed_size(whole.size)
     text = encoder.codec.format(sample.box, whole.size, processed)
     rows = []
     if "locate" in tasks:
         talk = focus_conversation(sample.question, whole)
         rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
-    if "read" in tasks:
+    if "read" in tasks and sample.answer:
         box = detail or encoder.codec.parse(text, whole.size, processed)
         talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
         rows.append(Row(f"{sample.id}/answer", "answer", talk, (("target", sample.answer),)))
@@ -150,7 +162,7 @@ class Preferences(Dataset[Item]):
 def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:
     """The row of one preference: its prompt and pictures with the chosen and the rejected response."""
     whole_picture, *details = preference.images
-    whole = image_view(whole_picture, open_image(whole_picture.ref, root))
+    whole = open_view(whole_picture, root)
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
     talk = Conversation((Message("user", preference.prompt),), tuple(views))
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))

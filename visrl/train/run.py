@@ -174,9 +174,11 @@ def build_dataset(config: TrainConfig, encoder: Encoder, arguments: TrainingArgu
         return Curriculum(encoder, config.curriculum, arguments.per_device_train_batch_size)
     if not config.dataset:
         raise ConfigError("dataset: name the data to train on")
+    places = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
     if config.stage == "sft":
-        return SftSamples(encoder, read_samples(config.dataset, with_box=True)[: config.max_samples], config.image_root)
-    preferences = read_preferences(config.dataset)
+        samples = read_samples(config.dataset, with_box=True, **places)
+        return SftSamples(encoder, samples[: config.max_samples], config.image_root)
+    preferences = read_preferences(config.dataset, **places)
     dataset = Preferences(encoder, preferences, stage=config.rl_stage, root=config.image_root)
     if config.max_samples is not None:
         dataset.groups = dataset.groups[: config.max_samples]

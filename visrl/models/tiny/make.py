@@ -144,3 +144,9 @@ def describe(folder: str | Path) -> str:
     """One line about the model in `folder`: parameters and vocabulary."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return f"{config['model_type']}, vocabulary {config['text_config']['vocab_size']}"
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(make_tiny(sys.argv[1]))
