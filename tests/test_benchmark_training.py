@@ -1,0 +1,29 @@
+"""The training benchmark runs at a tiny shape and gives every figure that its description promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
+
+
+@pytest.mark.slow
+def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
+    out = tmp_path / "training.json"
+    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--repeats", "1", "--pictures", "1", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (shape,) = json.loads(out.read_text())["shapes"]
+    assert shape["logp_rel_error"] < 1e-5
+    assert shape["grad_rel_error"] < 1e-4
+    assert 1 <= shape["flops_over_floor"] < 1.1
+    assert shape["flops_ratio_reference"] > 2
+    assert shape["tokens"] < shape["separate_tokens"] / 2
+    measured = ("time_ratio_reference", "time_ratio_trl", "peak_memory_ratio_reference")
+    assert all(shape[name] > 0 for name in measured)
+    assert "tiny" in done.stdout
