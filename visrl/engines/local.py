@@ -55,11 +55,6 @@ class LocalEngine:
     """Draws texts from a model in this process. Not thread-safe: feed it from one thread."""
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder, *, name: str = "local", batch_size: int = 64) -> None:
-        if not encoder.family.plain:
-            raise ValueError(
-                f"{encoder.family.name} cannot be run in this process: its tokens see more than what came before them, "
-                f"which shared prefixes do not allow; serve it with vLLM or SGLang and name the server as endpoint"
-            )
         self.model = model
         self.encoder = encoder
         self.name = name
@@ -125,7 +120,13 @@ class LocalEngine:
             groups.setdefault(views[0].key if views else f"row {number}", []).append(number)
         try:
             for keys in _batches(list(groups), self.batch_size):
-                self._generate_batch(rows, {key: groups[key] for key in keys}, done, on_token)
+                members = {key: groups[key] for key in keys}
+                if self.encoder.family.plain:
+                    self._generate_batch(rows, members, done, on_token)
+                else:
+                    from visrl.engines.recompute import recompute_batch
+
+                    recompute_batch(self, rows, members, done, on_token)
         finally:
             self.model.train(training)
         return [completion or Completion(None, finish_reason="error", error="no text") for completion in done]
@@ -236,7 +237,7 @@ class LocalEngine:
         for b, members in enumerate(groups.values()):
             grid[b, : len(members)] = members
         alive = grid >= 0
-        draws = {n: _Draw(rows[n]) for members in groups.values() for n in members}
+        draws = {n: Draw(rows[n]) for members in groups.values() for n in members}
         visible = np.zeros((trees, forks, forest.length), dtype=bool)
         trunk_end = np.zeros((trees, forks), dtype=np.int64)
         head = next(iter(logits.values()))
@@ -255,10 +256,10 @@ class LocalEngine:
         step = 0
         own = np.tile(np.eye(forks, dtype=bool), (trees, 1, 1))
         while True:
-            chosen = _draw(now, grid, alive, draws, step)
+            chosen = draw_tokens(now, grid, alive, draws, step)
             for b, j in zip(*np.nonzero(alive), strict=True):
                 n, token = int(grid[b, j]), int(chosen[b, j])
-                reason = self._take(rows[n], texts[n], token, n, on_token)
+                reason = self.take(rows[n], texts[n], token, n, on_token)
                 if reason:
                     alive[b, j] = False
                     text = self.encoder.decode(texts[n])
@@ -271,7 +272,7 @@ class LocalEngine:
             now = self._forward(ids, positions, visible, forest.cache, [], list(range(forks)))
             step += 1
 
-    def _take(self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None) -> str | None:
+    def take(self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None) -> str | None:
         """Add a drawn token to a row's text; why the row ends here, or None where it goes on."""
         if token == self.encoder.end_id:
             return "stop"
@@ -307,7 +308,7 @@ class LocalEngine:
         ).logits.float()
 
 
-class _Draw:
+class Draw:
     """The random numbers of one sample: one per token, the same whatever else is in the batch."""
 
     def __init__(self, row: Row) -> None:
@@ -318,7 +319,9 @@ class _Draw:
         )
 
 
-def _draw(logits: torch.Tensor, grid: np.ndarray, alive: np.ndarray, draws: dict[int, _Draw], step: int) -> np.ndarray:
+def draw_tokens(
+    logits: torch.Tensor, grid: np.ndarray, alive: np.ndarray, draws: dict[int, Draw], step: int
+) -> np.ndarray:
     """The next token of every fork, [trees, forks]: the arg-max, or an inverse-CDF draw from the nucleus."""
     chosen = logits.argmax(-1).cpu().numpy()
     hot = [(b, j) for b, j in zip(*np.nonzero(alive), strict=True) if draws[int(grid[b, j])].uniform is not None]

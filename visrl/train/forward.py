@@ -26,13 +26,16 @@ def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
 
 
 def token_logps(model: nn.Module, packed: Packed) -> torch.Tensor:
-    """Log-probability of every response token of `packed`, [T], in fp32.
+    """Log-probability of every response token of `packed`, [T], in fp32."""
+    return torch.log_softmax(kept_logits(model, packed).float(), dim=-1)[packed.row, packed.target]
 
-    Hidden states meet the output layer at predicting places only (`logits_to_keep`), so no full-vocabulary logits of
-    prompts exist.
+
+def kept_logits(model: nn.Module, packed: Packed) -> torch.Tensor:
+    """Logits at the predicting places of all calls, [rows × K of each, vocabulary].
+
+    Hidden states meet the output layer there only (`logits_to_keep`), so no full-vocabulary logits of prompts exist.
     """
     logits = [
         model(**call.inputs, use_cache=False, logits_to_keep=call.keep).logits.flatten(0, 1) for call in packed.calls
     ]
-    every = logits[0] if len(logits) == 1 else torch.cat(logits)
-    return torch.log_softmax(every.float(), dim=-1)[packed.row, packed.target]
+    return logits[0] if len(logits) == 1 else torch.cat(logits)
