@@ -14,7 +14,8 @@ from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 from visrl.evaluate.metrics import exact_match
 from visrl.records import Sample, Trajectory, Verdict
 
-LEGIBLE_HEIGHT = 16.0  # px of a shown digit from which on it counts as fully legible
+ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole picture it has 3.5)
+LEGIBLE_HEIGHT = 16.0  # px from which on it counts as fully legible
 
 
 class Critic(Protocol):
@@ -58,7 +59,7 @@ class SceneOracle:
         size = (window[2] - window[0], window[3] - window[1])
         shown = self.shown_size(size)
         height = GLYPH_HEIGHT * min(shown[0] / size[0], shown[1] / size[1])
-        legible = min(1.0, height / LEGIBLE_HEIGHT)
+        legible = min(1.0, max(0.0, (height - ILLEGIBLE_HEIGHT) / (LEGIBLE_HEIGHT - ILLEGIBLE_HEIGHT)))
         return _share(tag.content, window) * legible * (0.5 + 0.5 * _share(tag.box, window))
 
 

@@ -7,7 +7,6 @@ command is refused.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from visrl.config import ConfigError
 from visrl.data.sources import read_preferences, read_samples
@@ -31,7 +29,7 @@ from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences, SftSamples
 from visrl.train.items import Collator, Item
 from visrl.train.reference import reference_key, reference_logps
-from visrl.train.trainer import JsonLog, VisrlTrainer
+from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
 
 NOT_IDENTITY = {"output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps", "report_to"}
 
@@ -64,8 +62,8 @@ def train(config: TrainConfig) -> Path:
     if config.stage == "dpo" and config.pref_loss not in ("simpo", "orpo", "sft"):
         reference = _reference(config, model, dataset, collator, parents, arguments)
     held_out = _held_out(config)
-    resume = get_last_checkpoint(str(out))
-    _cut_log(out / "log.jsonl", int(resume.rsplit("-", 1)[1]) if resume else 0)
+    resume = last_complete_checkpoint(out)
+    _cut_log(out / "log.jsonl", _step(resume) if resume else 0)
     trainer = VisrlTrainer(
         visrl_config=config,
         reference=reference,
@@ -75,9 +73,9 @@ def train(config: TrainConfig) -> Path:
         train_dataset=dataset,
         eval_dataset=held_out or None,
         data_collator=collator,
-        callbacks=[JsonLog(out)],
+        callbacks=[JsonLog(out), MarkComplete()],
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     _save(trainer, encoder, out)
     facts = {
         "seed": arguments.seed,
@@ -107,7 +105,7 @@ def model_settings(config: TrainConfig) -> ModelSettings:
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The `transformers.TrainingArguments` of a config, with defaults that suit a machine of any size."""
     given = config.training_arguments()
-    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 1, "dataloader_pin_memory": False}
+    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": False}
     if config.rollout_samples and given.get("eval_strategy", "no") != "no":
         defaults |= {"metric_for_best_model": "eval_rollout/score", "greater_is_better": True}
     return TrainingArguments(output_dir=str(config.output_dir), **{**defaults, **given}, remove_unused_columns=False)
@@ -221,8 +219,22 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
         encoder.settings.save(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
         for checkpoint in out.glob("checkpoint-*"):
-            if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
-                shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint)
+
+
+def last_complete_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; what a kill left of another is removed."""
+    complete = None
+    for checkpoint in sorted(out.glob("checkpoint-*"), key=_step):
+        if (checkpoint / COMPLETE).is_file():
+            complete = checkpoint
+        else:
+            shutil.rmtree(checkpoint)
+    return complete
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _cut_log(path: Path, step: int) -> None:

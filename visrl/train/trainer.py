@@ -12,12 +12,14 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from visrl.models.encode import Encoder
+from visrl.models.load import load_model
 from visrl.train import losses
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum
 from visrl.train.forward import BranchLogps, branch_logps
 from visrl.train.items import Batch, select
 
+COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
 
 
@@ -40,6 +42,24 @@ class VisrlTrainer(Trainer):
         if isinstance(self.train_dataset, Curriculum):
             return SequentialSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Restore full weights through `from_pretrained`.
+
+        Checkpoints are written under the names of the model's first release, and transformers' own restore (5.23) does
+        not translate them back: it would warn of missing keys and go on from the start's weights.
+        """
+        if self.visrl_config.finetuning_type == "lora" or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = load_model(resume_from_checkpoint).state_dict()
+        (model or self.model).load_state_dict(stored)
+
+    def _load_best_model(self) -> None:
+        if self.visrl_config.finetuning_type == "lora" or self.state.best_model_checkpoint is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["batch"].packed = inputs["batch"].packed.to(self.args.device)
@@ -166,6 +186,14 @@ def preference_loss(
         case "sft":
             return losses.sft(chosen / chosen_counts)
     raise ValueError(f"pref_loss {config.pref_loss!r} is not a pairwise loss")
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint when all of it is on disk, so that a kill in the middle of writing leaves none to resume."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class JsonLog(TrainerCallback):
