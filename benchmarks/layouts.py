@@ -44,7 +44,7 @@ class Shape:
     crop_tokens: int
     vocab: int
     questions: int = 1  # per picture
-    pictures: int = 2  # per step
+    pictures: int = 3  # per step: the batch of the released configs
 
 
 SHAPES = {

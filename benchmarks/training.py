@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="small,large_vocab,long,many", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--pictures", type=int, default=2, help="per step, with all their questions")
+    parser.add_argument("--pictures", type=int, default=3, help="per step, with all their questions (3: as released)")
     parser.add_argument("--no-trl", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--measure-memory", choices=("ours", "reference"), help=argparse.SUPPRESS)

@@ -128,6 +128,22 @@ def test_a_plain_causal_mask_fails_the_check(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
+def test_checkpointed_gradients_are_the_same(name: str) -> None:
+    """Gradient checkpointing recomputes every layer with the same masks and pictures."""
+    model, encoder = make(name)
+    use_tree_attention(model)
+    packed = packed_of(encoder, groups_of(encoder)[0])
+    plain = gradients(model, branch_logps(model, packed).sums)
+    model.train()  # no layer of these has dropout
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients(model, branch_logps(model, packed).sums)
+    assert plain.keys() == again.keys()
+    whole = torch.cat([gradient.flatten() for gradient in plain.values()]).norm()
+    for key, gradient in plain.items():
+        assert (again[key] - gradient).norm() < 1e-5 * max(gradient.norm(), 1e-3 * whole), key
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
 def test_generation_equals_the_models_own(name: str) -> None:
     """Greedy texts of both steps, and those of `generate` on the processor's own inputs."""
     model, encoder = make(name)

@@ -28,7 +28,9 @@ from visrl.models.load import load_encoder, load_model
 from visrl.records import Picture
 from visrl.train import losses
 from visrl.train.config import TrainConfig
+from visrl.train.data import sft_rows
 from visrl.train.forward import branch_logps
+from visrl.train.items import Collator, Item, encode_item
 from visrl.train.pack import Packed, pack
 from visrl.train.trainer import AVERAGED, preference_loss
 from visrl.train.tree import grow
@@ -229,6 +231,16 @@ def test_a_longer_tree_makes_bins_longer_instead_of_being_cut(encoder: Encoder) 
     assert packed.tokens > 64
     assert packed.laid_tokens >= packed.tokens
     assert len(packed.target) == sum(len(p.ids) - p.start for p in paths)
+
+
+def test_a_sequence_over_the_cutoff_is_refused_and_never_cut(encoder: Encoder) -> None:
+    sample = scene_samples("train", 2, 1, with_box=True)[0]
+    item = Item("one", tuple(sft_rows(encoder, sample)))
+    longest = max(len(p.ids) for p in encode_item(encoder, 0, item)[0])
+    batch = Collator(encoder, cutoff=longest)([item])["batch"]
+    assert batch.packed.naive_tokens == sum(len(p.ids) for p in encode_item(encoder, 0, item)[0])
+    with pytest.raises(ValueError, match=rf"row .*: {longest} tokens, \d+ of them of pictures, are over cutoff_len"):
+        Collator(encoder, cutoff=longest - 1)([item])
 
 
 def test_control_tokens_in_a_text_are_refused(encoder: Encoder) -> None:

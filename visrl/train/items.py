@@ -70,10 +70,17 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
 
 
 class Collator:
-    """Items → `Batch`. Items that show the same picture share its tokens."""
+    """Items → `Batch`. Items that show the same picture share its tokens.
 
-    def __init__(self, encoder: Encoder, *, bin_length: int = 512, bucket: int = BUCKET) -> None:
+    Raises:
+        ValueError: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
+    """
+
+    def __init__(
+        self, encoder: Encoder, *, bin_length: int = 512, bucket: int = BUCKET, cutoff: int | None = None
+    ) -> None:
         self.encoder = encoder
+        self.cutoff = cutoff
         self.bin_length = bin_length
         self.bucket = bucket
 
@@ -85,6 +92,7 @@ class Collator:
             views = item.rows[0].conversation.views
             group = by_picture.setdefault(views[0].key if views else f"item {number}", ([], []))
             paths, branches = encode_item(self.encoder, number, item)
+            self._check_lengths(paths, branches)
             group[0].extend(paths)
             group[1].extend(branches)
         family, image_token = self.encoder.family, self.encoder.image_token_id
@@ -92,6 +100,15 @@ class Collator:
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
         branches = [branch for _, group in by_picture.values() for branch in group]
         return {"batch": Batch(packed, branches, len(items), int(packed.target.numel()))}
+
+    def _check_lengths(self, paths: Sequence[TokenPath], branches: Sequence[Branch]) -> None:
+        """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features."""
+        for path, branch in zip(paths, branches, strict=True):
+            if self.cutoff is not None and len(path.ids) > self.cutoff:
+                raise ValueError(
+                    f"row {branch.row}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
+                    f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
+                )
 
 
 def select(branches: Sequence[Branch], role: Role, device: torch.device | None = None) -> torch.Tensor:
