@@ -21,7 +21,7 @@ def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
     (shape,) = json.loads(out.read_text())["shapes"]
     assert shape["logp_rel_error"] < 1e-5
     assert shape["grad_rel_error"] < 1e-4
-    assert 1 <= shape["flops_over_floor"] < 1.1
+    assert 1 <= shape["flops_over_floor"] < 1.2  # a tenth of so few tokens is padding
     assert shape["flops_ratio_reference"] > 2
     assert shape["tokens"] < shape["separate_tokens"] / 2
     measured = ("time_ratio_reference", "time_ratio_trl", "peak_memory_ratio_reference")
