@@ -39,6 +39,13 @@ def tree_attention(
     if bins != batch:
         query, key, value = (_per_bin(states, bins, length) for states in (query, key, value))
     groups = heads // key.shape[1]
+    if groups > 1 and 4 * queries < key.shape[2] and not kwargs.get("softcap"):
+        # Decoding: few queries over many keys. Queries of one group share their keys, so no key is copied.
+        folded = query.reshape(batch, key.shape[1], groups * queries, dim)
+        out = nn.functional.scaled_dot_product_attention(
+            folded, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), dropout_p=dropout, scale=scaling
+        )
+        return out.view(batch, heads, queries, dim).transpose(1, 2), None
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attend: Any = nn.functional.scaled_dot_product_attention
