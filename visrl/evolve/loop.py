@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from pydantic import Field
 
-from visrl.config import Config, build_config, read_yaml
+from visrl.config import Config, ConfigError, build_config, read_yaml
 from visrl.manifest import claim_folder, hash_files, package_versions, read_manifest, write_manifest
 
 TINY_RL = Path(__file__).parents[2] / "configs" / "tiny" / "train_rl.yaml"
@@ -47,6 +47,7 @@ def run_demo(config: DemoConfig) -> Path:
 
     Raises:
         ManifestError: the output folder holds a demo of another config.
+        ConfigError: no model to start from.
     """
     import torch
 
@@ -56,6 +57,8 @@ def run_demo(config: DemoConfig) -> Path:
         torch.set_num_threads(config.threads)
     run = config.output_dir
     start = Path(config.model_name_or_path) if config.model_name_or_path else CHECKPOINT
+    if not (start / "config.json").is_file():
+        raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
     claim_folder(run, {**identity, "model": hash_files(*sorted(start.glob("*.safetensors")))})
     clock = StepClock(run / "seconds.json")

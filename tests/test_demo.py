@@ -1,0 +1,110 @@
+"""The whole loop on the embedded model, small: what it writes, what its data may not hold, and that a kill changes nothing."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from visrl.config import ConfigError
+from visrl.data.scenes import find_question, true_box
+from visrl.evolve.loop import DemoConfig, run_demo
+from visrl.manifest import ManifestError, read_manifest
+from visrl.models.tiny import CHECKPOINT
+from visrl.records import Preference, Trajectory, read_records
+
+SMALL = {"questions": 64, "test_questions": 40, "rounds": 3, "iterations": 1}
+
+
+def command(out: Path) -> list[str]:
+    given = [f"{key}={value}" for key, value in SMALL.items()]
+    return [sys.executable, "-m", "visrl.cli", "demo", f"output_dir={out}", *given]
+
+
+def numbers(out: Path) -> dict:
+    """The summary without what depends on the clock and the machine."""
+    summary = json.loads((out / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if k not in ("seconds", "seconds_by_step", "peak_rss_mb", "config")}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(DemoConfig(output_dir=out, **SMALL))
+    return out
+
+
+def test_the_summary_has_every_stage_and_every_control(demo):
+    summary = json.loads((demo / "summary.json").read_text())
+    assert [(s["name"], s["iteration"], s["n"]) for s in summary["stages"]] == [
+        ("sft", 0, 40),
+        ("stage1", 0, 40),
+        ("stage2", 0, 40),
+    ]
+    for stage in summary["stages"]:
+        for measure in ("answer_accuracy", "box_iou", "box_accuracy_50"):
+            assert 0 <= stage[measure]["low"] <= stage[measure]["mean"] <= stage[measure]["high"] <= 1
+    assert set(summary["controls"]) == {"no_crop", "random", "center", "truth"}
+    assert summary["controls"]["truth"]["box_iou"]["mean"] == 1.0
+    (pairs,) = summary["pairs"]
+    assert pairs["questions"] == 64
+    assert pairs["kept"] + sum(pairs["dropped_by_reason"].values()) == 64
+    page = (demo / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_training_data_holds_no_true_box(demo):
+    preferences = list(read_records(Preference, demo / "iter0" / "filter" / "preferences.jsonl"))
+    assert preferences
+    tried = {t.box_text for t in read_records(Trajectory, demo / "iter0" / "generate" / "trajectories.jsonl")}
+    for preference in preferences:
+        if preference.step == "box":
+            assert {preference.chosen, preference.rejected} <= tried, "boxes come from the policy or the controller"
+        scene, question = find_question(preference.id)
+        truth = true_box(scene, question).as_list()
+        assert json.dumps([round(value, 6) for value in truth]) not in json.dumps(preference.prompt)
+        assert all(picture.crop is None or picture.crop.as_list() != truth for picture in preference.images)
+
+
+def test_preference_and_test_questions_are_not_those_of_the_warm_up(demo):
+    manifest = read_manifest(CHECKPOINT)
+    assert manifest["config"]["stage"] == "sft"
+    for file in (demo / "iter0" / "filter" / "preferences.jsonl", demo / "eval" / "sft.jsonl"):
+        for line in file.read_text().splitlines():
+            assert not json.loads(line)["id"].startswith("train")
+
+
+def test_the_embedded_model_is_better_than_guessing_and_has_room(demo):
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["stages"][0]["answer_accuracy"]["mean"] > 0.25
+    assert summary["stages"][0]["box_iou"]["mean"] > 0.4
+
+
+def test_the_same_command_again_is_complete_and_another_is_refused(demo):
+    before = numbers(demo)
+    run_demo(DemoConfig(output_dir=demo, **SMALL))
+    assert numbers(demo) == before
+    with pytest.raises(ManifestError, match=r"holds other work \(questions differ\)"):
+        run_demo(DemoConfig(output_dir=demo, **{**SMALL, "questions": 65}))
+
+
+def test_no_model_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="no model at"):
+        run_demo(DemoConfig(output_dir=tmp_path / "x", model_name_or_path=str(tmp_path / "nothing")))
+
+
+@pytest.mark.slow
+def test_a_demo_killed_again_and_again_ends_with_the_same_numbers(demo, tmp_path):
+    out = tmp_path / "run"
+    rng = random.Random(0)
+    for _ in range(8):
+        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(4, 16))
+        process.kill()
+        process.wait()
+    subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert numbers(out) == numbers(demo)
