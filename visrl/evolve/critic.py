@@ -12,7 +12,7 @@ from typing import Protocol
 from visrl.box import Box, CropRule, Size, crop_window
 from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 from visrl.evaluate.metrics import exact_match
-from visrl.records import Sample, Trajectory, Verdict
+from visrl.records import RecordError, Sample, Trajectory, Verdict
 
 ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole picture it has 3.5)
 LEGIBLE_HEIGHT = 16.0  # px from which on it counts as fully legible
@@ -52,8 +52,15 @@ class SceneOracle:
         return Verdict(*key, self.box_score(sample, trajectory.box), exact_match(trajectory.answer, [sample.answer]))
 
     def box_score(self, sample: Sample, box: Box) -> float:
-        """How well the crop of `box` lets the question be answered, in [0, 1]."""
-        scene, question = find_question(sample.id)
+        """How well the crop of `box` lets the question be answered, in [0, 1].
+
+        Raises:
+            RecordError: the sample is not one of a drawn scene.
+        """
+        try:
+            scene, question = find_question(sample.id)
+        except ValueError as error:
+            raise RecordError(f"the oracle judges drawn scenes only: {error}") from error
         tag: Tag = scene.tags[question.target]
         window = crop_window(box, (SIDE, SIDE), self.crop_rule)
         size = (window[2] - window[0], window[3] - window[1])
