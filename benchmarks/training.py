@@ -11,6 +11,10 @@ each.
 FLOPs are counted with torch.utils.flop_counter over forward and backward passes. The floor is each distinct token
 forward and backward once, every token attending to its ancestors only. Memory is the peak of a whole step less the
 loaded weights, each layout in a process of its own.
+
+Times mean something on a quiet machine only. Where something else runs, take one thread (`--threads 1`): several would
+wait for each other, and the waiting is what would be measured. `--shapes small --pictures 1 --repeats 1` is a quick
+look.
 """
 
 from __future__ import annotations
@@ -177,7 +181,7 @@ def memory_of(layout: str, folder: Path, scratch: Path, shape: Shape) -> int:
 
 def measured_memory(layout: str, folder: Path, shape: Shape) -> int:
     command = [sys.executable, __file__, "--measure-memory", layout, "--model", str(folder)]
-    command += ["--shapes", shape.name, "--pictures", str(shape.pictures)]
+    command += ["--shapes", shape.name, "--pictures", str(shape.pictures), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -219,11 +223,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--pictures", type=int, default=3, help="per step, with all their questions (3: as released)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-trl", action="store_true")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--measure-memory", choices=("ours", "reference"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     shapes = [replace(SHAPES[name], pictures=options.pictures) for name in options.shapes.split(",")]
