@@ -95,9 +95,9 @@ def gradients(model: nn.Module, sums: Tensor) -> dict[str, Tensor]:
     return {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
 
 
-@pytest.mark.parametrize("name", sorted(MAKERS))
-def test_a_packed_batch_equals_the_models_own_calls(name: str) -> None:
-    model, encoder = make(name)
+@pytest.mark.parametrize("made", [*([name] for name in sorted(MAKERS)), ["paligemma", "gemma"]], ids="-".join)
+def test_a_packed_batch_equals_the_models_own_calls(made: list[str]) -> None:
+    model, encoder = make(*made)
     groups, said = groups_of(encoder)
     paths = [path for group in groups for path in group]
     use_tree_attention(model)

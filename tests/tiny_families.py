@@ -186,12 +186,14 @@ def smolvlm() -> tuple[Any, Any]:
     return _idefics("smolvlm")
 
 
-def paligemma() -> tuple[Any, Any]:
+def paligemma(text_model: str = "gemma2") -> tuple[Any, Any]:
+    """PaliGemma 2; with `text_model` "gemma" the first PaliGemma."""
     words = tokenizer(bos="<bos>", eos="<eos>", image_token="<image>")
     pictures = tf.SiglipImageProcessor(size={"height": 56, "width": 56})
     pictures.image_seq_length = 16
     processor = tf.PaliGemmaProcessor(pictures, words)
-    text = _text(words, model_type="gemma2", head_dim=16, sliding_window=256, query_pre_attn_scalar=16)
+    windows = {"sliding_window": 256, "query_pre_attn_scalar": 16} if text_model == "gemma2" else {}
+    text = _text(words, model_type=text_model, head_dim=16, **windows)
     config = tf.PaliGemmaConfig(
         text_config=text, vision_config=_clip("siglip_vision_model"), image_token_index=words.image_token_id,
         projection_dim=64, hidden_size=64,
@@ -233,7 +235,7 @@ def mllama() -> tuple[Any, Any]:
     return tf.MllamaForConditionalGeneration(config), processor
 
 
-MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     maker.__name__: maker
     for maker in (
         qwen2_vl, qwen2_5_vl, qwen3_vl, llava, llava_next, llava_onevision, internvl, idefics3, smolvlm, paligemma,
@@ -242,10 +244,10 @@ MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str) -> tuple[Any, Encoder]:
+def make(name: str, *options: str) -> tuple[Any, Encoder]:
     """A random model of the family `name` and its encoder; weights loud enough that every token matters."""
     torch.manual_seed(0)
-    model, processor = MAKERS[name]()
+    model, processor = MAKERS[name](*options)
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(torch.randn_like(weights) * 0.1)
