@@ -37,7 +37,15 @@ def config(model: Path, out: Path, **more) -> TrainConfig:
 
 
 def warm_up(model: Path, out: Path, **more) -> TrainConfig:
-    return config(model, out, finetuning_type="full", freeze_vision_tower=False, curriculum=PHASES, **more)
+    return config(
+        model,
+        out,
+        finetuning_type="full",
+        freeze_vision_tower=False,
+        freeze_multi_modal_projector=False,
+        curriculum=PHASES,
+        **more,
+    )
 
 
 def preferences(model: Path, out: Path, stage: int, **more) -> TrainConfig:
@@ -62,7 +70,11 @@ def test_full_warm_up_moves_every_weight_and_says_what_made_it(tiny, tmp_path):
 
 
 def test_a_frozen_vision_tower_stays(tiny, tmp_path):
-    out = train(warm_up(tiny, tmp_path / "out").model_copy(update={"freeze_vision_tower": True}))
+    out = train(
+        warm_up(tiny, tmp_path / "out").model_copy(
+            update={"freeze_vision_tower": True, "freeze_multi_modal_projector": True}
+        )
+    )
     before, after = load_model(tiny).state_dict(), load_model(out).state_dict()
     moved = [name for name in before if not before[name].equal(after[name])]
     assert moved

@@ -25,9 +25,9 @@ POOLS = ("train", "preference", "validation", "test")
 KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")  # "hue" needs no looking: warm-up only
 COLOURS = {
     "red": (214, 69, 65),
-    "green": (63, 166, 90),
     "blue": (66, 110, 214),
     "yellow": (236, 200, 66),
+    "green": (63, 166, 90),
     "purple": (146, 84, 190),
     "orange": (240, 140, 50),
 }
@@ -125,7 +125,9 @@ def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
     rng = np.random.default_rng([0x5CE4E, max_tags, seed])
     count = int(rng.integers(min(2, max_tags), max_tags + 1))
     places = _places(rng, count)
-    colours = rng.choice(list(COLOURS), size=count, replace=False)
+    # Scenes of at most two or three tags draw from as many colours: which tag is meant is learned from few at first.
+    palette = list(COLOURS)[:max_tags] if 1 < max_tags < MAX_TAGS else list(COLOURS)
+    colours = rng.choice(palette, size=count, replace=False)
     tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=True))
     tint = int(rng.integers(205, 250))
     lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))

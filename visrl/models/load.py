@@ -49,7 +49,7 @@ def load_model(
         return AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
         )
-    except Exception as error:  # noqa: BLE001 (safetensors raises its own type for a broken file)
+    except Exception as error:
         if type(error).__name__ not in ("OSError", "ValueError", "SafetensorError", "KeyError", "RuntimeError"):
             raise
         raise CheckpointError(f"{path}: the weights cannot be loaded ({_first_line(error)})") from error

@@ -21,13 +21,14 @@ from visrl.data.sources import read_preferences, read_samples
 from visrl.manifest import claim_folder, hash_files, write_manifest
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
-from visrl.models.families import language_model, vision_tower
+from visrl.models.families import language_model, projector, vision_tower
 from visrl.models.load import load_encoder, load_model
 from visrl.models.settings import ModelSettings
 from visrl.records import Sample
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences, SftSamples
 from visrl.train.items import Collator, Item
+from visrl.train.pack import BUCKET, TIGHT_BUCKET
 from visrl.train.reference import reference_key, reference_logps
 from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
 
@@ -56,7 +57,8 @@ def train(config: TrainConfig) -> Path:
     set_seed(arguments.seed)
     model = prepare_model(config)
     dataset = build_dataset(config, encoder, arguments)
-    collator = Collator(encoder, bin_length=config.bin_length)
+    bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
+    collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
     print(f"{len(dataset)} items for {'warm-up' if config.stage == 'sft' else f'stage {config.rl_stage}'}")  # type: ignore[arg-type]
     reference = {}
     if config.stage == "dpo" and config.pref_loss not in ("simpo", "orpo", "sft"):
@@ -121,7 +123,7 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, config.adapter_name_or_path).merge_and_unload()
-    use_tree_attention(model)
+    use_tree_attention(model, blocks=not torch.cuda.is_available())
     if config.finetuning_type == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -134,6 +136,8 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
         return get_peft_model(model, lora)
     if config.freeze_vision_tower:
         vision_tower(model).requires_grad_(False)
+    if config.freeze_multi_modal_projector:
+        projector(model).requires_grad_(False)
     if config.freeze_language_model:
         language_model(model).requires_grad_(False)
     return model
