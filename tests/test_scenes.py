@@ -106,5 +106,5 @@ def test_samples_hold_no_true_box_unless_asked():
 def test_kinds_are_asked_about_equally_where_scenes_allow():
     samples = scene_samples("test", 0, 500)
     shares = {kind: sum(sample.source == f"scenes-{kind}" for sample in samples) / 500 for kind in KINDS}
-    assert min(shares.values()) > 0.1
-    assert max(shares.values()) < 0.3
+    assert min(shares.values()) > 0.08
+    assert max(shares.values()) < 0.35

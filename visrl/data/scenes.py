@@ -22,7 +22,7 @@ Kind = Literal["colour", "shape", "edge", "count", "relation", "hue"]
 
 SIDE = 672  # px: a model that sees the whole scene at 112 px sees a sixth of it, and a 21-px digit at 3.5 px
 POOLS = ("train", "preference", "validation", "test")
-KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")  # "hue" needs no looking: warm-up only
+KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")  # "hue" needs no crop: warm-up only
 COLOURS = {
     "red": (214, 69, 65),
     "blue": (66, 110, 214),
@@ -37,6 +37,8 @@ GLYPH_SCALE = 3  # px per dot of the 5 × 7 digits below
 DOT_RADIUS = 3.5  # px
 MAX_DOTS = 6
 MAX_TAGS = 4
+MAX_OBJECTS = 6  # tags and blocks
+GREY = (128, 128, 128)
 INK = (25, 25, 30)
 
 # Our own 5 × 7 digits, a row of dots per string: the same pixels whatever fonts a machine has.
@@ -92,6 +94,7 @@ class Scene:
     tint: int  # green of the background; red grows from left to right, blue from top to bottom
     lines: tuple[PixelBox, ...]
     tags: tuple[Tag, ...]
+    blocks: tuple[tuple[str, PixelBox], ...]  # grey shapes without a number, which no question is about
 
     @property
     def name(self) -> str:
@@ -124,14 +127,15 @@ def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
     seed = index * len(POOLS) + POOLS.index(pool)
     rng = np.random.default_rng([0x5CE4E, max_tags, seed])
     count = int(rng.integers(min(2, max_tags), max_tags + 1))
-    places = _places(rng, count)
+    places = _places(rng, count + int(rng.integers(2, MAX_OBJECTS - count + 1)))
     # Scenes of at most two or three tags draw from as many colours: which tag is meant is learned from few at first.
     palette = list(COLOURS)[:max_tags] if 1 < max_tags < MAX_TAGS else list(COLOURS)
     colours = rng.choice(palette, size=count, replace=False)
-    tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=True))
+    tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=False))
+    blocks = tuple((str(rng.choice(SHAPES)), place) for place in places[count:])
     tint = int(rng.integers(205, 250))
     lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))
-    return Scene(pool, index, max_tags, tint, lines, tags)  # type: ignore[arg-type]
+    return Scene(pool, index, max_tags, tint, lines, tags, blocks)  # type: ignore[arg-type]
 
 
 def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
@@ -295,6 +299,8 @@ def draw(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for line in scene.lines:
         pen.line(line, fill=(190, scene.tint - 20, 190), width=3)
+    for shape, box in scene.blocks:
+        _draw_shape(pen, shape, box, GREY)
     for tag in scene.tags:
         _draw_tag(pen, tag)
     return image
@@ -313,16 +319,19 @@ def draw_ref(ref: str) -> Image.Image:
     return draw(parse_ref(ref))
 
 
-def _draw_tag(pen: ImageDraw.ImageDraw, tag: Tag) -> None:
-    x0, y0, x1, y1 = tag.box
-    cx, cy = tag.center
-    fill = COLOURS[tag.colour]
-    if tag.shape == "square":
-        pen.rectangle(tag.box, fill=fill)
-    elif tag.shape == "circle":
-        pen.ellipse(tag.box, fill=fill)
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: PixelBox, fill: tuple[int, int, int]) -> None:
+    x0, y0, x1, y1 = box
+    cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
+    if shape == "square":
+        pen.rectangle(box, fill=fill)
+    elif shape == "circle":
+        pen.ellipse(box, fill=fill)
     else:
         pen.polygon([(cx, y0), (x1, cy), (cx, y1), (x0, cy)], fill=fill)
+
+
+def _draw_tag(pen: ImageDraw.ImageDraw, tag: Tag) -> None:
+    _draw_shape(pen, tag.shape, tag.box, COLOURS[tag.colour])
     for x, y in tag.dots:
         pen.ellipse((x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS), fill=INK)
     left, top = tag.content[:2]

@@ -1,6 +1,7 @@
 """Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
-`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`); a name in `dataset_dir/dataset_info.json` is
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS/START+COUNT` those of at
+most TAGS tags; a name in `dataset_dir/dataset_info.json` is
 that data set; anything else is a path to JSONL records.
 """
 
@@ -10,10 +11,10 @@ import re
 from pathlib import Path
 
 from visrl.data.named import is_named, named_preferences, named_samples
-from visrl.data.scenes import POOLS, scene_samples
+from visrl.data.scenes import MAX_TAGS, POOLS, scene_samples
 from visrl.records import Preference, RecordError, Sample, read_records
 
-_SCENES = re.compile(r"scenes:(\w+)/(\d+)\+(\d+)")
+_SCENES = re.compile(r"scenes:(\w+?)(?:@([1-4]))?/(\d+)\+(\d+)")
 
 
 def read_samples(
@@ -28,7 +29,8 @@ def read_samples(
     if match:
         if match[1] not in POOLS:
             raise RecordError(f"no pool {match[1]!r} of drawn scenes; there are {', '.join(POOLS)}")
-        return scene_samples(match[1], int(match[2]), int(match[3]), with_box=with_box)
+        tags = int(match[2] or MAX_TAGS)
+        return scene_samples(match[1], int(match[3]), int(match[4]), with_box=with_box, max_tags=tags)
     if spec.startswith("scenes:"):
         raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
     if is_named(spec, dataset_dir):

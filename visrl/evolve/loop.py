@@ -31,6 +31,7 @@ class DemoConfig(Config):
     iterations: int = Field(2, ge=1)
     questions: int = Field(2400, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1500, ge=1)
+    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, grey blocks aside; more is beyond the embedded model
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
     chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
@@ -84,7 +85,7 @@ def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict
     base = config.output_dir / f"iter{iteration}"
     # Every iteration asks new questions; runs of different seeds do, too.
     first = (config.seed * config.iterations + iteration) * config.questions
-    dataset = f"scenes:preference/{first}+{config.questions}"
+    dataset = f"scenes:preference@{config.tags}/{first}+{config.questions}"
     asked = GenerateConfig(
         model_name_or_path=str(policy),
         dataset=dataset,
@@ -170,7 +171,7 @@ def _test_samples(config: DemoConfig) -> list[Any]:
     from visrl.data.sources import read_samples
 
     first = config.seed * config.test_questions
-    return read_samples(f"scenes:test/{first}+{config.test_questions}", with_box=True)
+    return read_samples(f"scenes:test@{config.tags}/{first}+{config.test_questions}", with_box=True)
 
 
 def summarise(config: DemoConfig, checkpoints: dict[str, Path], clock: StepClock) -> dict[str, Any]:
