@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-full lint benchmark clean
+.PHONY: demo test test-full lint warm-up clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The recipe of the embedded model, from random weights to runs/tiny/sft. One thread, so that it repeats to the bit.
+warm-up: $(READY)
+	$(BIN)/python -m visrl.models.tiny.make runs/tiny/start
+	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft.yaml
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
