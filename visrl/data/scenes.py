@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,8 +37,7 @@ GLYPH_SCALE = 3  # px per dot of the 5 × 7 digits below
 DOT_RADIUS = 3.5  # px
 MAX_DOTS = 6
 MAX_TAGS = 4
-MAX_OBJECTS = 6  # tags and blocks
-GREY = (128, 128, 128)
+MAX_OBJECTS = 6  # tags and outlines
 INK = (25, 25, 30)
 
 # Our own 5 × 7 digits, a row of dots per string: the same pixels whatever fonts a machine has.
@@ -94,7 +93,7 @@ class Scene:
     tint: int  # green of the background; red grows from left to right, blue from top to bottom
     lines: tuple[PixelBox, ...]
     tags: tuple[Tag, ...]
-    blocks: tuple[tuple[str, PixelBox], ...]  # grey shapes without a number, which no question is about
+    outlines: tuple[tuple[str, PixelBox], ...]  # empty shapes, which no question is about
 
     @property
     def name(self) -> str:
@@ -132,10 +131,10 @@ def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
     palette = list(COLOURS)[:max_tags] if 1 < max_tags < MAX_TAGS else list(COLOURS)
     colours = rng.choice(palette, size=count, replace=False)
     tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=False))
-    blocks = tuple((str(rng.choice(SHAPES)), place) for place in places[count:])
+    outlines = tuple((str(rng.choice(SHAPES)), place) for place in places[count:])
     tint = int(rng.integers(205, 250))
     lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))
-    return Scene(pool, index, max_tags, tint, lines, tags, blocks)  # type: ignore[arg-type]
+    return Scene(pool, index, max_tags, tint, lines, tags, outlines)  # type: ignore[arg-type]
 
 
 def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
@@ -297,10 +296,11 @@ def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared."""
     image = Image.merge("RGB", (*_shading()[:1], Image.new("L", (SIDE, SIDE), scene.tint), *_shading()[1:]))
     pen = ImageDraw.Draw(image)
+    faint = (190, scene.tint - 20, 190)
     for line in scene.lines:
-        pen.line(line, fill=(190, scene.tint - 20, 190), width=3)
-    for shape, box in scene.blocks:
-        _draw_shape(pen, shape, box, GREY)
+        pen.line(line, fill=faint, width=3)
+    for shape, box in scene.outlines:
+        _draw_shape(pen, shape, box, outline=faint, width=3)
     for tag in scene.tags:
         _draw_tag(pen, tag)
     return image
@@ -319,19 +319,19 @@ def draw_ref(ref: str) -> Image.Image:
     return draw(parse_ref(ref))
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: PixelBox, fill: tuple[int, int, int]) -> None:
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: PixelBox, **style: Any) -> None:
     x0, y0, x1, y1 = box
     cx, cy = (x0 + x1) / 2, (y0 + y1) / 2
     if shape == "square":
-        pen.rectangle(box, fill=fill)
+        pen.rectangle(box, **style)
     elif shape == "circle":
-        pen.ellipse(box, fill=fill)
+        pen.ellipse(box, **style)
     else:
-        pen.polygon([(cx, y0), (x1, cy), (cx, y1), (x0, cy)], fill=fill)
+        pen.polygon([(cx, y0), (x1, cy), (cx, y1), (x0, cy)], **style)
 
 
 def _draw_tag(pen: ImageDraw.ImageDraw, tag: Tag) -> None:
-    _draw_shape(pen, tag.shape, tag.box, COLOURS[tag.colour])
+    _draw_shape(pen, tag.shape, tag.box, fill=COLOURS[tag.colour])
     for x, y in tag.dots:
         pen.ellipse((x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS), fill=INK)
     left, top = tag.content[:2]

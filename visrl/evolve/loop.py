@@ -31,7 +31,7 @@ class DemoConfig(Config):
     iterations: int = Field(2, ge=1)
     questions: int = Field(2400, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1500, ge=1)
-    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, grey blocks aside; more is beyond the embedded model
+    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
     chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
