@@ -29,8 +29,8 @@ class DemoConfig(Config):
     model_name_or_path: str = ""  # "": the embedded model
     output_dir: Path = Path("runs/demo")
     iterations: int = Field(2, ge=1)
-    questions: int = Field(2400, ge=1)  # preference questions drawn for each iteration
-    test_questions: int = Field(1500, ge=1)
+    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
+    test_questions: int = Field(1000, ge=1)
     tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
