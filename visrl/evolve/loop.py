@@ -96,9 +96,14 @@ def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict
     )
     clock.time(f"iter{iteration}/generate", lambda: generate(asked))
     kept = FilterConfig(input_dir=base / "generate", dataset=dataset, output_dir=base / "filter")
-    clock.time(f"iter{iteration}/filter", lambda: filter_pairs(kept))
+    counts: dict[str, Any] = {}
+    clock.time(f"iter{iteration}/filter", lambda: counts.update(filter_pairs(kept)))
     current = policy
     for stage in (1, 2):
+        if not counts["kept"]:
+            print(f"iteration {iteration}: no pair was kept, so stage {stage} is left out and the checkpoint stays")
+            checkpoints[f"iter{iteration}-stage{stage}"] = current
+            continue
         merged = base / f"stage{stage}-merged"
         clock.time(
             f"iter{iteration}/stage{stage}",
