@@ -81,7 +81,7 @@ def test_bad_input_is_one_sentence_and_no_traceback(tmp_path):
         (["train", "configs/tiny/train_rl.yaml", "pref_beat=1"], "did you mean 'pref_beta'"),
         (["train", "configs/none.yaml"], "no config at"),
         (["train", "configs/train_rl.yaml", f"model_name_or_path={tmp_path / 'broken'}", out], "cannot be loaded"),
-        (["train", "configs/train_rl.yaml", model, out, "dataset=demo_rl_dat"], "no data 'demo_rl_dat'"),
+        (["train", "configs/train_rl.yaml", model, f"{out}2", "dataset=demo_rl_dat"], "no data 'demo_rl_dat'"),
         (["export", "configs/merge_lora.yaml", model, f"adapter_name_or_path={tmp_path}"], "holds no adapter"),
         (["data", "check", "--from", "viscot", str(tmp_path / "no.json")], "no.json"),
         (["report", str(tmp_path / "nowhere")], "nowhere"),
