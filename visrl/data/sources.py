@@ -1,20 +1,23 @@
 """Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
-`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS/START+COUNT` those of at
-most TAGS tags; a name in `dataset_dir/dataset_info.json` is
-that data set; anything else is a path to JSONL records.
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS:KIND,KIND/START+COUNT` those
+of at most TAGS tags with questions of these kinds alone, either part left out where it does not matter; a name in
+`dataset_dir/dataset_info.json` is that data set; anything else is a path to JSONL records.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast, get_args
 
 from visrl.data.named import is_named, named_preferences, named_samples
-from visrl.data.scenes import MAX_TAGS, POOLS, scene_samples
+from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
 from visrl.records import Preference, RecordError, Sample, read_records
 
-_SCENES = re.compile(r"scenes:(\w+?)(?:@([1-4]))?/(\d+)\+(\d+)")
+_SCENES = re.compile(
+    r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"
+)
 
 
 def read_samples(
@@ -27,10 +30,19 @@ def read_samples(
     """
     match = _SCENES.fullmatch(spec)
     if match:
-        if match[1] not in POOLS:
-            raise RecordError(f"no pool {match[1]!r} of drawn scenes; there are {', '.join(POOLS)}")
-        tags = int(match[2] or MAX_TAGS)
-        return scene_samples(match[1], int(match[3]), int(match[4]), with_box=with_box, max_tags=tags)
+        if match["pool"] not in POOLS:
+            raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
+        kinds = tuple(match["kinds"].split(",")) if match["kinds"] else KINDS
+        if unknown := sorted(set(kinds) - set(get_args(Kind))):
+            raise RecordError(f"no questions of kind {unknown[0]!r} in drawn scenes; there are {', '.join(get_args(Kind))}")
+        return scene_samples(
+            match["pool"],
+            int(match["start"]),
+            int(match["count"]),
+            kinds=cast("tuple[Kind, ...]", kinds),
+            with_box=with_box,
+            max_tags=int(match["tags"] or MAX_TAGS),
+        )
     if spec.startswith("scenes:"):
         raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
     if is_named(spec, dataset_dir):

@@ -16,7 +16,7 @@ from visrl.config import Config
 from visrl.data.scenes import KINDS, MAX_TAGS, Kind
 
 PrefLoss = Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "sft"]
-Task = Literal["read", "locate"]
+Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone
 
 
 class Phase(BaseModel):

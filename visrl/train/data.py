@@ -117,6 +117,9 @@ def sft_rows(
     if "locate" in tasks:
         talk = focus_conversation(sample.question, whole)
         rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
+    if "point" in tasks:
+        talk = focus_conversation(sample.question, whole)
+        rows.append(Row(f"{sample.id}/point", "box", talk, (("target", f"[{sample.box.x0:.1f}, {sample.box.y0:.1f}]"),)))
     if "read" in tasks and sample.answer:
         box = detail or encoder.codec.parse(text, whole.size, processed)
         talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
