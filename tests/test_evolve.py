@@ -15,7 +15,7 @@ from visrl.engines.local import LocalEngine
 from visrl.evolve.critic import SceneOracle
 from visrl.evolve.diversity import needs_replacing, random_box_apart
 from visrl.evolve.pairs import FilterSettings, make_pairs, pick
-from visrl.evolve.rollout import RolloutSettings, greedy_looks, roll_out
+from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.records import Sample, Trajectory, Verdict
 
 corner = st.floats(0, 0.95)
@@ -201,10 +201,3 @@ class Parrot:
         if len(conversations[0].views) == 1:
             return [[Completion(self.script[n % 4]) for n, _ in enumerate(own)] for own in seeds]
         return self.engine.complete(conversations, Sampling(max_tokens=2), seeds)
-
-
-def test_given_boxes_skip_the_first_step(tiny):
-    samples = scene_samples("validation", 0, 3, with_box=True)
-    looks = greedy_looks(LocalEngine.load(tiny), samples, boxes=[sample.box for sample in samples])
-    assert [look.box for look in looks] == [sample.box for sample in samples]
-    assert all(look.answer is not None for look in looks)

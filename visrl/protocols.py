@@ -14,7 +14,7 @@ from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_bo
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
+class LookProtocol:
     """Where to look (`focus`), then what is there (`answer`, of question, whole, box text and crop).
 
     `crop_rule` None is the checkpoint's own rule. A protocol without `answer` asks for boxes only.
@@ -52,8 +52,8 @@ def _single_turn(question: str, whole: View, box_text: str, detail: View) -> Con
     return answer_conversation(question, whole, detail)
 
 
-VISRL = Protocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64)
+VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64)
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.
-VISCOT = Protocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
-VISCOT_BOXES = Protocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
-REFCOCO = Protocol("refcoco", _one_turn(refcoco_prompt), None, 128, 128, "viscot_square")
+VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
+VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
+REFCOCO = LookProtocol("refcoco", _one_turn(refcoco_prompt), None, 128, 128, "viscot_square")

@@ -145,11 +145,11 @@ def _train_and_merge(config: DemoConfig, base: Path, stage: int, policy: Path, m
 
 def _evaluate_all(config: DemoConfig, checkpoints: dict[str, Path], clock: StepClock) -> None:
     """Every checkpoint on the same held-out scenes; the controls of the first and of the last."""
-    from visrl.evaluate.rollouts import MODES
+    from visrl.evaluate.rollouts import CROP_MODES
 
     first, last = next(iter(checkpoints)), list(checkpoints)[-1]
     for name, path in checkpoints.items():
-        modes = MODES if config.controls and name in (first, last) else MODES[:1]
+        modes = CROP_MODES if config.controls and name in (first, last) else CROP_MODES[:1]
         clock.time(f"eval/{name}", lambda name=name, path=path, modes=modes: _evaluate(config, name, path, modes))  # type: ignore[misc]
 
 
