@@ -131,7 +131,7 @@ def test_winner_and_loser_follow_algorithm_1():
         ([(1.0, 1.0), (0.2, 0.0)], "no_loser"),
         ([(1.0, 0.5), (0.5, 0.0)], "no_winner_no_loser"),
         ([(None, 1.0), (0.5, None)], "nothing_readable"),
-        ([], "nothing_readable"),
+        ([], "not_generated"),
     ],
 )
 def test_a_question_without_both_gives_no_pair_and_its_reason(scores, reason):
@@ -157,7 +157,7 @@ def test_every_question_is_kept_or_counted():
     tries = [tried("a", 0, 0, answer="1"), tried("a", 0, 1, box=Box(0, 0, 0.1, 0.1), answer="2"), tried("b", 0, 0)]
     verdicts = [Verdict("a", 0, 0, 1.0, 1.0), Verdict("a", 0, 1, 0.0, 0.0), Verdict("b", 0, 0, 1.0, 1.0)]
     result = make_pairs(samples, tries, verdicts)
-    assert (result.questions, result.kept, dict(result.dropped)) == (3, 1, {"no_loser": 1, "nothing_readable": 1})
+    assert (result.questions, result.kept, dict(result.dropped)) == (3, 1, {"no_loser": 1, "not_generated": 1})
     box, answer = result.preferences
     assert (box.step, answer.step) == ("box", "answer")
     assert len(box.images) == 1

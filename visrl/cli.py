@@ -24,11 +24,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the
 
 
 def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The config file may be left out: then the first argument is an override already."""
-    extra = list(overrides or [])
-    if config is not None and "=" in str(config) and not config.exists():
-        return None, [str(config), *extra]
-    return config, extra
+    from visrl.config import split_arguments
+
+    return split_arguments(config, overrides)
 
 
 @app.command()
@@ -53,20 +51,32 @@ def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def generate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def generate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    check: Annotated[int, typer.Option(metavar="N", min=0, help="Only try the critic on N questions.")] = 0,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts.")] = None,
+) -> None:
     """Samples → trajectories → verdicts: sample boxes, crop, answer, let the critic score."""
     from visrl.config import read_config
     from visrl.evolve.generate import GenerateConfig
     from visrl.evolve.generate import generate as run
 
-    run(read_config(GenerateConfig, *_given(config, overrides)))
+    path, given = _given(config, overrides)
+    settings = read_config(GenerateConfig, path, [*given, *([f"shard={shard}"] if shard else [])])
+    if check:
+        from visrl.evolve.check import check_critic
+
+        check_critic(settings, check)
+    else:
+        run(settings)
 
 
 @app.command(name="filter")
 def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Verdicts → preferences: the best and the worst trajectory of every question that has both."""
     from visrl.config import read_config
-    from visrl.evolve.generate import FilterConfig, filter_pairs
+    from visrl.evolve.filter import FilterConfig, filter_pairs
 
     filter_pairs(read_config(FilterConfig, *_given(config, overrides)))
 
@@ -99,7 +109,7 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finish
 
 
 app.add_typer(data_app, name="data")
-app.add_typer(eval_app, name="eval", help="Score, judge and compare.")
+app.add_typer(eval_app, name="eval")
 
 
 def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:
@@ -131,8 +141,10 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     known: list[type[BaseException]] = [BoxError, ConfigError, ImageError, ManifestError, RecordError]
     load: Any = sys.modules.get("visrl.models.load")
     encode: Any = sys.modules.get("visrl.models.encode")
+    client: Any = sys.modules.get("visrl.engines.client")
     known += [load.CheckpointError] if load else []
     known += [encode.PromptError] if encode else []
+    known += [client.EndpointError] if client else []
     return tuple(known)
 
 

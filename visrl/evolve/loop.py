@@ -80,7 +80,8 @@ def run_demo(config: DemoConfig) -> Path:
 
 def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict[str, Path], clock: StepClock) -> Path:
     """One iteration from `policy`; its merged stage-2 checkpoint."""
-    from visrl.evolve.generate import FilterConfig, GenerateConfig, filter_pairs, generate
+    from visrl.evolve.filter import FilterConfig, filter_pairs
+    from visrl.evolve.generate import GenerateConfig, generate
 
     base = config.output_dir / f"iter{iteration}"
     # Every iteration asks new questions; runs of different seeds do, too.
@@ -95,7 +96,7 @@ def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict
         seed=config.seed,
     )
     clock.time(f"iter{iteration}/generate", lambda: generate(asked))
-    kept = FilterConfig(input_dir=base / "generate", dataset=dataset, output_dir=base / "filter")
+    kept = FilterConfig(input_dir=(base / "generate",), dataset=dataset, output_dir=base / "filter")
     counts: dict[str, Any] = {}
     clock.time(f"iter{iteration}/filter", lambda: counts.update(filter_pairs(kept)))
     current = policy

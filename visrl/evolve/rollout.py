@@ -1,7 +1,8 @@
 """Rollouts: where to look, then what is there. One code path for generation, evaluation, training curves and serving.
 
 A rollout that fails is a record with its error, whose first word says what failed: `picture` (it cannot be opened),
-`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). Nothing here scores: see critic.py.
+`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). Nothing here
+scores: see critic.py.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def roll_out(
         try:
             opened.append((sample, open_view(Picture(sample.image, size=sample.size), root)))
         except ImageError as error:
-            trajectories[sample.id] = [_failed(sample, r, b, policy.name, f"picture: {error}") for r, b in _branches(settings)]
+            trajectories[sample.id] = [
+                _failed(sample, r, b, policy.name, f"picture: {error}") for r, b in _branches(settings)
+            ]
     talks = [focus_conversation(sample.question, whole) for sample, whole in opened]
     seeds = [[seed_of(settings.seed, s.id, r, b, "box") for r, b in _branches(settings)] for s, _ in opened]
     sampling = Sampling(settings.temperature, settings.top_p, MAX_BOX_TOKENS)
