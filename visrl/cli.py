@@ -39,12 +39,19 @@ def demo(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print items, tokens, steps, drops and memory; write nothing")
+    ] = False,
+) -> None:
     """Warm-up (stage: sft), or preference training of boxes (stage 1) and of boxes and answers (stage 2)."""
     from visrl.config import read_config
     from visrl.train.config import TrainConfig
 
-    settings = read_config(TrainConfig, *_given(config, overrides))
+    path, given = _given(config, overrides)
+    settings = read_config(TrainConfig, path, [*given, *["dry_run=true"] * dry_run])
     from visrl.train.run import train as run
 
     run(settings)
@@ -143,6 +150,8 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     encode: Any = sys.modules.get("visrl.models.encode")
     client: Any = sys.modules.get("visrl.engines.client")
     known += [load.CheckpointError] if load else []
+    processes: Any = sys.modules.get("visrl.train.processes")
+    known += [processes.ProcessError] if processes else []
     known += [encode.PromptError] if encode else []
     known += [client.EndpointError] if client else []
     return tuple(known)

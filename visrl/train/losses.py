@@ -88,19 +88,35 @@ def kto(
     desirable: Tensor,
     kl: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
     """KTO (Ethayarajh et al. 2024, eq. 8), on summed log-probabilities, one loss per response.
 
-    `kl` is the scalar estimate of KL(policy ‖ reference) that `kto_kl` gives; `desirable` [rows] is true for chosen
-    responses.
+    `kl` is the estimate of KL(policy ‖ reference) that `kto_kl` gives, a scalar or one per row; `desirable` [rows] is
+    true for chosen responses.
     """
     ratio = logps - ref_logps
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - kl)))
     bad = undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratio)))
     return torch.where(desirable, good, bad)
+
+
+def kto_pair(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    kl: Tensor,
+    *,
+    beta: float | Tensor = 0.1,
+) -> Tensor:
+    """KTO on pairs: the mean of the losses of both responses, one desirable and one not. `kl` as in `kto`."""
+    desirable = torch.ones_like(chosen, dtype=torch.bool)
+    return (
+        kto(chosen, ref_chosen, desirable, kl, beta=beta) + kto(rejected, ref_rejected, ~desirable, kl, beta=beta)
+    ) / 2
 
 
 def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
