@@ -16,7 +16,6 @@ from visrl.conversation import View
 from visrl.models.encode import Encoder
 from visrl.models.settings import ModelSettings
 
-
 # Width and height of the pictures on which boxes must survive before a checkpoint is used: no aspect ratio alike.
 TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
 
