@@ -53,6 +53,7 @@ def _single_turn(question: str, whole: View, box_text: str, detail: View) -> Con
 
 
 VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64)
+VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, box_tokens=64, answer_tokens=64)
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.
 VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
 VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
