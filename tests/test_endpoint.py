@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from http_server import Handler, serving
+from http_server import Handler, Script, serving
 from PIL import Image
 
 from visrl.box import Box
