@@ -90,11 +90,14 @@ def _flex(
 ) -> torch.Tensor:
     """FlexAttention under `mask` [batch, 1, length, length]: compiled on a GPU, step by step on a CPU."""
 
-    def cap(score: torch.Tensor, *place: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(score / softcap) * softcap
-
     attend: Any = _compiled_flex() if query.is_cuda else flex_attention
-    return attend(query, key, value, score_mod=cap if softcap else None, block_mask=_block_mask(mask), scale=scaling)
+    cap = partial(_cap, softcap=softcap) if softcap else None
+    return attend(query, key, value, score_mod=cap, block_mask=_block_mask(mask), scale=scaling)
+
+
+def _cap(score: torch.Tensor, *place: torch.Tensor, softcap: float) -> torch.Tensor:
+    """`score` bent to stay within ± `softcap`."""
+    return torch.tanh(score / softcap) * softcap
 
 
 @cache
@@ -133,7 +136,7 @@ def _capped(
 ) -> torch.Tensor:
     """Attention whose scores are bent to stay within ± `softcap` (Gemma 2), which PyTorch's own does not offer."""
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = _cap(scores, softcap=softcap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout_p) @ value

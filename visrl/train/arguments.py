@@ -24,6 +24,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if config.rollout_samples and given.get("eval_strategy", "no") != "no":
         defaults |= {"metric_for_best_model": "eval_rollout/score", "greater_is_better": True}
-    if launched() and not torch.cuda.is_available():
-        defaults["use_cpu"] = True
+    if launched():
+        # Every step uses every weight that is trained: nothing to look for.
+        defaults |= {"ddp_find_unused_parameters": False, "use_cpu": not torch.cuda.is_available()}
     return TrainingArguments(output_dir=str(config.output_dir), **{**defaults, **given}, remove_unused_columns=False)

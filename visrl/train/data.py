@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -203,7 +203,10 @@ class Preferences(Dataset[Item]):
         raise RecordError(f"row {row.key}: KTO needs a second item with a row of its step, and there is none")
 
 
-def split(dataset: SftSamples | Preferences, val_size: float, seed: int) -> tuple[Any, Any]:
+Items = TypeVar("Items", bound="SftSamples | Preferences")
+
+
+def split(dataset: Items, val_size: float, seed: int) -> tuple[Items, Items]:
     """Items to train on and items to validate on: of all pictures a share `val_size` (below 1) or so many, all items
     of a picture on one side, so that nothing seen in training is validated on.
 
@@ -215,11 +218,16 @@ def split(dataset: SftSamples | Preferences, val_size: float, seed: int) -> tupl
     if count >= len(pictures):
         raise ConfigError(f"val_size: {count} pictures to validate on leave none of {len(pictures)} to train on")
     held_out = set(random.Random(seed).sample(pictures, count))
-    train, validation = copy(dataset), copy(dataset)
-    members = list(zip(dataset.groups, dataset.pictures(), strict=True))
-    train.groups = [group for group, picture in members if picture not in held_out]  # type: ignore[misc]
-    validation.groups = [group for group, picture in members if picture in held_out]  # type: ignore[misc]
-    return train, validation
+    seen = dataset.pictures()
+    sides = [[n for n, picture in enumerate(seen) if (picture in held_out) == wanted] for wanted in (False, True)]
+    return part_of(dataset, sides[0]), part_of(dataset, sides[1])
+
+
+def part_of(dataset: Items, members: Sequence[int]) -> Items:
+    """The items of `dataset` with these numbers, as a data set."""
+    part = copy(dataset)
+    part.groups = [dataset.groups[number] for number in members]  # type: ignore[assignment]
+    return part
 
 
 def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:

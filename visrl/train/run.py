@@ -85,9 +85,11 @@ def train_here(config: TrainConfig) -> None:
     bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
     collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
     if config.drop_unusable or config.dry_run:
-        surveys = [survey(part, collator) for part in (dataset, validation) if part is not None]
-        for found in surveys:
-            say(found.told(config.drop_unusable))
+        found, dataset = survey(dataset, collator)
+        say(found.told(config.drop_unusable))
+        if validation is not None:
+            to_validate, validation = survey(validation, collator)
+            say(f"to validate on: {to_validate.told(config.drop_unusable)}")
     model = prepare_model(config).to(arguments.device)
     features = None
     if FeatureCache.serves(model) and not arguments.fsdp and not arguments.deepspeed:
@@ -96,7 +98,7 @@ def train_here(config: TrainConfig) -> None:
         "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
     }  # fmt: skip
     if config.dry_run:
-        rehearse(config, dataset, surveys[0], **common)
+        rehearse(dataset, found, **common)
         return
     if arguments.process_index == 0:
         claim_folder(out, identity)

@@ -18,7 +18,7 @@ from visrl.records import RecordError
 from visrl.train.arguments import training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum
+from visrl.train.data import Curriculum, part_of
 from visrl.train.items import Collator
 from visrl.train.memory import peak_memory
 from visrl.train.processes import processes_wanted
@@ -52,8 +52,8 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(dataset: Any, collator: Collator) -> Survey:
-    """Encode every item of `dataset` as training would, and take out of it those that cannot be used.
+def survey(dataset: Any, collator: Collator) -> tuple[Survey, Any]:
+    """Encode every item of `dataset` as training would; what was found, and the part of it that can be used.
 
     A curriculum cannot leave anything out: its scenes are drawn, and each is as good as the next.
     """
@@ -72,13 +72,14 @@ def survey(dataset: Any, collator: Collator) -> Survey:
         found.tokens.append(packed.tokens)
         found.separate += packed.naive_tokens
     if len(usable) < len(dataset) and not isinstance(dataset, Curriculum):
-        dataset.groups = [dataset.groups[number] for number in usable]
-    return found
+        return found, part_of(dataset, usable)
+    return found, dataset
 
 
-def rehearse(config: TrainConfig, dataset: Any, found: Survey, *, model: nn.Module, **common: Any) -> None:
+def rehearse(dataset: Any, found: Survey, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
     """Print steps and memory. Memory is measured: the heaviest step is taken as it would be (twice, as the optimiser
     holds nothing before the first), on this machine, and what it did is thrown away with the process."""
+    config = visrl_config
     with tempfile.TemporaryDirectory() as scratch:
         quiet = {
             "output_dir": Path(scratch), "max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "val_size": 0.0,
@@ -93,7 +94,7 @@ def rehearse(config: TrainConfig, dataset: Any, found: Survey, *, model: nn.Modu
                 features=common["features"],
             )  # fmt: skip
         trainer = VisrlTrainer(
-            model=model, visrl_config=config, args=arguments, train_dataset=Subset(dataset, heaviest * 2), **common
+            model=model, args=arguments, train_dataset=Subset(dataset, heaviest * 2), visrl_config=config, **common
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -77,7 +77,7 @@ class VisrlTrainer(Trainer):
         if self.visrl_config.finetuning_type == "lora" or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        restored = model or self.model
+        restored: Any = model or self.model
         stored = load_model(resume_from_checkpoint, dtype=next(restored.parameters()).dtype).state_dict()
         restored.load_state_dict(stored)
 
@@ -209,9 +209,10 @@ class VisrlTrainer(Trainer):
         from visrl.engines.local import LocalEngine
         from visrl.evaluate.rollouts import evaluate_samples, measures
 
-        engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
+        policy = self.accelerator.unwrap_model(self.model)
+        engine = LocalEngine(policy, self.encoder)
         rows = evaluate_samples(engine, self.rollouts, crop_rule=self.encoder.settings.crop_rule)
-        use_tree_attention(self.model, self.visrl_config.attention)  # the engine has set its own
+        use_tree_attention(policy, self.visrl_config.attention)  # the engine has set its own
         return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
