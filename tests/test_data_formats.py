@@ -419,12 +419,16 @@ def test_folders_that_datasets_saved_are_read_with_their_pictures_and_splits(tmp
 def test_two_boxes_under_one_question_number_are_not_mixed_up(tmp_path):
     from data_rows import detection
 
-    boxes = [(10.0, 10.0, 50.0, 50.0), (200.0, 200.0, 300.0, 300.0)]
+    boxes = [(10.0, 10.0, 50.0, 50.0), (200.25, 200.5, 300.75, 300.0)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
     sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
     read = records("viscot", path, sizes=sizes)
     assert [sample.box.to_pixels((640, 480)) for sample in read] == [pytest.approx(box) for box in boxes]
+    boxes = [(10.0, 10.0, 50.0, 50.0), (10.0, -0.9, 300.0, 300.0)]  # cutting off hides that the second is outside
+    path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
+    sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
+    assert [row.fault for row in read_format("viscot", str(path), reading(sizes))] == ["", "outside"]
 
 
 def test_refcoco_rows(tmp_path):

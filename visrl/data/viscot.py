@@ -159,10 +159,10 @@ def number_of(sample: Sample, number: int) -> Any:
 
 def _untruncated(raw: dict[str, Any], ref: str, pixels: Corners, sizes: Sizes) -> Corners:
     """The box of this question in the detection file that sizes came from; the integers where there is none."""
-    given = sizes.box(ref, raw.get("question_id"))
-    if given is None:
+    given = [four_numbers(box, "bbox") for box in sizes.boxes(ref, raw.get("question_id"))]
+    if not given:
         return pixels
-    exact = four_numbers(given, "bbox")
+    exact = min(given, key=lambda box: _distance(box, pixels)) if len(given) > 1 else given[0]
     if _distance(exact, pixels) > 1:
         raise RowFault("disagree", f"the pixels {list(pixels)} are not those of the detection file, {list(exact)}")
     return exact
