@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
+from tiny_families import make
 
 from visrl.box import Box
 from visrl.codecs import CODECS
-from visrl.conversation import Completion
+from visrl.conversation import Completion, View
 from visrl.data.scenes import SIDE, scene_samples
 from visrl.engines.local import LocalEngine
 from visrl.evaluate.controls import matched_control
 from visrl.evaluate.rollouts import CROP_MODES, evaluate_samples, greedy_looks
 from visrl.images import ImageError
+from visrl.models.encode import Encoder, PromptError
+from visrl.models.settings import ModelSettings
 from visrl.protocols import REFCOCO, VISCOT, VISRL
 from visrl.records import Sample
 
@@ -60,6 +64,17 @@ def test_the_published_protocol_to_the_letter():
     # A square around the box's middle with half-sides of at least 112 pixels.
     assert look.detail.size == (max(224, SIDE // 4),) * 2
     assert look.answer == "red"
+
+
+def test_a_family_that_writes_boxes_in_tokens_of_its_own_may_say_them_again():
+    model, plain = make("qwen2_vl")
+    plain.tokenizer.add_tokens(["<|box_start|>", "<|box_end|>"], special_tokens=True)
+    encoder = Encoder(plain.processor, model.config, ModelSettings(codec="qwen2_vl"))
+    whole = View("w", Image.new("RGB", (64, 64)))
+    text = CODECS["qwen2_vl"].format(Box(0.1, 0.2, 0.3, 0.4), whole.size, whole.size)
+    assert text in encoder.render(VISCOT.answer(QUESTION, whole, text, whole))
+    with pytest.raises(PromptError, match="control token"):
+        encoder.render(VISCOT.answer(QUESTION, whole, "<|im_end|>", whole))
 
 
 def test_refcoco_asks_for_a_box_alone():

@@ -77,8 +77,8 @@ class Codec:
         if len(fours) > 1 or (not fours and len(found) > 1):
             raise BoxError("more_than_one", f"{max(len(fours), len(found))} boxes where one is wanted in {shown!r}")
         tokens = fours[0] if fours else found[0]
-        wrong = next((token for token in tokens if not _NUMBER.fullmatch(token)), None)
-        if wrong is not None:
+        if not all(map(_NUMBER.fullmatch, tokens)):
+            wrong = next(token for token in tokens if not _NUMBER.fullmatch(token))
             raise BoxError("not_a_number", f"{wrong[:20]!r} is not a number in {shown!r}")
         if len(tokens) != 4:
             raise BoxError("count", f"{len(tokens)} numbers where a box has four in {shown!r}")
@@ -117,6 +117,10 @@ class Codec:
         if clamped.moved > 0:
             notes.append(f"clamped what reached {clamped.moved:.4f} of the picture outside it")
         return Mended(clamped.box, tuple(notes))
+
+    def writes(self, token: str) -> bool:
+        """Whether `token`, one of a model's own, is a part of this codec's text."""
+        return token in self.template or self.pattern.fullmatch(token) is not None
 
     @property
     def in_processed_pixels(self) -> bool:

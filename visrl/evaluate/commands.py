@@ -94,7 +94,7 @@ def judge(
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
     from visrl.engines.client import Client, Endpoint, EndpointError
     from visrl.evaluate.answers import answered
-    from visrl.evaluate.judge import judge_all
+    from visrl.evaluate.judge import client_asker, judge_all
     from visrl.records import RecordError
 
     with _one_sentence():
@@ -102,9 +102,9 @@ def judge(
         asked = [one for one in map(answered, rows) if one is not None]
         client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
         try:
-            client.check()
+            ask_all = client_asker(client)
             with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
-                judged = judge_all(asked, client.ask_all, model, out, on_judgement=lambda _: bar.update(1))
+                judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
         except EndpointError as error:
             raise RecordError(str(error)) from error
         finally:

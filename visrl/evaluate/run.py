@@ -218,7 +218,7 @@ def _answers(
                 print(f"crops are cut by the rule {rule!r}; the checkpoint was made for {settings.crop_rule!r}")
             claim_folder(config.output_dir, identity)
             with Journal(config.output_dir / JOURNAL) as journal:
-                for part in progress(waiting, "eval", unit="batch"):
+                for part in progress(waiting, "eval", unit="part"):
                     rows = _ask(opened.policy, part, protocol, config, rule)
                     journal.append(rows)
                     known.update((key_of(row), row) for row in rows)
@@ -318,12 +318,13 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
 @contextmanager
 def _judge(config: EvalConfig, name: str) -> Iterator[AskAll]:
     """The judge `name` while it is needed: servers, or a model in this process."""
+    from visrl.evaluate.judge import client_asker, engine_asker
+
     if config.judge_url:
         with reached(config, config.judge_url, name) as engine:
-            yield engine.client.ask_all
+            yield client_asker(engine.client)
         return
     from visrl.engines.local import LocalEngine
-    from visrl.evaluate.judge import engine_asker
 
     yield engine_asker(LocalEngine.load(name))
 
