@@ -205,7 +205,7 @@ FAMILIES: dict[str, Family] = {
         Family("llava_next", depth_positions, "visrl", causal, takes=("pixel_values", "image_sizes")),
         Family(
             "llava_onevision", depth_positions, "visrl", onevision, end_of_turn="<|im_end|>", shares="pairs",
-            takes=("pixel_values", "image_sizes"), alone_differs=True,
+            takes=("pixel_values", "image_sizes"), alone_differs=True, keeps_features=False,
             note="a picture alone is tiled, one among several is not: box and answer prompts show different tokens",
         ),
         Family("internvl", depth_positions, "internvl", causal, end_of_turn="<|im_end|>"),
