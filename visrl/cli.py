@@ -89,6 +89,20 @@ def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def evolve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what would be done.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part of the next generation.")] = None,
+) -> None:
+    """Iterations of generate → filter → stage 1 → stage 2, with the plan printed first; resumable."""
+    from visrl.config import read_config
+    from visrl.evolve.loop import EvolveConfig, run_evolve
+
+    run_evolve(read_config(EvolveConfig, *_given(config, overrides)), shard=shard, plan_only=plan)
+
+
+@app.command()
 def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Merge a LoRA adapter into its base model."""
     from visrl.config import read_config
@@ -105,6 +119,22 @@ def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from visrl.serve.commands import ServeConfig, serve
 
     serve(read_config(ServeConfig, *_given(config, overrides)))
+
+
+@app.command()
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="one or more questions about the picture")],
+    model: Annotated[str, typer.Option(help="a checkpoint folder")],
+    image: Annotated[str, typer.Option(help="a picture's path, or scene:POOL/INDEX for a drawn one")],
+    compare: Annotated[
+        list[str] | None, typer.Option(help="another checkpoint beside it; may be given several times")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the picture with boxes, crops and answers")] = Path("ask.png"),
+) -> None:
+    """Ask about a picture: where each checkpoint looks, what it sees there and what it answers."""
+    from visrl.evaluate.ask import ask_models
+
+    ask_models([model, *(compare or [])], image, questions, out)
 
 
 @app.command()

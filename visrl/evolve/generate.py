@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ from visrl.engines.choose import NOT_IDENTITY, EngineConfig, Players, critic_nam
 from visrl.evolve.critic import count_verdicts
 from visrl.evolve.diversity import TRIGGER
 from visrl.evolve.rollout import RolloutSettings, roll_out
-from visrl.manifest import claim_folder, hash_files, hash_weights, write_manifest
+from visrl.manifest import claim_folder, hash_files, hash_weights, read_manifest, write_manifest
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
@@ -214,6 +216,37 @@ def shard_of(parts: list[Sequence[Sample]], shard: str) -> list[Sequence[Sample]
     """The i-th of n runs of whole batches, as even as can be; one after another they are all of them."""
     number, of = parse_shard(shard)
     return parts[(number - 1) * len(parts) // of : number * len(parts) // of]
+
+
+def merge_shards(folders: Sequence[Path], out: Path) -> Path:
+    """The files of complete shards, given in their order, one after another in `out`, with their counts added up.
+
+    Raises:
+        RecordError: a shard that is not complete.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest is None:
+            raise RecordError(f"the shard {folder} is not complete")
+    found = [manifest for manifest in manifests if manifest is not None]
+    identity = {**found[0]["config"], "shard": "1/1", "shards": len(folders)}
+    if claim_folder(out, identity):
+        return out
+    for name in (TRAJECTORIES, VERDICTS):
+        with open(out / f"{name}.part", "wb") as whole:
+            for folder in folders:
+                with open(folder / name, "rb") as part:
+                    shutil.copyfileobj(part, whole)
+        os.replace(out / f"{name}.part", out / name)
+    counts: Counter[str] = Counter()
+    for manifest in found:
+        counts.update(manifest["counts"])
+    facts = {key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")}
+    same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
+    parents = found[0]["parents"]
+    write_manifest(out, verb="generate", config=identity, parents=parents, counts=dict(counts), **facts, **same)
+    print(f"{len(folders)} shards, {facts['questions']} questions: {told(counts)} → {out}")
+    return out
 
 
 def keep_whole_batches(path: Path, parts: Sequence[Sequence[Sample]], per_sample: int) -> int:
