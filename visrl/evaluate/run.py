@@ -214,7 +214,7 @@ def _answers(
     rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
     if waiting:
         with opened_policy(config) as opened:
-            if rule != settings.crop_rule:
+            if protocol.answer is not None and rule != settings.crop_rule:
                 print(f"crops are cut by the rule {rule!r}; the checkpoint was made for {settings.crop_rule!r}")
             claim_folder(config.output_dir, identity)
             with Journal(config.output_dir / JOURNAL) as journal:
