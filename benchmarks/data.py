@@ -2,8 +2,8 @@
 
 `python benchmarks/data.py` makes a synthetic file of 438,000 Visual-CoT rows in a temporary folder and times reading,
 checking and converting it, each in a process of its own, with its largest memory. `--rows N` makes another number.
-`--samples DIR` also measures, on published rows (`DIR/viscot_benchmark`, `DIR/viscot_detection`), how much of what was
-meant is cropped when text of the padded square is taken for text of the image, as the reference does.
+`--samples DIR` measures instead, on published rows (`DIR/viscot_benchmark`, `DIR/viscot_detection`), how much of what
+was meant is cropped when text of the padded square is taken for text of the image, as the reference does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from visrl.box import iou
-from visrl.codecs import BOX_SPACES
+from visrl.box import Box, BoxError, Size, iou
+from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.check import check
 from visrl.data.convert import Reading, convert, read_format
 from visrl.data.rows import Writer
@@ -33,8 +33,6 @@ ROWS = 438_000  # of Visual-CoT's whole training file
 
 def make_files(folder: Path, rows: int) -> None:
     """A training file of the published form, a size of its own for every picture, and its detection file."""
-    from visrl.box import Box
-
     rng = random.Random(0)
     with Writer(folder / "train.json") as train, Writer(folder / "sizes.jsonl") as sizes:
         for number in range(rows):
@@ -82,18 +80,26 @@ def peak_megabytes() -> int:
 
 def convention_cost(samples: Path) -> None:
     """Mean IoU of what is cropped with what was meant, per data set, under the mixed and under the right reading."""
-    print(f"{'data set':16}{'rows':>6}{'mixed':>8}{'ours':>8}")
+    print(f"{'data set':16}{'rows':>6}{'mixed':>8}{'read right':>12}")
     for path in sorted((samples / "viscot_benchmark").glob("*.json")):
         reading = Reading(Sizes([str(samples / "viscot_detection" / f"{path.stem}.jsonl")]))
-        mixed, ours = [], []
+        mixed, right = [], []
         for row in read_format("viscot", str(path), reading):
             if row.fault:
                 continue
             (sample,) = row.records
             text, size = sample.raw["conversations"][1]["value"], sample.size
-            mixed.append(iou(sample.box, BOX_SPACES["image"].parse(text, size, size)))
-            ours.append(iou(sample.box, BOX_SPACES["padded_square"].parse(text, size, size)))
-        print(f"{path.stem:16}{len(mixed):>6}{sum(mixed) / len(mixed):>8.3f}{sum(ours) / len(ours):>8.3f}")
+            mixed.append(_overlap(sample.box, text, "image", size))
+            right.append(_overlap(sample.box, text, "padded_square", size))
+        print(f"{path.stem:16}{len(mixed):>6}{sum(mixed) / len(mixed):>8.3f}{sum(right) / len(right):>12.3f}")
+
+
+def _overlap(meant: Box, text: str, space: BoxSpace, size: Size) -> float:
+    """IoU of `meant` with what a text means in `space`; 0 where rounding left no box in the text."""
+    try:
+        return iou(meant, BOX_SPACES[space].parse(text, size, size))
+    except BoxError:
+        return 0.0
 
 
 def main() -> None:
@@ -107,6 +113,7 @@ def main() -> None:
         return
     if options.samples:
         convention_cost(options.samples)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, options.rows)

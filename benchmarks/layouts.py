@@ -115,7 +115,7 @@ class Ours:
 
     def __init__(self, folder: Path, scratch: Path, items: Sequence[Item]) -> None:
         self.model, self.encoder = load_model(folder), load_encoder(folder)
-        use_tree_attention(self.model, blocks=True)
+        use_tree_attention(self.model, "blocks")
         self.collator = Collator(self.encoder, bucket=TIGHT_BUCKET)
         config = TrainConfig(
             model_name_or_path=str(folder), stage="dpo", rl_stage=2, finetuning_type="full", output_dir=scratch

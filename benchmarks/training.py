@@ -173,6 +173,9 @@ def memory_of(layout: str, folder: Path, scratch: Path, shape: Shape) -> int:
     items = make_items(shape, 2 * shape.pictures, seed=0)
     kind = Ours if layout == "ours" else ReferenceLayout
     built = kind(folder, scratch, items)
+    for model in (built.model, getattr(built, "reference", None)):
+        for weights in model.parameters() if model is not None else ():
+            weights.sum()  # what has been loaded lies in memory only once it has been read
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
     step_seconds(built.trainer, shape.pictures * shape.questions)

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from visrl.config import ConfigError, read_config
-from visrl.evolve.generate import FilterConfig, GenerateConfig
+from visrl.evolve.filter import FilterConfig
+from visrl.evolve.generate import GenerateConfig
 from visrl.evolve.loop import DemoConfig
 from visrl.train.config import TrainConfig
 from visrl.train.export import ExportConfig

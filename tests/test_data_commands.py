@@ -83,6 +83,23 @@ def test_convert_lists_what_it_dropped(tmp_path):
     assert f"listed 6 bad rows in {out}.bad.jsonl: 3 outside, 2 inverted, 1 empty" in text
 
 
+def test_check_says_which_format_the_rows_have_and_how_many_it_does_not_show(tmp_path):
+    path, _, _ = benchmark(tmp_path)
+    text = run("check", "--from", "visrl", path).stdout
+    assert "unparseable: 26" in text
+    assert "and 23 more" in text
+    assert "26 of them have the keys of viscot: read them with --from viscot" in text
+    assert "have the keys" not in run("check", "--from", "viscot", path).stdout
+
+
+def test_an_input_is_not_written_over(tmp_path):
+    path, _, rows = benchmark(tmp_path)
+    (tmp_path / "again").symlink_to(path)
+    for out in (path, tmp_path / "again"):
+        assert "is an input" in run("convert", "--from", "viscot", "--to", "rl-pool", path, out, ok=False).stderr
+    assert json.loads(Path(path).read_text()) == rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

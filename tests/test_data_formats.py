@@ -7,7 +7,7 @@ import json
 import pytest
 from data_rows import benchmark, good_boxes, meta, refcoco, viscot, write_lines
 
-from visrl.box import Box, corner_fault, crop_window, enclosing, iou
+from visrl.box import Box, enclosing
 from visrl.codecs import CODECS
 from visrl.data.convert import SOURCES, Reading, Selection, convert, format_of, read_format, share_of
 from visrl.data.rows import RowFault, json_items
@@ -419,12 +419,16 @@ def test_folders_that_datasets_saved_are_read_with_their_pictures_and_splits(tmp
 def test_two_boxes_under_one_question_number_are_not_mixed_up(tmp_path):
     from data_rows import detection
 
-    boxes = [(10.0, 10.0, 50.0, 50.0), (200.0, 200.0, 300.0, 300.0)]
+    boxes = [(10.0, 10.0, 50.0, 50.0), (200.25, 200.5, 300.75, 300.0)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
     sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
     read = records("viscot", path, sizes=sizes)
     assert [sample.box.to_pixels((640, 480)) for sample in read] == [pytest.approx(box) for box in boxes]
+    boxes = [(10.0, 10.0, 50.0, 50.0), (10.0, -0.9, 300.0, 300.0)]  # cutting off hides that the second is outside
+    path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
+    sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
+    assert [row.fault for row in read_format("viscot", str(path), reading(sizes))] == ["", "outside"]
 
 
 def test_refcoco_rows(tmp_path):
@@ -435,25 +439,7 @@ def test_refcoco_rows(tmp_path):
     assert format_of(sample.raw) == "refcoco"
 
 
-# --- What it is for -------------------------------------------------------------------------------------------------
-
-
-def test_what_the_mixed_conventions_of_the_reference_cost():
-    """Padded-square text cropped as if it were of the image, against the box that was meant, and against ours."""
-    mixed, ours = [], []
-    for corners, size in good_boxes(300):
-        meant = Box.from_pixels(corners, size)
-        text = CODECS["viscot"].format(meant, size, size)
-        cropped = CODECS["visrl"].parse(text, size, size)
-        mixed.append(iou(meant, cropped))
-        read = CODECS["viscot"].parse(text, size, size)
-        ours.append(
-            iou(*(Box.from_pixels(crop_window(each, size, "exact"), size) for each in (meant, read)))
-            if corner_fault(crop_window(meant, size), size) is None
-            else 1.0
-        )
-    assert sum(mixed) / len(mixed) < 0.75
-    assert sum(ours) / len(ours) > 0.98
+# --- Sizes from pictures ------------------------------------------------------------------------------------------
 
 
 def test_sizes_come_from_pictures_too(tmp_path):

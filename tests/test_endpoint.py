@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from http_server import Handler, Script, serving
 from PIL import Image
 
 from visrl.box import Box
@@ -23,65 +23,6 @@ from visrl.conversation import Conversation, Message, Sampling, View, answer_con
 from visrl.engines.client import Ask, Client, Endpoint, EndpointError
 from visrl.engines.endpoint import EndpointEngine
 from visrl.records import Picture
-
-Script = Callable[["Handler", dict[str, Any]], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers as its server's `script` says."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def send(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", headers.pop("content_type", "application/json"))
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def text(self, text: str, finish_reason: str = "stop") -> None:
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
-        body = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": {"completion_tokens": 3}}
-        self.send(200, json.dumps(body).encode())
-
-    def do_GET(self) -> None:
-        self.send(*self.server.models)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.open += 1
-            self.server.most_open = max(self.server.most_open, self.server.open)
-        try:
-            self.server.script(self, body)
-        finally:
-            with self.server.lock:
-                self.server.open -= 1
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # many clients connect at once
-
-
-@contextmanager
-def serving(script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
-    server = Server(("127.0.0.1", 0), Handler)
-    server.script, server.models = script, models
-    server.lock, server.bodies, server.open, server.most_open = threading.Lock(), [], 0, 0
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @contextmanager
@@ -117,6 +58,11 @@ def test_replies_keep_the_order_of_their_requests() -> None:
     assert [reply.text for reply in replies] == [str(number) for number in range(20)]
     assert {(reply.tokens, reply.finish_reason, reply.error) for reply in replies} == {(3, "stop", None)}
     assert client.counts == Counter(ok=20)
+
+
+def test_extra_fields_may_not_change_what_is_asked() -> None:
+    with pytest.raises(EndpointError, match="extra_body may not hold seed, temperature"):
+        Endpoint(("http://127.0.0.1:9/v1",), "m", extra_body={"temperature": 2, "top_k": 3, "seed": 1})
 
 
 def test_the_request_holds_what_was_asked() -> None:

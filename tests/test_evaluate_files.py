@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 from test_evaluate_detection import KINDS, oracle, synthetic
@@ -262,13 +261,3 @@ def test_only_whole_benchmarks_are_ranked():
     assert mine.low < mine.score < mine.high
     assert 0.74 < mine.score < 0.76
     assert len(leaderboard_lines([Entry("mine", summarise(rows[1:]), "court")])) == 28
-
-
-def test_every_command_and_option_in_the_docs_exists():
-    docs = Path(__file__).parent.parent / "docs" / "EVALUATION.md"
-    shown = [line.split() for line in docs.read_text(encoding="utf-8").splitlines() if line.startswith("visrl eval ")]
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert {words[2] for words in shown} == commands
-    for words in shown:
-        told = run(words[2], "--help")
-        assert [word for word in words[3:] if word.startswith("--") and word not in told] == []

@@ -8,7 +8,7 @@ import pytest
 
 from visrl.box import Box
 from visrl.evaluate.compare import compare
-from visrl.evaluate.controls import control_box
+from visrl.evaluate.controls import published_control
 from visrl.evaluate.results import read_results, result_row, summarise
 from visrl.records import RecordError, Sample
 
@@ -138,8 +138,8 @@ def test_rows_without_a_box_or_without_a_true_box():
 
 def test_control_boxes_are_seeded_and_inside_the_picture():
     # The middle half of a square of 200 around a 200 × 100 picture: its rows 50 to 150, the picture's 0 to 100.
-    assert control_box("center", (200, 100), "1").as_list() == pytest.approx([0.25, 0.0, 0.75, 1.0])
-    drawn = [control_box("random", (900, 60), str(index)) for index in range(200)]
-    assert drawn == [control_box("random", (900, 60), str(index)) for index in range(200)]
-    assert drawn != [control_box("random", (900, 60), str(index), seed=1) for index in range(200)]
+    assert published_control("center", (200, 100), "1").as_list() == pytest.approx([0.25, 0.0, 0.75, 1.0])
+    drawn = [published_control("random", (900, 60), str(index)) for index in range(200)]
+    assert drawn == [published_control("random", (900, 60), str(index)) for index in range(200)]
+    assert drawn != [published_control("random", (900, 60), str(index), seed=1) for index in range(200)]
     assert len({box.x0 for box in drawn}) > 100

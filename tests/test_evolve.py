@@ -15,7 +15,7 @@ from visrl.engines.local import LocalEngine
 from visrl.evolve.critic import SceneOracle
 from visrl.evolve.diversity import needs_replacing, random_box_apart
 from visrl.evolve.pairs import FilterSettings, make_pairs, pick
-from visrl.evolve.rollout import RolloutSettings, greedy_looks, roll_out
+from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.records import Sample, Trajectory, Verdict
 
 corner = st.floats(0, 0.95)
@@ -131,7 +131,7 @@ def test_winner_and_loser_follow_algorithm_1():
         ([(1.0, 1.0), (0.2, 0.0)], "no_loser"),
         ([(1.0, 0.5), (0.5, 0.0)], "no_winner_no_loser"),
         ([(None, 1.0), (0.5, None)], "nothing_readable"),
-        ([], "nothing_readable"),
+        ([], "not_generated"),
     ],
 )
 def test_a_question_without_both_gives_no_pair_and_its_reason(scores, reason):
@@ -157,7 +157,7 @@ def test_every_question_is_kept_or_counted():
     tries = [tried("a", 0, 0, answer="1"), tried("a", 0, 1, box=Box(0, 0, 0.1, 0.1), answer="2"), tried("b", 0, 0)]
     verdicts = [Verdict("a", 0, 0, 1.0, 1.0), Verdict("a", 0, 1, 0.0, 0.0), Verdict("b", 0, 0, 1.0, 1.0)]
     result = make_pairs(samples, tries, verdicts)
-    assert (result.questions, result.kept, dict(result.dropped)) == (3, 1, {"no_loser": 1, "nothing_readable": 1})
+    assert (result.questions, result.kept, dict(result.dropped)) == (3, 1, {"no_loser": 1, "not_generated": 1})
     box, answer = result.preferences
     assert (box.step, answer.step) == ("box", "answer")
     assert len(box.images) == 1
@@ -201,10 +201,3 @@ class Parrot:
         if len(conversations[0].views) == 1:
             return [[Completion(self.script[n % 4]) for n, _ in enumerate(own)] for own in seeds]
         return self.engine.complete(conversations, Sampling(max_tokens=2), seeds)
-
-
-def test_given_boxes_skip_the_first_step(tiny):
-    samples = scene_samples("validation", 0, 3, with_box=True)
-    looks = greedy_looks(LocalEngine.load(tiny), samples, boxes=[sample.box for sample in samples])
-    assert [look.box for look in looks] == [sample.box for sample in samples]
-    assert all(look.answer is not None for look in looks)

@@ -143,7 +143,7 @@ def test_blocks_of_queries_change_nothing(model: nn.Module, encoder: Encoder) ->
     packed = packed_of(encoder, groups, bin_length=64)
     assert packed.calls[0].inputs["attention_mask"].shape[-1] > 2 * BLOCK
     whole = branch_logps(model, packed).sums
-    use_tree_attention(model, blocks=True)
+    use_tree_attention(model, "blocks")
     blocks = branch_logps(model, packed).sums
     use_tree_attention(model)
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)

@@ -24,11 +24,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the
 
 
 def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The config file may be left out: then the first argument is an override already."""
-    extra = list(overrides or [])
-    if config is not None and "=" in str(config) and not config.exists():
-        return None, [str(config), *extra]
-    return config, extra
+    from visrl.config import split_arguments
+
+    return split_arguments(config, overrides)
 
 
 @app.command()
@@ -41,34 +39,67 @@ def demo(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print items, tokens, steps, drops and memory; write nothing")
+    ] = False,
+) -> None:
     """Warm-up (stage: sft), or preference training of boxes (stage 1) and of boxes and answers (stage 2)."""
     from visrl.config import read_config
     from visrl.train.config import TrainConfig
 
-    settings = read_config(TrainConfig, *_given(config, overrides))
+    path, given = _given(config, overrides)
+    settings = read_config(TrainConfig, path, [*given, *["dry_run=true"] * dry_run])
     from visrl.train.run import train as run
 
     run(settings)
 
 
 @app.command()
-def generate(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def generate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    check: Annotated[int, typer.Option(metavar="N", min=0, help="Only try the critic on N questions.")] = 0,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts.")] = None,
+) -> None:
     """Samples → trajectories → verdicts: sample boxes, crop, answer, let the critic score."""
     from visrl.config import read_config
     from visrl.evolve.generate import GenerateConfig
     from visrl.evolve.generate import generate as run
 
-    run(read_config(GenerateConfig, *_given(config, overrides)))
+    path, given = _given(config, overrides)
+    settings = read_config(GenerateConfig, path, [*given, *([f"shard={shard}"] if shard else [])])
+    if check:
+        from visrl.evolve.check import check_critic
+
+        check_critic(settings, check)
+    else:
+        run(settings)
 
 
 @app.command(name="filter")
 def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Verdicts → preferences: the best and the worst trajectory of every question that has both."""
     from visrl.config import read_config
-    from visrl.evolve.generate import FilterConfig, filter_pairs
+    from visrl.evolve.filter import FilterConfig, filter_pairs
 
     filter_pairs(read_config(FilterConfig, *_given(config, overrides)))
+
+
+@app.command()
+def evolve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what would be done.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part of the next generation.")] = None,
+) -> None:
+    """Iterations of generate → filter → stage 1 → stage 2, with the plan printed first; resumable."""
+    from visrl.config import read_config
+    from visrl.evolve.loop import EvolveConfig, run_evolve
+
+    run_evolve(read_config(EvolveConfig, *_given(config, overrides)), shard=shard, plan_only=plan)
 
 
 @app.command()
@@ -91,6 +122,22 @@ def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="one or more questions about the picture")],
+    model: Annotated[str, typer.Option(help="a checkpoint folder")],
+    image: Annotated[str, typer.Option(help="a picture's path, or scene:POOL/INDEX for a drawn one")],
+    compare: Annotated[
+        list[str] | None, typer.Option(help="another checkpoint beside it; may be given several times")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the picture with boxes, crops and answers")] = Path("ask.png"),
+) -> None:
+    """Ask about a picture: where each checkpoint looks, what it sees there and what it answers."""
+    from visrl.evaluate.ask import ask_models
+
+    ask_models([model, *(compare or [])], image, questions, out)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
     """One self-contained HTML page for a run."""
     from visrl.report.commands import report as write
@@ -99,7 +146,7 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finish
 
 
 app.add_typer(data_app, name="data")
-app.add_typer(eval_app, name="eval", help="Score, judge and compare.")
+app.add_typer(eval_app, name="eval")
 
 
 def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:
@@ -131,8 +178,12 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     known: list[type[BaseException]] = [BoxError, ConfigError, ImageError, ManifestError, RecordError]
     load: Any = sys.modules.get("visrl.models.load")
     encode: Any = sys.modules.get("visrl.models.encode")
+    client: Any = sys.modules.get("visrl.engines.client")
     known += [load.CheckpointError] if load else []
+    processes: Any = sys.modules.get("visrl.train.processes")
+    known += [processes.ProcessError] if processes else []
     known += [encode.PromptError] if encode else []
+    known += [client.EndpointError] if client else []
     return tuple(known)
 
 

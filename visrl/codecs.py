@@ -77,8 +77,8 @@ class Codec:
         if len(fours) > 1 or (not fours and len(found) > 1):
             raise BoxError("more_than_one", f"{max(len(fours), len(found))} boxes where one is wanted in {shown!r}")
         tokens = fours[0] if fours else found[0]
-        wrong = next((token for token in tokens if not _NUMBER.fullmatch(token)), None)
-        if wrong is not None:
+        if not all(map(_NUMBER.fullmatch, tokens)):
+            wrong = next(token for token in tokens if not _NUMBER.fullmatch(token))
             raise BoxError("not_a_number", f"{wrong[:20]!r} is not a number in {shown!r}")
         if len(tokens) != 4:
             raise BoxError("count", f"{len(tokens)} numbers where a box has four in {shown!r}")
@@ -117,6 +117,15 @@ class Codec:
         if clamped.moved > 0:
             notes.append(f"clamped what reached {clamped.moved:.4f} of the picture outside it")
         return Mended(clamped.box, tuple(notes))
+
+    def writes(self, token: str) -> bool:
+        """Whether `token`, one of a model's own, is a part of this codec's text."""
+        return token in self.template or self.pattern.fullmatch(token) is not None
+
+    @property
+    def in_processed_pixels(self) -> bool:
+        """Whether the text changes with the size that the processor gives a picture."""
+        return self.scales is _processed_pixels
 
     def unit(self, original: Size, processed: Size) -> tuple[float, float]:
         """The distance between two lines of the codec's grid, in fractions of the image's width and height."""
@@ -238,17 +247,40 @@ _KNOWN_TEXTS = {
 _TEST_BOXES = ((0.0, 0.0, 1.0, 1.0), (0.1, 0.05, 0.9, 0.6), (0.0, 0.3, 0.7, 1.0), (0.35, 0.0, 1.0, 0.9))
 
 
-def self_test(codec: Codec, original: Size, processed: Size, rule: CropRule = "exact") -> float:
+def self_test(
+    codec: Codec, original: Size, processed: Size, rule: CropRule = "exact", *, shown: Size | None = None
+) -> float:
     """Send known boxes through format, parse and crop at these sizes; the smallest IoU found.
 
-    The boxes lie on whole pixels of the processed picture, so that a picture of few pixels is no excuse.
+    Boxes are written as a model that sees the picture at `shown` writes them (None: at `processed`) and read at
+    `processed`. They lie on whole pixels of what is shown, so that a picture of few pixels is no excuse.
 
     Raises:
         BoxError: a crop overlaps with what was meant by less than `SELF_TEST_IOU`: nothing may be trained or served.
     """
-    known = codec.parse(_KNOWN_TEXTS[codec.name], *_KNOWN_SIZES)
-    lowest = iou(known, _KNOWN_BOX)
-    width, height = processed
+    shown = shown or processed
+    try:
+        lowest = min(_iou_of_known_text(codec), _iou_of_round_trips(codec, original, processed, shown, rule))
+    except BoxError as error:
+        raise BoxError(error.fault, f"the box codec {codec.name!r} cannot read what it should: {error}") from error
+    if lowest < SELF_TEST_IOU:
+        raise BoxError(
+            "outside",
+            f"the box codec {codec.name!r} crops with IoU {lowest:.3f} of what was meant at {original} shown as "
+            f"{shown} and read as {processed}, below {SELF_TEST_IOU}: choose the codec of this model's family or "
+            "larger pictures",
+        )
+    return lowest
+
+
+def _iou_of_known_text(codec: Codec) -> float:
+    return iou(codec.parse(_KNOWN_TEXTS[codec.name], *_KNOWN_SIZES), _KNOWN_BOX)
+
+
+def _iou_of_round_trips(codec: Codec, original: Size, processed: Size, shown: Size, rule: CropRule) -> float:
+    """The smallest IoU, of boxes and of crop windows, between what is written for `shown` and read at `processed`."""
+    lowest = 1.0
+    width, height = shown
     for x0, y0, x1, y1 in _TEST_BOXES:
         box = Box(
             round(x0 * width) / width,
@@ -256,16 +288,10 @@ def self_test(codec: Codec, original: Size, processed: Size, rule: CropRule = "e
             round(x1 * width) / width,
             round(y1 * height) / height,
         )
-        read = codec.parse(codec.format(box, original, processed), original, processed)
+        read = codec.parse(codec.format(box, original, shown), original, processed)
         meant, got = crop_window(box, original, rule), crop_window(read, original, rule)
         # Windows are rounded outward to whole pixels, so the least difference may move an edge by one.
         got_forgiven = [b if abs(a - b) <= 1 else a for a, b in zip(got, meant, strict=True)]
         windows = iou(Box.from_pixels(meant, original), Box.from_pixels(got_forgiven, original))
         lowest = min(lowest, windows, iou(box, read))
-    if lowest < SELF_TEST_IOU:
-        raise BoxError(
-            "outside",
-            f"the box codec {codec.name!r} crops with IoU {lowest:.3f} of what was meant at {original} shown as "
-            f"{processed}, below {SELF_TEST_IOU}: choose the codec of this model's family or larger pictures",
-        )
     return lowest

@@ -32,7 +32,9 @@ class Config(BaseModel):
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 # Keys that newer releases of transformers renamed or dropped, by what they are called now (None: no longer needed).
+# And `critic.box`, the paper's name for an ablation.
 ALIASES: dict[str, str | None] = {
+    "critic.box": "use_box_critic",
     "overwrite_output_dir": None,
     "warmup_ratio": "warmup_steps",  # a float below 1 is a share of all steps
     "evaluation_strategy": "eval_strategy",
@@ -54,6 +56,14 @@ def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Itera
             raise ConfigError(f"{override!r} is not of the form key=value")
         values[key.strip()] = yaml.safe_load(text)
     return build_config(kind, values, where=str(path) if path else "the command line")
+
+
+def split_arguments(config: Path | None, overrides: Iterable[str] | None) -> tuple[Path | None, list[str]]:
+    """A verb's arguments: the config file may be left out, and then the first argument is an override already."""
+    extra = list(overrides or [])
+    if config is not None and "=" in str(config) and not config.exists():
+        return None, [str(config), *extra]
+    return config, extra
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from visrl.records import Picture
 MAX_PIXELS = 100_000_000  # a picture larger than this is taken for a decompression bomb
 MAX_BYTES = 200_000_000  # of one picture given as bytes or as a data URL
 # Decoders that may see the bytes. Others are left out because nobody needs them here, and some start programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {

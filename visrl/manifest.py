@@ -67,6 +67,12 @@ def hash_files(*paths: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def hash_weights(path: str | os.PathLike[str]) -> str:
+    """One short hash over the weights in a checkpoint's folder; a hub name stands for itself."""
+    folder = Path(path)
+    return hash_files(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else str(path)
+
+
 STARTED = "started.json"
 
 
@@ -76,20 +82,37 @@ def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bo
     Raises:
         ManifestError: the folder belongs to other work, begun or complete.
     """
-    wanted = json.loads(json.dumps(identity, default=str))
+    if is_complete(folder, identity):
+        return True
     path = Path(folder) / STARTED
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(_plain(identity), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return False
+
+
+def is_complete(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bool:
+    """Whether the work that `identity` describes is complete in `folder`; claims nothing.
+
+    Raises:
+        ManifestError: the folder belongs to other work, begun or complete.
+    """
+    path = Path(folder) / STARTED
+    complete = (Path(folder) / NAME).is_file()
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), _plain(identity)
         if found != wanted:
             differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             raise ManifestError(
                 f"{folder} holds other work ({', '.join(differ)} differ); give another output folder or remove this one"
             )
-        return (Path(folder) / NAME).is_file()
-    if (Path(folder) / NAME).is_file():
+        return complete
+    if complete:
         raise ManifestError(f"{folder} holds finished work of unknown origin; give another output folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
     return False
+
+
+def _plain(identity: dict[str, Any]) -> Any:
+    """`identity` as it comes back from a JSON file."""
+    return json.loads(json.dumps(identity, default=str))

@@ -25,6 +25,35 @@ def answer_prompt(question: str) -> str:
     return f"{focus_prompt(question)}\n{IMAGE}"
 
 
+# --- The critic of self-evolution: a model that knows the reference answer, never a true box --------------------------
+
+_SCORE_FORM = (
+    "1 is the best score and 0 the worst; use the numbers between for what is partly so. "
+    'Reply with JSON alone, like {"score": 0.8}.'
+)
+
+
+def critic_box_prompt(question: str, reference: str) -> str:
+    """Whether a crop, the one picture shown, holds what the reference answer needs."""
+    return (
+        f"{IMAGE}\nThis picture is a part that was cut out of a larger one, to answer a question about it.\n"
+        f"Question: {question}\nCorrect answer: {reference}\n"
+        "Judge the part, not the question: can everything that the correct answer rests on be seen in it, large enough "
+        "to make out? A part that misses it scores 0, one that shows it cut off or far too small scores low. "
+        f"{_SCORE_FORM}"
+    )
+
+
+def critic_answer_prompt(question: str, reference: str, answer: str) -> str:
+    """Whether an answer about the whole picture says what the reference answer says."""
+    return (
+        f"{IMAGE}\nSomebody answered a question about this picture.\n"
+        f"Question: {question}\nCorrect answer: {reference}\nTheir answer: {answer}\n"
+        "Judge whether their answer says the same as the correct one; other words for the same thing are as good. "
+        f"{_SCORE_FORM}"
+    )
+
+
 # --- The published scores' protocol, `viscot` (Visual-CoT; its line breaks and letter case are part of it) ------------
 
 _QUESTION_ENDS = " Please provide the bounding box"
@@ -55,3 +84,11 @@ def judged_question(first_turn: str) -> str:
 def judge_prompt(question: str, reference: str, prediction: str) -> str:
     """The judge's user turn; `question` as `judged_question` gives it."""
     return f"\nquestion: {question}\nstandard answer: {reference}\nmodel's answer: {prediction}\n"
+
+
+def refcoco_prompt(expression: str) -> str:
+    """RefCOCO as Visual-CoT's scripts ask it: the expression in lower case, a box for an answer."""
+    return (
+        f"{IMAGE}\nLocate the region this sentence describes: {expression.lower()}. "
+        "Please provide the bounding box coordinates."
+    )

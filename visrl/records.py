@@ -237,9 +237,18 @@ def _line(record: Any) -> str:
 
 def _cut_unfinished_line(path: Path) -> None:
     with open(path, "rb+") as file:
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
+        end = file.seek(0, os.SEEK_END)
+        whole = end  # where the last whole line ends; looked for from the end, for files may be long
+        while whole:
+            start = max(0, whole - (1 << 16))
+            file.seek(start)
+            place = file.read(whole - start).rfind(b"\n")
+            if place >= 0:
+                whole = start + place + 1
+                break
+            whole = start
+        if whole < end:
+            file.truncate(whole)
 
 
 def json_value(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE
-from visrl.data.convert import Reading, dataset_of, read_format
+from visrl.data.convert import Reading, dataset_of, format_of, read_format
 from visrl.data.rows import Row
 from visrl.data.sizes import FOLDERS, viscot_path
 from visrl.images import ImageError, open_image, picture_path
@@ -57,6 +57,7 @@ class Report:
     unusable: Counter[str] = field(default_factory=Counter)  # "unreadable", "absurd"
     duplicates: int = 0
     leaks: int = 0
+    other_formats: Counter[str] = field(default_factory=Counter)  # which formats unparseable rows have the keys of
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, kind: str, text: str) -> None:
@@ -87,6 +88,8 @@ def check(
             if row.fault:
                 report.bad[row.fault] += 1
                 report.note(row.fault, f"{path}, row {row.number}: {row.reason}")
+                if row.fault == "unparseable" and (other := format_of(row.raw)) not in (None, source):
+                    report.other_formats[other] += 1
             else:
                 report.good += 1
             _find_duplicate(report, row, path, seen_rows)
@@ -172,7 +175,12 @@ def as_text(report: Report, root: Path | None) -> str:
     lines = [f"{report.rows:,} rows: {report.good:,} good, {report.rows - report.good:,} bad"]
     for fault, count in sorted(report.bad.items(), key=lambda item: -item[1]):
         if count:
-            lines += [f"  {fault}: {count:,}", *(f"    {text}" for text in report.examples.get(fault, []))]
+            shown = report.examples.get(fault, [])
+            lines += [f"  {fault}: {count:,}", *(f"    {text}" for text in shown)]
+            if count > len(shown):
+                lines.append(f"    and {count - len(shown):,} more; `visrl data convert` lists all in OUT.bad.jsonl")
+    for other, count in report.other_formats.most_common():
+        lines.append(f"  {count:,} of them have the keys of {other}: read them with --from {other}")
     found = {"duplicates": report.duplicates, "leaks": report.leaks, **report.unusable}
     for kind, count in found.items():
         if count:

@@ -109,7 +109,8 @@ def convert(
     picture, so that it is the same at every run and no picture is on both sides.
 
     Raises:
-        RecordError: an input is not there or damaged (nothing is written then), or no such format.
+        RecordError: an input is not there or damaged (nothing is written then), no such format, or the output is
+            an input.
     """
     if target not in TARGETS:
         raise RecordError(f"no format {target!r} to write; there are {', '.join(TARGETS)}")
@@ -117,6 +118,7 @@ def convert(
     if target == "rl-pool":
         reading = replace(reading, boxes=False)
     inputs = list(inputs)
+    _refuse_overwriting(Path(out), inputs)
     same = source == target and target != "hf"  # parquet has typed columns, which a bad row may not fit
     like = find_entry(inputs[0], reading.dataset) if source == target == "sharegpt" else None
     to_row = _target_row(target, reading.sizes, box_space)
@@ -137,6 +139,12 @@ def convert(
     files.describe(box_space, like)
     summary.written = files.counts()
     return summary
+
+
+def _refuse_overwriting(out: Path, inputs: Iterable[str]) -> None:
+    for path in inputs:
+        if out.exists() and Path(path).exists() and out.samefile(path):
+            raise RecordError(f"{out} is an input: give the output another name")
 
 
 def _selected(

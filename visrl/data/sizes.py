@@ -31,7 +31,8 @@ class Sizes:
         self.images = Path(images) if images is not None else None
         self._sizes: dict[str, Size] = {}
         self._seen: dict[str, Size] = {}  # of pictures, turned as their EXIF tags say
-        self._boxes: dict[tuple[str, Any], Any] = {}
+        self._boxes: dict[tuple[str, Any], Any] = {}  # by picture and question number
+        self._more_boxes: dict[tuple[str, Any], list[Any]] = {}  # of numbers that stand for several questions
         for path in files or []:
             self._read(path)
 
@@ -50,9 +51,12 @@ class Sizes:
         """The width and height that a file gives for a picture, or None; no picture is opened."""
         return self._sizes.get(ref)
 
-    def box(self, ref: str, question_id: Any) -> Any:
-        """The four pixels that a detection file gives for this question, or None."""
-        return self._boxes.get((ref, question_id)) if isinstance(question_id, (int, str)) else None
+    def boxes(self, ref: str, question_id: Any) -> list[Any]:
+        """What a detection file gives as the four pixels of this question: one box, none, or several of one number."""
+        key = (ref, question_id)
+        if not isinstance(question_id, (int, str)) or key not in self._boxes:
+            return []
+        return [self._boxes[key], *self._more_boxes.get(key, ())]
 
     def _from_picture(self, ref: str) -> Size:
         if self.images is None and not ref.startswith(("scene:", "data:")):
@@ -67,10 +71,10 @@ class Sizes:
             try:
                 if isinstance(raw, dict) and "img_path" in raw:
                     ref = get_text(raw, "img_path")
-                    if "question_id" in raw:
-                        key, box = (ref, raw["question_id"]), raw.get("bbox")
-                        # Two boxes under one number: neither can be taken for the box of a row.
-                        self._boxes[key] = box if self._boxes.get(key, box) == box else None
+                    if "question_id" in raw and (box := raw.get("bbox")) is not None:
+                        key = (ref, raw["question_id"])
+                        if self._boxes.setdefault(key, box) != box:
+                            self._more_boxes.setdefault(key, []).append(box)
                 else:
                     ref = viscot_path(get_text(raw, "dataset"), get_text(raw, "image"))
                 self._sizes[ref] = get_size(raw)

@@ -22,7 +22,7 @@ _TEXT = BOX_SPACES["padded_square"]
 _HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
-_SPEAKERS = ("human", "gpt", "human", "gpt")
+_SPEAKERS = ["human", "gpt", "human", "gpt"]
 
 
 def parse_viscot(raw: Any, number: int, sizes: Sizes, boxes: bool = True) -> tuple[Sample]:
@@ -159,10 +159,10 @@ def number_of(sample: Sample, number: int) -> Any:
 
 def _untruncated(raw: dict[str, Any], ref: str, pixels: Corners, sizes: Sizes) -> Corners:
     """The box of this question in the detection file that sizes came from; the integers where there is none."""
-    given = sizes.box(ref, raw.get("question_id"))
-    if given is None:
+    given = [four_numbers(box, "bbox") for box in sizes.boxes(ref, raw.get("question_id"))]
+    if not given:
         return pixels
-    exact = four_numbers(given, "bbox")
+    exact = min(given, key=lambda box: _distance(box, pixels)) if len(given) > 1 else given[0]
     if _distance(exact, pixels) > 1:
         raise RowFault("disagree", f"the pixels {list(pixels)} are not those of the detection file, {list(exact)}")
     return exact
@@ -242,10 +242,9 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
     turns = raw.get("conversations")
     if not isinstance(turns, list) or len(turns) != 4:
         raise RowFault("unparseable", "'conversations' must hold four turns")
-    for turn, speaker in zip(turns, _SPEAKERS, strict=True):
-        if not isinstance(turn, dict) or turn.get("from") != speaker:
-            raise RowFault("unparseable", f"the turns must be from {', '.join(_SPEAKERS)}")
-    question, box_text, _, answer = (get_text(turn, "value") for turn in turns)
+    if [isinstance(turn, dict) and turn.get("from") for turn in turns] != _SPEAKERS:
+        raise RowFault("unparseable", f"the turns must be from {', '.join(_SPEAKERS)}")
+    question, box_text, _, answer = [get_text(turn, "value") for turn in turns]
     return bare_question(question), box_text, answer
 
 

@@ -22,6 +22,8 @@ from visrl.conversation import Completion, Sampling
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+# What a request says by itself: another value of these would be drawn by other rules than the records tell.
+OWN_FIELDS = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "n", "stream"}
 REST_S = 5.0  # how long a server that failed is asked only if no other is left
 
 Result = TypeVar("Result")
@@ -37,7 +39,8 @@ class Endpoint:
 
     `base_urls` are the servers' addresses up to `/v1`; requests go to the least busy one. The key is read from
     `api_key`, else from `OPENAI_API_KEY`. `timeout_s` bounds one attempt as a whole, not only its silence.
-    `extra_body` is merged into every request (`top_k`, `chat_template_kwargs` and other things of one server).
+    `extra_body` is added to every request (`top_k`, `chat_template_kwargs` and other things of one server); what a
+    request says by itself it may not say otherwise.
     """
 
     base_urls: tuple[str, ...]
@@ -55,6 +58,9 @@ class Endpoint:
             raise EndpointError("no base_url given; name at least one, like http://127.0.0.1:8000/v1")
         if self.concurrency < 1 or self.attempts < 1:
             raise EndpointError("concurrency and attempts must be at least 1")
+        own = sorted(OWN_FIELDS & set(self.extra_body))
+        if own:
+            raise EndpointError(f"extra_body may not hold {', '.join(own)}: every request sets that itself")
 
 
 @dataclass(frozen=True, slots=True)

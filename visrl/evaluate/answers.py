@@ -53,6 +53,8 @@ def answered(row: Mapping[str, Any]) -> Answered | None:
 def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> Rows:
     """The rows with the columns `judge` (our reading) and `judge_published`.
 
+    A question that the model itself left without an answer, for it wrote no box, scores 0 in both, as in every column.
+
     Raises:
         RecordError: a judgement is of another question, reference or answer than the row of its id.
     """
@@ -63,7 +65,9 @@ def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judg
         one = said.get((asked.dataset, asked.id)) if asked else None
         if asked and one and one.key != judgement_key(asked, one.judge):
             raise RecordError(f"the judgement of {one.id} is of another answer than the predictions hold; judge anew")
-        merged.append({**row, "judge": one.score if one else None, "judge_published": one.published if one else None})
+        unanswered = 0.0 if asked is None and row.get("unparseable") else None
+        ours, published = (one.score, one.published) if one else (unanswered, unanswered)
+        merged.append({**row, "judge": ours, "judge_published": published})
     return merged
 
 

@@ -60,7 +60,7 @@ def box_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int | Non
     `correct` and `accuracy_published` follow the published rule over all rows; `accuracy` is ours over the rows whose
     ground truth is a box (None where no row has one); `unparseable` counts under the published rule.
     """
-    correct = sum(row["hit_published"] for row in rows)
+    correct = sum(row["hit_published"] or 0 for row in rows)  # a failed question is a wrong one there
     ours = values_of(rows, "hit", "left_out")
     return {
         "n": len(rows),

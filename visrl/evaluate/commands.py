@@ -1,4 +1,4 @@
-"""The `visrl eval` commands that run no model: score, judge, agree, compare, leaderboard.
+"""`visrl eval CONFIG` runs a model over a benchmark; score, judge, agree, compare and leaderboard run none.
 
 Each prints what it read, what it left out and where the result lies. Heavy imports wait until a command runs.
 """
@@ -13,8 +13,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(no_args_is_help=True, help="Score prediction files and compare checkpoints without running a model.")
+
+class RunUnlessNamed(TyperGroup):
+    """`visrl eval CONFIG.yaml key=value` is `visrl eval run CONFIG.yaml key=value`: the verb's form everywhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and (Path(args[0]).suffix in (".yaml", ".yml") or "=" in args[0]):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RunUnlessNamed,
+    no_args_is_help=True,
+    help="Run a model over a benchmark (`visrl eval CONFIG.yaml key=value`), score, judge and compare.",
+)
 
 
 class ProtocolName(str, Enum):
@@ -29,6 +44,20 @@ Predictions = Annotated[Path, typer.Option(help="Prediction file, or a folder of
 Truth = Annotated[Path | None, typer.Option(help="The data set's own file (or the folder of them).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Out = Annotated[Path | None, typer.Option(help="Write the result rows here, for `visrl eval compare`.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file of flat `key: value` lines.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the file's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each data set.")] = None,
+) -> None:
+    """Ask a model every question of a benchmark and score what it says; `run` may be left out."""
+    from visrl.config import read_config, split_arguments
+    from visrl.evaluate.run import EvalConfig, evaluate
+
+    path, given = split_arguments(config, overrides)
+    evaluate(read_config(EvalConfig, path, [*given, *([f"limit={limit}"] if limit else [])]))
 
 
 @app.command()
@@ -65,7 +94,7 @@ def judge(
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
     from visrl.engines.client import Client, Endpoint, EndpointError
     from visrl.evaluate.answers import answered
-    from visrl.evaluate.judge import judge_all
+    from visrl.evaluate.judge import client_asker, judge_all
     from visrl.records import RecordError
 
     with _one_sentence():
@@ -73,9 +102,9 @@ def judge(
         asked = [one for one in map(answered, rows) if one is not None]
         client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
         try:
-            client.check()
+            ask_all = client_asker(client)
             with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
-                judged = judge_all(asked, client.ask_all, model, out, on_judgement=lambda _: bar.update(1))
+                judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
         except EndpointError as error:
             raise RecordError(str(error)) from error
         finally:

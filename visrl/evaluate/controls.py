@@ -1,7 +1,7 @@
-"""The control boxes that bound a score: random and centre, as Visual-CoT's scripts draw them, but with a seed.
+"""The boxes that bound a score when they take the place of the model's own: random, centre, true, the whole picture.
 
-They are drawn in the padded square, like the published ones. What lies in the padding is cut off, and a random box that
-lies there wholly is drawn again: nothing of the picture could be cropped from it.
+Two ways to draw random and centre ones: as Visual-CoT's scripts do (`published_control`), and with the size of the true
+box, so that only the place differs (`matched_control`). Both depend on a seed and the question alone.
 """
 
 from __future__ import annotations
@@ -9,19 +9,49 @@ from __future__ import annotations
 import random
 from typing import Literal
 
+import numpy as np
+
 from visrl.box import Box, BoxError, Size, clamp, padding
 from visrl.conversation import seed_of
+from visrl.records import Sample
 
 Control = Literal["random", "center"]
 
+WHOLE = Box(0, 0, 1, 1)
 _CENTER = (0.25, 0.25, 0.75, 0.75)
 
 
-def control_box(control: Control, size: Size, sample_id: str, seed: int = 0) -> Box:
-    """The control box of a question about a picture of `size`; the same for the same seed and sample.
+def matched_control(control: Control, sample: Sample, seed: int = 0) -> Box:
+    """A box of the true box's size: at a random place, or in the middle of the picture.
 
-    "random" has its middle anywhere in the padded square and half-sides uniform between 0 and half of it, cut off at
-    the edges; "center" is the middle half of each axis.
+    Raises:
+        BoxError: the sample has no true box.
+    """
+    width, height = true_box(sample).width, true_box(sample).height
+    if control == "center":
+        return Box(0.5 - width / 2, 0.5 - height / 2, 0.5 + width / 2, 0.5 + height / 2)
+    rng = np.random.default_rng(seed_of(seed, sample.id, "control"))
+    x, y = rng.random() * (1 - width), rng.random() * (1 - height)
+    return Box(x, y, x + width, y + height)
+
+
+def true_box(sample: Sample) -> Box:
+    """The true box of a sample.
+
+    Raises:
+        BoxError: it has none.
+    """
+    if sample.box is None:
+        raise BoxError("no_box", f"question {sample.id} has no true box, which this control needs")
+    return sample.box
+
+
+def published_control(control: Control, size: Size, sample_id: str, seed: int = 0) -> Box:
+    """The control box of a question about a picture of `size`, as Visual-CoT's scripts draw it, but with a seed.
+
+    It is drawn in the padded square. "random" has its middle anywhere there and half-sides uniform between 0 and half
+    of it, cut off at the edges; "center" is the middle half of each axis. What lies in the padding is cut off, and a
+    random box that lies there wholly is drawn again: nothing of the picture could be cropped from it.
 
     Raises:
         BoxError: the picture is so thin that its centre box is empty.

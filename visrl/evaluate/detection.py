@@ -64,6 +64,17 @@ def judge_lmms(predicted: Sequence[float], truth: Sequence[float], text: str | N
     return _detection(None if unparseable and text is None else said, truth, (1, 1), CODECS[codec], hit, unparseable)
 
 
+def published_hit(text: str | None, truth: Sequence[float], size: Size) -> bool:
+    """Whether one predicted box is right under the published rule; text and truth as in `judge_boxes`."""
+    return judge_boxes([text], [truth], [size])[0].hit_published
+
+
+def truth_box(corners: Sequence[float], size: Size) -> Box | None:
+    """The ground truth as a box, or None where its pixels are inverted, empty or outside a picture of `size`."""
+    rounded = [round(value, _PIXEL_DECIMALS) for value in corners]
+    return None if corner_fault(rounded, size) else Box.from_pixels(rounded, size)
+
+
 def is_hit(overlap: float) -> bool:
     """Whether an IoU in double precision is above one half by more than floating point alone can make it."""
     return overlap > THRESHOLD + _NOISE
@@ -135,9 +146,8 @@ def read_box(text: str | None, size: Size, codec: Codec) -> Box | None:
 def _detection(
     text: str | None, truth: Sequence[float], size: Size, codec: Codec, hit_published: bool, unparseable: bool
 ) -> Detection:
-    box = read_box(text, size, codec)
-    corners = [round(value, _PIXEL_DECIMALS) for value in truth]
-    if corner_fault(corners, size) is not None:
+    box, true_box = read_box(text, size, codec), truth_box(truth, size)
+    if true_box is None:
         return Detection(box, None, None, hit_published, unparseable, bad_truth=True)
-    overlap = 0.0 if box is None else iou(box, Box.from_pixels(corners, size))
+    overlap = 0.0 if box is None else iou(box, true_box)
     return Detection(box, overlap, is_hit(overlap), hit_published, unparseable, bad_truth=False)

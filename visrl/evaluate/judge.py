@@ -1,8 +1,8 @@
 """Judging answers with a language model: the published prompt, its reading to the letter, and ours beside it.
 
-The judge is anything that answers `Ask`s: `engines.client.Client.ask_all` for an endpoint, `engine_asker` for a model
-in this process. A judge that fails or cannot be understood leaves a record without a score, never a 0; what the
-published scorer would have made of it stands beside it. Knows nothing of data sets or of averages.
+The judge is anything that answers `Ask`s: `client_asker` for an endpoint, `engine_asker` for a model in this process.
+A judge that fails or cannot be understood leaves a record without a score, never a 0; what the published scorer would
+have made of it stands beside it. Knows nothing of data sets or of averages.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, write_records
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
-    from visrl.engines.client import Ask
+    from visrl.engines.client import Ask, Client
 
 JUDGE_TOKENS = 256  # room for a judge that explains itself; the published scorer sets no limit
 
@@ -188,22 +188,46 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
             ) from error
 
 
+def client_asker(client: Client) -> AskAll:
+    """The judge behind a client's servers, once they answer and serve it.
+
+    The published prompt keeps the `<image>` mark of the question, and so it goes out; our own server, which takes such
+    a mark for a forged picture, is asked without it.
+
+    Raises:
+        EndpointError: a server that does not answer or serves another model.
+    """
+    from visrl.engines.endpoint import OWNER
+
+    if client.check() != {OWNER}:
+        return client.ask_all
+
+    def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:
+        return client.ask_all((replace(ask, messages=_without_marks(ask)) for ask in asks), on_reply)
+
+    return ask_all
+
+
 def engine_asker(engine: Engine) -> AskAll:
     """A model in this process as the judge. The `<image>` mark of the question goes: no picture is shown with it."""
 
     def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:
         replies = []
         for index, ask in enumerate(asks):
-            messages = tuple(
-                Message(message["role"], message["content"].replace(f"{IMAGE}\n", "").replace(IMAGE, ""))
-                for message in ask.messages
-            )
+            messages = tuple(Message(message["role"], message["content"]) for message in _without_marks(ask))
             replies.append(engine.complete([Conversation(messages)], ask.sampling, [[0]])[0][0])
             if on_reply is not None:
                 on_reply(index, replies[-1])
         return replies
 
     return ask_all
+
+
+def _without_marks(ask: Ask) -> list[dict[str, Any]]:
+    return [
+        message | {"content": message["content"].replace(f"{IMAGE}\n", "").replace(IMAGE, "")}
+        for message in ask.messages
+    ]
 
 
 def _judgement(answered: Answered, judge: str, key: str, completion: Completion) -> Judgement:

@@ -1,4 +1,7 @@
-"""Greedy rollouts over samples, scored by exact answers and true boxes: own box and the controls that bound it."""
+"""Greedy rollouts over questions: a model's own box and the controls that bound it, under any protocol.
+
+What is drawn here is scored in results.py; the demo and training curves score it at once (`evaluate_samples`).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,96 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from visrl.box import Box, CropRule, iou
-from visrl.conversation import seed_of
+from visrl.box import Box, BoxError, CropRule, iou
+from visrl.conversation import Conversation, Sampling, View, open_view
+from visrl.evaluate.controls import WHOLE, matched_control, published_control, true_box
 from visrl.evaluate.metrics import exact_match
-from visrl.evolve.rollout import Look, Policy, greedy_looks
-from visrl.records import Sample
+from visrl.evolve.rollout import Look, Policy, answer_all, look_at
+from visrl.images import ImageError
+from visrl.protocols import VISRL, LookProtocol, plain_conversation
+from visrl.records import Picture, Sample
 
-Mode = Literal["own", "no_crop", "random", "center", "truth"]
+# "no_box" is one turn of picture and question; "no_crop" is the second step, shown the whole picture for a crop.
+Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+CROP_MODES: tuple[Mode, ...] = ("own", "no_crop", "random", "center", "truth")
 BATCH = 64
 
 EvalRow = dict[str, Any]
+
+
+def greedy_looks(
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    mode: Mode = "own",
+    protocol: LookProtocol = VISRL,
+    crop_rule: CropRule = "exact",
+    root: str | Path | None = None,
+    seed: int = 0,
+) -> list[Look | ImageError]:
+    """Both steps at temperature 0, in the order of `samples`; a picture that cannot be opened is its error.
+
+    A control's box takes the place of step 1; where there can be none, the look holds the error.
+    """
+    opened = [_open(sample, root) for sample in samples]
+    pairs = [(s, whole) for s, whole in zip(samples, opened, strict=True) if isinstance(whole, View)]
+    if mode == "own":
+        talks = [protocol.focus(sample.question, whole) for sample, whole in pairs]
+        texts = _greedy(policy, talks, protocol.box_tokens)
+        looks = [look_at(policy, s.question, w, text) for (s, w), text in zip(pairs, texts, strict=True)]
+    elif mode == "no_box":
+        looks = [Look(sample.question, whole, "", None) for sample, whole in pairs]
+        talks = [plain_conversation(look.question, look.whole) for look in looks]
+        for look, completion in zip(looks, _greedy(policy, talks, protocol.answer_tokens), strict=True):
+            look.answer = completion.text
+            look.error = f"engine: {completion.error}" if completion.error else None
+    else:
+        looks = [_control_look(policy, sample, whole, mode, protocol, seed) for sample, whole in pairs]
+    if protocol.answer is not None and mode != "no_box":
+        answer_all(policy, looks, Sampling(max_tokens=protocol.answer_tokens), crop_rule, protocol)
+    done = iter(looks)
+    return [next(done) if isinstance(whole, View) else whole for whole in opened]
+
+
+def _greedy(policy: Policy, talks: Sequence[Conversation], tokens: int) -> list[Any]:
+    return [drawn[0] for drawn in policy.complete(talks, Sampling(max_tokens=tokens), [[0]] * len(talks))]
+
+
+def _open(sample: Sample, root: str | Path | None) -> View | ImageError:
+    try:
+        return open_view(Picture(sample.image, size=sample.size), root)
+    except ImageError as error:
+        return error
+
+
+def _control_look(policy: Policy, sample: Sample, whole: View, mode: Mode, protocol: LookProtocol, seed: int) -> Look:
+    """A look with the control's box in place of the model's, its text written as the model would write it."""
+    try:
+        box = control_box(sample, whole, mode, protocol, seed)
+        text = policy.codec.format(box, whole.size, policy.processed_size(whole.size))
+    except BoxError as error:
+        return Look(sample.question, whole, "", None, f"control: {error}")
+    return Look(sample.question, whole, text, box)
+
+
+def control_box(sample: Sample, whole: View, mode: Mode, protocol: LookProtocol = VISRL, seed: int = 0) -> Box:
+    """The box of a control mode: published ones are drawn as Visual-CoT does, ours have the true box's size.
+
+    Raises:
+        BoxError: the control needs a true box, and the sample has none.
+    """
+    if mode == "truth":
+        return true_box(sample)
+    if mode == "random" or mode == "center":
+        if protocol is VISRL:
+            return matched_control(mode, sample, seed)
+        return published_control(mode, whole.size, f"{sample.source}/{sample.id}", seed)
+    assert mode == "no_crop", mode
+    return WHOLE
+
+
+# --- Scored at once: drawn scenes, and what a training run watches ---------------------------------------------------
 
 
 def evaluate_samples(
@@ -34,39 +116,15 @@ def evaluate_samples(
     rows: list[EvalRow] = []
     for start in range(0, len(samples), BATCH):
         part = samples[start : start + BATCH]
-        boxes = None if mode == "own" else [control_box(sample, mode, seed) for sample in part]
-        looks = greedy_looks(policy, part, boxes=boxes, root=root, crop_rule=crop_rule)
+        looks = greedy_looks(policy, part, mode=mode, root=root, crop_rule=crop_rule, seed=seed)
         rows += [eval_row(sample, look, mode) for sample, look in zip(part, looks, strict=True)]
     return rows
 
 
-def control_box(sample: Sample, mode: Mode, seed: int = 0) -> Box:
-    """The box that a control gives in place of the model's own.
-
-    "truth" is the true box; "random" has its size at a random place, "center" its size in the middle of the picture;
-    "no_crop" is the whole picture, shown again at the size of a crop.
-
-    Raises:
-        ValueError: the sample has no true box.
-    """
-    if mode == "no_crop":
-        return Box(0, 0, 1, 1)
-    if sample.box is None:
-        raise ValueError(f"sample {sample.id} has no true box, which the control {mode!r} needs")
-    if mode == "truth":
-        return sample.box
-    width, height = sample.box.width, sample.box.height
-    if mode == "center":
-        return Box(0.5 - width / 2, 0.5 - height / 2, 0.5 + width / 2, 0.5 + height / 2)
-    rng = np.random.default_rng(seed_of(seed, sample.id, "control"))
-    x, y = rng.random() * (1 - width), rng.random() * (1 - height)
-    return Box(x, y, x + width, y + height)
-
-
-def eval_row(sample: Sample, look: Look, mode: Mode) -> EvalRow:
+def eval_row(sample: Sample, look: Look | ImageError, mode: Mode) -> EvalRow:
     """The record of one question: a look without a box counts IoU 0 and a wrong answer, with its error kept."""
-    correct = look.answer is not None and exact_match(look.answer, [sample.answer]) == 1.0
-    overlap = iou(look.box, sample.box) if look.box and sample.box else (0.0 if sample.box else None)
+    found = None if isinstance(look, ImageError) else look
+    box, answer = (found.box, found.answer) if found else (None, None)
     return {
         "id": sample.id,
         "kind": sample.source.removeprefix("scenes-"),
@@ -75,12 +133,12 @@ def eval_row(sample: Sample, look: Look, mode: Mode) -> EvalRow:
         "answer": sample.answer,
         "image": sample.image,
         "true_box": sample.box.as_list() if sample.box else None,
-        "box": look.box.as_list() if look.box else None,
-        "box_text": look.text,
-        "prediction": look.answer,
-        "correct": correct,
-        "iou": overlap,
-        "error": look.error,
+        "box": box.as_list() if box else None,
+        "box_text": found.text if found else "",
+        "prediction": answer,
+        "correct": answer is not None and exact_match(answer, [sample.answer]) == 1.0,
+        "iou": iou(box, sample.box) if box and sample.box else (0.0 if sample.box else None),
+        "error": found.error if found else f"picture: {look}",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from visrl.evaluate.results import READINGS
+from visrl.evaluate.results import ANSWER_COLUMNS, BOX_COLUMNS, READINGS
 
 HEADINGS = {"counted": "failures counted 0", "left_out": "failures left out"}
 
@@ -22,16 +22,42 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
-    """The lines of `results.summarise`: counts, then a table per column over all data sets and each."""
+    """The lines of `results.summarise`: counts, then tables of all data sets and their mean.
+
+    Columns of answers and of boxes stand side by side; one whose two readings differ has a table of its own.
+    """
     counts = [f"{summary['n']:,} questions", f"{summary['failed']} failed"]
     counts += [f"{summary[name]} {what}" for name, what in _NOTES.items() if summary[name]]
     lines = [", ".join(counts)]
-    for column, entry in summary["columns"].items():
-        named = [(name, dataset["columns"].get(column)) for name, dataset in summary["datasets"].items()]
-        rows = [] if len(named) == 1 else [_summary_row(name, cells) for name, cells in named if cells]
-        rows.append(_summary_row("mean" if len(named) > 1 else named[0][0] or "all", entry))
+    differing = [column for column in summary["columns"] if _differs(summary, column)]
+    for family in (ANSWER_COLUMNS, BOX_COLUMNS):
+        columns = [column for column in summary["columns"] if column in family and column not in differing]
+        if columns:
+            rows = [
+                [name, str(entry["n"]), *(percent(_counted(entry, column)) for column in columns)]
+                for name, entry in _lines_of(summary)
+            ]
+            lines += ["", *table(["", "n", *columns], rows)]
+    for column in differing:
+        rows = [_summary_row(name, entry["columns"][column]) for name, entry in _lines_of(summary)
+                if column in entry["columns"]]  # fmt: skip
         lines += ["", *table([column, *(HEADINGS[reading] for reading in READINGS), "unread"], rows)]
     return lines
+
+
+def _lines_of(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every data set by its name, and their mean; one data set is its own mean."""
+    named = list(summary["datasets"].items())
+    return [(named[0][0] or "all", summary)] if len(named) == 1 else [*named, ("mean", summary)]
+
+
+def _differs(summary: Mapping[str, Any], column: str) -> bool:
+    entries = [entry["columns"].get(column) for _, entry in _lines_of(summary)]
+    return any(entry and entry["counted"] != entry["left_out"] for entry in entries)
+
+
+def _counted(entry: Mapping[str, Any], column: str) -> Mapping[str, float] | None:
+    return entry["columns"][column]["counted"] if column in entry["columns"] else None
 
 
 def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> list[str]:
@@ -51,7 +77,7 @@ def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> lis
     return lines
 
 
-_NOTES = {"unparseable": "boxes the published rule cannot parse", "bad_truth": "with a ground truth that is no box"}
+_NOTES = {"unparseable": "box texts that hold no box", "bad_truth": "with a ground truth that is no box"}
 
 
 def percent(entry: Mapping[str, float] | None) -> str:

@@ -1,21 +1,30 @@
 """Critics: one score for the box, one for the answer, each in [0, 1] or None where none could be read.
 
 A critic sees the question, the picture, the crop window, the reference answer and the answer; never a true box. The
-oracle for drawn scenes knows what is drawn and judges exactly; model critics follow the same interface.
+oracle for drawn scenes knows what is drawn and judges exactly; for everything else a model is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from visrl.box import Box, CropRule, Size, crop_window
+from visrl.conversation import Conversation, Engine, Message, Sampling, View, crop_view, open_view, seed_of
 from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
+from visrl.evaluate.judge import read_score
 from visrl.evaluate.metrics import exact_match
-from visrl.records import RecordError, Sample, Trajectory, Verdict
+from visrl.prompts import IMAGE, critic_answer_prompt, critic_box_prompt
+from visrl.records import Picture, RecordError, Sample, Trajectory, Verdict
 
 ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole picture it has 3.5)
 LEGIBLE_HEIGHT = 16.0  # px from which on it counts as fully legible
+MAX_REPLY_TOKENS = 64  # of a model critic: room for the JSON and a few words
+RETRY_TEMPERATURE = 0.7  # a greedy reply that cannot be read would come again
 
 
 class Critic(Protocol):
@@ -75,3 +84,135 @@ def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
     width = min(part[2], window[2]) - max(part[0], window[0])
     height = min(part[3], window[3]) - max(part[1], window[1])
     return max(0.0, width) * max(0.0, height) / ((part[2] - part[0]) * (part[3] - part[1]))
+
+
+# --- Models as critics ------------------------------------------------------------------------------------------------
+
+Key = tuple[str, ...]  # what is judged: the same crop or answer of the same question is asked about once a batch
+
+
+@dataclass(slots=True)
+class Opinion:
+    """What a critic replied about one thing, try after try; `score` is None while no reply could be read."""
+
+    replies: list[str] = field(default_factory=list)
+    score: float | None = None
+    error: str | None = None  # the engine gave no text
+
+
+class ModelCritic:
+    """A model that scores the box by its crop, and the answer by the whole picture, both against the reference answer.
+
+    The paper's critic is the original base model. It is asked greedily first, and again with sampling, up to
+    `attempts` times in all, while its reply cannot be read (`visrl.evaluate.judge.read_score`).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        crop_rule: CropRule = "exact",
+        root: str | Path | None = None,
+        attempts: int = 3,
+        score_boxes: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.engine = engine
+        self.name = f"model:{engine.name}"
+        self.crop_rule: CropRule = crop_rule
+        self.root = root
+        self.attempts = attempts
+        self.score_boxes = score_boxes
+        self.seed = seed
+
+    def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        wholes: dict[str, View] = {}
+        talks: dict[Key, Conversation] = {}
+        for sample, trajectory in zip(samples, trajectories, strict=True):
+            if trajectory.box is None or trajectory.answer is None:
+                continue
+            if sample.image not in wholes:
+                wholes[sample.image] = open_view(Picture(sample.image, size=sample.size), self.root)
+            whole = wholes[sample.image]
+            box, answer = _keys(sample, trajectory.box, trajectory.answer)
+            if self.score_boxes and box not in talks:
+                part = crop_view(whole, Picture(sample.image, trajectory.box), self.crop_rule)
+                talks[box] = _about(critic_box_prompt(sample.question, sample.answer), part)
+            if answer not in talks:
+                # What a policy wrote may hold anything, the mark of a picture too.
+                said = trajectory.answer.replace(IMAGE, "")
+                asked = critic_answer_prompt(sample.question, sample.answer, said)
+                talks[answer] = _about(asked, whole)
+        opinions = self._ask(talks)
+        return [self._verdict(*pair, opinions) for pair in zip(samples, trajectories, strict=True)]
+
+    def _ask(self, talks: dict[Key, Conversation]) -> dict[Key, Opinion]:
+        opinions = {key: Opinion() for key in talks}
+        waiting = list(talks)
+        for attempt in range(self.attempts):
+            sampling = Sampling(RETRY_TEMPERATURE if attempt else 0.0, max_tokens=MAX_REPLY_TOKENS)
+            seeds = [[seed_of(self.seed, *key, "critic", attempt)] for key in waiting]
+            completions = self.engine.complete([talks[key] for key in waiting], sampling, seeds)
+            for key, (completion,) in zip(waiting, completions, strict=True):
+                opinion = opinions[key]
+                if completion.text is None:
+                    opinion.error = completion.error or "no text"
+                else:
+                    opinion.replies.append(completion.text)
+                    opinion.score = read_score(completion.text)
+            # An engine that failed has had its own retries.
+            waiting = [key for key in waiting if opinions[key].score is None and opinions[key].error is None]
+            if not waiting:
+                break
+        return opinions
+
+    def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[Key, Opinion]) -> Verdict:
+        key = (trajectory.sample_id, trajectory.round, trajectory.branch)
+        if trajectory.box is None or trajectory.answer is None:
+            return Verdict(*key, None, None, trajectory.error or "nothing to judge")
+        box_key, answer_key = _keys(sample, trajectory.box, trajectory.answer)
+        box, answer = opinions.get(box_key), opinions[answer_key]
+        raw = {"box": box and _told(box), "answer": _told(answer)}
+        return Verdict(*key, box.score if box else None, answer.score, json.dumps(raw, ensure_ascii=False))
+
+
+def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
+    """What became of the critic's work on some trajectories: scores read, unread and failed, and second askings.
+
+    "not judged" counts trajectories without a box or an answer.
+    """
+    counts: Counter[str] = Counter()
+    for verdict in verdicts:
+        scores = {"box": verdict.box_score, "answer": verdict.answer_score}
+        told = _read_raw(verdict.raw)
+        if told is None:
+            counts["judged" if verdict.answer_score is not None else "not judged"] += 1
+            continue
+        counts["judged"] += 1
+        for what, opinion in told.items():
+            if opinion is None:
+                continue
+            if opinion["error"] is not None:
+                counts[f"failed {what} score"] += 1
+            elif scores[what] is None:
+                counts[f"unread {what} score"] += 1
+            counts["asked again"] += max(0, len(opinion["replies"]) - 1)
+    return +counts
+
+
+def _told(opinion: Opinion) -> dict[str, object]:
+    return {"replies": opinion.replies, "error": opinion.error}
+
+
+def _read_raw(raw: str) -> dict[str, dict[str, list[str]] | None] | None:
+    """What a model critic wrote into a verdict, or None where another critic wrote it."""
+    return json.loads(raw) if raw.startswith('{"box": ') else None
+
+
+def _keys(sample: Sample, box: Box, answer: str) -> tuple[Key, Key]:
+    corners = ",".join(f"{value:.6f}" for value in box.as_list())
+    return (sample.id, "box", corners), (sample.id, "answer", answer)
+
+
+def _about(prompt: str, view: View) -> Conversation:
+    return Conversation((Message("user", prompt),), (view,))

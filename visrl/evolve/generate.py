@@ -3,134 +3,294 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, BinaryIO
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
-from visrl.config import Config
-from visrl.manifest import claim_folder, hash_files, write_manifest
-from visrl.records import Journal, Record, Sample, Trajectory, Verdict, read_records
+from visrl.engines.choose import NOT_IDENTITY, EngineConfig, Players, critic_name, players
+from visrl.evolve.critic import count_verdicts
+from visrl.evolve.diversity import TRIGGER
+from visrl.evolve.rollout import RolloutSettings, roll_out
+from visrl.manifest import claim_folder, hash_files, hash_weights, read_manifest, write_manifest
+from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 
-Critics = Literal["oracle"]
+TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 
 
-class GenerateConfig(Config):
-    """What `visrl generate` takes."""
+def _valid_shard(text: str) -> str:
+    parse_shard(text)
+    return text
 
-    model_name_or_path: str
-    adapter_name_or_path: str | None = None
-    dataset: str
+
+class SamplingConfig(EngineConfig):
+    """The keys of Algorithm 1's sampling, beside those of its engines."""
+
     image_root: str | None = None
-    output_dir: Path
-    critic: Critics = "oracle"
-    rounds: int = Field(5, ge=1)  # N of Algorithm 1
-    temperature: float = Field(1.0, ge=0)  # the released code samples at 2; see docs/LOG.md for what was tried
+    rounds: int = Field(5, ge=1)
+    """N of Algorithm 1; a round is two boxes. The released code uses 3."""
+    temperature: float = Field(1.0, ge=0)
+    """The paper names none and the released code samples at 2; docs/EVOLVE.md says what was tried."""
     top_p: float = Field(1.0, gt=0, le=1)
     diversity: bool = True
-    trigger: float = Field(0.2, ge=0, le=1)  # T
+    trigger: float = Field(TRIGGER, ge=0, le=1)
+    """T: from this IoU on, the second box of a round is replaced. The released code replaces above 0.05."""
     crop_rule: CropRule | None = None
-    batch_size: int = Field(64, ge=1)  # questions in one batch; part of what makes a run repeatable
-    max_samples: int | None = None
+    """By default the checkpoint's own."""
+    batch_size: int = Field(64, ge=1)
+    """Questions in one batch: what a kill loses at most, and part of what makes a run repeat to the bit."""
     seed: int = 0
+
+
+class GenerateConfig(SamplingConfig):
+    """What `visrl generate` takes."""
+
+    dataset: str
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    max_samples: int | None = Field(None, ge=1)
+    shard: Annotated[str, AfterValidator(_valid_shard)] = "1/1"
+    """i/n: the i-th of n parts of the batches, for several machines; `--shard i/n` is the same."""
+    output_dir: Path
 
 
 def generate(config: GenerateConfig) -> Path:
     """Trajectories and verdicts of every sample; the folder with both files and the manifest.
 
-    Killed at any moment and started again, it goes on at the last whole batch and ends with the same files.
+    Killed at any moment and started again, it goes on at the last whole batch and ends with the same files. The files
+    of shards 1 to n, one after another, are those of the whole.
     """
-    from visrl.data.sources import read_samples
-    from visrl.engines.local import LocalEngine
-    from visrl.evolve.critic import SceneOracle
-    from visrl.evolve.rollout import RolloutSettings, roll_out
     from visrl.progress import progress
 
     started = time.time()
-    samples = read_samples(config.dataset)[: config.max_samples]
-    identity = {**config.model_dump(mode="json", exclude={"output_dir"}), "model": _weights(config.model_name_or_path)}
+    samples = questions_of(config)
+    identity = generation_identity(config, samples)
     if claim_folder(config.output_dir, identity):
         print(f"{config.output_dir} is already complete")
         return config.output_dir
-    policy = LocalEngine.load(config.model_name_or_path, adapter=config.adapter_name_or_path)
-    rule = config.crop_rule or policy.encoder.settings.crop_rule
-    settings = RolloutSettings(
+    parts = shard_of(batches(samples, config.batch_size), config.shard)
+    tried, judged = config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS
+    per_sample = 2 * config.rounds
+    kept, seen = (keep_whole_batches(path, parts, per_sample) for path in (tried, judged))
+    if kept:
+        print(f"going on after {kept} of {len(parts)} batches")
+    counts: Counter[str] = Counter()
+    with open_players(config, samples) as play, Journal(tried) as tries, Journal(judged) as verdicts:
+        settings = rollout_settings(config, play)
+        earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
+        for number, part in enumerate(progress(parts, "generate", unit="batch")):
+            rolled: Sequence[Trajectory]
+            if number < kept:
+                rolled = list(islice(earlier, len(part) * per_sample))
+                _check_same(tried, part, rolled, per_sample)
+            else:
+                rolled = roll_out(play.policy, part, settings, config.image_root)
+                tries.append(rolled)
+            if number < seen:
+                said = list(islice(earlier_verdicts, len(rolled)))
+            else:
+                by_id = {sample.id: sample for sample in part}
+                said = play.critic.judge([by_id[t.sample_id] for t in rolled], rolled)
+                verdicts.append(said)
+            counts.update(count_trajectories(rolled))
+            counts.update(count_verdicts(said))
+        facts = {
+            "questions": sum(map(len, parts)),
+            "trajectories": counts["sampled"] + counts["random"],
+            "counts": dict(counts),
+            "crop_rule": play.crop_rule,
+            "critic": play.critic.name,
+            "requests": play.requests,
+            "prefilled_tokens": getattr(play.policy, "prefilled_tokens", None),
+            "seconds": round(time.time() - started, 1),
+            "seed": config.seed,
+        }
+    parents = {"model": identity["model"], "dataset": identity["data"]}
+    write_manifest(config.output_dir, verb="generate", config=identity, parents=parents, **facts)
+    print(f"{facts['questions']} questions, {facts['trajectories']} trajectories: {told(counts)} → {config.output_dir}")
+    for role, ended in play.requests.items():
+        print(f"requests to the {role}: {told(Counter(ended))}")
+    return config.output_dir
+
+
+def read_questions(
+    dataset: str,
+    *,
+    dataset_dir: str = "data",
+    skip: int = 0,
+    limit: int | None = None,
+    image_root: str | None = None,
+    with_box: bool = False,
+) -> list[Sample]:
+    """The samples of a data set (see `visrl.data.sources`), `skip` passed by and at most `limit` taken.
+
+    Raises:
+        RecordError: none, or two with one id: their trajectories could not be told apart.
+    """
+    from visrl.data.sources import read_samples
+
+    samples = read_samples(dataset, with_box=with_box, dataset_dir=dataset_dir, image_root=image_root)
+    chosen = samples[skip : None if limit is None else skip + limit]
+    if not chosen:
+        raise RecordError(f"{dataset} has {len(samples)} samples, and skip_samples={skip} leaves none")
+    twice = [name for name, count in Counter(sample.id for sample in chosen).items() if count > 1]
+    if twice:
+        raise RecordError(
+            f"{dataset}: {len(twice)} ids stand for several samples, {twice[0]!r} first; give each its own"
+        )
+    return chosen
+
+
+def questions_of(config: GenerateConfig, *, with_box: bool = False) -> list[Sample]:
+    """The samples that a config names, shards aside."""
+    return read_questions(
+        config.dataset,
+        dataset_dir=config.dataset_dir,
+        skip=config.skip_samples,
+        limit=config.max_samples,
+        image_root=config.image_root,
+        with_box=with_box,
+    )
+
+
+def open_players(config: GenerateConfig, samples: Sequence[Sample]) -> AbstractContextManager[Players]:
+    """The policy and critic of a generation, as a context."""
+    return players(config, samples, crop_rule=config.crop_rule, image_root=config.image_root, seed=config.seed)
+
+
+def rollout_settings(config: SamplingConfig, play: Players) -> RolloutSettings:
+    """How a config has trajectories drawn."""
+    return RolloutSettings(
         rounds=config.rounds,
         temperature=config.temperature,
         top_p=config.top_p,
         trigger=config.trigger,
         diversity=config.diversity,
-        crop_rule=rule,
+        crop_rule=play.crop_rule,
         seed=config.seed,
     )
-    critic = SceneOracle(lambda size: policy.processed_size(size, is_crop=True), rule)
-    tried, judged = config.output_dir / "trajectories.jsonl", config.output_dir / "verdicts.jsonl"
-    parts = [samples[start : start + config.batch_size] for start in range(0, len(samples), config.batch_size)]
-    per_sample = 2 * config.rounds
-    kept = resume_at_batch(Trajectory, tried, parts, per_sample)
-    seen = resume_at_batch(Verdict, judged, parts, per_sample)
-    counts: Counter[str] = Counter()
-    with Journal(tried) as tries, Journal(judged) as verdicts:
-        for number, part in enumerate(progress(parts, "generate", unit="batch")):
-            rolled: Sequence[Trajectory]
-            if number < len(kept):
-                rolled = kept[number]
-            else:
-                rolled = roll_out(policy, part, settings, config.image_root)
-                tries.append(rolled)
-            if number >= len(seen):
-                by_id = {sample.id: sample for sample in part}
-                verdicts.append(critic.judge([by_id[t.sample_id] for t in rolled], rolled))
-            counts.update(_counts(rolled))
-    facts = {
-        "questions": len(samples),
-        "trajectories": sum(counts[key] for key in ("sampled", "random")),
-        "counts": dict(counts),
-        "crop_rule": rule,
-        "prefilled_tokens": policy.prefilled_tokens,
-        "seconds": round(time.time() - started, 1),
-        "seed": config.seed,
+
+
+def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Everything that decides what a generation writes: two runs of one identity write the same files."""
+    critic = critic_name(config, samples)
+    return {
+        **config.model_dump(mode="json", exclude={"output_dir"} | NOT_IDENTITY),
+        "policy": "endpoint" if config.policy_url else "local",
+        "model": hash_weights(config.model_name_or_path),
+        "adapter": hash_weights(config.adapter_name_or_path) if config.adapter_name_or_path else None,
+        "critic": hash_weights(critic),
+        "data": hash_files(config.dataset) if Path(config.dataset).is_file() else config.dataset,
     }
-    parents = {"model": identity["model"]}
-    write_manifest(config.output_dir, verb="generate", config=identity, parents=parents, **facts)
-    print(f"{len(samples)} questions, {facts['trajectories']} trajectories: {_told(counts)} → {config.output_dir}")
-    return config.output_dir
 
 
-def resume_at_batch(
-    kind: type[Record], path: Path, parts: Sequence[Sequence[Sample]], per_sample: int
-) -> list[list[Record]]:
-    """The whole batches that `path` already holds; what a kill left of an unfinished one is cut off.
+# --- Batches and shards -----------------------------------------------------------------------------------------------
+
+
+def batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """Batches with fixed members: what is computed together never depends on when a run was stopped."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """i and n of "i/n", 1 ≤ i ≤ n.
 
     Raises:
-        RecordError: a whole line that is no record.
+        ValueError: it is not of this form.
+    """
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"a shard is i/n with i from 1 to n, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def shard_of(parts: list[Sequence[Sample]], shard: str) -> list[Sequence[Sample]]:
+    """The i-th of n runs of whole batches, as even as can be; one after another they are all of them."""
+    number, of = parse_shard(shard)
+    return parts[(number - 1) * len(parts) // of : number * len(parts) // of]
+
+
+def merge_shards(folders: Sequence[Path], out: Path) -> Path:
+    """The files of complete shards, given in their order, one after another in `out`, with their counts added up.
+
+    Raises:
+        RecordError: a shard that is not complete.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest is None:
+            raise RecordError(f"the shard {folder} is not complete")
+    found = [manifest for manifest in manifests if manifest is not None]
+    identity = {**found[0]["config"], "shard": "1/1", "shards": len(folders)}
+    if claim_folder(out, identity):
+        return out
+    for name in (TRAJECTORIES, VERDICTS):
+        with open(out / f"{name}.part", "wb") as whole:
+            for folder in folders:
+                with open(folder / name, "rb") as part:
+                    shutil.copyfileobj(part, whole)
+        os.replace(out / f"{name}.part", out / name)
+    counts: Counter[str] = Counter()
+    for manifest in found:
+        counts.update(manifest["counts"])
+    facts = {key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")}
+    same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
+    parents = found[0]["parents"]
+    write_manifest(out, verb="generate", config=identity, parents=parents, counts=dict(counts), **facts, **same)
+    print(f"{len(folders)} shards, {facts['questions']} questions: {told(counts)} → {out}")
+    return out
+
+
+def keep_whole_batches(path: Path, parts: Sequence[Sequence[Sample]], per_sample: int) -> int:
+    """How many whole batches of records `path` holds; what a kill left of an unfinished one is cut off.
+
+    Raises:
+        RecordError: more records than the batches have.
     """
     if not path.is_file():
-        return []
-    with Journal(path):
-        pass  # opening cuts an unfinished line
-    found = list(read_records(kind, path))
-    batches: list[list[Record]] = []
-    place = 0
-    for part in parts:
-        size = len(part) * per_sample
-        if place + size > len(found):
-            break
-        batches.append(found[place : place + size])
-        place += size
-    if place < len(found):
-        lines = path.read_bytes().splitlines(keepends=True)
-        rest = path.with_suffix(".part")
-        rest.write_bytes(b"".join(lines[:place]))
-        os.replace(rest, path)
-    return batches
+        return 0
+    sizes = [len(part) * per_sample for part in parts]
+    with open(path, "rb+") as lines:
+        whole = end = 0
+        for size in sizes:
+            ends = list(_line_ends(lines, size))
+            if len(ends) < size:
+                break
+            whole, end = whole + 1, ends[-1]
+        if whole == len(sizes) and lines.read(1):
+            raise RecordError(f"{path} holds more than {sum(sizes)} records; remove it or give another output folder")
+        lines.truncate(end)
+    return whole
 
 
-def _counts(trajectories: Iterable[Trajectory]) -> Counter[str]:
+def _line_ends(lines: BinaryIO, count: int) -> Iterator[int]:
+    """Where the next `count` whole lines of a file end."""
+    for _ in range(count):
+        if not lines.readline().endswith(b"\n"):
+            return
+        yield lines.tell()
+
+
+def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], per_sample: int) -> None:
+    wanted = [sample.id for sample in part for _ in range(per_sample)]
+    found = [trajectory.sample_id for trajectory in rolled]
+    if found != wanted:
+        raise RecordError(f"{path} holds trajectories of other questions; remove it or give another output folder")
+
+
+# --- Counts -----------------------------------------------------------------------------------------------------------
+
+
+def count_trajectories(trajectories: Iterable[Trajectory]) -> Counter[str]:
+    """How boxes came about ("sampled", "random"), and errors by kind."""
     counts: Counter[str] = Counter()
     for trajectory in trajectories:
         counts[trajectory.origin] += 1
@@ -139,56 +299,6 @@ def _counts(trajectories: Iterable[Trajectory]) -> Counter[str]:
     return counts
 
 
-def _told(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _weights(path: str) -> str:
-    folder = Path(path)
-    return hash_files(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else path
-
-
-class FilterConfig(Config):
-    """What `visrl filter` takes: a folder of `visrl generate`, and the rule."""
-
-    input_dir: Path
-    dataset: str
-    output_dir: Path
-    rule: Literal["paper", "released"] = "paper"
-    t_max: float = Field(0.8, ge=0, le=1)
-    t_min: float = Field(0.2, ge=0, le=1)
-    use_box_critic: bool = True
-    max_samples: int | None = None
-
-
-def filter_pairs(config: FilterConfig) -> dict[str, Any]:
-    """Preferences from a generated folder, with counts of what was dropped and why; the counts."""
-    from visrl.data.sources import read_samples
-    from visrl.evolve.pairs import FilterSettings, make_pairs
-    from visrl.records import write_records
-
-    identity = {
-        **config.model_dump(mode="json", exclude={"output_dir", "input_dir"}),
-        "input": hash_files(config.input_dir / "trajectories.jsonl", config.input_dir / "verdicts.jsonl"),
-    }
-    done = claim_folder(config.output_dir, identity)
-    samples = read_samples(config.dataset)[: config.max_samples]
-    settings = FilterSettings(config.t_max, config.t_min, config.rule, config.use_box_critic)
-    result = make_pairs(
-        samples,
-        read_records(Trajectory, config.input_dir / "trajectories.jsonl"),
-        read_records(Verdict, config.input_dir / "verdicts.jsonl"),
-        settings,
-    )
-    counts: dict[str, Any] = {
-        "questions": result.questions,
-        "kept": result.kept,
-        "dropped_by_reason": dict(sorted(result.dropped.items())),
-    }
-    if not done:
-        write_records(config.output_dir / "preferences.jsonl", result.preferences)
-        parents = {"input": identity["input"]}
-        write_manifest(config.output_dir, verb="filter", config=identity, parents=parents, counts=counts)
-    reasons = ", ".join(f"{count} {name}" for name, count in counts["dropped_by_reason"].items()) or "none dropped"
-    print(f"{result.kept} pairs of {result.questions} questions ({reasons}) → {config.output_dir}")
-    return counts
+def told(counts: Counter[str]) -> str:
+    """Counts in words, the largest first."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"

@@ -1,26 +1,75 @@
-"""`visrl demo`: the whole loop on drawn scenes with the embedded model, step by step, each step resumable.
+"""The loop of self-evolution, step by step, each step resumable: `visrl evolve`, and `visrl demo` on drawn scenes.
 
-SFT checkpoint → [generate → filter → stage 1 → merge → stage 2 → merge] × iterations → evaluation → report.
+start → [generate → filter → stage 1 → merge → stage 2 → merge] × iterations → evaluation → report.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import psutil
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from visrl.config import Config, ConfigError, build_config, read_yaml
-from visrl.manifest import claim_folder, hash_files, package_versions, read_manifest, write_manifest
+from visrl.engines.choose import NOT_IDENTITY, critic_name
+from visrl.evolve.clock import StepClock, peak_memory
+from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
+from visrl.evolve.generate import (
+    GenerateConfig,
+    SamplingConfig,
+    generate,
+    generation_identity,
+    merge_shards,
+    parse_shard,
+    questions_of,
+    read_questions,
+)
+from visrl.evolve.scores import evaluate_all, summarise, told_scores
+from visrl.manifest import claim_folder, hash_weights, is_complete, read_manifest, write_manifest
 
-TINY_RL = Path(__file__).parents[2] / "configs" / "tiny" / "train_rl.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
+SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
+
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class EvolveConfig(SamplingConfig, RuleConfig):
+    """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
+
+    `model_name_or_path` is the start, a warmed-up checkpoint; `policy_url` serves it in the first iteration only, so
+    name a `server` where later ones are to be served too.
+    """
+
+    dataset: Names
+    """The questions, without boxes: one data set, or one for each iteration."""
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    questions: int | None = Field(None, ge=1)
+    """Of one data set, each iteration takes the next so many; None: all of them each time."""
+    iterations: int = Field(1, ge=1)
+    shards: int = Field(1, ge=1)
+    """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
+    server: Literal["vllm"] | list[str] | None = None
+    """Starts and stops a server for each policy: vLLM, or a command in which {model}, {name} and {port} are put."""
+    server_args: list[str] = Field(default_factory=list)
+    server_start_s: float = Field(900.0, gt=0)
+    train_config: Path = CONFIGS / "train_rl.yaml"
+    """Of both stages; the keys below go over it."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    train_stage1: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
+    chosen_only: bool = False
+    """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    eval_dataset: str | None = None
+    """Held-out questions on which every checkpoint is scored; None: no evaluation."""
+    eval_samples: int | None = Field(None, ge=1)
+    controls: bool = True
+    output_dir: Path
 
 
 class DemoConfig(Config):
@@ -42,6 +91,30 @@ class DemoConfig(Config):
     train_stage1: dict[str, Any] = Field(default_factory=dict)
     train_stage2: dict[str, Any] = Field(default_factory=dict)
 
+    def evolution(self) -> EvolveConfig:
+        """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
+        from visrl.models.tiny import CHECKPOINT
+
+        firsts = [(self.seed * self.iterations + number) * self.questions for number in range(self.iterations)]
+        held_out = self.seed * self.test_questions
+        return EvolveConfig(
+            model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
+            dataset=tuple(f"scenes:preference@{self.tags}/{first}+{self.questions}" for first in firsts),
+            iterations=self.iterations,
+            rounds=self.rounds,
+            temperature=self.temperature,
+            train_config=TINY_RL,
+            train=self.train,
+            train_stage1=self.train_stage1,
+            train_stage2=self.train_stage2,
+            chosen_only=self.chosen_only,
+            export_dtype="float32",
+            eval_dataset=f"scenes:test@{self.tags}/{held_out}+{self.test_questions}",
+            controls=self.controls,
+            output_dir=self.output_dir,
+            seed=self.seed,
+        )
+
 
 def run_demo(config: DemoConfig) -> Path:
     """Run what is left of the demo; the path of its report.
@@ -52,50 +125,115 @@ def run_demo(config: DemoConfig) -> Path:
     """
     import torch
 
-    from visrl.models.tiny import CHECKPOINT
-
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = config.output_dir
-    start = Path(config.model_name_or_path) if config.model_name_or_path else CHECKPOINT
+    evolution = config.evolution()
+    start = Path(evolution.model_name_or_path)
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
-    claim_folder(run, {**identity, "model": hash_files(*sorted(start.glob("*.safetensors")))})
-    clock = StepClock(run / "seconds.json")
-    with peak_memory(run / "peak_rss.json"):
-        checkpoints = {"sft": start}
-        current = start
-        for iteration in range(config.iterations):
-            current = _iterate(config, iteration, current, checkpoints, clock)
-        _evaluate_all(config, checkpoints, clock)
-    summary = summarise(config, checkpoints, clock)
+    claim_folder(config.output_dir, {**identity, "model": hash_weights(start)})
+    return _run(evolution, "demo", shown=config.model_dump(mode="json"))
+
+
+def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: bool = False) -> Path | None:
+    """Run what is left of the iterations, once the plan has been printed; the path of the report.
+
+    With a `shard` i/n only that part of the next generation is made, and None returned.
+
+    Raises:
+        ManifestError: the output folder holds a run of another config.
+        ConfigError: keys that do not go together, or a data set that is too short.
+    """
+    if shard is not None and parse_shard(shard)[1] != config.shards:
+        raise ConfigError(f"--shard {shard}: the plan has shards={config.shards}")
+    if config.adapter_name_or_path:
+        raise ConfigError("adapter_name_or_path: iterations start from a merged model; merge it with `visrl export`")
+    print("\n".join(plan(config)), flush=True)
+    if plan_only:
+        return None
+    identity = config.model_dump(mode="json", exclude=NOT_IDENTITY | {"output_dir", "server_start_s"})
+    claim_folder(config.output_dir, {**identity, "model": hash_weights(config.model_name_or_path)})
+    if shard is not None:
+        _make_shard(config, shard)
+        return None
+    return _run(config, "evolve", shown=config.model_dump(mode="json"))
+
+
+def plan(config: EvolveConfig) -> list[str]:
+    """What a run will do, step by step, and what of it is done.
+
+    Raises:
+        ConfigError: a data set that is too short.
+    """
+    samples = questions_of(_generation(config, 0, config.model_name_or_path))
+    tries = 2 * config.rounds * len(samples)
+    critic = critic_name(config, samples)
+    asked = "" if critic == "oracle" else f", up to {(1 + config.use_box_critic) * tries} questions to the critic"
+    lines = [
+        f"start {config.model_name_or_path}; critic {critic}; {config.iterations} iterations → {config.output_dir}",
+        f"each: {len(samples)} questions × {config.rounds} rounds × 2 = {tries} tries{asked}; rule {config.rule!r}, "
+        f"box critic {_on(config.use_box_critic)}, diversity controller {_on(config.diversity)}",
+    ]
+    for number in range(config.iterations):
+        if number:
+            questions_of(_generation(config, number, config.model_name_or_path))
+        steps = ("generate", "filter", "stage1", "stage1-merged", "stage2", "stage2-merged")
+        folder = config.output_dir / f"iter{number}"
+        done = [step for step in steps if read_manifest(folder / step) is not None]
+        lines.append(f"iteration {number}: {' → '.join(steps)}" + (f" (done: {', '.join(done)})" if done else ""))
+    if config.eval_dataset:
+        lines.append(f"evaluation of every checkpoint on {config.eval_dataset}")
+    return lines
+
+
+def _run(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
     from visrl.report.page import write_report
 
+    run = config.output_dir
+    clock = StepClock(run / "seconds.json")
+    with peak_memory(run / "peak_rss.json"):
+        checkpoints = {"sft": config.model_name_or_path}
+        current = config.model_name_or_path
+        for iteration in range(config.iterations):
+            current = _iterate(config, iteration, current, checkpoints, clock)
+        if config.eval_dataset:
+            samples = read_questions(
+                config.eval_dataset, dataset_dir=config.dataset_dir, limit=config.eval_samples,
+                image_root=config.image_root, with_box=True,
+            )  # fmt: skip
+            evaluate_all(run, samples, checkpoints, controls=config.controls, clock=clock, image_root=config.image_root)
+    summary = summarise(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
+    parents = {"model": hash_weights(config.model_name_or_path)}
+    write_manifest(
+        run, verb=verb, config=shown, parents=parents, seconds=summary["seconds"], chain=_chain(run), last=current
+    )
     report = write_report(run)
-    print(_told(summary))
+    print(told_scores(summary))
+    print(f"last checkpoint: {current}")
     print(f"report: {report}")
     return report
 
 
-def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict[str, Path], clock: StepClock) -> Path:
-    """One iteration from `policy`; its merged stage-2 checkpoint."""
-    from visrl.evolve.generate import FilterConfig, GenerateConfig, filter_pairs, generate
+def _chain(run: Path) -> dict[str, Any]:
+    """What every step of the run was made from, by the hashes in its manifest."""
+    found = {}
+    for path in sorted(run.glob("iter*/*/manifest.json")):
+        manifest = read_manifest(path.parent) or {}
+        found[str(path.parent.relative_to(run))] = manifest.get("parents", {})
+    return found
 
+
+# --- One iteration ----------------------------------------------------------------------------------------------------
+
+
+def _iterate(config: EvolveConfig, iteration: int, policy: str, checkpoints: dict[str, str], clock: StepClock) -> str:
+    """One iteration from `policy`; its merged stage-2 checkpoint."""
     base = config.output_dir / f"iter{iteration}"
-    # Every iteration asks new questions; runs of different seeds do, too.
-    first = (config.seed * config.iterations + iteration) * config.questions
-    dataset = f"scenes:preference@{config.tags}/{first}+{config.questions}"
-    asked = GenerateConfig(
-        model_name_or_path=str(policy),
-        dataset=dataset,
-        output_dir=base / "generate",
-        rounds=config.rounds,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    clock.time(f"iter{iteration}/generate", lambda: generate(asked))
-    kept = FilterConfig(input_dir=base / "generate", dataset=dataset, output_dir=base / "filter")
+    asked = _generation(config, iteration, policy)
+    clock.time(f"iter{iteration}/generate", partial(_generate, config, asked))
+    rule = {key: getattr(config, key) for key in RuleConfig.model_fields}
+    kept = FilterConfig(input_dir=(base / "generate",), output_dir=base / "filter", **rule, **_source(asked))
     counts: dict[str, Any] = {}
     clock.time(f"iter{iteration}/filter", lambda: counts.update(filter_pairs(kept)))
     current = policy
@@ -105,184 +243,159 @@ def _iterate(config: DemoConfig, iteration: int, policy: Path, checkpoints: dict
             checkpoints[f"iter{iteration}-stage{stage}"] = current
             continue
         merged = base / f"stage{stage}-merged"
-        clock.time(
-            f"iter{iteration}/stage{stage}",
-            lambda stage=stage, current=current, merged=merged: _train_and_merge(config, base, stage, current, merged),  # type: ignore[misc]
-        )
-        checkpoints[f"iter{iteration}-stage{stage}"] = current = merged
+        clock.time(f"iter{iteration}/stage{stage}", partial(_train_and_merge, config, base, stage, current, merged))
+        checkpoints[f"iter{iteration}-stage{stage}"] = current = str(merged)
     return current
 
 
-def _train_and_merge(config: DemoConfig, base: Path, stage: int, policy: Path, merged: Path) -> None:
+def _generation(config: EvolveConfig, iteration: int, policy: str) -> GenerateConfig:
+    """The generation of an iteration.
+
+    Raises:
+        ConfigError: no questions are left for it.
+    """
+    values = {key: getattr(config, key) for key in SamplingConfig.model_fields}
+    if len(config.dataset) not in (1, config.iterations):
+        raise ConfigError(
+            f"dataset: {len(config.dataset)} data sets for {config.iterations} iterations; give one or all"
+        )
+    shared = len(config.dataset) == 1
+    skip = config.skip_samples + (config.questions or 0) * iteration if shared else config.skip_samples
+    values |= {
+        "model_name_or_path": policy,
+        "dataset": config.dataset[0] if shared else config.dataset[iteration],
+        "dataset_dir": config.dataset_dir,
+        "skip_samples": skip,
+        "max_samples": config.questions,
+        "output_dir": config.output_dir / f"iter{iteration}" / "generate",
+    }
+    if iteration and not config.server:
+        values["policy_url"] = ()
+    return GenerateConfig(**values)
+
+
+def _source(asked: GenerateConfig) -> dict[str, Any]:
+    keys = ("dataset", "dataset_dir", "skip_samples", "max_samples", "image_root")
+    return {key: getattr(asked, key) for key in keys}
+
+
+def _generate(config: EvolveConfig, asked: GenerateConfig) -> None:
+    """Generate, behind a server of the policy where one is configured; in shards, what other machines left."""
+    if config.shards == 1:
+        _generate_served(config, asked)
+        return
+    parts = [_shard_of(asked, number, config.shards) for number in range(1, config.shards + 1)]
+    for part in parts:
+        _generate_served(config, part)
+    merge_shards([part.output_dir for part in parts], asked.output_dir)
+
+
+def _make_shard(config: EvolveConfig, shard: str) -> None:
+    """This machine's shard of the first iteration whose generation is not complete."""
+    policy = config.model_name_or_path
+    for iteration in range(config.iterations):
+        base = config.output_dir / f"iter{iteration}"
+        if read_manifest(base / "generate") is None:
+            number, of = parse_shard(shard)
+            _generate_served(config, _shard_of(_generation(config, iteration, policy), number, of))
+            print(f"shard {shard} of iteration {iteration} is made; without --shard the run goes on once all are")
+            return
+        policy = _policy_after(base, policy)
+    print("every generation is complete")
+
+
+def _policy_after(base: Path, policy: str) -> str:
+    """The policy that a finished iteration leaves: merged stage 2, or `policy` where no pair was kept.
+
+    Raises:
+        ConfigError: it is not finished.
+    """
+    filtered = read_manifest(base / "filter")
+    if filtered and not filtered["counts"]["kept"]:
+        return policy
+    if read_manifest(base / "stage2-merged") is None:
+        raise ConfigError(f"{base} is generated and not trained yet; go on without --shard first")
+    return str(base / "stage2-merged")
+
+
+def _shard_of(asked: GenerateConfig, number: int, of: int) -> GenerateConfig:
+    folder = asked.output_dir.with_name(f"generate-{number}-of-{of}")
+    return asked.model_copy(update={"shard": f"{number}/{of}", "output_dir": folder})
+
+
+def _generate_served(config: EvolveConfig, asked: GenerateConfig) -> None:
+    served = {"policy_url": ("http://127.0.0.1:0/v1",), "policy_served_name": SERVED_NAME}
+    asked = asked.model_copy(update=served) if config.server else asked
+    if not config.server or is_complete(asked.output_dir, generation_identity(asked, questions_of(asked))):
+        generate(asked)
+        return
+    with _served_policy(config, asked) as url:
+        generate(asked.model_copy(update={"policy_url": (url,)}))
+
+
+@contextmanager
+def _served_policy(config: EvolveConfig, asked: GenerateConfig) -> Iterator[str]:
+    """The address of the policy behind a server of our own starting, healthy, and stopped at the end."""
+    from visrl.engines.process import free_port, served
+
+    port = free_port()
+    command = server_command(config, asked.model_name_or_path, port)
+    print(f"starting {' '.join(command)}", flush=True)
+    with served(command, port, SERVED_NAME, asked.output_dir / "server.log", config.server_start_s) as url:
+        yield url
+
+
+def server_command(config: EvolveConfig, model: str, port: int) -> list[str]:
+    """The command line that serves `model` under the name "policy" on a local port."""
+    if config.server == "vllm":
+        from visrl.models.settings import ModelSettings
+        from visrl.serve.commands import ServeConfig
+        from visrl.serve.upstream import vllm_command
+
+        settings = ModelSettings.load(model).with_given(image_max_pixels=config.image_max_pixels)
+        serve = ServeConfig(
+            model_name_or_path=model, vllm_model=SERVED_NAME, max_images=2, vllm_args=config.server_args,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
+        return vllm_command(serve, settings, port)
+    assert config.server is not None
+    filled = {"{model}": model, "{name}": SERVED_NAME, "{port}": str(port)}
+    words = [*config.server, *config.server_args]
+    for mark, value in filled.items():
+        words = [word.replace(mark, value) for word in words]
+    return words
+
+
+def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, merged: Path) -> None:
     from visrl.train.config import TrainConfig
     from visrl.train.export import ExportConfig, export
     from visrl.train.run import train
 
     values = {
-        **read_yaml(TINY_RL),
+        **read_yaml(config.train_config),
         **config.train,
         **(config.train_stage1 if stage == 1 else config.train_stage2),
-        "model_name_or_path": str(policy),
+        "model_name_or_path": policy,
         "dataset": str(base / "filter" / "preferences.jsonl"),
         "output_dir": str(base / f"stage{stage}"),
         "rl_stage": stage,
         "seed": config.seed,
     }
+    if config.image_root:
+        values["image_root"] = config.image_root
     if config.chosen_only:
         values["pref_loss"] = "sft"
         values["pref_ftx"] = 0.0
-    train(build_config(TrainConfig, values, where=str(TINY_RL)))
-    adapter = str(base / f"stage{stage}")
+    train(build_config(TrainConfig, values, where=str(config.train_config)))
     export(
         ExportConfig(
-            model_name_or_path=str(policy), adapter_name_or_path=adapter, export_dir=merged, export_dtype="float32"
+            model_name_or_path=policy,
+            adapter_name_or_path=str(base / f"stage{stage}"),
+            export_dir=merged,
+            export_dtype=config.export_dtype,
         )
     )
 
 
-# --- Evaluation and summary -----------------------------------------------------------------------------------------
-
-
-def _evaluate_all(config: DemoConfig, checkpoints: dict[str, Path], clock: StepClock) -> None:
-    """Every checkpoint on the same held-out scenes; the controls of the first and of the last."""
-    from visrl.evaluate.rollouts import MODES
-
-    first, last = next(iter(checkpoints)), list(checkpoints)[-1]
-    for name, path in checkpoints.items():
-        modes = MODES if config.controls and name in (first, last) else MODES[:1]
-        clock.time(f"eval/{name}", lambda name=name, path=path, modes=modes: _evaluate(config, name, path, modes))  # type: ignore[misc]
-
-
-def _evaluate(config: DemoConfig, name: str, path: Path, modes: tuple[Any, ...]) -> None:
-    from visrl.engines.local import LocalEngine
-    from visrl.evaluate.rollouts import evaluate_samples
-    from visrl.records import write_records
-
-    folder = config.output_dir / "eval"
-    files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
-    if all(file.is_file() for file in files.values()):
-        return
-    engine = LocalEngine.load(path)
-    for mode, file in files.items():
-        if not file.is_file():
-            rows = evaluate_samples(
-                engine, _test_samples(config), mode=mode, crop_rule=engine.encoder.settings.crop_rule
-            )
-            write_records(file, rows)
-    print(f"evaluated {name} on {config.test_questions} held-out questions ({', '.join(modes)})")
-
-
-def _test_samples(config: DemoConfig) -> list[Any]:
-    from visrl.data.sources import read_samples
-
-    first = config.seed * config.test_questions
-    return read_samples(f"scenes:test@{config.tags}/{first}+{config.test_questions}", with_box=True)
-
-
-def summarise(config: DemoConfig, checkpoints: dict[str, Path], clock: StepClock) -> dict[str, Any]:
-    """Write `summary.json` from the files of the run; the summary."""
-    run = config.output_dir
-    names = list(checkpoints)
-    summary: dict[str, Any] = {"seed": config.seed, "stages": [], "controls": {}, "controls_last": {}, "pairs": []}
-    for name in names:
-        iteration, _, stage = name.rpartition("-")
-        entry: dict[str, Any] = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
-        summary["stages"].append({**entry, **_scores(run / "eval" / f"{name}.jsonl", by_kind=True)})
-    for key, name in (("controls", names[0]), ("controls_last", names[-1])):
-        for file in sorted((run / "eval").glob(f"{name}.*.jsonl")):
-            summary[key][file.name.split(".")[1]] = _scores(file)
-    for number in range(config.iterations):
-        filtered = read_manifest(run / f"iter{number}" / "filter") or {}
-        generated = read_manifest(run / f"iter{number}" / "generate") or {}
-        more = {"trajectories": generated.get("trajectories"), "counts": generated.get("counts")}
-        summary["pairs"].append({"iteration": number, **filtered.get("counts", {}), **more})
-    summary["seconds"] = round(sum(clock.seconds.values()), 1)
-    summary["seconds_by_step"] = clock.seconds
-    summary["peak_rss_mb"] = json.loads((run / "peak_rss.json").read_text(encoding="utf-8"))["mb"]
-    summary["versions"] = package_versions(("torch", "transformers", "peft"))
-    summary["config"] = config.model_dump(mode="json")
-    part = run / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, run / "summary.json")
-    write_manifest(run, verb="demo", config=summary["config"], parents={}, seconds=summary["seconds"])
-    return summary
-
-
-def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
-    from visrl.evaluate.statistics import interval
-    from visrl.records import read_jsonl
-
-    rows = list(read_jsonl(file))
-    scores: dict[str, Any] = {
-        "answer_accuracy": interval([float(row["correct"]) for row in rows]),
-        "box_iou": interval([row["iou"] for row in rows]),
-        "box_accuracy_50": interval([float(row["iou"] > 0.5) for row in rows]),
-        "n": len(rows),
-    }
-    if by_kind:
-        scores["by_kind"] = {}
-        for kind in sorted({row["kind"] for row in rows}):
-            own = [row for row in rows if row["kind"] == kind]
-            scores["by_kind"][kind] = {
-                "answer_accuracy": sum(row["correct"] for row in own) / len(own),
-                "box_iou": sum(row["iou"] for row in own) / len(own),
-                "n": len(own),
-            }
-    return scores
-
-
-def _told(summary: dict[str, Any]) -> str:
-    lines = []
-    for stage in summary["stages"]:
-        accuracy, overlap = stage["answer_accuracy"], stage["box_iou"]
-        name = stage["name"] if stage["name"] == "sft" else f"iteration {stage['iteration']} {stage['name']}"
-        lines.append(
-            f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]   "
-            f"IoU {overlap['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"
-        )
-    for key, name in (("controls", "sft"), ("controls_last", "last")):
-        told = ", ".join(f"{mode} {scores['answer_accuracy']['mean']:.3f}" for mode, scores in summary[key].items())
-        if told:
-            lines.append(f"controls of {name}: {told}")
-    lines.append(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB")
-    return "\n".join(lines)
-
-
-class StepClock:
-    """Seconds of each step, kept on disk, so that a resumed run knows what its finished steps took."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-    def time(self, step: str, work: Callable[[], Any]) -> None:
-        """Do `work` (which skips what is complete) and add its seconds to those of `step`."""
-        print(f"== {step}", flush=True)
-        started = time.monotonic()
-        try:
-            work()
-        finally:
-            self.seconds[step] = round(self.seconds.get(step, 0.0) + time.monotonic() - started, 1)
-            self.path.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
-
-
-@contextmanager
-def peak_memory(path: Path) -> Any:
-    """Watch this process's resident memory and write its peak, in MB, together with that of earlier tries."""
-    stop = threading.Event()
-    peak = json.loads(path.read_text(encoding="utf-8"))["mb"] if path.is_file() else 0.0
-    process = psutil.Process()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(0.5):
-            peak = max(peak, process.memory_info().rss / 1e6)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        path.write_text(json.dumps({"mb": round(max(peak, process.memory_info().rss / 1e6), 1)}), encoding="utf-8")
+def _on(switch: bool) -> str:
+    return "on" if switch else "off"

@@ -6,12 +6,13 @@ A question gives a pair only if it has a winner and a loser; every question that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, zip_longest
 from typing import Literal
 
 from visrl.prompts import answer_prompt, focus_prompt
-from visrl.records import Picture, Preference, Sample, Trajectory, Verdict
+from visrl.records import Picture, Preference, RecordError, Sample, Trajectory, Verdict
 
 Rule = Literal["paper", "released"]
 Judged = tuple[Trajectory, Verdict]
@@ -27,18 +28,44 @@ class FilterSettings:
     use_box_critic: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A kept question with its winner and its loser."""
+
+    sample: Sample
+    winner: Judged
+    loser: Judged
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A question that gave no pair, why, and the best and the worst of its tries, as far as it has any."""
+
+    sample: Sample
+    reason: str
+    tries: tuple[Judged, ...]
+
+
 @dataclass(slots=True)
 class Filtered:
-    """The preferences kept, one winner and one loser per kept question, and why the others gave none."""
+    """The preferences of the kept questions, and why the others gave none."""
 
     preferences: list[Preference] = field(default_factory=list)
-    pairs: list[tuple[Sample, Trajectory, Trajectory]] = field(default_factory=list)
-    questions: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    pairs: list[Pair] = field(default_factory=list)
+    missed: list[Miss] = field(default_factory=list)
+
+    @property
+    def questions(self) -> int:
+        return len(self.pairs) + len(self.missed)
 
     @property
     def kept(self) -> int:
         return len(self.pairs)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many questions gave no pair, by reason."""
+        return Counter(miss.reason for miss in self.missed)
 
 
 def make_pairs(
@@ -47,29 +74,65 @@ def make_pairs(
     verdicts: Iterable[Verdict],
     settings: FilterSettings = FilterSettings(),
 ) -> Filtered:
-    """Pick winner and loser of every question, and write its box and answer preference."""
-    scores = {(v.sample_id, v.round, v.branch): v for v in verdicts}
-    by_sample: dict[str, list[Judged]] = {}
-    for trajectory in trajectories:
-        verdict = scores.get((trajectory.sample_id, trajectory.round, trajectory.branch))
-        if verdict is not None:
-            by_sample.setdefault(trajectory.sample_id, []).append((trajectory, verdict))
+    """Pick winner and loser of every question, and write its box and answer preference.
+
+    Trajectories and verdicts come in one order, those of a question together, as `visrl generate` writes them: files
+    of any length are read through once.
+
+    Raises:
+        RecordError: a trajectory without its verdict, a question twice, or one that is not among the samples.
+    """
+    waiting = {sample.id: sample for sample in samples}
     result = Filtered()
-    for sample in samples:
-        result.questions += 1
-        picked = pick(by_sample.get(sample.id, []), settings)
-        if isinstance(picked, str):
-            result.dropped[picked] += 1
-            continue
-        winner, loser = picked
-        result.pairs.append((sample, winner, loser))
-        result.preferences += preferences_of(sample, winner, loser)
+    for name, judged in groupby(_matched(trajectories, verdicts), key=lambda pair: pair[0].sample_id):
+        if name not in waiting:
+            raise RecordError(
+                f"question {name!r} has trajectories in two places, or is not in the data set; give each shard once, "
+                "and the dataset that was generated from"
+            )
+        _settle(result, waiting.pop(name), list(judged), settings)
+    result.missed += [Miss(sample, "not_generated", ()) for sample in waiting.values()]
     return result
+
+
+def _matched(trajectories: Iterable[Trajectory], verdicts: Iterable[Verdict]) -> Iterator[Judged]:
+    for trajectory, verdict in zip_longest(trajectories, verdicts):
+        if trajectory is None or verdict is None or _place(trajectory) != _place(verdict):
+            one = _place(trajectory or verdict)
+            raise RecordError(
+                f"trajectories and verdicts differ from question {one[0]!r}, round {one[1]}, branch {one[2]} on; "
+                "let `visrl generate` finish, and join both files of the shards in the same order"
+            )
+        yield trajectory, verdict
+
+
+def _place(record: Trajectory | Verdict) -> tuple[str, int, int]:
+    return record.sample_id, record.round, record.branch
+
+
+def _settle(result: Filtered, sample: Sample, judged: list[Judged], settings: FilterSettings) -> None:
+    picked = pick(judged, settings)
+    if isinstance(picked, str):
+        read = [pair for pair in judged if _is_read(pair, settings)] or judged
+        ends = (max(read, key=_sum), min(read, key=_sum))
+        result.missed.append(Miss(sample, picked, ends if ends[0] is not ends[1] else ends[:1]))
+        return
+    winner, loser = (next(pair for pair in judged if pair[0] is trajectory) for trajectory in picked)
+    result.pairs.append(Pair(sample, winner, loser))
+    result.preferences += preferences_of(sample, *picked)
+
+
+def _sum(judged: Judged) -> float:
+    return (judged[1].box_score or 0.0) + (judged[1].answer_score or 0.0)
 
 
 def pick(judged: Sequence[Judged], settings: FilterSettings) -> tuple[Trajectory, Trajectory] | str:
     """Winner and loser among a question's trajectories, or why there are none."""
-    read = [pair for pair in judged if pair[1].box_score is not None and pair[1].answer_score is not None]
+    if not judged:
+        return "not_generated"
+    if all(trajectory.error is not None for trajectory, _ in judged):
+        return "every_try_failed"
+    read = [pair for pair in judged if _is_read(pair, settings)]
     if not read:
         return "nothing_readable"
     winner, loser = (_pick_released if settings.rule == "released" else _pick_paper)(read, settings)
@@ -104,10 +167,19 @@ def _pick_released(read: Sequence[Judged], settings: FilterSettings) -> tuple[Tr
     return best[0] if wins else None, worst[0] if loses else None
 
 
+def _is_read(judged: Judged, settings: FilterSettings) -> bool:
+    """Whether every score that the filter looks at could be read."""
+    trajectory, verdict = judged
+    if trajectory.error is not None or verdict.answer_score is None:
+        return False
+    return verdict.box_score is not None or not settings.use_box_critic
+
+
 def _box(judged: Judged, settings: FilterSettings, without: float) -> float:
-    score = judged[1].box_score
-    assert score is not None
-    return score if settings.use_box_critic else without
+    if not settings.use_box_critic:
+        return without
+    assert judged[1].box_score is not None
+    return judged[1].box_score
 
 
 def _answer(judged: Judged) -> float:

@@ -1,6 +1,8 @@
 """Rollouts: where to look, then what is there. One code path for generation, evaluation, training curves and serving.
 
-A rollout that fails is a record with its error. Nothing here scores: see critic.py.
+A rollout that fails is a record with its error, whose first word says what failed: `picture` (it cannot be opened),
+`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). Nothing here
+scores: see critic.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from visrl.conversation import (
     Engine,
     Sampling,
     View,
-    answer_conversation,
     crop_view,
     focus_conversation,
     open_view,
@@ -26,10 +27,11 @@ from visrl.conversation import (
 )
 from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.images import ImageError
+from visrl.protocols import VISRL, LookProtocol
 from visrl.records import Origin, Picture, Sample, Trajectory
 
-MAX_BOX_TOKENS = 64
-MAX_ANSWER_TOKENS = 64
+MAX_BOX_TOKENS = VISRL.box_tokens
+MAX_ANSWER_TOKENS = VISRL.answer_tokens
 
 
 class Policy(Engine, Protocol):
@@ -81,43 +83,28 @@ def read_box(policy: Policy, text: str, size: Size) -> Box:
 def look_at(policy: Policy, question: str, whole: View, completion: Completion) -> Look:
     """The look that a step-1 completion asks for."""
     if completion.text is None:
-        return Look(question, whole, "", None, completion.error or "no text")
+        return Look(question, whole, "", None, f"engine: {completion.error or 'no text'}")
     try:
         return Look(question, whole, completion.text, read_box(policy, completion.text, whole.size))
     except BoxError as error:
         return Look(question, whole, completion.text, None, f"box: {error}")
 
 
-def answer_all(policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule) -> None:
+def answer_all(
+    policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule, protocol: LookProtocol = VISRL
+) -> None:
     """Answer every look that has a box, from the crop of that box; fills in `answer` or `error`."""
     ready = [look for look in looks if look.box is not None]
     talks: list[Conversation] = []
+    answer = protocol.answer
+    assert answer is not None  # a protocol that asks for boxes only has nothing to answer
     for look in ready:
         look.detail = crop_view(look.whole, Picture(look.whole.key, look.box), crop_rule)
-        talks.append(answer_conversation(look.question, look.whole, look.detail))
+        talks.append(answer(look.question, look.whole, look.text, look.detail))
     answers = policy.complete(talks, sampling, [[look.seed] for look in ready])
     for look, (completion,) in zip(ready, answers, strict=True):
-        look.answer, look.error = completion.text, completion.error
-
-
-def greedy_looks(
-    policy: Policy,
-    samples: Sequence[Sample],
-    *,
-    boxes: Sequence[Box | None] | None = None,
-    root: str | Path | None = None,
-    crop_rule: CropRule = "exact",
-) -> list[Look]:
-    """Both steps at temperature 0, in the order of `samples`; `boxes`, where given, take the place of step 1."""
-    wholes = [open_view(Picture(sample.image, size=sample.size), root) for sample in samples]
-    if boxes is None:
-        talks = [focus_conversation(sample.question, whole) for sample, whole in zip(samples, wholes, strict=True)]
-        first = policy.complete(talks, Sampling(max_tokens=MAX_BOX_TOKENS), [[0]] * len(talks))
-        looks = [look_at(policy, s.question, w, c[0]) for s, w, c in zip(samples, wholes, first, strict=True)]
-    else:
-        looks = [Look(s.question, w, "", b) for s, w, b in zip(samples, wholes, boxes, strict=True)]
-    answer_all(policy, looks, Sampling(max_tokens=MAX_ANSWER_TOKENS), crop_rule)
-    return looks
+        look.answer = completion.text
+        look.error = f"engine: {completion.error}" if completion.error else None
 
 
 def roll_out(
@@ -134,7 +121,9 @@ def roll_out(
         try:
             opened.append((sample, open_view(Picture(sample.image, size=sample.size), root)))
         except ImageError as error:
-            trajectories[sample.id] = [_failed(sample, r, b, policy.name, str(error)) for r, b in _branches(settings)]
+            trajectories[sample.id] = [
+                _failed(sample, r, b, policy.name, f"picture: {error}") for r, b in _branches(settings)
+            ]
     talks = [focus_conversation(sample.question, whole) for sample, whole in opened]
     seeds = [[seed_of(settings.seed, s.id, r, b, "box") for r, b in _branches(settings)] for s, _ in opened]
     sampling = Sampling(settings.temperature, settings.top_p, MAX_BOX_TOKENS)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from visrl.models.families import language_model
 
-ATTENTION = "visrl_tree"
-BLOCKS = "visrl_tree_blocks"  # the same, leaving out keys that lie behind a block of queries
-BLOCK = 128
+BLOCK = 128  # tokens
+FLEX_TOKENS = 1024  # from which length on a block mask is worth more than it costs
+KINDS = {
+    "dense": "visrl_tree",  # PyTorch's attention under the mask as it is
+    "blocks": "visrl_tree_blocks",  # the same in blocks of queries, leaving out keys that lie behind all of a block
+    "flex": "visrl_tree_flex",  # FlexAttention, leaving out every block of keys that a block of queries does not see
+}
 
 
 def tree_attention(
@@ -53,8 +59,11 @@ def tree_attention(
         attend = partial(_capped, softcap=kwargs["softcap"])
     options = {"dropout_p": dropout, "scale": scaling}
     config: Any = module.config
-    own = query.shape[2] == key.shape[2] > BLOCK and attention_mask.dtype == torch.bool
-    if own and config._attn_implementation == BLOCKS:
+    kind = config._attn_implementation
+    own = query.shape[2] == key.shape[2] and attention_mask.dtype == torch.bool
+    if own and kind == KINDS["flex"] and query.shape[2] >= FLEX_TOKENS and not dropout:
+        out = _flex(query, key, value, attention_mask, scaling, kwargs.get("softcap"))
+    elif own and kind == KINDS["blocks"] and query.shape[2] > BLOCK:
         out = torch.cat([attend(*block, **options) for block in _blocks(query, key, value, attention_mask)], dim=2)
     else:
         out = attend(query, key, value, attention_mask, **options)
@@ -71,6 +80,50 @@ def _blocks(
         yield query[:, :, start : start + BLOCK], key[:, :, :stop], value[:, :, :stop], part[..., :stop]
 
 
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """FlexAttention under `mask` [batch, 1, length, length]: compiled on a GPU, step by step on a CPU."""
+
+    attend: Any = _compiled_flex() if query.is_cuda else flex_attention
+    cap = partial(_cap, softcap=softcap) if softcap else None
+    return attend(query, key, value, score_mod=cap, block_mask=_block_mask(mask), scale=scaling)
+
+
+def _cap(score: torch.Tensor, *place: torch.Tensor, softcap: float) -> torch.Tensor:
+    """`score` bent to stay within ± `softcap`."""
+    return torch.tanh(score / softcap) * softcap
+
+
+@cache
+def _compiled_flex() -> Any:
+    """One kernel for all lengths: with fixed shapes every new packed length would compile again."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _block_mask(mask: torch.Tensor) -> BlockMask:
+    """The block mask of `mask`, made once for all layers of a forward and backward pass."""
+    for known, made in _block_masks:
+        if known is mask:
+            return made
+
+    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mask[row, 0, query, key]
+
+    rows, _, queries, keys = mask.shape
+    made = create_block_mask(sees, rows, None, queries, keys, device=mask.device, BLOCK_SIZE=BLOCK)
+    _block_masks.append((mask, made))
+    return made
+
+
+_block_masks: deque[tuple[torch.Tensor, BlockMask]] = deque(maxlen=4)  # some families have two masks in a pass
+
+
 def _capped(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -83,7 +136,7 @@ def _capped(
 ) -> torch.Tensor:
     """Attention whose scores are bent to stay within ± `softcap` (Gemma 2), which PyTorch's own does not offer."""
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = _cap(scores, softcap=softcap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout_p) @ value
@@ -95,14 +148,16 @@ def _per_bin(states: torch.Tensor, bins: int, length: int) -> torch.Tensor:
     return states[0].view(heads, bins, length, dim).transpose(0, 1)
 
 
-AttentionInterface.register(ATTENTION, tree_attention)
-AttentionInterface.register(BLOCKS, tree_attention)
+for name in KINDS.values():
+    AttentionInterface.register(name, tree_attention)
 
 
-def use_tree_attention(model: nn.Module, *, blocks: bool = False) -> None:
+def use_tree_attention(model: nn.Module, kind: str = "dense") -> None:
     """Let the language model of `model` attend inside bins; the vision tower keeps its own attention.
 
-    With `blocks` long sequences are computed in blocks of queries, which spares nearly half of the attention.
+    `kind` is one of `KINDS`, or "auto": blocks of queries on a CPU, FlexAttention on a GPU. All give the same.
     """
+    if kind == "auto":
+        kind = "flex" if torch.cuda.is_available() else "blocks"
     config: Any = language_model(model).config
-    config._attn_implementation = BLOCKS if blocks else ATTENTION
+    config._attn_implementation = KINDS[kind]

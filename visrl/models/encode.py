@@ -62,7 +62,9 @@ class Encoder:
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_of_turn = self.family.end_of_turn or self.tokenizer.eos_token
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
-        self._control = [token for token in self.tokenizer.get_added_vocab() if token.startswith("<")]
+        # Tokens of box text may be said again, as the published protocol does; they can forge nothing.
+        own = self.tokenizer.get_added_vocab()
+        self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
         self._cache_views = cache_views
         self._bos = _leading_bos(self.tokenizer)

@@ -4,8 +4,10 @@ models apart; everything else asks a `Family`. docs/FAMILIES.md is this table in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +59,7 @@ class Family:
     parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")  # of the model
     window: int | None = None  # tokens that sliding layers look back; set by `family_of`
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
+    keeps_features: bool = True  # whether features of a picture do not depend on what else is in its row
     note: str = ""
 
     @property
@@ -202,7 +205,7 @@ FAMILIES: dict[str, Family] = {
         Family("llava_next", depth_positions, "visrl", causal, takes=("pixel_values", "image_sizes")),
         Family(
             "llava_onevision", depth_positions, "visrl", onevision, end_of_turn="<|im_end|>", shares="pairs",
-            takes=("pixel_values", "image_sizes"), alone_differs=True,
+            takes=("pixel_values", "image_sizes"), alone_differs=True, keeps_features=False,
             note="a picture alone is tiled, one among several is not: box and answer prompts show different tokens",
         ),
         Family("internvl", depth_positions, "internvl", causal, end_of_turn="<|im_end|>"),
@@ -216,7 +219,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", depth_positions, "visrl", gemma3, end_of_turn="<end_of_turn>", masks_window=True),
         Family(
             "mllama", depth_positions, "visrl", mllama, end_of_turn="<|eot_id|>", shares="pairs", rows=True,
-            takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), axis=1,
+            takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), axis=1, keeps_features=False,
             parts=("language_model", "vision_model", "multi_modal_projector"),
             note="tokens before the first picture look at every picture of their row, so no other may be there",
         ),
@@ -257,6 +260,53 @@ def projector(model: torch.nn.Module) -> torch.nn.Module:
     return _part(model, 2)
 
 
+def base_model(model: Any) -> Any:
+    """The vision-language model itself, out of any adapter wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _part(model: Any, which: int) -> torch.nn.Module:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     return base.model.get_submodule(FAMILIES[base.config.model_type].parts[which])
+
+
+# --- Image features by themselves -------------------------------------------------------------------------------------
+
+# What the vision tower made of one picture: by field of the model's output, tensors or lists of them.
+Features = dict[str, Any]
+
+
+def trains_features(model: torch.nn.Module) -> bool:
+    """Whether any weight that image features depend on is trained."""
+    base = base_model(model)
+    decoder = FAMILIES[base.config.model_type].parts[0]
+    seeing = (weights for name, weights in base.model.named_parameters() if not name.startswith(f"{decoder}."))
+    return any(weights.requires_grad for weights in seeing)
+
+
+def takes_features(model: torch.nn.Module) -> bool:
+    """Whether the model's forward takes features in the place of pictures."""
+    base = base_model(model)
+    known = FAMILIES[base.config.model_type].keeps_features
+    return known and "mm_encoder_outputs" in inspect.signature(base.forward).parameters
+
+
+def image_features(model: torch.nn.Module, pictures: Pictures) -> Features:
+    """The features of one picture."""
+    made = base_model(model).model.get_image_features(**pictures, return_dict=True)
+    names = ("pooler_output", "deepstack_features")
+    return {name: getattr(made, name) for name in names if getattr(made, name, None) is not None}
+
+
+def features_input(features: Sequence[Features]) -> dict[str, Any]:
+    """The model's input in the place of its pictures: the features of several as one, in their order."""
+    joined = SimpleNamespace(pooler_output=_joined([one["pooler_output"] for one in features]))
+    if "deepstack_features" in features[0]:  # one entry per layer
+        layers = zip(*(one["deepstack_features"] for one in features), strict=True)
+        joined.deepstack_features = [_joined(layer) for layer in layers]
+    return {"mm_encoder_outputs": {"image": joined}}
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors along their first axis, lists one after another."""
+    return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else [part for one in values for part in one]

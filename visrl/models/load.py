@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from visrl.box import BoxError
+from visrl.codecs import self_test
+from visrl.conversation import View
 from visrl.models.encode import Encoder
 from visrl.models.settings import ModelSettings
+
+# Width and height of the pictures on which boxes must survive before a checkpoint is used: no aspect ratio alike.
+TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
 
 
 class CheckpointError(ValueError):
@@ -20,20 +27,42 @@ class CheckpointError(ValueError):
 def load_encoder(
     path: str | Path, settings: ModelSettings | None = None, *, trust_remote_code: bool = False
 ) -> Encoder:
-    """The encoder of a checkpoint.
+    """The encoder of a checkpoint, once known boxes have gone through its text and back (see `check_boxes`).
 
     Raises:
-        CheckpointError: no processor there.
+        CheckpointError: no processor there, or one with which boxes would be cropped elsewhere than they were meant.
     """
     check_folder(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        from transformers import AutoConfig
-
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: no processor can be loaded ({_first_line(error)})") from error
-    return Encoder(processor, config, settings or ModelSettings.load(path))
+    encoder = Encoder(processor, config, settings or ModelSettings.load(path))
+    try:
+        check_boxes(encoder)
+    except BoxError as error:
+        raise CheckpointError(f"{path}: boxes cannot be trusted here: {error}") from error
+    return encoder
+
+
+def check_boxes(encoder: Encoder) -> None:
+    """The start-up self-test: known boxes, written for the size that the processor really gives a picture, must be
+    read and cropped as they were meant.
+
+    Raises:
+        BoxError: codec, processor and crop rule do not belong together.
+    """
+    if encoder.codec.in_processed_pixels and not encoder.family.pixel_limits:
+        raise BoxError(
+            "outside",
+            f"the codec {encoder.codec.name!r} writes pixels of the picture as resized, which the processor of "
+            f"{encoder.family.name} does not say; its own is box_codec={encoder.family.codec}",
+        )
+    for size in TEST_SIZES:
+        (shown,) = encoder.encode_views([View(f"self-test {size}", Image.new("RGB", size))])
+        self_test(encoder.codec, size, encoder.processed_size(size), encoder.settings.crop_rule, shown=shown.size)
+    encoder.forget()
 
 
 def load_model(

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from visrl.box import CropRule
+from visrl.codecs import CODECS
+from visrl.config import ConfigError
 
 NAME = "visrl.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Pixel limits of the whole picture and of crops, the crop rule and the box codec; None: the processor's or
-    family's own."""
+    """Pixel limits of the whole picture and of crops (None: the processor's own), the crop rule and the box codec.
+
+    Raises:
+        ConfigError: no such crop rule or codec.
+    """
 
     image_min_pixels: int | None = None
     image_max_pixels: int | None = None
@@ -23,6 +28,11 @@ class ModelSettings:
     crop_max_pixels: int | None = None
     crop_rule: CropRule = "exact"
     codec: str = "visrl"
+
+    def __post_init__(self) -> None:
+        for key, value, known in (("crop_rule", self.crop_rule, get_args(CropRule)), ("codec", self.codec, CODECS)):
+            if value not in known:
+                raise ConfigError(f"a checkpoint's {key} must be one of {', '.join(known)}, not {value!r}")
 
     def save(self, folder: str | Path) -> None:
         """Write these settings into a checkpoint's folder."""

@@ -7,9 +7,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import threading
 from typing import Any
@@ -22,6 +19,7 @@ from visrl.config import ConfigError
 from visrl.conversation import Completion
 from visrl.engines.client import Client, Endpoint, EndpointError
 from visrl.engines.endpoint import OWNER, data_url, to_messages
+from visrl.engines.process import free_port, start, stop, wait_until_served
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError, load_encoder
 from visrl.models.settings import ModelSettings
@@ -30,10 +28,6 @@ from visrl.serve.commands import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
 from visrl.serve.schemas import RequestError
-
-START_S = 900.0  # a large model may take this long to load
-POLL_S = 1.0
-STOP_S = 15.0
 
 
 def vllm_command(config: ServeConfig, settings: ModelSettings, port: int) -> list[str]:
@@ -111,13 +105,8 @@ class Upstream:
         self._state = "stopped"
         self._stopping.set()
         self._thread.join()
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)  # vLLM's workers are processes of their own
-            try:
-                self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        if self._process is not None:
+            stop(self._process)
 
     def _begin(self) -> None:
         try:
@@ -135,30 +124,16 @@ class Upstream:
                 self._state = "failed"
 
     def _start_vllm(self, settings: ModelSettings) -> None:
-        if shutil.which("vllm") is None:
-            raise ConfigError("vllm is not installed; `pip install visrl[vllm]`, or set vllm_url to a running server")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self._process = subprocess.Popen(vllm_command(self._config, settings, port), start_new_session=True)
+        port = free_port()
+        self._process = start(vllm_command(self._config, settings, port))
         self._url = f"http://127.0.0.1:{port}/v1"
 
     def _wait_until_served(self) -> None:
         """Ask until the server answers; one that is not ours is asked once."""
-        endpoint = Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s)
-        client = Client(endpoint)
+        client = Client(Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s))
         try:
-            for _ in range(int(START_S / POLL_S)):
-                try:
-                    self._mark_crops = client.check() == {OWNER}
-                    self._state = "ready" if self._state == "loading" else self._state
-                    return
-                except EndpointError:
-                    if self._process is None or self._process.poll() is not None:
-                        raise
-                if self._stopping.wait(POLL_S):
-                    return
-            raise EndpointError(f"vLLM did not begin to serve within {START_S:g} s")
+            self._mark_crops = wait_until_served(client, self._process, self._stopping) == {OWNER}
+            self._state = "ready" if self._state == "loading" else self._state
         finally:
             client.close()
 

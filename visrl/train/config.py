@@ -16,7 +16,8 @@ from visrl.config import Config
 from visrl.data.scenes import KINDS, MAX_TAGS, Kind
 
 PrefLoss = Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "sft"]
-Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone
+Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone, in tenths
+Attention = Literal["auto", "dense", "blocks", "flex"]
 
 
 class Phase(BaseModel):
@@ -53,6 +54,10 @@ class TrainConfig(Config):
     rl_stage: Literal[1, 2] = 1
     do_train: bool = True
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"
+    quantization_bit: Literal[4, 8] | None = None  # of the frozen weights under LoRA (QLoRA), with bitsandbytes
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    double_quantization: bool = True
+    pure_bf16: bool = False  # all weights in bf16; with bf16 alone, weights that are trained stay in fp32
     freeze_vision_tower: bool = True
     freeze_multi_modal_projector: bool = True
     freeze_language_model: bool = False
@@ -76,9 +81,13 @@ class TrainConfig(Config):
     template: str | None = None  # the checkpoint's own chat template is used; kept for the reference's configs
     cutoff_len: int = Field(2048, gt=0)
     max_samples: int | None = None
-    val_size: float = Field(0.0, ge=0)
+    drop_unusable: bool = False  # leave out, and count, rows over cutoff_len and pictures that cannot be opened
+    val_size: float = Field(0.0, ge=0)  # pictures held out to validate on: a share below 1, or a number
     curriculum: list[Phase] = Field(default_factory=list)
     bin_length: int = Field(512, gt=0)  # tokens that attend to each other at most, where no item needs more
+    attention: Attention = "auto"
+    feature_cache_gb: float = Field(4.0, ge=0)  # main memory for features of pictures that nothing trains
+    processes: int | None = Field(None, ge=1)  # that train together on this machine; None: one for each GPU
 
     rollout_dataset: str | None = None
     rollout_samples: int = Field(0, ge=0)  # held-out questions rolled out greedily at every evaluation

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from visrl.box import Box
+from visrl.config import ConfigError
 from visrl.conversation import (
     Conversation,
     Message,
@@ -24,7 +27,7 @@ from visrl.conversation import (
 )
 from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.models.encode import Encoder
-from visrl.records import Picture, Preference, Sample
+from visrl.records import Picture, Preference, RecordError, Sample
 from visrl.train.items import Item, Role, Row
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class Curriculum(Dataset[Item]):
     def _rows(self, phase: Phase, index: int, samples: Sequence[Sample], tasks: Sequence[Task]) -> list[Row]:
         rows: list[Row] = []
         for sample in samples:
-            if phase.grid is not None:
+            if phase.grid is not None and sample.box is not None:
                 sample = replace(sample, box=_on_grid(sample.box, phase.grid))
             detail = None
             if phase.close_up is not None:
@@ -83,10 +86,8 @@ class Curriculum(Dataset[Item]):
         return rows
 
 
-def _on_grid(box: Box | None, grid: int) -> Box | None:
+def _on_grid(box: Box, grid: int) -> Box:
     """The smallest box around `box` whose corners are multiples of 1/grid."""
-    if box is None:
-        return None
     low = [math.floor(value * grid) / grid for value in (box.x0, box.y0)]
     high = [math.ceil(value * grid) / grid for value in (box.x1, box.y1)]
     return Box(*low, *high)
@@ -102,6 +103,7 @@ def sft_rows(
 ) -> list[Row]:
     """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer).
 
+    "point" gives (image, question → first corner of the box, in tenths): a curriculum's way to where before how large.
     The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
     another box in its place (a curriculum's close-up).
 
@@ -118,8 +120,9 @@ def sft_rows(
         talk = focus_conversation(sample.question, whole)
         rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
     if "point" in tasks:
+        corner = _on_grid(sample.box, 10)
         talk = focus_conversation(sample.question, whole)
-        rows.append(Row(f"{sample.id}/point", "box", talk, (("target", f"[{sample.box.x0:.1f}, {sample.box.y0:.1f}]"),)))
+        rows.append(Row(f"{sample.id}/point", "box", talk, (("target", f"[{corner.x0:.1f}, {corner.y0:.1f}]"),)))
     if "read" in tasks and sample.answer:
         box = detail or encoder.codec.parse(text, whole.size, processed)
         talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
@@ -146,21 +149,36 @@ class SftSamples(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def pictures(self) -> list[str]:
+        """The picture of each item."""
+        return [image for image, _ in self.groups]
+
     def __getitem__(self, index: int) -> Item:
         image, samples = self.groups[index]
         return Item(image, tuple(row for sample in samples for row in sft_rows(self.encoder, sample, root=self.root)))
 
 
 class Preferences(Dataset[Item]):
-    """Preference rows grouped into items: both rows of a question share a step."""
+    """Preference rows grouped into items: both rows of a question share a step.
+
+    With `mismatched` (KTO) each row also holds a response of the next item that has a row of its step: by turns the
+    chosen and the rejected one, as both kinds are outputs of the data.
+    """
 
     def __init__(
-        self, encoder: Encoder, preferences: Sequence[Preference], *, stage: int, root: str | Path | None = None
+        self,
+        encoder: Encoder,
+        preferences: Sequence[Preference],
+        *,
+        stage: int,
+        root: str | Path | None = None,
+        mismatched: bool = False,
     ) -> None:
         groups: dict[str, list[Preference]] = {}
         for preference in preferences:
             if stage == 2 or preference.step == "box":
                 groups.setdefault(preference.id, []).append(preference)
+        self.mismatched = mismatched
         self.encoder = encoder
         self.root = root
         self.groups = list(groups.items())
@@ -168,9 +186,51 @@ class Preferences(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.groups)
 
+    def pictures(self) -> list[str]:
+        """The picture of each item."""
+        return [preferences[0].images[0].ref for _, preferences in self.groups]
+
     def __getitem__(self, index: int) -> Item:
         name, preferences = self.groups[index]
-        return Item(name, tuple(preference_row(self.encoder, preference, self.root) for preference in preferences))
+        rows = [preference_row(self.encoder, preference, self.root) for preference in preferences]
+        if self.mismatched:
+            rows = [self._with_mismatched(index, row) for row in rows]
+        return Item(name, tuple(rows))
+
+    def _with_mismatched(self, index: int, row: Row) -> Row:
+        for further in range(1, len(self.groups)):
+            for other in self.groups[(index + further) % len(self.groups)][1]:
+                if other.step == row.step:
+                    response = other.rejected if index % 2 else other.chosen
+                    return replace(row, responses=(*row.responses, ("mismatched", response)))
+        raise RecordError(f"row {row.key}: KTO needs a second item with a row of its step, and there is none")
+
+
+Items = TypeVar("Items", bound="SftSamples | Preferences")
+
+
+def split(dataset: Items, val_size: float, seed: int) -> tuple[Items, Items]:
+    """Items to train on and items to validate on: of all pictures a share `val_size` (below 1) or so many, all items
+    of a picture on one side, so that nothing seen in training is validated on.
+
+    Raises:
+        ConfigError: nothing would be left to train on.
+    """
+    pictures = sorted(set(dataset.pictures()))
+    count = max(1, round(val_size * len(pictures))) if val_size < 1 else round(val_size)
+    if count >= len(pictures):
+        raise ConfigError(f"val_size: {count} pictures to validate on leave none of {len(pictures)} to train on")
+    held_out = set(random.Random(seed).sample(pictures, count))
+    seen = dataset.pictures()
+    sides = [[n for n, picture in enumerate(seen) if (picture in held_out) == wanted] for wanted in (False, True)]
+    return part_of(dataset, sides[0]), part_of(dataset, sides[1])
+
+
+def part_of(dataset: Items, members: Sequence[int]) -> Items:
+    """The items of `dataset` with these numbers, as a data set."""
+    part = copy(dataset)
+    part.groups = [dataset.groups[number] for number in members]  # type: ignore[assignment]
+    return part
 
 
 def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:

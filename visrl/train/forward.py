@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from visrl.train.pack import Packed
+
+PART = 2**19  # logits that are held in fp32 at a time
 
 
 class BranchLogps(NamedTuple):
@@ -27,7 +31,7 @@ def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
 
 def token_logps(model: nn.Module, packed: Packed) -> torch.Tensor:
     """Log-probability of every response token of `packed`, [T], in fp32."""
-    return torch.log_softmax(kept_logits(model, packed).float(), dim=-1)[packed.row, packed.target]
+    return _LogProbability.apply(kept_logits(model, packed), packed.row, packed.target)
 
 
 def kept_logits(model: nn.Module, packed: Packed) -> torch.Tensor:
@@ -39,3 +43,37 @@ def kept_logits(model: nn.Module, packed: Packed) -> torch.Tensor:
         model(**call.inputs, use_cache=False, logits_to_keep=call.keep).logits.flatten(0, 1) for call in packed.calls
     ]
     return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+class _LogProbability(torch.autograd.Function):
+    """log softmax(logits)[row, target] in fp32, with one copy of the logits in memory where the plain form has four.
+
+    logits [N, vocabulary], row and target [T] → [T]. The gradient, Σ over tokens of a row of (one-hot − softmax), is
+    written over the logits, which nothing else needs by then; so it can be taken once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, row: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        norms = torch.cat([logits[part].float().logsumexp(-1) for part in _parts(logits)])
+        ctx.logits = logits
+        ctx.save_for_backward(row, target, norms)
+        return logits[row, target].float() - norms[row]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, ctx.logits = ctx.logits, None
+        assert logits is not None, "these log-probabilities have been differentiated before"
+        row, target, norms = ctx.saved_tensors
+        of_row = torch.zeros_like(norms).index_add_(0, row, gradient)
+        for part in _parts(logits):
+            softmax = (logits[part].float() - norms[part, None]).exp_()
+            logits[part] = softmax.mul_(-of_row[part, None])
+        logits.index_put_((row, target), gradient.to(logits.dtype), accumulate=True)
+        return logits, None, None
+
+
+def _parts(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows in parts that are small enough to be copied."""
+    rows = max(1, PART // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))

@@ -13,17 +13,17 @@ import torch
 
 from visrl.conversation import Conversation
 from visrl.models.encode import Encoder, TokenPath
-from visrl.records import Step
+from visrl.records import RecordError, Step
 from visrl.train.pack import BUCKET, Packed, pack
 from visrl.train.tree import grow
 
-Role = Literal["target", "chosen", "rejected"]
+Role = Literal["target", "chosen", "rejected", "mismatched"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation with its responses: a target (SFT), or chosen and rejected. `key` names it in the cache of
-    reference log-probabilities."""
+    """One conversation with its responses: a target (SFT), or chosen and rejected, and for KTO a response of another
+    row. `key` names it in the cache of reference log-probabilities."""
 
     key: str
     step: Step
@@ -73,7 +73,7 @@ class Collator:
     """Items → `Batch`. Items that show the same picture share its tokens.
 
     Raises:
-        ValueError: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
+        RecordError: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Collator:
         """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features."""
         for path, branch in zip(paths, branches, strict=True):
             if self.cutoff is not None and len(path.ids) > self.cutoff:
-                raise ValueError(
+                raise RecordError(
                     f"row {branch.row}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
                     f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
                 )

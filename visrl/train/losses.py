@@ -27,7 +27,7 @@ def dpo(
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7), on summed log-probabilities.
@@ -44,7 +44,7 @@ def robust_dpo(
     ref_chosen: Tensor,
     ref_rejected: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     label_smoothing: float = 0.1,
 ) -> Tensor:
     """Robust DPO (Chowdhury et al. 2024, eq. 10): unbiased where a share ε of the labels is flipped. Summed."""
@@ -53,22 +53,26 @@ def robust_dpo(
     return (-(1 - eps) * logsigmoid(scaled) + eps * logsigmoid(-scaled)) / (1 - 2 * eps)
 
 
-def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+def ipo(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float | Tensor = 0.1
+) -> Tensor:
     """Identity preference optimisation (Azar et al. 2023, eq. 17), on log-probabilities averaged over tokens."""
     return (margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
 
 
-def hinge(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+def hinge(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float | Tensor = 0.1
+) -> Tensor:
     """Hinge loss on the DPO margin (SLiC, Zhao et al. 2023, as normalised in Liu et al. 2023). Summed."""
     return relu(1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected))
 
 
-def simpo(chosen: Tensor, rejected: Tensor, *, beta: float = 2.0, gamma: float = 0.5) -> Tensor:
+def simpo(chosen: Tensor, rejected: Tensor, *, beta: float | Tensor = 2.0, gamma: float = 0.5) -> Tensor:
     """SimPO (Meng et al. 2024, eq. 6): no reference, log-probabilities averaged over tokens, target margin γ."""
     return -logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
+def orpo(chosen: Tensor, rejected: Tensor, *, beta: float | Tensor = 0.1) -> Tensor:
     """ORPO (Hong et al. 2024, eq. 6–7): NLL of chosen plus β times the log odds ratio, averaged over tokens.
 
     The NLL is that of the response, as in the paper; TRL's trainer takes that of the prompt too.
@@ -88,19 +92,35 @@ def kto(
     desirable: Tensor,
     kl: Tensor,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
     """KTO (Ethayarajh et al. 2024, eq. 8), on summed log-probabilities, one loss per response.
 
-    `kl` is the scalar estimate of KL(policy ‖ reference) that `kto_kl` gives; `desirable` [rows] is true for chosen
-    responses.
+    `kl` is the estimate of KL(policy ‖ reference) that `kto_kl` gives, a scalar or one per row; `desirable` [rows] is
+    true for chosen responses.
     """
     ratio = logps - ref_logps
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - kl)))
     bad = undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratio)))
     return torch.where(desirable, good, bad)
+
+
+def kto_pair(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    kl: Tensor,
+    *,
+    beta: float | Tensor = 0.1,
+) -> Tensor:
+    """KTO on pairs: the mean of the losses of both responses, one desirable and one not. `kl` as in `kto`."""
+    desirable = torch.ones_like(chosen, dtype=torch.bool)
+    return (
+        kto(chosen, ref_chosen, desirable, kl, beta=beta) + kto(rejected, ref_rejected, ~desirable, kl, beta=beta)
+    ) / 2
 
 
 def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from visrl.models.encode import EncodedView
 from visrl.models.families import Family, Layout
 from visrl.train.tree import Tree
 
@@ -24,10 +25,11 @@ ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much 
 @dataclass(slots=True)
 class Call:
     """One call of a model's forward: tokens [rows, length] with masks and pictures, and the columns [K] whose logits
-    are needed."""
+    are needed. `views` are the pictures in the order in which they lie."""
 
     inputs: dict[str, Any]
     keep: torch.Tensor
+    views: list[EncodedView]
 
 
 @dataclass(slots=True)
@@ -49,17 +51,20 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """This batch with every tensor on `device`."""
-        return Packed(**{name: _moved(getattr(self, name), device) for name in self.__slots__})
+        return Packed(**{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in it on `device`; what is no tensor and holds none known here stays."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_moved(part, device) for part in value]
-    return Call(_moved(value.inputs, device), _moved(value.keep, device)) if isinstance(value, Call) else value
+        return {name: moved(part, device) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [moved(part, device) for part in value]
+    if isinstance(value, Call):
+        return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), value.views)
+    return value
 
 
 def pack(
@@ -136,17 +141,19 @@ def _lay(
         predictors += [offset + places[path.start - 1 : -1] for places, path in tree.paths]
     places = np.concatenate(predictors)
     keep, column = np.unique(places % width, return_inverse=True)
-    layout = _layout(trees, offsets, ids.reshape(bins, length), image_token)
+    in_order = [tree for _, tree in sorted(zip(offsets, trees, strict=True), key=lambda pair: pair[0])]
+    layout = _layout(trees, offsets, in_order, ids.reshape(bins, length), image_token)
     position_ids = torch.from_numpy(positions).view(len(positions), -1, width)
     inputs = {
         "input_ids": torch.from_numpy(ids).view(-1, width),
         "position_ids": position_ids[0] if len(positions) == 1 else position_ids,
         **family.inputs(layout, family),
     }
-    return Call(inputs, torch.from_numpy(keep)), places // width * len(keep) + column
+    views = [view for tree in in_order for view in tree.views]
+    return Call(inputs, torch.from_numpy(keep), views), places // width * len(keep) + column
 
 
-def _layout(trees: list[Tree], offsets: list[int], ids: np.ndarray, image_token: int) -> Layout:
+def _layout(trees: list[Tree], offsets: list[int], in_order: list[Tree], ids: np.ndarray, image_token: int) -> Layout:
     """Masks and places of trees that lie at `offsets` in bins of `ids` [bins, length]."""
     bins, length = ids.shape
     sees = torch.zeros(bins, 1, length, length, dtype=torch.bool)
@@ -165,7 +172,6 @@ def _layout(trees: list[Tree], offsets: list[int], ids: np.ndarray, image_token:
             blocks += int(starts.sum())
         for places, path in tree.paths:
             prompt[offset + places[: path.start]] = True
-    in_order = [tree for _, tree in sorted(zip(offsets, trees, strict=True), key=lambda pair: pair[0])]
     return Layout(
         sees=sees,
         depth=torch.from_numpy(depth).view(bins, length),

@@ -6,16 +6,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from visrl.manifest import PACKAGES, package_versions
+from visrl.progress import progress
+from visrl.train.features import FeatureCache
 from visrl.train.forward import branch_logps
 from visrl.train.items import Batch, Collator, Item
+from visrl.train.processes import dealt, gathered
 
 
 def reference_key(parts: dict[str, Any]) -> str:
@@ -31,11 +34,14 @@ def reference_logps(
     collator: Collator,
     *,
     batch_size: int,
-    cache: Path | None,
+    cache: Path,
     key: str,
+    features: FeatureCache | None = None,
 ) -> dict[str, float]:
-    """Summed log-probability of every response under `model` as it is now, by `row key/role`."""
-    if cache is not None and cache.is_file():
+    """Summed log-probability of every response under `model` as it is now, by `row key/role`. Processes that train
+    together share the work."""
+    state = PartialState()
+    if cache.is_file():
         stored = json.loads(cache.read_text(encoding="utf-8"))
         if stored.get("key") == key:
             return stored["logps"]
@@ -44,15 +50,19 @@ def reference_logps(
     device = next(model.parameters()).device
     logps: dict[str, float] = {}
     count = len(items)  # type: ignore[arg-type]
-    for start in range(0, count, batch_size):
-        members: Sequence[Item] = [items[n] for n in range(start, min(start + batch_size, count))]
-        batch: Batch = collator(members)["batch"]
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    for members, _ in progress(dealt(batches), "reference log-probabilities", unit="batch"):
+        batch: Batch = collator([items[n] for n in members])["batch"]
+        if features is not None:
+            features.fill(batch.packed, device)
         sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
         logps.update({f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)})
     model.train(training)
-    if cache is not None:
+    logps = gathered(logps)
+    if state.is_main_process:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part")
         part.write_text(json.dumps({"key": key, "logps": logps}), encoding="utf-8")
         os.replace(part, cache)
+    state.wait_for_everyone()
     return logps

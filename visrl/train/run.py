@@ -1,7 +1,7 @@
 """`visrl train`: from a config to a trained checkpoint. Warm-up (sft), stage 1 and stage 2 (dpo) are one program.
 
 The output folder is claimed by its config: the same command again resumes or says that it is complete, another
-command is refused.
+command is refused. What cannot be trained is refused before the folder is claimed.
 """
 
 from __future__ import annotations
@@ -18,77 +18,130 @@ from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
 from visrl.data.sources import read_preferences, read_samples
-from visrl.manifest import claim_folder, hash_files, write_manifest
-from visrl.models.attention import use_tree_attention
+from visrl.manifest import claim_folder, hash_files, hash_weights, is_complete, write_manifest
 from visrl.models.encode import Encoder
-from visrl.models.families import language_model, projector, vision_tower
-from visrl.models.load import load_encoder, load_model
+from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.records import Sample
+from visrl.train.arguments import training_arguments
+from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum, Preferences, SftSamples
+from visrl.train.data import Curriculum, Preferences, SftSamples, split
+from visrl.train.features import FeatureCache
 from visrl.train.items import Collator, Item
+from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
+from visrl.train.policy import prepare_model
+from visrl.train.processes import launched, on_processes, processes_wanted, say
 from visrl.train.reference import reference_key, reference_logps
+from visrl.train.survey import rehearse, survey
 from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
 
-NOT_IDENTITY = {"output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps", "report_to"}
+# Keys that change neither what is learned nor what is written beside it.
+NOT_IDENTITY = {
+    "output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps", "report_to", "feature_cache_gb",
+}  # fmt: skip
+WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as `config` says; the folder with adapter or weights, processor, settings, log and manifest.
+    """Train as `config` says, in one process for each GPU; the folder with adapter or weights, processor, settings, log
+    and manifest.
 
     Raises:
-        ConfigError: keys that do not go together.
+        ConfigError: keys that do not go together, or no data.
         ManifestError: the output folder belongs to other work.
         CheckpointError: no model at `model_name_or_path`.
+        RecordError: rows that are none, or longer than `cutoff_len`.
+        ProcessError: one of several processes failed.
     """
+    count = processes_wanted(config.processes)
+    if launched() or count == 1 or config.dry_run:
+        train_here(config)
+    else:
+        where = "each on its GPU" if torch.cuda.is_available() else "on the CPU"
+        print(f"training in {count} processes, {where}", flush=True)
+        on_processes(count, train_here, config)
+    return config.output_dir
+
+
+def train_here(config: TrainConfig) -> None:
+    """Train in this process, which may be one of several."""
     started = time.time()
     out = config.output_dir
     settings = model_settings(config)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
-    parents = {"model": _hash_local(config.model_name_or_path)}
+    parents = {"model": hash_weights(config.model_name_or_path)}
     if config.dataset and Path(config.dataset).is_file():
         parents["dataset"] = hash_files(config.dataset)
-    if claim_folder(out, {**_identity(config), "parents": parents}):
-        print(f"{out} is already complete")
-        return out
+    identity = {**_identity(config), "parents": parents}
+    if not config.dry_run and is_complete(out, identity):
+        say(f"{out} is already complete")
+        return
     arguments = training_arguments(config)
     set_seed(arguments.seed)
-    model = prepare_model(config)
-    dataset = build_dataset(config, encoder, arguments)
+    dataset, validation = build_data(config, encoder, arguments)
+    rollouts = _rollouts(config)
     bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
     collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
-    print(f"{len(dataset)} items for {'warm-up' if config.stage == 'sft' else f'stage {config.rl_stage}'}")  # type: ignore[arg-type]
+    if config.drop_unusable or config.dry_run:
+        found, dataset = survey(dataset, collator)
+        say(found.told(config.drop_unusable))
+        if validation is not None:
+            to_validate, validation = survey(validation, collator)
+            say(f"to validate on: {to_validate.told(config.drop_unusable)}")
+    model = prepare_model(config).to(arguments.device)
+    features = None
+    if FeatureCache.serves(model) and not arguments.fsdp and not arguments.deepspeed:
+        features = FeatureCache(model, encoder.family, int(config.feature_cache_gb * 1e9))
+    common: dict[str, Any] = {
+        "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
+    }  # fmt: skip
+    if config.dry_run:
+        rehearse(dataset, found, **common)
+        return
+    if arguments.process_index == 0:
+        claim_folder(out, identity)
+    say(_told(config, arguments, dataset, validation))
     reference = {}
-    if config.stage == "dpo" and config.pref_loss not in ("simpo", "orpo", "sft"):
-        reference = _reference(config, model, dataset, collator, parents, arguments)
-    held_out = _held_out(config)
-    resume = last_complete_checkpoint(out)
-    _cut_log(out / "log.jsonl", _step(resume) if resume else 0)
+    if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
+        parts = {**parents, **_identity(config), "dtype": str(next(model.parameters()).dtype)}
+        reference = reference_logps(
+            model,
+            torch.utils.data.ConcatDataset([part for part in (dataset, validation) if part is not None]),
+            collator,
+            batch_size=max(8, arguments.per_device_train_batch_size),
+            cache=out / "reference.json",
+            key=reference_key(parts),
+            features=features,
+        )
+    resume = last_complete_checkpoint(out, arguments)
     trainer = VisrlTrainer(
-        visrl_config=config,
         reference=reference,
-        encoder=encoder,
-        model=model,
         args=arguments,
         train_dataset=dataset,
-        eval_dataset=held_out or None,
-        data_collator=collator,
+        validation=validation,
+        rollouts=rollouts,
         callbacks=[JsonLog(out), MarkComplete()],
+        **common,
     )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _save(trainer, encoder, out)
     facts = {
         "seed": arguments.seed,
         "items": len(dataset),  # type: ignore[arg-type]
         "steps": trainer.state.global_step,
+        "processes": arguments.world_size,
         "best": {"metric": trainer.state.best_metric, "checkpoint": trainer.state.best_global_step},
-        "seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(peak_memory(arguments.device) / 1e6),
         "crop_rule": settings.crop_rule,
     }
-    write_manifest(out, verb="train", config=_identity(config), parents=parents, **facts)
-    return out
+    _save(trainer, encoder, out)
+    if trainer.is_world_process_zero():
+        if config.plot_loss:
+            plot_loss(out)
+        facts["seconds"] = round(time.time() - started, 1)
+        write_manifest(out, verb="train", config=_identity(config), parents=parents, **facts)
+    say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:
@@ -104,92 +157,41 @@ def model_settings(config: TrainConfig) -> ModelSettings:
     )
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """The `transformers.TrainingArguments` of a config, with defaults that suit a machine of any size."""
-    given = config.training_arguments()
-    defaults: dict[str, Any] = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": False}
-    if config.rollout_samples and given.get("eval_strategy", "no") != "no":
-        defaults |= {"metric_for_best_model": "eval_rollout/score", "greater_is_better": True}
-    return TrainingArguments(output_dir=str(config.output_dir), **{**defaults, **given}, remove_unused_columns=False)
-
-
-def prepare_model(config: TrainConfig) -> torch.nn.Module:
-    """The policy at the start of its stage: an adapter given is merged first, then a new one is put on.
-
-    The reference of a stage is this model before its first step (a new LoRA adapter starts as the identity).
-    """
-    model = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    if config.adapter_name_or_path:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, config.adapter_name_or_path).merge_and_unload()
-    use_tree_attention(model, blocks=not torch.cuda.is_available())
-    if config.finetuning_type == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-            lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(model, config.lora_target),
-        )
-        return get_peft_model(model, lora)
-    if config.freeze_vision_tower:
-        vision_tower(model).requires_grad_(False)
-    if config.freeze_multi_modal_projector:
-        projector(model).requires_grad_(False)
-    if config.freeze_language_model:
-        language_model(model).requires_grad_(False)
-    return model
-
-
-def lora_targets(model: torch.nn.Module, target: str) -> list[str]:
-    """Names of the linear layers that get an adapter: "all" is every one of the language model, the output layer left
-    out; otherwise a comma-separated list of last names (q_proj,v_proj).
+def build_data(
+    config: TrainConfig, encoder: Encoder, arguments: TrainingArguments
+) -> tuple[Dataset[Item], Dataset[Item] | None]:
+    """The items to train on, and those to validate on (None without `val_size`).
 
     Raises:
-        ConfigError: a name that no layer has.
-    """
-    decoder = language_model(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
-    if target == "all":
-        return linear
-    wanted = {name.strip() for name in target.split(",")}
-    chosen = [name for name in linear if name.rsplit(".", 1)[1] in wanted]
-    missing = wanted - {name.rsplit(".", 1)[1] for name in chosen}
-    if missing:
-        known = sorted({name.rsplit(".", 1)[1] for name in linear})
-        raise ConfigError(f"lora_target: no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
-    return chosen
-
-
-def build_dataset(config: TrainConfig, encoder: Encoder, arguments: TrainingArguments) -> Dataset[Item]:
-    """The training items of a config.
-
-    Raises:
-        ConfigError: no data named, or a curriculum for a preference stage.
+        ConfigError: no data named, none for this stage, or a curriculum where it does not belong.
     """
     if config.curriculum:
-        if config.stage != "sft":
-            raise ConfigError("curriculum: only stage sft draws scenes with true boxes")
-        return Curriculum(encoder, config.curriculum, arguments.per_device_train_batch_size)
+        if config.stage != "sft" or config.val_size:
+            raise ConfigError("curriculum: only stage sft draws scenes with true boxes, and none to validate on")
+        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return Curriculum(encoder, config.curriculum, step), None
     if not config.dataset:
         raise ConfigError("dataset: name the data to train on")
-    places = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
+    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
+    dataset: SftSamples | Preferences
     if config.stage == "sft":
         samples = read_samples(config.dataset, with_box=True, **places)
-        return SftSamples(encoder, samples[: config.max_samples], config.image_root)
-    preferences = read_preferences(config.dataset, **places)
-    dataset = Preferences(encoder, preferences, stage=config.rl_stage, root=config.image_root)
-    if config.max_samples is not None:
+        dataset = SftSamples(encoder, samples[: config.max_samples], config.image_root)
+    else:
+        dataset = Preferences(
+            encoder,
+            read_preferences(config.dataset, **places),
+            stage=config.rl_stage,
+            root=config.image_root,
+            mismatched=config.pref_loss == "kto",
+        )
         dataset.groups = dataset.groups[: config.max_samples]
     if not len(dataset):
-        raise ConfigError(f"dataset: {config.dataset} holds no preference for stage {config.rl_stage}")
-    return dataset
+        raise ConfigError(f"dataset: {config.dataset} holds nothing for {_stage(config)}")
+    return split(dataset, config.val_size, arguments.seed) if config.val_size else (dataset, None)
 
 
-def _held_out(config: TrainConfig) -> list[Sample]:
+def _rollouts(config: TrainConfig) -> list[Sample]:
     if not config.rollout_samples:
         return []
     if config.rollout_dataset is None:
@@ -197,23 +199,29 @@ def _held_out(config: TrainConfig) -> list[Sample]:
     return read_samples(config.rollout_dataset, with_box=True)[: config.rollout_samples]
 
 
-def _reference(
-    config: TrainConfig,
-    model: torch.nn.Module,
-    dataset: Dataset[Item],
-    collator: Collator,
-    parents: dict[str, str],
-    arguments: TrainingArguments,
-) -> dict[str, float]:
-    parts = {**parents, **_identity(config), "dtype": str(next(model.parameters()).dtype), "attention": "visrl_tree"}
-    return reference_logps(
-        model.to(arguments.device),
-        dataset,
-        collator,
-        batch_size=max(8, arguments.per_device_train_batch_size),
-        cache=config.output_dir / "reference.json",
-        key=reference_key(parts),
-    )
+def _stage(config: TrainConfig) -> str:
+    return "warm-up" if config.stage == "sft" else f"stage {config.rl_stage}"
+
+
+def _told(config: TrainConfig, arguments: TrainingArguments, dataset: Any, validation: Any) -> str:
+    """What is trained on, in a line."""
+    told = f"{len(dataset)} items for {_stage(config)}"
+    if not isinstance(dataset, Curriculum):
+        pictures = dataset.pictures()
+        sampler = PictureSampler(pictures, arguments.train_batch_size, arguments.seed)
+        told += f", of {len(set(pictures))} pictures; {sampler.sharing()} share theirs with another of their batch"
+    return f"{told}; {len(validation)} to validate on" if validation is not None else told
+
+
+def plot_loss(out: Path) -> None:
+    """Draw the curves of `log.jsonl`: `training_loss.svg`, and one picture for each further measure."""
+    from visrl.report.figures import curve_figures
+    from visrl.report.run import Curve
+
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    for drawing in curve_figures([Curve(title=out.name, rows=rows)]):
+        name = drawing.title.lower().replace(" ", "_").replace("-", "_")
+        (out / f"training_{name}.svg").write_text(drawing.svg, encoding="utf-8")
 
 
 def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
@@ -226,15 +234,18 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def last_complete_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; what a kill left of another is removed."""
-    complete = None
-    for checkpoint in sorted(out.glob("checkpoint-*"), key=_step):
-        if (checkpoint / COMPLETE).is_file():
-            complete = checkpoint
-        else:
-            shutil.rmtree(checkpoint)
-    return complete
+def last_complete_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
+    """The newest checkpoint that was written to its end; what a kill left of another, and log lines after it, are
+    removed by the first process while the others wait."""
+    with arguments.main_process_first(local=False, desc="looking for a checkpoint"):
+        found = sorted(out.glob("checkpoint-*"), key=_step)
+        complete = [checkpoint for checkpoint in found if (checkpoint / COMPLETE).is_file()]
+        newest = complete[-1] if complete else None
+        if arguments.process_index == 0:
+            for checkpoint in set(found) - set(complete):
+                shutil.rmtree(checkpoint)
+            _cut_log(out / "log.jsonl", _step(newest) if newest else 0)
+    return newest
 
 
 def _step(checkpoint: Path) -> int:
@@ -252,8 +263,3 @@ def _cut_log(path: Path, step: int) -> None:
 def _identity(config: TrainConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
-
-
-def _hash_local(path: str) -> str:
-    folder = Path(path)
-    return hash_files(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else path

@@ -4,44 +4,69 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
+from visrl.records import Sample
 from visrl.train import losses
+from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum
+from visrl.train.features import FeatureCache
 from visrl.train.forward import BranchLogps, branch_logps
-from visrl.train.items import Batch, select
+from visrl.train.items import Batch, Branch, select
+from visrl.train.processes import dealt
 
 COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
 
 
 class VisrlTrainer(Trainer):
-    """Feeds packed batches through the model's own forward and a pure loss; the loop is transformers'."""
+    """Feeds packed batches through the model's own forward and a pure loss; the loop is transformers'.
+
+    `validation` are items on which the loss is evaluated, `rollouts` samples on which the policy is.
+    """
 
     loss_is_scaled_for_ga = True  # compute_loss normalises over the whole accumulated batch
 
     def __init__(
-        self, *, visrl_config: TrainConfig, encoder: Encoder, reference: dict[str, float] | None = None, **kwargs: Any
+        self,
+        *,
+        visrl_config: TrainConfig,
+        encoder: Encoder,
+        reference: dict[str, float] | None = None,
+        features: FeatureCache | None = None,
+        validation: Any = None,
+        rollouts: Sequence[Sample] = (),
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(eval_dataset=validation or list(rollouts) or None, **kwargs)
         self.visrl_config = visrl_config
         self.encoder = encoder
         self.reference = reference or {}
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self.features = features
+        self.validation = validation
+        self.rollouts = rollouts
+        self._watched = Watched()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if isinstance(self.train_dataset, Curriculum):
             return SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
+        pictures = getattr(self.train_dataset, "pictures", None)
+        if pictures is None or self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        sampler = PictureSampler(pictures(), self.args.train_batch_size, self.args.seed)
+        self.add_callback(OrderOfEpoch(sampler))
+        return sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Restore full weights through `from_pretrained`.
@@ -52,8 +77,9 @@ class VisrlTrainer(Trainer):
         if self.visrl_config.finetuning_type == "lora" or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        stored = load_model(resume_from_checkpoint).state_dict()
-        (model or self.model).load_state_dict(stored)
+        restored: Any = model or self.model
+        stored = load_model(resume_from_checkpoint, dtype=next(restored.parameters()).dtype).state_dict()
+        restored.load_state_dict(stored)
 
     def _load_best_model(self) -> None:
         if self.visrl_config.finetuning_type == "lora" or self.state.best_model_checkpoint is None:
@@ -62,17 +88,21 @@ class VisrlTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs["batch"].packed = inputs["batch"].packed.to(self.args.device)
+        batch: Batch = inputs["batch"]
+        if self.features is not None:
+            self.features.fill(batch.packed, self.args.device)
+        batch.packed = batch.packed.to(self.args.device)
         return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> torch.Tensor:
         """What the loss is divided by: rows (SFT) or items (preferences) of all ranks and accumulation steps."""
-        sft = self.visrl_config.stage == "sft"
-        count = sum(len(s["batch"].branches) if sft else s["batch"].items for s in batch_samples)
-        total = torch.tensor(float(count), device=device)
+        total = torch.tensor(float(sum(self._count(samples["batch"]) for samples in batch_samples)), device=device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum() / self.args.world_size  # gradients are averaged over ranks
         return total
+
+    def _count(self, batch: Batch) -> int:
+        return len(batch.branches) if self.visrl_config.stage == "sft" else batch.items
 
     def compute_loss(
         self,
@@ -82,21 +112,19 @@ class VisrlTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         batch: Batch = inputs["batch"]
-        logps = branch_logps(model, batch.packed)
-        if self.visrl_config.stage == "sft":
-            per_row = self._sft(batch, logps)
-            count: Any = len(batch.branches)
-        else:
-            per_row = self._preference(batch, logps)
-            count = batch.items
-        loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else count)
+        per_row = self._losses(model, batch)
+        loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else self._count(batch))
         return (loss, {}) if return_outputs else loss
+
+    def _losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        logps = branch_logps(model, batch.packed)
+        return self._sft(batch, logps) if self.visrl_config.stage == "sft" else self._preference(batch, logps)
 
     def _sft(self, batch: Batch, logps: BranchLogps) -> torch.Tensor:
         """Mean over each response's tokens: a short answer counts as much as a long box."""
         per_row = losses.sft(logps.sums / logps.counts)
         for number, branch in enumerate(batch.branches):
-            self._watch(f"nll/{branch.step}", per_row[number])
+            self._watched.add(f"nll/{branch.step}", per_row[number])
         return per_row
 
     def _preference(self, batch: Batch, logps: BranchLogps) -> torch.Tensor:
@@ -112,17 +140,34 @@ class VisrlTrainer(Trainer):
         weight = torch.tensor([row.weight * self._lambda(row.step) for row in rows], device=device)
         beta = torch.tensor([self._beta(row.step) for row in rows], device=device)
         w, r, ref_w, ref_r = policy[chosen], policy[rejected], reference[chosen], reference[rejected]
-        loss = preference_loss(config, w, r, ref_w, ref_r, beta, logps.counts[chosen])
+        if config.pref_loss == "kto":
+            mismatched = select(batch.branches, "mismatched", device)
+            kl = self._kl(rows, policy[mismatched], reference[mismatched])
+            loss = losses.kto_pair(w, r, ref_w, ref_r, kl, beta=beta)
+        else:
+            loss = preference_loss(config, w, r, ref_w, ref_r, beta, logps.counts[chosen])
         if config.pref_ftx:
             loss = loss + config.pref_ftx * losses.sft(logps.sums[chosen] / logps.counts[chosen])
         with torch.no_grad():
             gains = beta * losses.margin(w, r, ref_w, ref_r)
             for n, row in enumerate(rows):
-                self._watch(f"rewards/margins/{row.step}", gains[n])
-                self._watch(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
-                self._watch(f"logps/chosen/{row.step}", logps.sums[chosen[n]])
-                self._watch(f"logps/rejected/{row.step}", logps.sums[rejected[n]])
+                self._watched.add(f"rewards/margins/{row.step}", gains[n])
+                self._watched.add(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
+                self._watched.add(f"logps/chosen/{row.step}", logps.sums[chosen[n]])
+                self._watched.add(f"logps/rejected/{row.step}", logps.sums[rejected[n]])
         return weight * loss
+
+    def _kl(self, rows: Sequence[Branch], policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """KTO's estimate for each row, [rows]: that of its step, over the rows of this batch on all ranks."""
+        gains = (policy - reference).tolist()
+        pairs = [(row.step, gain) for row, gain in zip(rows, gains, strict=True)]
+        pairs = gather_object(pairs)
+        kl = {}
+        for step in {row.step for row in rows}:
+            own = policy.new_tensor([gain for other, gain in pairs if other == step])
+            kl[step] = losses.kto_kl(own, torch.zeros_like(own))
+            self._watched.add(f"kl/{step}", kl[step])
+        return torch.stack([kl[row.step] for row in rows])
 
     def _lambda(self, step: str) -> float:
         if self.visrl_config.rl_stage == 1:
@@ -133,29 +178,70 @@ class VisrlTrainer(Trainer):
         answer = self.visrl_config.pref_beta_answer
         return answer if step == "answer" and answer is not None else self.visrl_config.pref_beta
 
-    def _watch(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] += float(value.detach())
-        self._counts[name] += 1
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Greedy rollouts on the held-out samples: what the policy really does, not what its losses say."""
-        from visrl.engines.local import LocalEngine
-        from visrl.evaluate.rollouts import evaluate_samples, measures
-
-        engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
-        held_out: Any = self.eval_dataset
-        rows = evaluate_samples(engine, held_out, crop_rule=self.encoder.settings.crop_rule)
-        metrics = {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
+        """The loss on the items to validate on, and greedy rollouts on the held-out samples: what the policy really
+        does, not what its losses say."""
+        metrics: dict[str, float] = {}
+        if self.validation:
+            metrics |= self._validate()
+        if self.rollouts:
+            metrics |= self._roll_out()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        model, since_log, validation = self.model_wrapped, self._watched, Watched()
+        was_training = model.training
+        model.eval()
+        size, count = self.args.eval_batch_size, len(self.validation)
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        for members, counts in dealt(batches):
+            inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
+            self._watched = validation if counts else Watched()
+            self._watched.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
+        self._watched = since_log
+        model.train(was_training)
+        return {f"eval_{name}": value for name, value in validation.means().items()}
+
+    def _roll_out(self) -> dict[str, float]:
+        from visrl.engines.local import LocalEngine
+        from visrl.evaluate.rollouts import evaluate_samples, measures
+
+        policy = self.accelerator.unwrap_model(self.model)
+        engine = LocalEngine(policy, self.encoder)
+        rows = evaluate_samples(engine, self.rollouts, crop_rule=self.encoder.settings.crop_rule)
+        use_tree_attention(policy, self.visrl_config.attention)  # the engine has set its own
+        return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of what was watched since the last log."""
         if "loss" in logs:
-            logs = {**logs, **{name: self._sums[name] / self._counts[name] for name in self._sums}}
-            self._sums.clear()
-            self._counts.clear()
+            logs = {**logs, **self._watched.means()}
+            self._watched = Watched()
         super().log(logs, start_time)
+
+
+class Watched:
+    """Means of what is watched between two log lines, over all ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, value: torch.Tensor, count: int = 1) -> None:
+        self._sums[name] += float(value.detach())
+        self._counts[name] += count
+
+    def means(self) -> dict[str, float]:
+        """The mean of everything watched, called on all ranks alike."""
+        parts = gather_object([(dict(self._sums), dict(self._counts))])
+        names = sorted({name for sums, _ in parts for name in sums})
+        return {
+            name: sum(sums.get(name, 0.0) for sums, _ in parts) / sum(counts.get(name, 0) for _, counts in parts)
+            for name in names
+        }
 
 
 def preference_loss(
@@ -186,6 +272,16 @@ def preference_loss(
         case "sft":
             return losses.sft(chosen / chosen_counts)
     raise ValueError(f"pref_loss {config.pref_loss!r} is not a pairwise loss")
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, a resumed one included."""
+
+    def __init__(self, sampler: PictureSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class MarkComplete(TrainerCallback):

@@ -1,0 +1,145 @@
+"""`visrl evolve`: the plan, served policies, shards, the chain of manifests, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visrl.config import ConfigError, read_config
+from visrl.engines.client import EndpointError
+from visrl.engines.process import free_port, served
+from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve, server_command
+from visrl.manifest import ManifestError, hash_files, hash_weights, read_manifest
+from visrl.models.tiny import CHECKPOINT
+from visrl.records import Trajectory, read_records
+
+OUR_SERVER = [
+    sys.executable, "-m", "visrl.cli", "api", "model_name_or_path={model}", "served_model_name={name}", "port={port}",
+]  # fmt: skip
+
+
+def config_of(out: Path, **given: Any) -> EvolveConfig:
+    values = {
+        "model_name_or_path": str(CHECKPOINT),
+        "dataset": "scenes:preference@1/0+32",
+        "questions": 16,
+        "rounds": 2,
+        "t_max": 0.3,  # so that a few questions of a small model give pairs
+        "t_min": 0.3,
+        "train_config": TINY_RL,
+        "train": {"max_steps": 1},
+        "export_dtype": "float32",
+        **given,
+    }
+    return EvolveConfig(output_dir=out, **values)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two iterations of the loop with a step of training each."""
+    out = tmp_path_factory.mktemp("evolve") / "run"
+    run_evolve(config_of(out, iterations=2, eval_dataset="scenes:test@1/0+8", controls=False))
+    return out
+
+
+def test_every_step_was_made_from_the_step_before(run):
+    policy = str(CHECKPOINT)
+    for number in range(2):
+        base = run / f"iter{number}"
+        steps = {step: read_manifest(base / step) for step in ("generate", "filter", "stage1", "stage2-merged")}
+        assert steps["generate"]["parents"]["model"] == hash_weights(policy)
+        assert steps["generate"]["config"]["skip_samples"] == 16 * number, "every iteration asks new questions"
+        files = (base / "generate" / name for name in ("trajectories.jsonl", "verdicts.jsonl"))
+        assert steps["filter"]["parents"]["input"] == hash_files(*files)
+        assert steps["filter"]["counts"]["kept"] > 0
+        assert steps["stage1"]["parents"]["dataset"] == hash_files(base / "filter" / "preferences.jsonl")
+        assert steps["stage1"]["parents"]["model"] == hash_weights(policy)
+        assert steps["stage2-merged"]["parents"]["adapter"] == hash_files(base / "stage2" / "adapter_model.safetensors")
+        policy = str(base / "stage2-merged")
+    told = read_manifest(run)
+    assert told["last"] == policy
+    assert told["chain"]["iter1/generate"]["model"] == hash_weights(run / "iter0" / "stage2-merged")
+    summary = json.loads((run / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["sft", "stage1", "stage2", "stage1", "stage2"]
+
+
+def test_the_same_command_changes_nothing_and_another_is_refused(run, capsys):
+    given = {"iterations": 2, "eval_dataset": "scenes:test@1/0+8", "controls": False}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    run_evolve(config_of(run, **given))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    assert "(done: generate, filter, stage1, stage1-merged, stage2, stage2-merged)" in capsys.readouterr().out
+    with pytest.raises(ManifestError, match=r"holds other work \(diversity differ\)"):
+        run_evolve(config_of(run, **given, diversity=False))
+
+
+def test_the_plan_comes_first_and_touches_nothing(tmp_path, capsys):
+    run_evolve(config_of(tmp_path / "out", iterations=2), plan_only=True)
+    told = capsys.readouterr().out
+    assert "16 questions × 2 rounds × 2 = 64 tries" in told
+    assert "critic oracle" in told
+    assert "iteration 1: generate → filter" in told
+    assert not (tmp_path / "out").exists()
+    asked = plan(config_of(tmp_path, critic_url="http://127.0.0.1:1/v1", critic_served_name="judge"))
+    assert "critic judge" in asked[0]
+    assert "up to 128 questions to the critic" in asked[1]
+    given = ["dataset=d", "model_name_or_path=m", "output_dir=o", "critic.box=false", "diversity=false"]
+    switched = read_config(EvolveConfig, None, given)
+    assert (switched.use_box_critic, switched.diversity) == (False, False)
+
+
+def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(ConfigError, match="2 data sets for 3 iterations"):
+        plan(config_of(tmp_path, iterations=3, dataset=["a", "b"]))
+    with pytest.raises(ConfigError, match="shards=1"):
+        run_evolve(config_of(tmp_path), shard="1/2")
+    with pytest.raises(ConfigError, match="merge it with"):
+        run_evolve(config_of(tmp_path, adapter_name_or_path="adapter"))
+
+
+def test_shards_of_several_machines_are_joined(run, tmp_path):
+    given = {"iterations": 1, "shards": 2, "batch_size": 8, "dataset": "scenes:preference@1/0+16", "questions": None}
+    config = config_of(tmp_path / "out", rounds=1, t_max=1.0, t_min=0.0, **given)
+    run_evolve(config, shard="2/2")
+    assert not (tmp_path / "out" / "iter0" / "generate").exists()
+    assert read_manifest(tmp_path / "out" / "iter0" / "generate-2-of-2") is not None
+    run_evolve(config)
+    joined = list(read_records(Trajectory, tmp_path / "out" / "iter0" / "generate" / "trajectories.jsonl"))
+    alone = list(read_records(Trajectory, run / "iter0" / "generate" / "trajectories.jsonl"))
+    first = [t for t in alone if t.round == 0][:32]
+    assert [(t.sample_id, t.branch, t.box_text) for t in joined] == [(t.sample_id, t.branch, t.box_text) for t in first]
+
+
+def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
+    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "questions": 8, "server": OUR_SERVER}
+    out = tmp_path / "out"
+    run_evolve(config_of(out, rounds=1, t_max=1.0, t_min=0.0, **given))  # no pair, so no training
+    manifest = read_manifest(out / "iter0" / "generate")
+    assert manifest["requests"]["policy"].get("ok", 0) >= 8, (manifest["requests"], manifest["counts"])
+    assert manifest["config"]["policy"] == "endpoint"
+    assert "Serving policy" in (out / "iter0" / "generate" / "server.log").read_text()
+    port = free_port()
+    log = tmp_path / "log"
+    with (
+        pytest.raises(EndpointError, match="ended with status 3 before it served"),
+        served([sys.executable, "-c", "raise SystemExit(3)"], port, "policy", log, start_s=30),
+    ):
+        pass
+    with (
+        pytest.raises(EndpointError, match="there is no program 'no-such-server'"),
+        served(["no-such-server"], port, "policy", log),
+    ):
+        pass
+
+
+def test_vllm_is_started_with_the_limits_of_the_checkpoint(tmp_path):
+    config = config_of(tmp_path, server="vllm", server_args=["--max-model-len", "4096"])
+    command = server_command(config, str(CHECKPOINT), 8123)
+    assert command[:3] == ["vllm", "serve", str(CHECKPOINT)]
+    assert command[command.index("--served-model-name") + 1] == "policy"
+    assert json.loads(command[command.index("--mm-processor-kwargs") + 1])["max_pixels"] == 112 * 112
+    assert command[-2:] == ["--max-model-len", "4096"]

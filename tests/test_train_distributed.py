@@ -1,0 +1,78 @@
+"""Several processes, and several small batches, train to the weights of one process with one large batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from visrl.config import build_config
+from visrl.manifest import read_manifest
+from visrl.train.config import TrainConfig
+from visrl.train.processes import ProcessError
+from visrl.train.run import train
+
+EIGHT = {"per_device_train_batch_size": 8}
+
+
+def weights_of(model: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """The adapter after two steps of eight items of stage 2, in the order of the file."""
+    values = {
+        "model_name_or_path": str(model), "output_dir": str(out), "stage": "dpo", "rl_stage": 2, "lambda_answer": 0.8,
+        "dataset": "demo_rl_data_stage2", "max_samples": 16, "num_train_epochs": 1, "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+        "max_grad_norm": 0.0, "seed": 3, **more,
+    }  # fmt: skip
+    train(build_config(TrainConfig, values, where="the test"))
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["steps"] == 2
+    return load_file(out / "adapter_model.safetensors")
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    start = torch.cat([weights.flatten() for weights in theirs.values()])
+    assert start.abs().max() > 0
+    for name, weights in theirs.items():
+        # Adam turns a rounding error of a gradient near 0 into a whole step: few weights may differ by one.
+        assert ((ours[name] - weights).abs() > 1e-6).float().mean() < 1e-3, name
+
+
+def logged(out: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, weights_of(tiny, out, **EIGHT)
+
+
+def test_eight_batches_of_one_are_one_of_eight(tiny: Path, tmp_path: Path, whole: Any) -> None:
+    out = tmp_path / "out"
+    ours = weights_of(tiny, out, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert_equal(ours, whole[1])
+    assert logged(out, "loss") == pytest.approx(logged(whole[0], "loss"), rel=1e-4)
+
+
+def test_two_processes_are_one(tiny: Path, tmp_path: Path, whole: Any) -> None:
+    """gloo on the CPU: two processes with two accumulated batches of two items each."""
+    out = tmp_path / "out"
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "processes": 2}
+    assert_equal(weights_of(tiny, out, **split), whole[1])
+    for name in ("loss", "rewards/margins/box", "logps/chosen/answer"):
+        assert logged(out, name) == pytest.approx(logged(whole[0], name), rel=1e-3, abs=1e-4)
+    stored, alone = (json.loads((folder / "reference.json").read_text())["logps"] for folder in (out, whole[0]))
+    assert stored == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_failure_in_a_process_is_told(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ProcessError, match=r"process [01] of 2: RecordError: no data 'nowhere'"):
+        weights_of(tiny, tmp_path / "out", processes=2, dataset="nowhere")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,114 @@
+"""A model's server as a process of ours: started, asked until it serves, stopped with its children. Knows no model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from visrl.engines.client import Client, Endpoint, EndpointError
+
+START_S = 900.0  # a large model may take this long to load
+POLL_S = 1.0
+STOP_S = 15.0
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start `command` as the head of a process group of its own; what it says goes to `log`, where one is given.
+
+    Raises:
+        EndpointError: there is no such program.
+    """
+    if shutil.which(command[0]) is None:
+        raise EndpointError(
+            f"there is no program {command[0]!r} to start a server with; install it (vllm: visrl[vllm])"
+        )
+    if log is None:
+        return subprocess.Popen(list(command), start_new_session=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as said:
+        return subprocess.Popen(list(command), start_new_session=True, stdout=said, stderr=subprocess.STDOUT)
+
+
+def wait_until_served(
+    client: Client,
+    process: subprocess.Popen[bytes] | None = None,
+    stopping: threading.Event | None = None,
+    start_s: float = START_S,
+) -> set[str]:
+    """Ask until the model is served; who the servers say owns it. A server that is no `process` of ours is asked once.
+
+    Raises:
+        EndpointError: it does not come up in time, its process ends, or `stopping` is set meanwhile.
+    """
+    stopping = stopping or threading.Event()
+    for _ in range(max(1, int(start_s / POLL_S))):
+        try:
+            owners = client.check()
+            if process is None or all(map(_ready, client.endpoint.base_urls)):
+                return owners
+        except EndpointError as error:
+            if process is None:
+                raise
+            if process.poll() is not None:
+                raise EndpointError(f"the server ended with status {process.returncode} before it served") from error
+        if stopping.wait(POLL_S):
+            raise EndpointError("stopped before the server came up")
+    raise EndpointError(f"the server did not begin to serve within {start_s:g} s")
+
+
+def _ready(url: str) -> bool:
+    """Whether the server says that it is healthy: ours lists its model while it is still loading it."""
+    try:
+        status = httpx.get(f"{url.removesuffix('/v1')}/health", timeout=POLL_S * 5).status_code
+    except httpx.HTTPError:
+        return False
+    return status < 500  # a server without this route is asked no more of
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process that `start` gave, and its children (vLLM's workers are processes of their own)."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def served(command: Sequence[str], port: int, name: str, log: Path, start_s: float = START_S) -> Iterator[str]:
+    """The address of the model `name` behind `command`, a server on `port`, healthy; it is stopped at the end.
+
+    Raises:
+        EndpointError: it does not come up; the message names the log.
+    """
+    url = f"http://127.0.0.1:{port}/v1"
+    process = start(command, log)
+    client = Client(Endpoint((url,), name))
+    try:
+        try:
+            wait_until_served(client, process, start_s=start_s)
+        except EndpointError as error:
+            raise EndpointError(f"{command[0]}: {error}; {log} holds what it said") from error
+        yield url
+    finally:
+        client.close()
+        stop(process)

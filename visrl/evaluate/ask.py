@@ -1,0 +1,153 @@
+"""`visrl ask`: questions about one picture, by one checkpoint or several side by side, as text and as a picture.
+
+The picture shows where each looked, what it saw there, and what it answered. Scores nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from visrl.box import CropRule, crop_window
+from visrl.conversation import View
+from visrl.evaluate.rollouts import greedy_looks
+from visrl.evolve.rollout import Look, Policy
+from visrl.records import Sample
+from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, annotate, shrink
+
+COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
+WHOLE_SIDE, CROP_SIDE, TEXT_WIDTH, GAP = 480, 220, 320, 16  # px
+FONT_SIZE = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one checkpoint made of one question."""
+
+    model: str
+    question: str
+    look: Look
+    crop_rule: CropRule
+
+    def lines(self) -> list[str]:
+        """The two steps in words."""
+        look = self.look
+        if look.box is None:
+            return [f"{self.model}: no box ({look.error})", *([f"  wrote {look.text!r}"] if look.text else [])]
+        corners = ", ".join(f"{value:.0f}" for value in look.box.to_pixels(look.whole.size))
+        left, top, right, bottom = crop_window(look.box, look.whole.size, self.crop_rule)
+        answer = look.answer if look.answer is not None else f"({look.error})"
+        return [
+            f"{self.model}: {answer}",
+            f"  looked at [{corners}] px of {look.whole.size[0]} × {look.whole.size[1]} ({look.text}), "
+            f"crop {right - left} × {bottom - top} px",
+        ]
+
+
+def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_rule: CropRule) -> list[Reply]:
+    """Both steps at temperature 0 for every question about the picture `image` (a path, or `scene:POOL/INDEX`).
+
+    Raises:
+        ImageError: the picture cannot be opened.
+    """
+    samples = [Sample(str(number), image, question, "") for number, question in enumerate(questions)]
+    replies = []
+    for sample, look in zip(samples, greedy_looks(policy, samples, crop_rule=crop_rule), strict=True):
+        if not isinstance(look, Look):
+            raise look
+        replies.append(Reply(model, sample.question, look, crop_rule))
+    return replies
+
+
+def answer_sheet(by_question: Sequence[Sequence[Reply]]) -> Image.Image:
+    """One picture of all replies: a row a question, with every checkpoint's box on it, crop and answer beside it."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    rows = [_row(replies, font) for replies in by_question]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _row(replies: Sequence[Reply], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    whole: View = replies[0].look.whole
+    several = len(replies) > 1
+    marks = [
+        (reply.look.box, colour, reply.model if several else "")
+        for reply, colour in zip(replies, _colours(len(replies)), strict=True)
+        if reply.look.box is not None
+    ]
+    shown = shrink(annotate(whole.image, marks), WHOLE_SIDE)
+    panels = [_panel(reply, colour, font) for reply, colour in zip(replies, _colours(len(replies)), strict=True)]
+    asked = textwrap.wrap(replies[0].question, 90) or [""]
+    head = GAP + len(asked) * (FONT_SIZE + 6)
+    beside = sum(panel.height + GAP for panel in panels)
+    width = WHOLE_SIDE + CROP_SIDE + TEXT_WIDTH + 4 * GAP
+    row = Image.new("RGB", (width, head + max(shown.height + GAP, beside) + GAP), "white")
+    draw = ImageDraw.Draw(row)
+    draw.multiline_text((GAP, GAP // 2), "\n".join(asked), font=font, fill="#111318", spacing=6)
+    row.paste(shown, (GAP, head))
+    top = head
+    for panel in panels:
+        row.paste(panel, (WHOLE_SIDE + 2 * GAP, top))
+        top += panel.height + GAP
+    return row
+
+
+def _panel(reply: Reply, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    """Crop and answer of one reply, with its colour along the crop."""
+    look = reply.look
+    crop = shrink(look.detail.image, CROP_SIDE) if look.detail else Image.new("RGB", (CROP_SIDE, 60), "#e8e8ea")
+    scale = min(CROP_SIDE / crop.width, CROP_SIDE / crop.height, 4.0)
+    if scale > 1:  # a small crop is shown large enough to be read
+        crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.LANCZOS)
+    told = look.answer if look.answer is not None else f"no answer: {look.error}"
+    text = "\n".join([*textwrap.wrap(reply.model, 36), *(textwrap.wrap(told, 36) or ["(nothing)"])])
+    panel = Image.new("RGB", (CROP_SIDE + GAP + TEXT_WIDTH, 0), "white")
+    draw = ImageDraw.Draw(panel)
+    _, _, _, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=6)
+    panel = Image.new("RGB", (panel.width, max(crop.height + 6, int(bottom) + 6)), "white")
+    draw = ImageDraw.Draw(panel)
+    draw.rectangle((0, 0, crop.width + 5, crop.height + 5), fill=colour)
+    panel.paste(crop, (3, 3))
+    draw.multiline_text((CROP_SIDE + GAP, 0), text, font=font, fill="#111318", spacing=6)
+    return panel
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def ask_models(models: Sequence[str], image: str, questions: Sequence[str], out: Path) -> None:
+    """Ask every model every question, print the two steps, and write the picture to `out`.
+
+    A model is a checkpoint folder or hub name. They are loaded one after another, so that only one is in memory.
+    """
+    from visrl.engines.opening import PolicyConfig, opened_policy
+
+    replies: list[list[Reply]] = []
+    for name, model in zip(short_names(models), models, strict=True):
+        with opened_policy(PolicyConfig(model_name_or_path=model)) as opened:
+            replies.append(ask(opened.policy, name, image, questions, opened.settings.crop_rule))
+    by_question = [list(group) for group in zip(*replies, strict=True)]
+    for group in by_question:
+        print(group[0].question)
+        print("\n".join(f"  {line}" for reply in group for line in reply.lines()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    answer_sheet(by_question).save(out)
+    print(f"picture: {out}")
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """The models' names as short as they stay different: the ends of their paths."""
+    for count in range(1, max(len(Path(model).parts) for model in models) + 1):
+        names = ["/".join(Path(model).parts[-count:]) for model in models]
+        if len(set(names)) == len(set(models)):
+            break
+    return names

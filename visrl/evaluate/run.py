@@ -1,0 +1,366 @@
+"""`visrl eval CONFIG`: ask a model every question of a benchmark, and score what it says. Resumable, and repeatable.
+
+The folder of a run holds `results.jsonl` (one row a question, see results.py), `scores.json` and, with a judge,
+`judgements-NAME.jsonl`. Heavy imports wait until there is something to ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from visrl.box import CropRule
+from visrl.config import ConfigError
+from visrl.engines.opening import PATIENCE, PolicyConfig, Urls, opened_policy, policy_settings, reached
+from visrl.evaluate.benchmarks import (
+    Benchmark,
+    Question,
+    incomplete,
+    missing_pictures,
+    missing_told,
+    read_benchmark,
+)
+from visrl.evaluate.results import NAME, key_of, result_row, summarise
+from visrl.evaluate.rollouts import Mode, greedy_looks
+from visrl.manifest import claim_folder, hash_weights, is_complete, write_manifest
+from visrl.records import Journal, RecordError, read_jsonl, write_records
+
+if TYPE_CHECKING:
+    from visrl.evaluate.judge import AskAll
+    from visrl.evolve.rollout import Look, Policy
+    from visrl.images import ImageError
+    from visrl.protocols import LookProtocol
+
+JOURNAL = "journal.jsonl"
+SCORES = "scores.json"
+Row = dict[str, Any]
+
+
+class EvalConfig(PolicyConfig):
+    """What `visrl eval CONFIG` takes, besides what says which model is asked."""
+
+    benchmark: Benchmark = "samples"
+    dataset: str
+    """The folder of the benchmark's files; for "samples" drawn scenes, a named data set or a JSONL file."""
+    datasets: list[str] | None = None
+    """Which data sets of the folder; all that were published, if left out."""
+    box_dir: str | None = None
+    """viscot: the folder of detection files, which hold picture sizes and exact boxes."""
+    image_root: str | None = None
+    allow_missing_pictures: bool = False
+    """Go on without some pictures: their questions count as failed."""
+    limit: int | None = Field(None, ge=1)
+    """At most so many questions of each data set."""
+
+    mode: Mode = "own"
+    protocol: str | None = None
+    """"visrl" or the published one; by default what was published for the benchmark, and "visrl" for samples."""
+    crop_rule: CropRule | None = None
+    """By default the protocol's, or else the checkpoint's."""
+    batch_size: int = Field(32, ge=1)
+    """Questions asked together: the unit of resuming, and part of what makes a run repeatable."""
+    seed: int = 0
+    output_dir: Path
+    retry_failed: bool = False
+    """Ask again what failed in a run that is complete."""
+    dry_run: bool = False
+    """Read and check everything that is there, ask nothing."""
+
+    judge_model_name_or_path: str | None = None
+    """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
+    judge_url: Urls = ()
+
+    @model_validator(mode="after")
+    def _together(self) -> EvalConfig:
+        if self.judge_url and not self.judge_model_name_or_path:
+            raise ValueError("judge_url needs judge_model_name_or_path, the judge's name there")
+        if self.benchmark in ("viscot-detection", "refcoco"):
+            if self.mode != "own":
+                raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")
+            if self.judge_model_name_or_path is not None:
+                raise ValueError(f"{self.benchmark} has no answers for a judge")
+        return self
+
+
+def evaluate(config: EvalConfig) -> Path:
+    """Ask what is left to ask, score all of it, and print the table; the folder of the run.
+
+    Killed at any moment and started again, it goes on at the last whole batch and ends with the same files.
+
+    Raises:
+        RecordError, ConfigError: data sets or pictures that are missing, and whatever the engines refuse.
+        ManifestError: the folder holds another run.
+    """
+    from visrl.evaluate.tables import summary_lines
+
+    started = time.monotonic()
+    questions = _checked_questions(config)
+    protocol = _protocol(config)
+    identity = _identity(config, protocol, questions)
+    is_complete(config.output_dir, identity)  # another run's folder is refused before a model is loaded
+    if config.dry_run:
+        print("nothing was asked (dry_run)")
+        return config.output_dir
+    rows, rule = _answers(config, protocol, questions, identity)
+    rows, judged = _judged(config, rows)
+    write_records(config.output_dir / NAME, rows)
+    (config.output_dir / JOURNAL).unlink(missing_ok=True)
+    facts = {
+        "benchmark": config.benchmark,
+        "model": config.policy_served_name or config.model_name_or_path,
+        "mode": config.mode,
+        "protocol": protocol.name,
+        "crop_rule": rule,
+        "judge": config.judge_model_name_or_path,
+        "limit": config.limit,
+    }
+    scores = {**facts, **_scored(config, rows)}
+    _write_json(config.output_dir / SCORES, scores)
+    write_manifest(
+        config.output_dir, verb="eval", config=identity, parents={"model": identity["weights"]}, crop_rule=rule
+    )
+    print("\n".join([*summary_lines(scores), *_closing_lines(scores, judged)]))
+    print(f"{time.monotonic() - started:.0f} s; results, scores: {config.output_dir}")
+    return config.output_dir
+
+
+# --- Before anything runs ---------------------------------------------------------------------------------------------
+
+
+def _checked_questions(config: EvalConfig) -> list[Question]:
+    """The questions, with what was read said, once no picture is missing."""
+    questions = read_benchmark(
+        config.benchmark,
+        config.dataset,
+        datasets=config.datasets,
+        boxes=config.box_dir,
+        image_root=config.image_root,
+        limit=config.limit,
+    )
+    if not questions:
+        raise RecordError(f"{config.dataset} holds no questions")
+    sources = {question.sample.source for question in questions}
+    without = sum(question.sample.box is None for question in questions)
+    told = f", {without} of them without a true box" if without else ""
+    print(f"{len(questions):,} questions of {len(sources)} data sets{told}")
+    for name, (count, whole) in incomplete(config.benchmark, questions).items():
+        print(f"  {name}: {count:,} of its {whole:,} published questions")
+    missing = missing_pictures(questions, config.image_root)
+    if missing:
+        told = missing_told(missing, config.image_root)
+        if not config.allow_missing_pictures:
+            raise RecordError(f"{told}\nset image_root, or allow_missing_pictures=true to count them as failed")
+        print(f"{told}\ntheir questions count as failed")
+    return questions
+
+
+def _protocol(config: EvalConfig) -> LookProtocol:
+    from visrl.protocols import REFCOCO, VISCOT, VISCOT_BOXES, VISRL, VISRL_BOXES
+
+    published = {"samples": VISRL, "viscot": VISCOT, "viscot-detection": VISCOT_BOXES, "refcoco": REFCOCO}
+    own = published[config.benchmark]
+    allowed = {own.name: own, "visrl": VISRL if own.answer is not None else VISRL_BOXES}
+    if config.protocol is not None and config.protocol not in allowed:
+        raise ConfigError(f"protocol: {config.benchmark} is asked as {' or '.join(allowed)}, not {config.protocol!r}")
+    return allowed[config.protocol or own.name]
+
+
+def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Question]) -> dict[str, Any]:
+    """What decides the rows of this run: no address, no patience, no judge."""
+    free = PATIENCE | {"output_dir", "retry_failed", "dry_run", "image_root", "box_dir"}
+    kept = {
+        key: value
+        for key, value in config.model_dump(mode="json").items()
+        if key not in free and not key.startswith("judge_")
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    for question in questions:
+        sample = question.sample
+        box = sample.box.as_list() if sample.box else None
+        told = [sample.source, sample.id, sample.image, sample.question, sample.answer, box, question.truth]
+        digest.update(json.dumps(told, ensure_ascii=True).encode())
+    adapter = config.adapter_name_or_path
+    return {
+        **kept,
+        "protocol": protocol.name,
+        "questions": digest.hexdigest(),
+        "weights": hash_weights(config.model_name_or_path),
+        "adapter": hash_weights(adapter) if adapter else None,
+    }
+
+
+# --- Asking -----------------------------------------------------------------------------------------------------------
+
+
+def _answers(
+    config: EvalConfig, protocol: LookProtocol, questions: Sequence[Question], identity: dict[str, Any]
+) -> tuple[list[Row], CropRule]:
+    """A row for every question, in order, and the crop rule; those that are there already are not asked again."""
+    from visrl.progress import progress
+
+    known = _known_rows(config)
+    parts = [questions[start : start + config.batch_size] for start in range(0, len(questions), config.batch_size)]
+    waiting = [part for part in parts if not all(_key(question) in known for question in part)]
+    settings = policy_settings(config)
+    rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
+    if waiting:
+        with opened_policy(config) as opened:
+            if protocol.answer is not None and rule != settings.crop_rule:
+                print(f"crops are cut by the rule {rule!r}; the checkpoint was made for {settings.crop_rule!r}")
+            claim_folder(config.output_dir, identity)
+            with Journal(config.output_dir / JOURNAL) as journal:
+                for part in progress(waiting, "eval", unit="part"):
+                    rows = _ask(opened.policy, part, protocol, config, rule)
+                    journal.append(rows)
+                    known.update((key_of(row), row) for row in rows)
+    return [known[_key(question)] for question in questions], rule
+
+
+def _known_rows(config: EvalConfig) -> dict[tuple[str, str], Row]:
+    """The rows of an earlier, stopped or complete run; without the failed ones where those are to be asked again."""
+    journal, done = config.output_dir / JOURNAL, config.output_dir / NAME
+    rows: list[Row] = list(read_jsonl(done)) if done.is_file() else []
+    if journal.is_file():
+        Journal(journal).close()  # cuts the line that a kill left unfinished
+        rows += read_jsonl(journal)
+    return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
+
+
+def _key(question: Question) -> tuple[str, str]:
+    return question.sample.source, question.sample.id
+
+
+def _ask(
+    policy: Policy, part: Sequence[Question], protocol: LookProtocol, config: EvalConfig, rule: CropRule
+) -> list[Row]:
+    samples = [question.sample for question in part]
+    looks = greedy_looks(
+        policy,
+        samples,
+        mode=config.mode,
+        protocol=protocol,
+        crop_rule=rule,
+        root=config.image_root,
+        seed=config.seed,
+    )
+    return [_row(policy, question, look, config.mode) for question, look in zip(part, looks, strict=True)]
+
+
+def _row(policy: Policy, question: Question, look: Look | ImageError, mode: Mode) -> Row:
+    """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
+    from visrl.evaluate.detection import published_hit
+    from visrl.evolve.rollout import Look
+
+    if not isinstance(look, Look):
+        failed = f"picture: {look}"
+        row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failed)
+        return row if question.truth is None else row | {"hit_published": None}
+    looked = mode not in ("no_box", "no_crop")
+    row = result_row(
+        question.sample,
+        prediction=look.answer,
+        box_text=look.text if mode == "own" else None,
+        box=look.box if looked else None,
+        error=look.error,
+    )
+    if question.truth is not None:
+        failed_engine = row["error"] is not None
+        size = question.sample.size
+        assert size is not None
+        hit = published_hit(_published_text(policy, look), question.truth, size)
+        row["hit_published"] = None if failed_engine else int(hit)
+    return row
+
+
+def _published_text(policy: Policy, look: Look) -> str | None:
+    """The box as the published scorer is to see it: as written by a model of its convention, else translated."""
+    from visrl.codecs import CODECS
+
+    if policy.codec.name == "viscot":
+        return look.text
+    return CODECS["viscot"].format(look.box, look.whole.size, look.whole.size) if look.box else None
+
+
+# --- Judging and scoring ----------------------------------------------------------------------------------------------
+
+
+def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """The rows with the judge's two columns, and how many judgements failed or could not be read."""
+    from visrl.evaluate.answers import answered, with_judgements
+    from visrl.evaluate.judge import judge_all
+
+    rows = [{key: value for key, value in row.items() if key not in ("judge", "judge_published")} for row in rows]
+    judge = config.judge_model_name_or_path
+    if judge is None:
+        return rows, {}
+    asked = [one for one in map(answered, rows) if one is not None]
+    file = config.output_dir / f"judgements-{re.sub(r'[^A-Za-z0-9._-]+', '-', judge).strip('-')}.jsonl"
+    with _judge(config, judge) as ask_all:
+        print(f"{judge} judges {len(asked):,} answers → {file}")
+        judgements = judge_all(asked, ask_all, judge, file)
+    counts = {
+        "judged": len(judgements),
+        "judge_failed": sum(one.error is not None for one in judgements),
+        "judge_unread": sum(one.error is None and one.score is None for one in judgements),
+    }
+    return with_judgements(rows, judgements), counts
+
+
+@contextmanager
+def _judge(config: EvalConfig, name: str) -> Iterator[AskAll]:
+    """The judge `name` while it is needed: servers, or a model in this process."""
+    from visrl.evaluate.judge import client_asker, engine_asker
+
+    if config.judge_url:
+        with reached(config, config.judge_url, name) as engine:
+            yield client_asker(engine.client)
+        return
+    from visrl.engines.local import LocalEngine
+
+    yield engine_asker(LocalEngine.load(name))
+
+
+def _scored(config: EvalConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """Totals of all rows and of each data set, the averages as published among them."""
+    from visrl.evaluate.answers import with_averages
+    from visrl.evaluate.boxfiles import box_totals, folder_totals
+    from visrl.evaluate.results import by_dataset
+
+    summary = summarise(rows, config.seed)
+    if config.benchmark == "viscot":
+        return with_averages(summary)
+    if config.benchmark in ("viscot-detection", "refcoco"):
+        return {**summary, "totals": folder_totals({name: box_totals(own) for name, own in by_dataset(rows).items()})}
+    return summary
+
+
+def _closing_lines(scores: dict[str, Any], judged: dict[str, int]) -> list[str]:
+    lines = []
+    if judged:
+        lines.append(
+            f"{judged['judged']} answers judged: {judged['judge_failed']} failed, "
+            f"{judged['judge_unread']} replies that could not be read"
+        )
+    if scores.get("missing_datasets"):
+        lines.append(f"no answers to: {', '.join(scores['missing_datasets'])}; the means are over the others")
+    if scores.get("average_published") is not None:
+        lines.append(f"average as published, missing data sets counted 0: {scores['average_published']:.3f}")
+    totals = scores.get("totals")
+    if totals and totals["average_published"] is not None:
+        lines.append(f"average as published, data sets scoring 0 left out: {totals['average_published']:.3f}")
+    return ["", *lines] if lines else []
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)

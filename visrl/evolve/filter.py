@@ -1,0 +1,158 @@
+"""`visrl filter`: a generated folder → preferences, what was dropped and why, a table against true boxes, a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from visrl.box import Box, iou
+from visrl.config import Config, ConfigError
+from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
+from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
+from visrl.manifest import claim_folder, hash_files, read_manifest, write_manifest
+from visrl.records import Record, RecordError, Trajectory, Verdict, read_records, write_records
+
+PREFERENCES, PAGE = "preferences.jsonl", "pairs.html"
+GOOD_IOU = 0.5  # the paper's table calls a box positive above this IoU with the true one
+# The paper's shares in percent (REFERENCE, "data-generation ablation"): winner and loser Positive or Negative.
+PAPER_TABLE = {"WP-LP": 0.43, "WP-LN": 64.64, "WN-LP": 1.64, "WN-LN": 33.29}
+KINDS = tuple(PAPER_TABLE)
+
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
+]
+
+
+class RuleConfig(Config):
+    """The keys of the filter's rule."""
+
+    rule: Rule = "paper"
+    """"released" is the released code's order: best and worst answer first, their boxes after."""
+    t_max: float = Field(0.8, ge=0, le=1)
+    t_min: float = Field(0.2, ge=0, le=1)
+    use_box_critic: bool = True
+    """False is the paper's ablation: answers alone decide. `critic.box` is the same key."""
+
+    def filter_settings(self) -> FilterSettings:
+        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic)
+
+
+class FilterConfig(RuleConfig):
+    """What `visrl filter` takes: folders of `visrl generate` (one, or its shards in order), and the rule."""
+
+    input_dir: Folders = Field(min_length=1)
+    dataset: str | None = None
+    """By default what the folders were generated from."""
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    max_samples: int | None = Field(None, ge=1)
+    image_root: str | None = None
+    pictures: int = Field(24, ge=0)
+    """Kept and dropped questions, so many of each, that the page shows; 0: no page."""
+    output_dir: Path
+
+
+def filter_pairs(config: FilterConfig) -> dict[str, Any]:
+    """Preferences from generated folders, with counts of what was dropped and why; the counts.
+
+    Raises:
+        RecordError: files that are missing, unfinished or not of the data set.
+        ConfigError: no data set named, and none in a manifest.
+    """
+    files = [[folder / name for folder in config.input_dir] for name in (TRAJECTORIES, VERDICTS)]
+    for path in (path for group in files for path in group):
+        if not path.is_file():
+            raise RecordError(f"no {path}: input_dir must be a folder that `visrl generate` finished")
+    source = _source(config)
+    identity = {
+        **config.model_dump(mode="json", exclude={"output_dir", "input_dir", "pictures"}),
+        **source,
+        "input": hash_files(*(path for group in files for path in group)),
+    }
+    done = claim_folder(config.output_dir, identity)
+    with_boxes = read_questions(**source, with_box=True)
+    truth = {sample.id: sample.box for sample in with_boxes if sample.box is not None}
+    # What becomes a preference has never seen a true box.
+    samples = [replace(sample, box=None) for sample in with_boxes]
+    result = make_pairs(samples, _all(Trajectory, files[0]), _all(Verdict, files[1]), config.filter_settings())
+    counts = count_pairs(result, truth)
+    if not done:
+        write_records(config.output_dir / PREFERENCES, result.preferences)
+        if config.pictures:
+            from visrl.report.pairs import write_page
+
+            write_page(config.output_dir / PAGE, result, truth, config.pictures, source["image_root"])
+        parents = {"input": identity["input"]}
+        write_manifest(config.output_dir, verb="filter", config=identity, parents=parents, counts=counts)
+    reasons = ", ".join(f"{count} {name}" for name, count in counts["dropped_by_reason"].items()) or "none dropped"
+    print(f"{result.kept} pairs of {result.questions} questions ({reasons}) → {config.output_dir}")
+    if counts["boxes"]:
+        print("\n".join(table_lines(counts["boxes"])))
+    return counts
+
+
+def count_pairs(result: Filtered, truth: dict[str, Box]) -> dict[str, Any]:
+    """Questions, kept pairs, drops by reason, and how the kept boxes stand to the true ones where those are known."""
+    return {
+        "questions": result.questions,
+        "kept": result.kept,
+        "dropped_by_reason": dict(sorted(result.dropped.items())),
+        "boxes": count_kinds(result.pairs, truth),
+    }
+
+
+def count_kinds(pairs: Sequence[Pair], truth: dict[str, Box]) -> dict[str, int]:
+    """How many pairs are WP-LP, WP-LN, WN-LP and WN-LN; empty where no true box of a pair is known."""
+    known = [pair for pair in pairs if pair.sample.id in truth]
+    counts = Counter(kind_of(pair, truth[pair.sample.id]) for pair in known)
+    return {kind: counts[kind] for kind in KINDS} if known else {}
+
+
+def kind_of(pair: Pair, truth: Box) -> str:
+    """Whether winner (W) and loser (L) box have IoU > 0.5 with the true one: P yes, N no."""
+    winner, loser = ("P" if _iou(judged, truth) > GOOD_IOU else "N" for judged in (pair.winner, pair.loser))
+    return f"W{winner}-L{loser}"
+
+
+def table_lines(kinds: dict[str, int]) -> list[str]:
+    """The paper's table for these pairs, as text."""
+    total = sum(kinds.values())
+    lines = [f"winner and loser box against the true one (P: IoU > {GOOD_IOU}), of {total} pairs:"]
+    for kind, count in kinds.items():
+        lines.append(f"  {kind}  {count:6}  {100 * count / total:6.2f} %   (paper {PAPER_TABLE[kind]:.2f} %)")
+    return lines
+
+
+def _iou(judged: Judged, truth: Box) -> float:
+    return iou(judged[0].box, truth) if judged[0].box is not None else 0.0
+
+
+def _all(kind: type[Record], paths: Iterable[Path]) -> Iterator[Record]:
+    for path in paths:
+        yield from read_records(kind, path)
+
+
+def _source(config: FilterConfig) -> dict[str, Any]:
+    """What `read_questions` is to read: the data set of the config, else that of the generation."""
+    if config.dataset is not None:
+        said: Any = config.model_dump()
+    else:
+        manifest = read_manifest(config.input_dir[0])
+        if manifest is None:
+            raise ConfigError(
+                f"dataset: say what {config.input_dir[0]} was generated from; it has no manifest that tells "
+                "(was the generation finished?)"
+            )
+        said = manifest["config"]
+    return {
+        "dataset": said["dataset"],
+        "dataset_dir": said["dataset_dir"],
+        "skip": said["skip_samples"],
+        "limit": said["max_samples"],
+        "image_root": config.image_root or said["image_root"],
+    }

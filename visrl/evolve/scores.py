@@ -1,0 +1,127 @@
+"""Scores of a run's checkpoints on held-out questions, and `summary.json`, which the report is made from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visrl.evolve.clock import StepClock
+from visrl.manifest import package_versions, read_manifest
+from visrl.records import Sample
+
+if TYPE_CHECKING:
+    from visrl.evaluate.rollouts import Mode
+
+
+def evaluate_all(
+    run: Path,
+    samples: Sequence[Sample],
+    checkpoints: dict[str, str],
+    *,
+    controls: bool,
+    clock: StepClock,
+    image_root: str | None = None,
+) -> None:
+    """Every checkpoint on the same held-out questions; the controls of the first and of the last."""
+    from visrl.evaluate.rollouts import CROP_MODES
+
+    # Most controls need true boxes.
+    bounds = CROP_MODES if all(sample.box for sample in samples) else CROP_MODES[:2]
+    first, last = next(iter(checkpoints)), list(checkpoints)[-1]
+    for name, path in checkpoints.items():
+        modes = bounds if controls and name in (first, last) else CROP_MODES[:1]
+        clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, image_root))
+
+
+def _evaluate(
+    run: Path, samples: Sequence[Sample], name: str, path: str, modes: Sequence[Mode], image_root: str | None
+) -> None:
+    from visrl.engines.local import LocalEngine
+    from visrl.evaluate.rollouts import evaluate_samples
+    from visrl.records import write_records
+
+    folder = run / "eval"
+    files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
+    if all(file.is_file() for file in files.values()):
+        return
+    engine = LocalEngine.load(path)
+    for mode, file in files.items():
+        if not file.is_file():
+            rule = engine.encoder.settings.crop_rule
+            rows = evaluate_samples(engine, samples, mode=mode, crop_rule=rule, root=image_root)
+            write_records(file, rows)
+    print(f"evaluated {name} on {len(samples)} held-out questions ({', '.join(modes)})")
+
+
+def summarise(
+    run: Path, names: Sequence[str], iterations: int, *, seed: int, clock: StepClock, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Write `summary.json` from the files of the run; the summary. `names` are the checkpoints, `config` is shown."""
+    summary: dict[str, Any] = {"seed": seed, "stages": [], "controls": {}, "controls_last": {}, "pairs": []}
+    for name in names:
+        if not (run / "eval" / f"{name}.jsonl").is_file():
+            continue
+        iteration, _, stage = name.rpartition("-")
+        entry: dict[str, Any] = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
+        summary["stages"].append({**entry, **_scores(run / "eval" / f"{name}.jsonl", by_kind=True)})
+    for key, name in (("controls", names[0]), ("controls_last", names[-1])):
+        for file in sorted((run / "eval").glob(f"{name}.*.jsonl")):
+            summary[key][file.name.split(".")[1]] = _scores(file)
+    for number in range(iterations):
+        filtered = read_manifest(run / f"iter{number}" / "filter") or {}
+        generated = read_manifest(run / f"iter{number}" / "generate") or {}
+        more = {"trajectories": generated.get("trajectories"), "counts": generated.get("counts")}
+        summary["pairs"].append({"iteration": number, **filtered.get("counts", {}), **more})
+    summary["seconds"] = round(sum(clock.seconds.values()), 1)
+    summary["seconds_by_step"] = clock.seconds
+    summary["peak_rss_mb"] = json.loads((run / "peak_rss.json").read_text(encoding="utf-8"))["mb"]
+    summary["versions"] = package_versions(("torch", "transformers", "peft"))
+    summary["config"] = config
+    part = run / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, run / "summary.json")
+    return summary
+
+
+def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
+    from visrl.evaluate.statistics import interval
+    from visrl.records import read_jsonl
+
+    rows = list(read_jsonl(file))
+    scores: dict[str, Any] = {"answer_accuracy": interval([float(row["correct"]) for row in rows]), "n": len(rows)}
+    known = [row["iou"] for row in rows if row["iou"] is not None]
+    if known:
+        scores["box_iou"] = interval(known)
+        scores["box_accuracy_50"] = interval([float(value > 0.5) for value in known])
+    if by_kind:
+        scores["by_kind"] = {}
+        for kind in sorted({row["kind"] for row in rows}):
+            own = [row for row in rows if row["kind"] == kind]
+            right = sum(row["correct"] for row in own) / len(own)
+            scores["by_kind"][kind] = {"answer_accuracy": right, "n": len(own)}
+            found = [row["iou"] for row in own if row["iou"] is not None]
+            if found:
+                scores["by_kind"][kind]["box_iou"] = sum(found) / len(found)
+    return scores
+
+
+def told_scores(summary: dict[str, Any]) -> str:
+    """The scores of every checkpoint, the controls and the costs, as text."""
+    lines = []
+    for stage in summary["stages"]:
+        accuracy = stage["answer_accuracy"]
+        name = stage["name"] if stage["name"] == "sft" else f"iteration {stage['iteration']} {stage['name']}"
+        line = f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
+        if "box_iou" in stage:
+            line += f"   IoU {stage['box_iou']['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"
+        lines.append(line)
+    for key, name in (("controls", "sft"), ("controls_last", "last")):
+        told = ", ".join(f"{mode} {scores['answer_accuracy']['mean']:.3f}" for mode, scores in summary[key].items())
+        if told:
+            lines.append(f"controls of {name}: {told}")
+    lines.append(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB")
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""How a question is put to a model in two steps: `visrl` (training, generation, serving) and the published ones.
+
+Conversations only, built from the prompts of prompts.py. Nothing here knows engines, boxes' numbers or scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from visrl.box import CropRule
+from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
+from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class LookProtocol:
+    """Where to look (`focus`), then what is there (`answer`, of question, whole, box text and crop).
+
+    `crop_rule` None is the checkpoint's own rule. A protocol without `answer` asks for boxes only.
+    """
+
+    name: str
+    focus: Callable[[str, View], Conversation]
+    answer: Callable[[str, View, str, View], Conversation] | None
+    box_tokens: int
+    answer_tokens: int
+    crop_rule: CropRule | None = None
+
+
+def plain_conversation(question: str, whole: View) -> Conversation:
+    """One turn, picture and question, no box: what two steps are to be better than."""
+    return Conversation((Message("user", f"{IMAGE}\n{question}"),), (whole,))
+
+
+def _one_turn(prompt: Callable[[str], str]) -> Callable[[str, View], Conversation]:
+    return lambda question, whole: Conversation((Message("user", prompt(question)),), (whole,))
+
+
+def _three_turns(question: str, whole: View, box_text: str, detail: View) -> Conversation:
+    """Step 2 as published: the question, the box as the model's own turn, and the question again with the crop."""
+    turns = (
+        Message("user", f"{IMAGE}\n{question}"),
+        Message("assistant", box_text),
+        Message("user", viscot_answer_prompt(question)),
+    )
+    return Conversation(turns, (whole, detail))
+
+
+def _single_turn(question: str, whole: View, box_text: str, detail: View) -> Conversation:
+    """Step 2 of `visrl`: the box text is not shown again."""
+    return answer_conversation(question, whole, detail)
+
+
+VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64)
+VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, box_tokens=64, answer_tokens=64)
+# Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.
+VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
+VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
+REFCOCO = LookProtocol("refcoco", _one_turn(refcoco_prompt), None, 128, 128, "viscot_square")

@@ -1,0 +1,109 @@
+"""The page of `visrl filter`: kept and dropped questions to look at, drawn by lot, with boxes, answers and scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from visrl.box import Box, iou
+from visrl.images import ImageError, open_image
+from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
+from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
+
+if TYPE_CHECKING:
+    from visrl.evolve.pairs import Filtered, Judged
+    from visrl.records import Sample
+
+WINNER_COLOUR, LOSER_COLOUR = LAST_COLOUR, FIRST_COLOUR
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One trajectory as the page tells it; `iou` is with the true box, where that is known."""
+
+    label: str
+    answer: str
+    box_score: float | None
+    answer_score: float | None
+    origin: str
+    error: str | None
+    iou: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One question of the page; `problem` says why there is no picture, else ""."""
+
+    question: str
+    answer: str
+    reason: str  # why it was dropped, "" where it was kept
+    picture: str
+    problem: str
+    tries: list[Try]
+
+
+def write_page(path: Path, result: Filtered, truth: dict[str, Box], count: int, root: str | None = None) -> None:
+    """Write one self-contained page of `count` kept and `count` dropped questions, drawn by the hash of their ids."""
+    kept = {pair.sample.id: (pair.sample, "", (pair.winner, pair.loser), ("winner", "loser")) for pair in result.pairs}
+    dropped = {
+        miss.sample.id: (miss.sample, miss.reason, miss.tries, ("best", "worst")) for miss in result.missed
+    }  # fmt: skip
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("pairs.html").render(
+        css=(here / "page.css").read_text(encoding="utf-8"),
+        questions=result.questions,
+        kept=[_card(*kept[name], truth.get(name), root) for name in draw_lot(kept, count)],
+        kept_count=result.kept,
+        dropped=[_card(*dropped[name], truth.get(name), root) for name in draw_lot(dropped, count)],
+        reasons=result.dropped.most_common(),
+        colours={"winner": WINNER_COLOUR, "loser": LOSER_COLOUR, "true": TRUE_COLOUR},
+        truth_known=bool(truth),
+    )
+    part = path.with_suffix(".part")
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _card(
+    sample: Sample,
+    reason: str,
+    tries: tuple[Judged, ...],
+    labels: tuple[str, str],
+    true_box: Box | None,
+    root: str | None,
+) -> Card:
+    marks: list[Mark] = [(true_box, TRUE_COLOUR, "true")] if true_box else []
+    told = []
+    for (trajectory, verdict), label, colour in zip(tries, labels, (WINNER_COLOUR, LOSER_COLOUR), strict=False):
+        if trajectory.box is not None:
+            marks.append((trajectory.box, colour, label))
+        told.append(
+            Try(
+                label,
+                trajectory.answer if trajectory.answer is not None else "",
+                verdict.box_score,
+                verdict.answer_score,
+                trajectory.origin,
+                trajectory.error,
+                iou(trajectory.box, true_box) if trajectory.box and true_box else None,
+            )
+        )
+    picture, problem = _picture(sample, marks, root)
+    return Card(sample.question, sample.answer, reason, picture, problem, told)
+
+
+def _picture(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:
+    try:
+        image = open_image(sample.image, root, sample.size)
+    except ImageError as error:
+        return "", str(error)
+    return data_uri(annotate(shrink(image, LONGEST_SIDE), list(marks)), PICTURE_LIMIT), ""

@@ -1,0 +1,76 @@
+"""Which items go through a step together: items that show one picture, so that its tokens are computed once for all.
+
+Knows items by their picture only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+
+class PictureSampler(Sampler[int]):
+    """The items of an epoch in random order, those of one picture beside each other in one batch.
+
+    A pure function of seed and epoch. A picture with more items than a batch holds fills several.
+    """
+
+    def __init__(self, pictures: Sequence[str], batch_size: int, seed: int) -> None:
+        self.pictures = pictures
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on with the order of `epoch`."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> list[int]:
+        """The items in the order in which `epoch` takes them."""
+        chance = random.Random(f"{self.seed}/{epoch}")
+        groups: dict[str, list[int]] = {}
+        for number in chance.sample(range(len(self.pictures)), len(self.pictures)):
+            groups.setdefault(self.pictures[number], []).append(number)
+        return _filled([part for group in groups.values() for part in _parts(group, self.batch_size)], self.batch_size)
+
+    def sharing(self) -> int:
+        """How many items of the first epoch meet another one of their picture in their batch."""
+        order, count = self.order(0), 0
+        for start in range(0, len(order), self.batch_size):
+            shown = [self.pictures[number] for number in order[start : start + self.batch_size]]
+            count += sum(shown.count(picture) > 1 for picture in shown)
+        return count
+
+
+def _parts(group: list[int], size: int) -> list[list[int]]:
+    return [group[start : start + size] for start in range(0, len(group), size)]
+
+
+def _filled(groups: list[list[int]], batch_size: int) -> list[int]:
+    """The groups one after another so that each lies in one batch where any order allows: the next group that still
+    fits goes into a batch, and one is broken only where none fits."""
+    waiting: dict[int, deque[tuple[int, list[int]]]] = {size: deque() for size in range(1, batch_size + 1)}
+    for place, group in enumerate(groups):
+        waiting[len(group)].append((place, group))
+    order: list[int] = []
+    while True:
+        room = batch_size - len(order) % batch_size
+        fitting = [queue for size, queue in waiting.items() if queue and size <= room]
+        if fitting:
+            order += min(fitting, key=lambda queue: queue[0][0]).popleft()[1]
+            continue
+        left = [queue for queue in waiting.values() if queue]
+        if not left:
+            return order
+        place, group = min(left, key=lambda queue: queue[0][0]).popleft()
+        order += group[:room]
+        waiting[len(group) - room].appendleft((place, group[room:]))

@@ -1,0 +1,118 @@
+"""The policy at the start of its stage: weights in the right type, an adapter on them, and what is frozen."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from visrl.config import ConfigError
+from visrl.models.attention import use_tree_attention
+from visrl.models.families import FAMILIES, language_model, projector, vision_tower
+from visrl.models.load import load_model
+from visrl.train.config import TrainConfig
+
+
+def prepare_model(config: TrainConfig) -> torch.nn.Module:
+    """The policy at the start of its stage: an adapter given is merged first, then a new one is put on.
+
+    The reference of a stage is this model before its first step (a new LoRA adapter starts as the identity).
+
+    Raises:
+        ConfigError: keys that do not go together, or what they ask for is not installed.
+        CheckpointError: no model at `model_name_or_path`.
+    """
+    options: dict[str, Any] = {"quantization_config": quantization(config)} if config.quantization_bit else {}
+    model = load_model(
+        config.model_name_or_path, dtype=weight_dtype(config), trust_remote_code=config.trust_remote_code, **options
+    )
+    if config.adapter_name_or_path:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, config.adapter_name_or_path).merge_and_unload()
+    use_tree_attention(model, config.attention)
+    if config.stage == "dpo":
+        switch_off_dropout(model)
+    if config.finetuning_type == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(model, config.lora_target),
+        )
+        return get_peft_model(model, lora)
+    if config.freeze_vision_tower:
+        vision_tower(model).requires_grad_(False)
+    if config.freeze_multi_modal_projector:
+        projector(model).requires_grad_(False)
+    if config.freeze_language_model:
+        language_model(model).requires_grad_(False)
+    return model
+
+
+def lora_targets(model: torch.nn.Module, target: str) -> list[str]:
+    """Names of the linear layers that get an adapter: "all" is every one of the language model, the output layer left
+    out; otherwise a comma-separated list of last names (q_proj,v_proj).
+
+    Raises:
+        ConfigError: a name that no layer has.
+    """
+    decoder = language_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    if target == "all":
+        return linear
+    wanted = {name.strip() for name in target.split(",")}
+    chosen = [name for name in linear if name.rsplit(".", 1)[1] in wanted]
+    missing = wanted - {name.rsplit(".", 1)[1] for name in chosen}
+    if missing:
+        known = sorted({name.rsplit(".", 1)[1] for name in linear})
+        raise ConfigError(f"lora_target: no layer is called {', '.join(sorted(missing))}; there are {', '.join(known)}")
+    return chosen
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """The type in which weights are loaded: bf16 where nothing but an adapter is trained, or everything is to be in
+    bf16; else fp32, as small steps on bf16 weights would be lost in rounding."""
+    bf16 = bool(config.training_arguments().get("bf16"))
+    frozen = config.finetuning_type == "lora"
+    return torch.bfloat16 if config.pure_bf16 or (bf16 and frozen) else torch.float32
+
+
+def quantization(config: TrainConfig) -> Any:
+    """How bitsandbytes is to keep the frozen weights; vision tower and projector stay as they are.
+
+    Raises:
+        ConfigError: weights that are quantised cannot be trained or merged into, or bitsandbytes is missing.
+    """
+    if config.finetuning_type != "lora":
+        raise ConfigError("quantization_bit: quantised weights cannot be trained; set finetuning_type=lora (QLoRA)")
+    if config.adapter_name_or_path:
+        raise ConfigError("quantization_bit: an adapter is not merged into quantised weights; `visrl export` it first")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'quantization_bit needs bitsandbytes, which is not installed: pip install "visrl[bitsandbytes]"'
+        )
+    from transformers import BitsAndBytesConfig
+
+    names = sorted({name for family in FAMILIES.values() for part in family.parts[1:] for name in part.split(".")})
+    return BitsAndBytesConfig(
+        load_in_4bit=config.quantization_bit == 4,
+        load_in_8bit=config.quantization_bit == 8,
+        bnb_4bit_quant_type=config.quantization_type,
+        bnb_4bit_use_double_quant=config.double_quantization,
+        bnb_4bit_compute_dtype=weight_dtype(config),
+        llm_int8_skip_modules=[*names, "lm_head"],
+    )
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Policy and reference of a preference stage must be the same function at the start."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

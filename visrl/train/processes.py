@@ -1,0 +1,67 @@
+"""Several processes that train one model: who they are, how they are started, and how their results come together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+Argument = TypeVar("Argument")
+
+
+class ProcessError(RuntimeError):
+    """One of the processes that train together failed; the message is its own."""
+
+
+def launched() -> bool:
+    """Whether this process is one of several that were started together (by us, torchrun or accelerate)."""
+    return "LOCAL_RANK" in os.environ
+
+
+def processes_wanted(given: int | None) -> int:
+    """How many processes a training is to have on this machine: as given, else one for each GPU."""
+    return given if given is not None else max(1, torch.cuda.device_count())
+
+
+def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument) -> None:
+    """Run `work(argument)` in `count` processes of one group; both must be importable and picklable.
+
+    Raises:
+        ProcessError: one of them failed.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="visrl", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0,
+    )  # fmt: skip
+    try:
+        elastic_launch(settings, work)(argument)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ProcessError(f"process {rank} of {count}: {failure.message}") from error
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def dealt(batches: Sequence[Any]) -> list[tuple[Any, bool]]:
+    """This process's part of `batches`, and whether each counts: all get equally many, as processes that share a
+    model must call it equally often, so some see a batch again that is another's."""
+    state = PartialState()
+    rounds = -(-len(batches) // state.num_processes)
+    mine = [state.process_index + n * state.num_processes for n in range(rounds)]
+    return [(batches[n % len(batches)], n < len(batches)) for n in mine]
+
+
+def gathered(values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of every process's dictionary in one."""
+    return {key: value for part in gather_object([values]) for key, value in part.items()}

@@ -1,0 +1,140 @@
+"""What a training would do, before it does it: items, tokens, steps, rows that cannot be used, and memory."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Subset
+from transformers import PrinterCallback, TrainingArguments
+
+from visrl.images import ImageError
+from visrl.progress import progress
+from visrl.records import RecordError
+from visrl.train.arguments import training_arguments
+from visrl.train.batches import PictureSampler
+from visrl.train.config import TrainConfig
+from visrl.train.data import Curriculum, part_of
+from visrl.train.items import Collator
+from visrl.train.memory import peak_memory
+from visrl.train.processes import processes_wanted
+from visrl.train.reference import reference_logps
+from visrl.train.trainer import VisrlTrainer
+
+NAMED = 3  # reasons told of each kind of drop
+
+
+@dataclass
+class Survey:
+    """What every item of a data set is: its tokens when each is computed once, and when each row is computed by
+    itself."""
+
+    tokens: list[int] = field(default_factory=list)
+    separate: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # kind → what was wrong with each
+
+    def told(self, dropping: bool) -> str:
+        """Counts, in a few lines."""
+        total = sum(self.tokens)
+        lines = [
+            f"{len(self.tokens)} items, {total} tokens computed once each ({self.separate} as separate sequences), "
+            f"{max(self.tokens, default=0)} in the longest item"
+        ]
+        for kind, reasons in self.dropped.items():
+            what = "left out" if dropping else "training would stop at them (drop_unusable=true leaves them out)"
+            lines.append(f"{len(reasons)} items {kind}: {what}")
+            lines += [f"  {reason}" for reason in reasons[:NAMED]]
+            lines += [f"  … and {len(reasons) - NAMED} more"] * (len(reasons) > NAMED)
+        return "\n".join(lines)
+
+
+def survey(dataset: Any, collator: Collator) -> tuple[Survey, Any]:
+    """Encode every item of `dataset` as training would; what was found, and the part of it that can be used.
+
+    A curriculum cannot leave anything out: its scenes are drawn, and each is as good as the next.
+    """
+    found = Survey()
+    usable = []
+    for number in progress(range(len(dataset)), "reading items"):
+        try:
+            packed = collator([dataset[number]])["batch"].packed
+        except RecordError as error:
+            found.dropped.setdefault("over cutoff_len", []).append(str(error))
+            continue
+        except ImageError as error:
+            found.dropped.setdefault("whose picture cannot be opened", []).append(str(error))
+            continue
+        usable.append(number)
+        found.tokens.append(packed.tokens)
+        found.separate += packed.naive_tokens
+    if len(usable) < len(dataset) and not isinstance(dataset, Curriculum):
+        return found, part_of(dataset, usable)
+    return found, dataset
+
+
+def rehearse(dataset: Any, found: Survey, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
+    """Print steps and memory. Memory is measured: the heaviest step is taken as it would be (twice, as the optimiser
+    holds nothing before the first), on this machine, and what it did is thrown away with the process."""
+    config = visrl_config
+    with tempfile.TemporaryDirectory() as scratch:
+        quiet = {
+            "output_dir": Path(scratch), "max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "val_size": 0.0,
+            "logging_strategy": "no", "disable_tqdm": True, "train_sampling_strategy": "sequential",
+        }  # fmt: skip
+        arguments = training_arguments(config.model_copy(update=quiet))
+        heaviest = _heaviest_step(dataset, found.tokens, arguments)
+        if config.stage == "dpo":
+            reference_logps(
+                model, Subset(dataset, heaviest), common["data_collator"],
+                batch_size=max(8, arguments.per_device_train_batch_size), cache=Path(scratch, "reference.json"), key="",
+                features=common["features"],
+            )  # fmt: skip
+        trainer = VisrlTrainer(
+            model=model, args=arguments, train_dataset=Subset(dataset, heaviest * 2), visrl_config=config, **common
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    where = "a GPU" if arguments.device.type == "cuda" else "the process"
+    print(
+        f"{_steps(config, len(found.tokens))} steps of {_batch(config)} items\n"
+        f"memory of {where}: {peak_memory(arguments.device) / 1e6:.0f} MB at the peak, measured over the heaviest "
+        f"step; {weights / 1e6:.0f} MB of it are weights, {trained / 1e6:.2f} million of which are trained\n"
+        "dry run: nothing was written"
+    )
+
+
+def _heaviest_step(dataset: Any, tokens: list[int], arguments: TrainingArguments) -> list[int]:
+    """The items of the optimisation step of the first epoch that holds the batch with most tokens, that batch first."""
+    size = arguments.train_batch_size
+    shuffled = not isinstance(dataset, Curriculum)
+    order = PictureSampler(dataset.pictures(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    heavy = max(range(len(batches)), key=lambda n: sum(tokens[item] for item in batches[n]))
+    first = heavy - heavy % arguments.gradient_accumulation_steps
+    members = batches[first : first + arguments.gradient_accumulation_steps]
+    return [
+        item
+        for batch in (batches[heavy], *(batch for batch in members if batch is not batches[heavy]))
+        for item in batch
+    ]
+
+
+def _batch(config: TrainConfig) -> int:
+    """Items of an optimisation step, over all processes."""
+    given = training_arguments(config)
+    return given.train_batch_size * given.gradient_accumulation_steps * processes_wanted(config.processes)
+
+
+def _steps(config: TrainConfig, items: int) -> int:
+    """Optimisation steps, as the trainer counts them."""
+    given = training_arguments(config)
+    if given.max_steps > 0:
+        return given.max_steps
+    batches = math.ceil(items / (given.train_batch_size * processes_wanted(config.processes)))
+    return math.ceil(given.num_train_epochs * max(1, math.ceil(batches / given.gradient_accumulation_steps)))
