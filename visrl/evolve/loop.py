@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.data.scenes import Kind
 from visrl.engines.choose import NOT_IDENTITY, critic_name
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
@@ -80,7 +81,8 @@ class DemoConfig(Config):
     iterations: int = Field(2, ge=1)
     questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
-    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
+    tags: int = Field(4, ge=1, le=4)  # coloured tags in a scene, at most
+    kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
     chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
@@ -95,11 +97,12 @@ class DemoConfig(Config):
         """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
         from visrl.models.tiny import CHECKPOINT
 
+        scenes = f"@{self.tags}:{','.join(self.kinds)}"
         firsts = [(self.seed * self.iterations + number) * self.questions for number in range(self.iterations)]
         held_out = self.seed * self.test_questions
         return EvolveConfig(
             model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
-            dataset=tuple(f"scenes:preference@{self.tags}/{first}+{self.questions}" for first in firsts),
+            dataset=tuple(f"scenes:preference{scenes}/{first}+{self.questions}" for first in firsts),
             iterations=self.iterations,
             rounds=self.rounds,
             temperature=self.temperature,
@@ -109,7 +112,7 @@ class DemoConfig(Config):
             train_stage2=self.train_stage2,
             chosen_only=self.chosen_only,
             export_dtype="float32",
-            eval_dataset=f"scenes:test@{self.tags}/{held_out}+{self.test_questions}",
+            eval_dataset=f"scenes:test{scenes}/{held_out}+{self.test_questions}",
             controls=self.controls,
             output_dir=self.output_dir,
             seed=self.seed,
