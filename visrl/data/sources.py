@@ -1,8 +1,7 @@
 """Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
 `scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS/START+COUNT` those of at
-most TAGS tags; a name in `dataset_dir/dataset_info.json` is
-that data set; anything else is a path to JSONL records.
+most TAGS tags; a name in `dataset_dir/dataset_info.json` is that data set; anything else is a path to JSONL records.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
         return named_preferences(spec, dataset_dir, image_root)
     if not Path(spec).is_file():
         raise RecordError(
-            f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in {dataset_dir}/dataset_info.json"
+            f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in "
+            f"{dataset_dir}/dataset_info.json"
         )
     return list(read_records(Preference, spec))
