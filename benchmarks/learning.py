@@ -106,7 +106,8 @@ def table(found: dict[str, Any]) -> str:
         accuracy, overlap = difference["answer_accuracy"], difference["box_iou"]
         lines.append(
             f"{name:36} answers {accuracy['difference']:+.3f} [{accuracy['low']:+.3f}, {accuracy['high']:+.3f}] "
-            f"p = {accuracy['p_mcnemar']:.1e}   IoU {overlap['difference']:+.3f} [{overlap['low']:+.3f}, {overlap['high']:+.3f}]"
+            f"p = {accuracy['p_mcnemar']:.1e}   "
+            f"IoU {overlap['difference']:+.3f} [{overlap['low']:+.3f}, {overlap['high']:+.3f}]"
         )
     lines.append("")
     for name, modes in found["controls"].items():

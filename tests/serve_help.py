@@ -7,7 +7,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,10 +34,18 @@ class KnownEngine:
     def __init__(self, speak: Callable[[Conversation], str], token_s: float = 0.0) -> None:
         self.speak, self.token_s = speak, token_s
         self.batches: list[list[Row]] = []
+        self.prepared: list[tuple[str, int]] = []  # the thread in which pictures were made ready, and rows then running
         self.running = 0
 
     def processed_size(self, size: Size) -> Size:
         return size
+
+    def prepare(self, conversation: Conversation) -> Sequence[Any]:
+        self.prepared.append((threading.current_thread().name, self.running))
+        return ()
+
+    def keep(self, prepared: Iterable[Any]) -> None:
+        assert list(prepared) == []
 
     def forget(self) -> None:
         pass

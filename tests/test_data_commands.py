@@ -108,6 +108,7 @@ def test_an_input_is_not_written_over(tmp_path):
         (("convert", "--from", "viscot", "a.json", "b.jsonl"), "say the format with --to"),
         (("convert", "--from", "viscot", "--to", "visrl", "nowhere.json", "b.jsonl"), "no data at nowhere.json"),
         (("convert", "--from", "viscot", "--to", "visrl", "--take", "x", "a", "b"), "'x' must be a number of rows"),
+        (("convert", "--from", "viscot", "--to", "visrl", "--validation", "1.5", "a", "b"), "less than 1"),
         (("check", "--from", "viscot", "--sizes", "nowhere.jsonl", "a.json"), "no data at nowhere.jsonl"),
         (("check", "--from", "visrl", "--box-space", "pixels", "a.json"), "box_space must be one of image"),
     ],

@@ -1,4 +1,4 @@
-"""The whole loop on the embedded model, small: what it writes, what its data may not hold, and that a kill changes nothing."""
+"""The whole loop on the embedded model: what it writes, what its data may not hold, and kills that change nothing."""
 
 import json
 import random

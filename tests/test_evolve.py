@@ -55,6 +55,24 @@ def test_the_controller_acts_from_iou_02_on():
     assert not needs_replacing(first, Box(0, 0, 0.09, 0.5))
 
 
+sizes = st.tuples(st.integers(56, 3000), st.integers(56, 3000))
+
+
+@given(boxes(), st.integers(0, 2**32), sizes, st.sampled_from(["visrl", "qwen2_vl", "qwen2_5_vl", "paligemma"]))
+@settings(max_examples=300, deadline=None)
+def test_a_random_box_is_apart_still_when_it_has_been_written_and_read(first, seed, size, name):
+    """At any image size and in any family's text: a codec's grid lines are the same for both boxes."""
+    codec, processed = CODECS[name], (28 * max(2, size[0] // 56), 28 * max(2, size[1] // 56))
+
+    def written(box):
+        return codec.parse(codec.format(box, size, processed), size, processed)
+
+    first = written(first)
+    box = random_box_apart(first, first, seed)
+    if box is not None:
+        assert overlap(first, written(box)) < 1e-9
+
+
 def test_random_places_cover_the_picture():
     first, like = Box(0.4, 0.4, 0.6, 0.6), Box(0, 0, 0.2, 0.2)
     centers = np.array([random_box_apart(first, like, seed).center for seed in range(400)])

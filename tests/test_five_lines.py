@@ -1,4 +1,4 @@
-"""The five command lines that users of the reference type, one after another, on the embedded model and the demo data."""
+"""The five command lines that users of the reference type, in their order, on the embedded model and the demo data."""
 
 import json
 import os

@@ -207,6 +207,37 @@ def test_rows_of_many_clients_are_computed_together() -> None:
     assert [len(batch) for batch in engine.batches] == [1, 15]
 
 
+def test_pictures_are_made_ready_while_a_batch_runs() -> None:
+    with known(lambda _: "x" * 40, token_s=0.01) as (url, engine, _), ThreadPoolExecutor(4) as pool:
+        first = pool.submit(post, url, body())
+        while not engine.running:
+            time.sleep(0.005)
+        others = [pool.submit(post, url, body(n=2)) for _ in range(2)]
+        assert all(reply.result().status_code == 200 for reply in (first, *others))
+    threads = {name for name, _ in engine.prepared}
+    assert len(threads) == 1
+    assert not threads & {"engine", "MainThread"}
+    assert sum(running > 0 for _, running in engine.prepared) == 4
+    assert [len(batch) for batch in engine.batches] == [1, 4]
+
+
+def test_a_picture_that_cannot_be_made_ready_is_a_400_and_holds_nobody_up() -> None:
+    class Picky(KnownEngine):
+        def prepare(self, conversation):  # type: ignore[no-untyped-def]
+            if "bad" in conversation.messages[0].text:
+                raise ValueError("a picture this model cannot take")
+            return super().prepare(conversation)
+
+    metrics, engine = Metrics(), Picky(echo, 0.002)
+    with serving(Batcher(lambda: Loaded(engine), metrics, max_batch=1, max_waiting=4), metrics) as url:
+        for _ in range(8):  # as many as would fill every place, were one not given back
+            reply = post(url, body("bad"))
+            assert (reply.status_code, "cannot take" in reply.text) == (400, True)
+        assert post(url, body("good")).status_code == 200
+    assert metrics.waiting_rows() == 0
+    assert len(engine.batches) == 1
+
+
 def test_each_client_gets_its_own_answer() -> None:
     with known(echo) as (url, _, _), ThreadPoolExecutor(8) as pool:
         replies = pool.map(lambda number: post(url, body(f"q{number}", pictures=[])).json(), range(40))

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from PIL import Image
 from serve_help import body, post, serving
 
 from visrl.config import ConfigError
@@ -88,6 +89,26 @@ def test_sampled_texts_are_the_same_too(endpoint: EndpointEngine, local: LocalEn
     here, there = local.complete(talks, sampling, seeds), endpoint.complete(talks, sampling, seeds)
     assert [[one.text for one in row] for row in there] == [[one.text for one in row] for row in here]
     assert len({one.text for row in here for one in row}) > 1
+
+
+def test_a_picture_that_was_made_ready_is_not_looked_at_again(local: LocalEngine) -> None:
+    sample = scene_samples("test", 0, 1)[0]
+    picture = Picture(sample.image)
+    talk = focus_conversation(sample.question, image_view(picture, draw_ref(sample.image)))
+    black = focus_conversation(sample.question, image_view(picture, Image.new("RGB", (SIDE, SIDE))))
+    sampling = Sampling(max_tokens=12)
+    local.encoder.forget()
+    prepared = local.prepare(talk)
+    local.encoder.forget()
+    local.forget()
+    local.keep(prepared)
+    (kept,), (plain,) = local.complete([black], sampling, [[0]])[0], local.complete([talk], sampling, [[0]])[0]
+    assert kept.text == plain.text
+    local.encoder.forget()
+    local.forget()
+    assert local.complete([black], sampling, [[0]])[0][0].text != plain.text
+    local.encoder.forget()
+    local.forget()
 
 
 def test_focus_looks_where_the_local_engine_looks(server: tuple[str, Metrics], local: LocalEngine) -> None:

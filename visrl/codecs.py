@@ -45,7 +45,7 @@ class Codec:
     name: str
     template: str  # takes the four numbers as {0} to {3}, in the order x0, y0, x1, y1
     pattern: re.Pattern[str]  # its one group holds the numbers of one box
-    separator: str  # between the numbers in that group, as a regular expression
+    separator: re.Pattern[str]  # between the numbers in that group
     scales: Callable[[Size, Size], tuple[Scale, Scale]]
     decimals: int = 0
     digits: int = 1  # zeros are put before a number until it has this many
@@ -146,7 +146,7 @@ class Codec:
         raise BoxError("empty", f"a picture this thin cannot be given a box in the form {self._example()}")
 
     def _tokens(self, group: str) -> list[str]:
-        return [token for token in re.split(self.separator, group.strip()) if token]
+        return [token for token in self.separator.split(group.strip()) if token]
 
     def _fractions(self, numbers: list[float], original: Size, processed: Size) -> tuple[float, float, float, float]:
         if self.y_first:
@@ -205,10 +205,12 @@ def _bins(original: Size, processed: Size) -> tuple[Scale, Scale]:
     return (1023.0, 0.0), (1023.0, 0.0)
 
 
-_COMMA = r"\s*,\s*"
+_COMMA = re.compile(r"\s*,\s*")
+_SPACE = re.compile(r"\s+")
+_LOC_MARKS = re.compile("[<loc>]+")
 _BRACKETS = "[{0}, {1}, {2}, {3}]"
 _JSON = '{{"bbox_2d": [{0}, {1}, {2}, {3}]}}'
-_BETWEEN_PAIRS = r"\s*\)?\s*,\s*\(?\s*"
+_BETWEEN_PAIRS = re.compile(r"\s*\)?\s*,\s*\(?\s*")
 
 
 CODECS: dict[str, Codec] = {
@@ -220,8 +222,8 @@ CODECS: dict[str, Codec] = {
         Codec("qwen2_5_vl", _JSON, _BBOX_2D, _COMMA, _processed_pixels),
         Codec("qwen3_vl", _JSON, _BBOX_2D, _COMMA, _thousand),
         Codec("internvl", "<ref>region</ref><box>[[{0}, {1}, {2}, {3}]]</box>", _LIST, _COMMA, _thousand),
-        Codec("minicpm", "<box>{0} {1} {2} {3}</box>", _BOX_TAG, r"\s+", _thousand),
-        Codec("paligemma", "<loc{1}><loc{0}><loc{3}><loc{2}>", _LOCS, "[<loc>]+", _bins, digits=4, y_first=True),
+        Codec("minicpm", "<box>{0} {1} {2} {3}</box>", _BOX_TAG, _SPACE, _thousand),
+        Codec("paligemma", "<loc{1}><loc{0}><loc{3}><loc{2}>", _LOCS, _LOC_MARKS, _bins, digits=4, y_first=True),
     )
 }
 

@@ -80,7 +80,7 @@ class Engine(Protocol):
     def complete(
         self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
-        """One completion per seed: `seeds[i]` holds the seeds of conversation i. A failure is a record, no exception."""
+        """One completion per seed: `seeds[i]` holds those of conversation i. A failure is a record, no exception."""
         ...
 
 
@@ -117,6 +117,6 @@ def answer_conversation(question: str, whole: View, detail: View) -> Conversatio
 
 
 def seed_of(run_seed: int, *parts: object) -> int:
-    """A seed in [0, 2^63) for one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
+    """A seed in [0, 2^63) of one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
     text = "\x1f".join(str(part) for part in (run_seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

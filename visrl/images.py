@@ -7,6 +7,8 @@ import binascii
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,18 +73,10 @@ def decode_image(
         ImageError: unreadable, truncated, of another format, larger than `max_pixels` or not of the annotated shape
             `size`; the message opens with `name`.
     """
-    try:
-        with Image.open(source, formats=formats or FORMATS) as image:
-            _check_pixels(image, name, max_pixels)
-            image.load()
-            turn = _turn(image, size, name)
-            return _rgb(image.transpose(turn) if turn is not None else image)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has more than {max_pixels:,} pixels") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+    with _opened(source, name, max_pixels, formats or FORMATS) as image:
+        image.load()
+        turn = _turn(image, size, name)
+        return _rgb(image.transpose(turn) if turn is not None else image)
 
 
 def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
@@ -94,17 +88,8 @@ def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
     if isinstance(ref, str) and ref.startswith("scene:"):
         return _drawn(ref).size
     source, name = _source(ref, root)
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            _check_pixels(image, name, MAX_PIXELS)
-            turn = _turn(image, None, name)
-            return (image.height, image.width) if _is_quarter_turn(turn) else image.size
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has more than {MAX_PIXELS:,} pixels") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+    with _opened(source, name, MAX_PIXELS, FORMATS) as image:
+        return (image.height, image.width) if _is_quarter_turn(_turn(image, None, name)) else image.size
 
 
 def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
@@ -172,9 +157,20 @@ def _data_url(url: str) -> bytes:
         raise ImageError(f"the data URL {url[:30]}… is not base64: {error}") from error
 
 
-def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
+@contextmanager
+def _opened(source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The picture with its header read and its size found bearable; what a decoder raises becomes an `ImageError`."""
+    try:
+        with Image.open(source, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
+            yield image
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {max_pixels:,} pixels") from error
+    except _DECODER_ERRORS as error:
+        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def _turn(image: Image.Image, size: Size | None, name: str) -> Image.Transpose | None:

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,9 @@ def check(
         RecordError: a file is not there or damaged.
     """
     report = Report(missing_images=None if reading.sizes.images is None else 0)
-    seen_rows: set[bytes] = set()
-    splits: dict[bytes, str] = {}  # of every picture seen
-    leaked: set[bytes] = set()
+    seen_rows: set[int] = set()  # hashes, here and below: of hundreds of thousands, no two are likely to be equal
+    splits: dict[int, str] = {}  # of every picture seen
+    leaked: set[int] = set()
     for path in inputs:
         for row in read_format(source, path, reading):
             report.rows += 1
@@ -94,7 +93,7 @@ def check(
                 report.good += 1
             _find_duplicate(report, row, path, seen_rows)
             for ref in _pictures(row):
-                key = _hash(ref)
+                key = hash(ref)
                 split = _split(row, path)
                 if key not in splits:
                     splits[key] = split
@@ -107,12 +106,11 @@ def check(
     return report
 
 
-def _find_duplicate(report: Report, row: Row, path: str, seen: set[bytes]) -> None:
+def _find_duplicate(report: Report, row: Row, path: str, seen: set[int]) -> None:
     for record in row.records:
         if not isinstance(record, Sample):
             continue
-        box = record.box.as_list() if record.box else None
-        key = _hash(f"{record.image}\0{record.question}\0{record.answer}\0{box}")
+        key = hash((record.image, record.question, record.answer, record.box))
         if key in seen:
             report.duplicates += 1
             report.note("duplicates", f"{path}, row {row.number}: the same picture, question, box and answer again")
@@ -164,10 +162,6 @@ def _split(row: Row, path: str) -> str:
 def _origin(row: Row, ref: str) -> str:
     parts = Path(ref).parts
     return dataset_of(row) or (parts[1] if len(parts) > 2 else "")
-
-
-def _hash(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
 
 
 def as_text(report: Report, root: Path | None) -> str:

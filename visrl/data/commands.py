@@ -19,7 +19,11 @@ app = typer.Typer(help="Convert, check and describe data sets.", no_args_is_help
 
 _FORMATS = "viscot, viscot-meta, viscot-detection, refcoco, sharegpt, visrl, hf"
 From = Annotated[str, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")]
-SizesFile = Annotated[list[str] | None, typer.Option("--sizes", help="Detection or metadata JSONL with picture sizes.")]
+Inputs = Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")]
+SizesFile = Annotated[
+    list[str] | None,
+    typer.Option("--sizes", help="Detection or metadata JSONL with picture sizes; may be repeated."),
+]
 Images = Annotated[str | None, typer.Option("--images", help="Folder of the pictures.")]
 Space = Annotated[str | None, typer.Option("--box-space", help="What three-decimal boxes mean: image, padded_square.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Name in dataset_info.json (sharegpt).")]
@@ -36,24 +40,28 @@ class ConvertConfig(Config):
     skip: dict[str, int] = Field(default_factory=dict)
     take: dict[str, int] = Field(default_factory=dict)
     seed: int = 88
-    validation: float = 0.0
+    validation: float = Field(0.0, ge=0, lt=1)
     box_space: str = "image"
 
 
 @app.command()
 def convert(
-    inputs: Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")],
+    inputs: Inputs,
     out: Annotated[str, typer.Argument(metavar="OUT", help=".json is written as a list, .jsonl as lines.")],
     source: Annotated[str | None, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")] = None,
     target: Annotated[str | None, typer.Option("--to", help=f"{_FORMATS}, viscot-sft1, viscot-sft2, rl-pool.")] = None,
     sizes: SizesFile = None,
     images: Images = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", help="Rows to pass by: N of each data set, NAME=N.")
+        list[str] | None, typer.Option("--skip", help="Rows to pass by: N of each data set, or NAME=N of one.")
     ] = None,
-    take: Annotated[list[str] | None, typer.Option("--take", help="Rows to take: N of each data set, NAME=N.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the split by picture.")] = None,
-    validation: Annotated[float | None, typer.Option("--validation", help="Share of pictures for OUT's .val.")] = None,
+    take: Annotated[
+        list[str] | None, typer.Option("--take", help="Rows to take then: N of each data set, or NAME=N of one.")
+    ] = None,
+    validation: Annotated[
+        float | None, typer.Option("--validation", help="Share of the pictures whose rows go to the .val file of OUT.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Which pictures those are; 88 by default.")] = None,
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
@@ -107,7 +115,7 @@ def convert(
 
 @app.command()
 def check(
-    inputs: Annotated[list[str], typer.Argument(metavar="IN…")],
+    inputs: Inputs,
     source: From,
     images: Images = None,
     sizes: SizesFile = None,
@@ -122,6 +130,8 @@ def check(
     from visrl.data.convert import Reading
     from visrl.data.sizes import Sizes
 
+    if images is not None and not Path(images).is_dir():
+        print(f"visrl data: there is no folder {images}; every picture counts as missing", file=sys.stderr)
     with _clear_errors(), _progress() as tick:
         space = _space(box_space) if box_space else None
         report = run(source, inputs, Reading(Sizes(sizes, images), space, dataset, _pairs(columns)), tick)
@@ -131,7 +141,7 @@ def check(
 
 @app.command()
 def stats(
-    inputs: Annotated[list[str], typer.Argument(metavar="IN…")],
+    inputs: Inputs,
     source: From,
     images: Images = None,
     sizes: SizesFile = None,

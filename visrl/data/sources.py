@@ -65,6 +65,7 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
         return named_preferences(spec, dataset_dir, image_root)
     if not Path(spec).is_file():
         raise RecordError(
-            f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in {dataset_dir}/dataset_info.json"
+            f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in "
+            f"{dataset_dir}/dataset_info.json"
         )
     return list(read_records(Preference, spec))

@@ -7,7 +7,7 @@ computes nothing but its crops. Greedy texts equal those of the model's plain `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,6 +131,14 @@ class LocalEngine:
             self.model.train(training)
         return [completion or Completion(None, finish_reason="error", error="no text") for completion in done]
 
+    def prepare(self, conversation: Conversation) -> list[EncodedView]:
+        """The pictures of a conversation, ready for the vision tower; may run in another thread than `generate`."""
+        return self.encoder.encode_views(conversation.views, alone=len(conversation.views) == 1)
+
+    def keep(self, prepared: Iterable[EncodedView]) -> None:
+        """Have what `prepare` gave at hand for the next `generate`."""
+        self.encoder.keep(prepared)
+
     def forget(self) -> None:
         """Drop the kept trees: the model's weights have changed, or memory is wanted."""
         self._forest = None
@@ -143,7 +151,9 @@ class LocalEngine:
         paths: dict[int, TokenPath] = {}
         known: dict[int, TokenPath] = {}
         wanted = {id(rows[n].conversation): rows[n].conversation for members in groups.values() for n in members}
-        self.encoder.encode_views([view for talk in wanted.values() for view in talk.views])
+        for alone in (True, False):
+            talks = [talk for talk in wanted.values() if (len(talk.views) == 1) == alone]
+            self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
         for members in groups.values():
             for number in members:
                 talk = rows[number].conversation

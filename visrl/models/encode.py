@@ -5,8 +5,9 @@ Training, generation and serving all encode through here, so one conversation gi
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,33 +68,43 @@ class Encoder:
         self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
         self._cache_views = cache_views
+        self._lock = threading.Lock()  # of the cache: pictures may be encoded in one thread and used in another
         self._bos = _leading_bos(self.tokenizer)
 
     # --- pictures
 
     def encode_views(self, views: Sequence[View], *, alone: bool = True) -> list[EncodedView]:
-        """The views, preprocessed in one batch; those seen lately come from a cache.
+        """The views, preprocessed in one batch; those seen lately come from a cache. May be called from any thread.
 
         `alone` says whether a prompt shows one picture only, which some families cut otherwise than one among several.
         """
         mark = "" if alone or not self.family.alone_differs else "#among"
-        fresh = {view.key + mark: view for view in views if view.key + mark not in self._views}
+        wanted = {view.key + mark: view for view in views}
+        with self._lock:
+            known = {key: self._views[key] for key in wanted if key in self._views}
         for is_crop in (False, True):
-            group = {key: view for key, view in fresh.items() if view.is_crop == is_crop}
+            group = {key: view for key, view in wanted.items() if key not in known and view.is_crop == is_crop}
             if group and self.family.pixel_limits:
-                self._preprocess(group, self._limits(is_crop))
+                known |= self._preprocess(group, self._limits(is_crop))
             elif group:
-                self._preprocess_each(group, is_crop, alone=not mark)
-        encoded = [self._views[view.key + mark] for view in views]
-        for view in views:
-            self._views.move_to_end(view.key + mark)
-        while len(self._views) > self._cache_views:
-            self._views.popitem(last=False)
+                known |= self._preprocess_each(group, is_crop, alone=not mark)
+        encoded = [known[view.key + mark] for view in views]
+        self.keep(encoded)
         return encoded
+
+    def keep(self, encoded: Iterable[EncodedView]) -> None:
+        """Put views that were encoded before into the cache, as its newest."""
+        with self._lock:
+            for view in encoded:
+                self._views[view.key] = view
+                self._views.move_to_end(view.key)
+            while len(self._views) > self._cache_views:
+                self._views.popitem(last=False)
 
     def forget(self) -> None:
         """Drop the views kept so far."""
-        self._views.clear()
+        with self._lock:
+            self._views.clear()
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it."""
@@ -120,8 +131,9 @@ class Encoder:
         low, high = low or own["shortest_edge"], high or own["longest_edge"]
         return {"shortest_edge": min(low, high), "longest_edge": high}
 
-    def _preprocess(self, views: dict[str, View], limits: dict[str, int]) -> None:
+    def _preprocess(self, views: dict[str, View], limits: dict[str, int]) -> dict[str, EncodedView]:
         """All pictures in one batch, for processors that take pixel limits and give grids."""
+        encoded = {}
         processor = self.processor.image_processor
         processed, placeholders = self.processor._process_images([view.image for view in views.values()], size=limits)
         grids = processed["image_grid_thw"]
@@ -132,10 +144,12 @@ class Encoder:
             merged = (time, height // merge, width // merge)
             inputs = {"pixel_values": values, "image_grid_thw": grid[None]}
             size = (width * patch, height * patch)
-            self._views[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
+            encoded[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
+        return encoded
 
-    def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> None:
+    def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> dict[str, EncodedView]:
         """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""
+        encoded = {}
         options = self.processor._merge_kwargs(
             tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt"
         )["images_kwargs"]  # fmt: skip
@@ -146,7 +160,8 @@ class Encoder:
             processed, placeholders = self.processor._process_images([shown], **options)
             count = placeholders[0].count(self.image_token)
             inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
-            self._views[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
+            encoded[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
+        return encoded
 
     # --- text
 

@@ -1,6 +1,7 @@
 """One worker thread that owns the engine: requests of all clients wait in one queue and are computed together.
 
-New rows join at the next batch. A row whose client left is dropped from the queue, or stopped at its next token.
+Pictures are made ready in a thread before that, a bounded number ahead, so that no batch waits for one. New rows join
+at the next batch. A row whose client left is dropped from the queue, or stopped at its next token.
 Nothing here knows about HTTP.
 """
 
@@ -10,18 +11,21 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion
+from visrl.conversation import Completion, Conversation
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row, length_guess
 from visrl.serve.schemas import RequestError
 
 GATHER_S = 0.004  # how long the first row of an idle engine waits for company
+PREPARE_S = 0.1  # how long it waits for company whose pictures are being made ready
+READY_BATCHES = 2  # rows ready ahead of the engine, in batches: their pictures lie in memory as tensors
 FORGET_BATCHES = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
 # Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
 BATCH_AREA = 64_000_000
@@ -37,6 +41,8 @@ class RowEngine(Protocol):
     def codec(self) -> Codec: ...
     def processed_size(self, size: Size) -> Size: ...
     def generate(self, rows: Sequence[Any], on_token: OnToken | None = None) -> list[Completion]: ...
+    def prepare(self, conversation: Conversation) -> Sequence[Any]: ...
+    def keep(self, prepared: Iterable[Any]) -> None: ...
     def forget(self) -> None: ...
 
 
@@ -70,6 +76,7 @@ class _Job:
     row: Row
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
+    prepared: Sequence[Any] = ()  # its pictures, ready for the engine
 
     def post(self, action: Callable[..., None], *args: Any) -> None:
         """Run `action` in the event loop; a loop that has closed has nobody left to tell."""
@@ -96,10 +103,14 @@ class Batcher:
         self._loaded: Loaded | None = None
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
+        self._arriving = 0  # rows that do not wait for the engine yet
+        self._preparing = 0  # of these, the ones whose pictures are being made ready
+        self._ahead = asyncio.Semaphore(READY_BATCHES * max_batch)
+        self._preparer = ThreadPoolExecutor(1, "pictures")
         self._state: State = "loading"
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        metrics.waiting_rows = lambda: len(self._waiting)
+        metrics.waiting_rows = lambda: len(self._waiting) + self._arriving
 
     @property
     def state(self) -> State:
@@ -135,6 +146,7 @@ class Batcher:
         with self._changed:
             self._state = "stopped"
             self._changed.notify_all()
+        self._preparer.shutdown(wait=False)
         self._thread.join()
 
     async def submit(self, row: Row) -> Completion:
@@ -149,12 +161,21 @@ class Batcher:
         with self._changed:
             if self._state != "ready":
                 raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._waiting) + self._arriving >= self._max_waiting:
                 raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
-            self._waiting.append(job)
-            self._changed.notify_all()
+            self._arriving += 1
+        arrived = False
         try:
-            return row.finish(await job.future)
+            async with self._ahead:
+                await self._prepare(job)
+                with self._changed:
+                    self._arriving -= 1
+                    arrived = True
+                    if self._state != "ready":
+                        raise RequestError(503, "the server is shutting down")
+                    self._waiting.append(job)
+                    self._changed.notify_all()
+                return row.finish(await job.future)
         except asyncio.CancelledError:
             row.cancelled = True
             self._metrics.cancelled += 1
@@ -162,6 +183,29 @@ class Batcher:
                 if job in self._waiting:
                     self._waiting.remove(job)
             raise
+        finally:
+            if not arrived:
+                with self._changed:
+                    self._arriving -= 1
+
+    async def _prepare(self, job: _Job) -> None:
+        """Make the pictures of a job ready, in the thread for that.
+
+        Raises:
+            RequestError: 400 for a picture that the model cannot take, 500 where there is no memory for it.
+        """
+        conversation = job.row.conversation
+        if not conversation.views:
+            return
+        self._preparing += 1
+        try:
+            job.prepared = await job.loop.run_in_executor(self._preparer, self._ready().engine.prepare, conversation)
+        except (ValueError, RuntimeError) as error:
+            raise _cannot_answer(error) from error
+        finally:
+            with self._changed:
+                self._preparing -= 1
+                self._changed.notify_all()
 
     # --- The thread ---
 
@@ -198,7 +242,8 @@ class Batcher:
         """The rows to compute next, oldest first; empty once stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
-            self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._state == "stopped", GATHER_S)
+            self._changed.wait_for(self._is_gathered, GATHER_S)
+            self._changed.wait_for(lambda: self._is_gathered() or not self._preparing, PREPARE_S)
             if self._state == "stopped":
                 return []
             batch: list[_Job] = []
@@ -210,6 +255,9 @@ class Batcher:
                 batch.append(self._waiting.popleft())
             return batch
 
+    def _is_gathered(self) -> bool:
+        return len(self._waiting) >= self._max_batch or self._state == "stopped"
+
     def _compute(self, engine: RowEngine, batch: list[_Job]) -> None:
         def on_token(index: int, text: str) -> bool:
             job = batch[index]
@@ -218,6 +266,7 @@ class Batcher:
                 job.post(job.row.on_text, visible)
             return go_on and self._state == "ready"
 
+        engine.keep(view for job in batch for view in job.prepared)
         try:
             completions = engine.generate([job.row for job in batch], on_token)
         except (ValueError, RuntimeError) as error:
@@ -226,12 +275,15 @@ class Batcher:
                 for job in batch:
                     self._compute(engine, [job])
                 return
-            status = 400 if isinstance(error, ValueError) else 500
-            job = batch[0]
-            job.post(job.fail, RequestError(status, f"the model cannot answer this: {error}"))
+            batch[0].post(batch[0].fail, _cannot_answer(error))
             return
         for job, completion in zip(batch, completions, strict=True):
             if completion.text is None:
                 job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
             else:
                 job.post(job.resolve, completion)
+
+
+def _cannot_answer(error: Exception) -> RequestError:
+    """A ValueError is the caller's to mend; anything else is ours."""
+    return RequestError(400 if isinstance(error, ValueError) else 500, f"the model cannot answer this: {error}")
