@@ -249,6 +249,19 @@ def killed_at(checkpoint, given):
     process.wait()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_is_trained_on_quantised_weights(tiny, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="the extra visrl[bitsandbytes] is not installed")
+    given = {"quantization_bit": bits, "num_train_epochs": 8, "learning_rate": 5e-3}
+    out = train(preferences(tiny, tmp_path / "out", 2, **given))
+    rows = [row for row in log(out) if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert rows[-1]["loss"] < 0.6
+    plain = json.loads((train(preferences(tiny, tmp_path / "plain", 2)) / "reference.json").read_text())["logps"]
+    quantised = json.loads((out / "reference.json").read_text())["logps"]
+    assert plain != pytest.approx(quantised, rel=1e-6), "the reference is the quantised model"
+
+
 def test_an_output_folder_of_other_work_is_refused(tiny, tmp_path):
     train(preferences(tiny, tmp_path / "out", 1))
     with pytest.raises(ManifestError, match=r"holds other work \(.*rl_stage.* differ\)"):
