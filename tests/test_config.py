@@ -38,6 +38,8 @@ def test_a_value_of_the_wrong_type_names_its_key():
         read_config(TrainConfig, None, ["model_name_or_path=m", "output_dir=o", "pref_beta=much"])
     with pytest.raises(ConfigError, match="key=value"):
         read_config(GenerateConfig, None, ["rounds"])
+    with pytest.raises(ConfigError, match="model_name_or_path must be given"):
+        read_config(GenerateConfig, None, ["rounds=2"])
 
 
 @pytest.mark.parametrize(
