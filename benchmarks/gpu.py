@@ -127,7 +127,8 @@ class Clock(TrainerCallback):
 def options(kind: type, scratch: Path, steps: int, checkpointing: bool, **more: Any) -> Any:
     return kind(
         output_dir=str(scratch), report_to="none", max_steps=steps, save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, bf16=True, gradient_checkpointing=checkpointing, learning_rate=1e-6,
+        disable_tqdm=True, bf16=True, use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=checkpointing, learning_rate=1e-6,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         remove_unused_columns=False, train_sampling_strategy="sequential", dataloader_pin_memory=False, **more,
     )  # fmt: skip
