@@ -72,7 +72,7 @@ def make_model(folder: Path, name: str) -> None:
     """A random Qwen2.5-VL of this size in `folder`, in bf16, with a processor."""
     (hidden, mlp, layers, heads, key_heads), (depth, width, vision_mlp, vision_heads) = MODELS[name]
     tokenizer = make_tokenizer()
-    ids = {
+    ids: dict[str, Any] = {
         f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for kind, token in (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
                             ("vision_end", "vision_end"))
