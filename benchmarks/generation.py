@@ -6,8 +6,8 @@ Both draw N = 5 rounds of two boxes and an answer from each crop, by the same ro
 (picture, question and crop, padded on the left) through `generate`, as one would write it first; ours computes picture
 and question once and forks the cache. On the random models every text is cut at its length limit and boxes are written
 by a script, so that both draw the same number of tokens; the embedded model ends its texts and writes its boxes itself.
-Questions of the two alternate, so that a busy machine is as busy for each. "Each call by itself" counts the prompt
-tokens of every call.
+Questions of the two alternate, so that a busy machine is as busy for each; `cpu` is the processor time of the process,
+which other work changes less than the clock. "Each call by itself" counts the prompt tokens of every call.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
         roll_out(player, setting.samples[-1:], rolling)
     ours.prefilled_tokens = players["ours"].prompt_tokens = 0
     seconds: dict[str, list[float]] = {name: [] for name in players}
+    cpu: dict[str, list[float]] = {name: [] for name in players}
     tried: dict[str, list[Trajectory]] = {name: [] for name in players}
     parts = [setting.samples[start : start + batch] for start in range(0, len(setting.samples), batch)]
     for _ in range(repeats):
@@ -180,11 +181,12 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
                 ours.encoder.forget()
                 loop.encoder.forget()
                 ours.forget()
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 tried[name] += roll_out(player, part, rolling)
                 seconds[name].append((time.perf_counter() - start) / len(part))
+                cpu[name].append((time.process_time() - used) / len(part))
     asked = repeats * len(setting.samples)
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)]
+    ratios, cpu_ratios = ([b / a for a, b in zip(s["ours"], s["loop"], strict=True)] for s in (seconds, cpu))
     prefilled, alone = ours.prefilled_tokens / asked, players["ours"].prompt_tokens / asked
     return {
         "shape": setting.name,
@@ -198,6 +200,9 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
         "seconds_per_question": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
         "speedup": round(statistics.median(ratios), 2),
         "speedups": [round(ratio, 2) for ratio in ratios],
+        "cpu_per_question": {name: round(statistics.median(times), 4) for name, times in cpu.items()},
+        "cpu_speedup": round(statistics.median(cpu_ratios), 2),
+        "cpu_speedups": [round(ratio, 2) for ratio in cpu_ratios],
     }
 
 

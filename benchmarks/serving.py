@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +27,14 @@ from typing import Any
 
 import openai
 import psutil
+from PIL import Image
 
 from visrl.data.scenes import draw_ref, scene_samples
 from visrl.engines.endpoint import data_url
 from visrl.models.tiny import CHECKPOINT
 
 TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
+SMALL_REQUESTS, LARGE = 40, (5600, 4200)  # of the measurement beside large pictures
 PROGRAM = (
     "import sys; from visrl.serve.commands import ServeConfig, serve; "
     "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench', max_batch=64))"
@@ -127,8 +132,56 @@ def measure(model: Path, clients: int, requests: int, turns: int) -> dict[str, A
                 "speedups": [round(ratio, 2) for ratio in ratios],
                 "failed": failed,
             }
+        result["beside_large_pictures"] = beside_large_pictures(url)
         result["memory"] = watch_memory(url, process, clients, requests)
     return result
+
+
+def beside_large_pictures(url: str) -> dict[str, Any]:
+    """Milliseconds of one small request after another, alone and while another client sends large pictures."""
+    small = bodies(SMALL_REQUESTS, "bench")
+    sides = draw_ref("scene:test/0").resize(LARGE)
+    large = bodies(1, "bench")[0]
+    large["messages"][0]["content"][0]["image_url"]["url"] = jpeg_url(sides)
+    times: dict[str, list[float]] = {}
+    for name in ("alone", "beside"):
+        with background(url, large) if name == "beside" else contextlib.nullcontext():
+            _, failed, seconds = asyncio.run(ask_all(url, small, 1))
+        if failed:
+            raise SystemExit(f"{failed} small requests failed {name}")
+        times[name] = sorted(1000 * value for value in seconds)
+    return {
+        "large_picture": list(LARGE),
+        "requests": SMALL_REQUESTS,
+        "ms": {name: {"median": round(statistics.median(values)), "worst": round(values[-1])}
+               for name, values in times.items()},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def background(url: str, ask: dict[str, Any]) -> Iterator[None]:
+    """A client that sends `ask` again and again until the end."""
+    done = threading.Event()
+
+    def work() -> None:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as api:
+            while not done.is_set():
+                api.chat.completions.create(**ask)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """The picture as a JPEG data URL: a large one as PNG is a longer upload than most servers allow."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def watch_memory(url: str, process: psutil.Process, clients: int, requests: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class KnownEngine:
     def __init__(self, speak: Callable[[Conversation], str], token_s: float = 0.0) -> None:
         self.speak, self.token_s = speak, token_s
         self.batches: list[list[Row]] = []
+        self.said: list[str] = []
         self.prepared: list[tuple[str, int]] = []  # the thread in which pictures were made ready, and rows then running
         self.running = 0
 
@@ -68,6 +69,7 @@ class KnownEngine:
                 if on_token is not None and not on_token(index, said[index]):
                     ended[index] = "stop"
         self.running = 0
+        self.said += said
         return [
             Completion(text, len(text), reason or "stop", prompt_tokens=7)  # type: ignore[arg-type]
             for text, reason in zip(said, ended, strict=True)

@@ -27,3 +27,19 @@ def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
     measured = ("time_ratio_reference", "time_ratio_trl", "peak_memory_ratio_reference")
     assert all(shape[name] > 0 for name in measured)
     assert "tiny" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_at_a_tiny_shape_on_the_cpu(tmp_path: Path) -> None:
+    """Every layout runs; the figures themselves say something on a GPU only."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(SCRIPT.with_name("gpu.py")), "--shapes", "tiny", "--steps", "4", "--json", str(out)]
+    done = subprocess.run([*command, "--peak-tflops", "1"], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["layout"], row["checkpointing"]) for row in rows] == [
+        (layout, checkpointing) for checkpointing in (False, True) for layout in ("dense", "flex", "trl")
+    ]
+    for row in rows:
+        assert "failed" not in row, row
+        assert min(row[name] for name in ("seconds", "items_per_second", "peak_mb", "utilisation")) > 0

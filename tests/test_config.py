@@ -38,6 +38,8 @@ def test_a_value_of_the_wrong_type_names_its_key():
         read_config(TrainConfig, None, ["model_name_or_path=m", "output_dir=o", "pref_beta=much"])
     with pytest.raises(ConfigError, match="key=value"):
         read_config(GenerateConfig, None, ["rounds"])
+    with pytest.raises(ConfigError, match="model_name_or_path must be given"):
+        read_config(GenerateConfig, None, ["rounds=2"])
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,12 @@ def test_a_value_of_the_wrong_type_names_its_key():
         (TrainConfig, "tiny/train_sft.yaml"),
         (TrainConfig, "tiny/train_rl.yaml"),
         (ExportConfig, "tiny/merge_lora.yaml"),
+        (TrainConfig, "qwen2_5_vl_3b_sft.yaml"),
+        (TrainConfig, "qwen2_5_vl_3b_rl.yaml"),
+        (ExportConfig, "qwen2_5_vl_3b_merge.yaml"),
+        (TrainConfig, "qwen2_5_vl_7b_sft.yaml"),
+        (TrainConfig, "qwen2_5_vl_7b_rl.yaml"),
+        (ExportConfig, "qwen2_5_vl_7b_merge.yaml"),
     ],
 )
 def test_shipped_configs_are_read(kind, name):
@@ -69,3 +77,12 @@ def test_every_config_file_is_yaml_with_flat_keys():
 def test_demo_config_is_closed():
     with pytest.raises(ConfigError, match="did you mean 'iterations'"):
         read_config(DemoConfig, None, ["iteration=2"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_distributed_configs_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "configs" / "distributed" / f"{name}.yaml"))
+    assert config.num_processes == 8
+    assert config.distributed_type.name in ("MULTI_GPU", "FSDP", "DEEPSPEED")

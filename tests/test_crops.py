@@ -24,7 +24,7 @@ from visrl.codecs import BOX_SPACES, CODECS
 from visrl.conversation import Completion
 from visrl.data.scenes import draw_ref, scene_samples
 from visrl.engines.local import LocalEngine
-from visrl.evaluate.rollouts import evaluate_samples
+from visrl.evaluate.run import EvalConfig, evaluate
 from visrl.evolve.generate import GenerateConfig, generate
 from visrl.evolve.pairs import preferences_of
 from visrl.models.encode import Encoder
@@ -116,9 +116,8 @@ def served(checkpoint: Path) -> tuple[Window, Image.Image]:
     return tuple(focus["crop_window"]), crop
 
 
-def evaluated(checkpoint: Path) -> None:
-    engine = LocalEngine.load(checkpoint, "cpu")
-    evaluate_samples(engine, [SAMPLE], crop_rule=engine.encoder.settings.crop_rule)
+def evaluated(checkpoint: Path, out: Path) -> None:
+    evaluate(EvalConfig(model_name_or_path=str(checkpoint), dataset=POOL, output_dir=out / "evaluated"))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,7 @@ def test_every_part_crops_alike(
         "stage 2": lambda: stage_2(checkpoint, trajectories),
         "warm-up": lambda: warm_up(checkpoint, meant),
         "serving": served_alike,
-        "evaluation": lambda: evaluated(checkpoint),
+        "evaluation": lambda: evaluated(checkpoint, tmp_path),
     }
     for name, run in parts.items():
         shown.clear()

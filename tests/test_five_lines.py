@@ -93,6 +93,7 @@ def test_bad_input_is_one_sentence_and_no_traceback(tmp_path):
         assert "Traceback" not in done.stderr, (words, done.stderr)
     # A missing picture is a counted record, not an end.
     given = [model, f"dataset={tmp_path / 'rows.jsonl'}", f"output_dir={tmp_path / 'generated'}", "rounds=1"]
+    given += [f"critic_model_name_or_path={CHECKPOINT}"]  # its own base is not shipped
     done = subprocess.run([str(BIN / "visrl"), "generate", *given], cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.returncode == 0, done.stderr

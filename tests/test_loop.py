@@ -12,7 +12,9 @@ import pytest
 from visrl.config import ConfigError, read_config
 from visrl.engines.client import EndpointError
 from visrl.engines.process import free_port, served
-from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve, server_command
+from visrl.evolve.generate import GenerateConfig
+from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve
+from visrl.evolve.serving import ServerConfig, server_command
 from visrl.manifest import ManifestError, hash_files, hash_weights, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Trajectory, read_records
@@ -137,8 +139,9 @@ def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
 
 
 def test_vllm_is_started_with_the_limits_of_the_checkpoint(tmp_path):
-    config = config_of(tmp_path, server="vllm", server_args=["--max-model-len", "4096"])
-    command = server_command(config, str(CHECKPOINT), 8123)
+    asked = GenerateConfig(model_name_or_path=str(CHECKPOINT), dataset="d", output_dir=tmp_path)
+    server = ServerConfig(server="vllm", server_args=["--max-model-len", "4096"])
+    command = server_command(asked, server, 8123)
     assert command[:3] == ["vllm", "serve", str(CHECKPOINT)]
     assert command[command.index("--served-model-name") + 1] == "policy"
     assert json.loads(command[command.index("--mm-processor-kwargs") + 1])["max_pixels"] == 112 * 112

@@ -21,7 +21,7 @@ from visrl.conversation import (
 )
 from visrl.data.scenes import scene_samples
 from visrl.images import open_image
-from visrl.models.attention import BLOCK, use_tree_attention
+from visrl.models.attention import BLOCK, _block_mask, use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
 from visrl.models.families import mrope_positions
 from visrl.models.load import load_encoder, load_model
@@ -149,6 +149,33 @@ def test_blocks_of_queries_change_nothing(model: nn.Module, encoder: Encoder) ->
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)
     for a, b in zip(gradients(model, blocks), gradients(model, whole), strict=True):
         assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [BLOCK + 1, 4096])
+def test_flex_attention_changes_nothing(
+    model: nn.Module, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Under a block mask, in batches long enough for it, and as plain attention in shorter ones. Forward only: PyTorch
+    has no backward pass of FlexAttention on a CPU."""
+    monkeypatch.setattr("visrl.models.attention.FLEX_TOKENS", tokens)
+    groups = [questions_of_a_picture(encoder, questions=4), questions_of_a_picture(encoder, first=5)]
+    packed = packed_of(encoder, groups, bin_length=64)
+    with torch.no_grad():
+        whole = branch_logps(model, packed).sums
+        use_tree_attention(model, "flex")
+        flex = branch_logps(model, packed).sums
+        use_tree_attention(model)
+    assert (flex != whole).any() == (tokens < 4096), "computed otherwise, where it is long enough"
+    torch.testing.assert_close(flex, whole, rtol=1e-5, atol=0)
+
+
+def test_flex_attention_skips_blocks_that_nobody_sees(encoder: Encoder) -> None:
+    """Two trees side by side: blocks of one tree's keys are left out for the other's queries."""
+    groups = [questions_of_a_picture(encoder, first=5 * n) for n in range(6)]
+    mask = packed_of(encoder, groups, bin_length=4096).calls[0].inputs["attention_mask"]
+    assert mask.shape[-1] > 3 * BLOCK
+    assert _block_mask(mask).sparsity() > 45  # percent; causal alone would leave out less than half
+    assert _block_mask(mask) is _block_mask(mask)
 
 
 def test_a_plain_causal_mask_fails_the_check(model: nn.Module, encoder: Encoder) -> None:

@@ -257,9 +257,8 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
         else:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/v1/chat/completions", json=body("long"), timeout=0.3)
-        start = time.monotonic()
         assert post(url, body("q")).status_code == 200
-        assert time.monotonic() - start < 2  # the long row would have taken 10 s
+    assert len(engine.said[0]) < 1000  # the long row was stopped, not spoken to its end
     assert metrics.cancelled == 1
     assert engine.running == 0
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from visrl.config import build_config
@@ -16,22 +19,27 @@ from visrl.train.config import TrainConfig
 from visrl.train.processes import ProcessError
 from visrl.train.run import train
 
+ROOT = Path(__file__).parent.parent
 EIGHT = {"per_device_train_batch_size": 8}
 
 
 def weights_of(model: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]:
     """The adapter after two steps of eight items of stage 2, in the order of the file."""
-    values = {
+    train(build_config(TrainConfig, stage_2(model, out, **more), where="the test"))
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["steps"] == 2
+    return load_file(out / "adapter_model.safetensors")
+
+
+def stage_2(model: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """A config of two steps, where no option gives another batch than eight items."""
+    return {
         "model_name_or_path": str(model), "output_dir": str(out), "stage": "dpo", "rl_stage": 2, "lambda_answer": 0.8,
         "dataset": "demo_rl_data_stage2", "max_samples": 16, "num_train_epochs": 1, "learning_rate": 1e-3,
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
         "max_grad_norm": 0.0, "seed": 3, **more,
     }  # fmt: skip
-    train(build_config(TrainConfig, values, where="the test"))
-    manifest = read_manifest(out)
-    assert manifest is not None
-    assert manifest["steps"] == 2
-    return load_file(out / "adapter_model.safetensors")
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -61,6 +69,7 @@ def test_eight_batches_of_one_are_one_of_eight(tiny: Path, tmp_path: Path, whole
     assert logged(out, "loss") == pytest.approx(logged(whole[0], "loss"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny: Path, tmp_path: Path, whole: Any) -> None:
     """gloo on the CPU: two processes with two accumulated batches of two items each."""
     out = tmp_path / "out"
@@ -72,6 +81,22 @@ def test_two_processes_are_one(tiny: Path, tmp_path: Path, whole: Any) -> None:
     assert stored == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_sharded_processes_are_one(tiny: Path, tmp_path: Path, whole: Any) -> None:
+    """FSDP2 from the shipped config, on the CPU."""
+    config = yaml.safe_load((ROOT / "configs" / "distributed" / "fsdp2.yaml").read_text())
+    config |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": True}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    values = stage_2(tiny, tmp_path / "out", per_device_train_batch_size=4, use_cpu=True)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
+    command += [str(tmp_path / "accelerate.yaml"), "-m", "visrl.cli", "train", str(tmp_path / "train.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(load_file(tmp_path / "out" / "adapter_model.safetensors"), whole[1])
+
+
+@pytest.mark.slow
 def test_a_failure_in_a_process_is_told(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match=r"process [01] of 2: RecordError: no data 'nowhere'"):
         weights_of(tiny, tmp_path / "out", processes=2, dataset="nowhere")

@@ -103,6 +103,8 @@ def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> A
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: {key} must be given") from error
         raise ConfigError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error
 
 

@@ -5,8 +5,6 @@ start → [generate → filter → stage 1 → merge → stage 2 → merge] × i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,24 +19,21 @@ from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
 from visrl.evolve.generate import (
     GenerateConfig,
     SamplingConfig,
-    generate,
-    generation_identity,
-    merge_shards,
     parse_shard,
     questions_of,
     read_questions,
 )
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
-from visrl.manifest import claim_folder, hash_weights, is_complete, read_manifest, write_manifest
+from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
+from visrl.manifest import claim_folder, hash_weights, read_manifest, write_manifest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
-SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
-class EvolveConfig(SamplingConfig, RuleConfig):
+class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
     """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
 
     `model_name_or_path` is the start, a warmed-up checkpoint; `policy_url` serves it in the first iteration only, so
@@ -54,10 +49,6 @@ class EvolveConfig(SamplingConfig, RuleConfig):
     iterations: int = Field(1, ge=1)
     shards: int = Field(1, ge=1)
     """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
-    server: Literal["vllm"] | list[str] | None = None
-    """Starts and stops a server for each policy: vLLM, or a command in which {model}, {name} and {port} are put."""
-    server_args: list[str] = Field(default_factory=list)
-    server_start_s: float = Field(900.0, gt=0)
     train_config: Path = CONFIGS / "train_rl.yaml"
     """Of both stages; the keys below go over it."""
     train: dict[str, Any] = Field(default_factory=dict)
@@ -234,7 +225,7 @@ def _iterate(config: EvolveConfig, iteration: int, policy: str, checkpoints: dic
     """One iteration from `policy`; its merged stage-2 checkpoint."""
     base = config.output_dir / f"iter{iteration}"
     asked = _generation(config, iteration, policy)
-    clock.time(f"iter{iteration}/generate", partial(_generate, config, asked))
+    clock.time(f"iter{iteration}/generate", partial(generate_in_shards, asked, config.shards, config))
     rule = {key: getattr(config, key) for key in RuleConfig.model_fields}
     kept = FilterConfig(input_dir=(base / "generate",), output_dir=base / "filter", **rule, **_source(asked))
     counts: dict[str, Any] = {}
@@ -282,17 +273,6 @@ def _source(asked: GenerateConfig) -> dict[str, Any]:
     return {key: getattr(asked, key) for key in keys}
 
 
-def _generate(config: EvolveConfig, asked: GenerateConfig) -> None:
-    """Generate, behind a server of the policy where one is configured; in shards, what other machines left."""
-    if config.shards == 1:
-        _generate_served(config, asked)
-        return
-    parts = [_shard_of(asked, number, config.shards) for number in range(1, config.shards + 1)]
-    for part in parts:
-        _generate_served(config, part)
-    merge_shards([part.output_dir for part in parts], asked.output_dir)
-
-
 def _make_shard(config: EvolveConfig, shard: str) -> None:
     """This machine's shard of the first iteration whose generation is not complete."""
     policy = config.model_name_or_path
@@ -300,7 +280,7 @@ def _make_shard(config: EvolveConfig, shard: str) -> None:
         base = config.output_dir / f"iter{iteration}"
         if read_manifest(base / "generate") is None:
             number, of = parse_shard(shard)
-            _generate_served(config, _shard_of(_generation(config, iteration, policy), number, of))
+            generate_served(shard_config(_generation(config, iteration, policy), number, of), config)
             print(f"shard {shard} of iteration {iteration} is made; without --shard the run goes on once all are")
             return
         policy = _policy_after(base, policy)
@@ -319,54 +299,6 @@ def _policy_after(base: Path, policy: str) -> str:
     if read_manifest(base / "stage2-merged") is None:
         raise ConfigError(f"{base} is generated and not trained yet; go on without --shard first")
     return str(base / "stage2-merged")
-
-
-def _shard_of(asked: GenerateConfig, number: int, of: int) -> GenerateConfig:
-    folder = asked.output_dir.with_name(f"generate-{number}-of-{of}")
-    return asked.model_copy(update={"shard": f"{number}/{of}", "output_dir": folder})
-
-
-def _generate_served(config: EvolveConfig, asked: GenerateConfig) -> None:
-    served = {"policy_url": ("http://127.0.0.1:0/v1",), "policy_served_name": SERVED_NAME}
-    asked = asked.model_copy(update=served) if config.server else asked
-    if not config.server or is_complete(asked.output_dir, generation_identity(asked, questions_of(asked))):
-        generate(asked)
-        return
-    with _served_policy(config, asked) as url:
-        generate(asked.model_copy(update={"policy_url": (url,)}))
-
-
-@contextmanager
-def _served_policy(config: EvolveConfig, asked: GenerateConfig) -> Iterator[str]:
-    """The address of the policy behind a server of our own starting, healthy, and stopped at the end."""
-    from visrl.engines.process import free_port, served
-
-    port = free_port()
-    command = server_command(config, asked.model_name_or_path, port)
-    print(f"starting {' '.join(command)}", flush=True)
-    with served(command, port, SERVED_NAME, asked.output_dir / "server.log", config.server_start_s) as url:
-        yield url
-
-
-def server_command(config: EvolveConfig, model: str, port: int) -> list[str]:
-    """The command line that serves `model` under the name "policy" on a local port."""
-    if config.server == "vllm":
-        from visrl.models.settings import ModelSettings
-        from visrl.serve.commands import ServeConfig
-        from visrl.serve.upstream import vllm_command
-
-        settings = ModelSettings.load(model).with_given(image_max_pixels=config.image_max_pixels)
-        serve = ServeConfig(
-            model_name_or_path=model, vllm_model=SERVED_NAME, max_images=2, vllm_args=config.server_args,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-        return vllm_command(serve, settings, port)
-    assert config.server is not None
-    filled = {"{model}": model, "{name}": SERVED_NAME, "{port}": str(port)}
-    words = [*config.server, *config.server_args]
-    for mark, value in filled.items():
-        words = [word.replace(mark, value) for word in words]
-    return words
 
 
 def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, merged: Path) -> None:

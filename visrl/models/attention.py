@@ -61,7 +61,7 @@ def tree_attention(
     config: Any = module.config
     kind = config._attn_implementation
     own = query.shape[2] == key.shape[2] and attention_mask.dtype == torch.bool
-    if own and kind == KINDS["flex"] and query.shape[2] >= FLEX_TOKENS and not dropout:
+    if own and kind == KINDS["flex"] and query.shape[2] >= FLEX_TOKENS and not dropout and _flex_runs(query):
         out = _flex(query, key, value, attention_mask, scaling, kwargs.get("softcap"))
     elif own and kind == KINDS["blocks"] and query.shape[2] > BLOCK:
         out = torch.cat([attend(*block, **options) for block in _blocks(query, key, value, attention_mask)], dim=2)
@@ -98,6 +98,11 @@ def _flex(
 def _cap(score: torch.Tensor, *place: torch.Tensor, softcap: float) -> torch.Tensor:
     """`score` bent to stay within ± `softcap`."""
     return torch.tanh(score / softcap) * softcap
+
+
+def _flex_runs(query: torch.Tensor) -> bool:
+    """Whether PyTorch has FlexAttention here: on a CPU it has no backward pass."""
+    return query.is_cuda or not torch.is_grad_enabled()
 
 
 @cache

@@ -52,7 +52,7 @@ class TrainConfig(Config):
 
     stage: Literal["sft", "dpo"] = "sft"
     rl_stage: Literal[1, 2] = 1
-    do_train: bool = True
+    do_train: Literal[True] = True  # kept for the reference's configs: this verb trains
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"
     quantization_bit: Literal[4, 8] | None = None  # of the frozen weights under LoRA (QLoRA), with bitsandbytes
     quantization_type: Literal["nf4", "fp4"] = "nf4"

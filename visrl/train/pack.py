@@ -25,7 +25,7 @@ ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much 
 @dataclass(slots=True)
 class Call:
     """One call of a model's forward: tokens [rows, length] with masks and pictures, and the columns [K] whose logits
-    are needed. `views` are the pictures in the order in which they lie."""
+    are needed. `views` are the pictures in the order in which they lie, until they are on their device."""
 
     inputs: dict[str, Any]
     keep: torch.Tensor
@@ -63,7 +63,7 @@ def moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (list, tuple)):
         return [moved(part, device) for part in value]
     if isinstance(value, Call):
-        return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), value.views)
+        return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), [])
     return value
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 
 Argument = TypeVar("Argument")
 
@@ -20,6 +21,12 @@ class ProcessError(RuntimeError):
 def launched() -> bool:
     """Whether this process is one of several that were started together (by us, torchrun or accelerate)."""
     return "LOCAL_RANK" in os.environ
+
+
+def sharded(arguments: TrainingArguments) -> bool:
+    """Whether weights are split over the processes, so that no part of the model can be called by itself."""
+    by_launcher = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return by_launcher or bool(arguments.fsdp or arguments.deepspeed)
 
 
 def processes_wanted(given: int | None) -> int:
@@ -44,7 +51,9 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         elastic_launch(settings, work)(argument)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ProcessError(f"process {rank} of {count}: {failure.message}") from error
+        message: Any = failure.message
+        told = message["message"] if isinstance(message, dict) else message
+        raise ProcessError(f"process {rank} of {count}: {told}") from error
 
 
 def say(text: str) -> None:

@@ -32,7 +32,7 @@ from visrl.train.items import Collator, Item
 from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
 from visrl.train.policy import prepare_model
-from visrl.train.processes import launched, on_processes, processes_wanted, say
+from visrl.train.processes import launched, on_processes, processes_wanted, say, sharded
 from visrl.train.reference import reference_key, reference_logps
 from visrl.train.survey import rehearse, survey
 from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
@@ -92,7 +92,7 @@ def train_here(config: TrainConfig) -> None:
             say(f"to validate on: {to_validate.told(config.drop_unusable)}")
     model = prepare_model(config).to(arguments.device)
     features = None
-    if FeatureCache.serves(model) and not arguments.fsdp and not arguments.deepspeed:
+    if FeatureCache.serves(model) and not sharded(arguments):
         features = FeatureCache(model, encoder.family, int(config.feature_cache_gb * 1e9))
     common: dict[str, Any] = {
         "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,

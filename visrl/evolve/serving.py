@@ -1,0 +1,89 @@
+"""The generation of one iteration at scale: behind a server that is started for its policy, and in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from pydantic import Field
+
+from visrl.config import Config
+from visrl.evolve.generate import GenerateConfig, generate, generation_identity, merge_shards, questions_of
+from visrl.manifest import is_complete
+
+SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
+
+
+class ServerConfig(Config):
+    """The keys of a server that is started for each policy, asked until it is healthy, and stopped."""
+
+    server: Literal["vllm"] | list[str] | None = None
+    """vLLM, or a command in which {model}, {name} and {port} are put; None: the model is loaded in this process."""
+    server_args: list[str] = Field(default_factory=list)
+    server_start_s: float = Field(900.0, gt=0)
+
+
+def generate_in_shards(asked: GenerateConfig, shards: int, server: ServerConfig) -> None:
+    """Generate, in as many shards, those that other machines have made left as they are, and join them."""
+    if shards == 1:
+        generate_served(asked, server)
+        return
+    parts = [shard_config(asked, number, shards) for number in range(1, shards + 1)]
+    for part in parts:
+        generate_served(part, server)
+    merge_shards([part.output_dir for part in parts], asked.output_dir)
+
+
+def shard_config(asked: GenerateConfig, number: int, of: int) -> GenerateConfig:
+    """One shard of a generation, in a folder beside it."""
+    folder = asked.output_dir.with_name(f"generate-{number}-of-{of}")
+    return asked.model_copy(update={"shard": f"{number}/{of}", "output_dir": folder})
+
+
+def generate_served(asked: GenerateConfig, server: ServerConfig) -> None:
+    """Generate, with the policy behind a server where one is configured and there is work left for it.
+
+    Raises:
+        EndpointError: the server does not come up.
+    """
+    if server.server is None:
+        generate(asked)
+        return
+    # Any address will do to ask whether the work is done: it is no part of what a generation is.
+    asked = asked.model_copy(update={"policy_url": ("http://127.0.0.1/v1",), "policy_served_name": SERVED_NAME})
+    if is_complete(asked.output_dir, generation_identity(asked, questions_of(asked))):
+        generate(asked)
+        return
+    with _served_policy(asked, server) as url:
+        generate(asked.model_copy(update={"policy_url": (url,)}))
+
+
+@contextmanager
+def _served_policy(asked: GenerateConfig, server: ServerConfig) -> Iterator[str]:
+    from visrl.engines.process import free_port, served
+
+    port = free_port()
+    command = server_command(asked, server, port)
+    print(f"starting {' '.join(command)}", flush=True)
+    with served(command, port, SERVED_NAME, asked.output_dir / "server.log", server.server_start_s) as url:
+        yield url
+
+
+def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> list[str]:
+    """The command line that serves the policy of a generation under the name "policy" on a local port."""
+    if server.server == "vllm":
+        from visrl.engines.opening import policy_settings
+        from visrl.serve.commands import ServeConfig
+        from visrl.serve.upstream import vllm_command
+
+        serve = ServeConfig(
+            model_name_or_path=asked.model_name_or_path, vllm_model=SERVED_NAME, max_images=2,
+            vllm_args=server.server_args, trust_remote_code=asked.trust_remote_code,
+        )  # fmt: skip
+        return vllm_command(serve, policy_settings(asked), port)
+    assert server.server is not None
+    words = [*server.server, *server.server_args]
+    for mark, value in {"{model}": asked.model_name_or_path, "{name}": SERVED_NAME, "{port}": str(port)}.items():
+        words = [word.replace(mark, value) for word in words]
+    return words
