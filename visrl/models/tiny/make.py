@@ -57,10 +57,11 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
     """Write a randomly initialised tiny model with its processor to `folder`; `sizes` override the text config's."""
     folder = Path(folder)
     tokenizer = make_tokenizer(vocabulary)
-    # The whole 672-px scene and a crop of it are both shown at about 112 × 112 (16 tokens).
+    # The whole 672-px scene is shown at 112 × 112 (16 tokens), and so is a crop that is about square: sides are rounded
+    # down to multiples of 28 px, so that a limit of 112 × 112 would show many of them at 84 × 84.
     shown = 112 * 112
     limits = ModelSettings(
-        image_min_pixels=shown, image_max_pixels=shown, crop_min_pixels=100 * 100, crop_max_pixels=shown
+        image_min_pixels=shown, image_max_pixels=shown, crop_min_pixels=100 * 100, crop_max_pixels=126 * 126
     )
     image_processor = Qwen2VLImageProcessor(size={"shortest_edge": shown, "longest_edge": shown})
     processor = Qwen2VLProcessor(image_processor, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
