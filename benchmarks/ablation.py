@@ -65,7 +65,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """The variants one under another."""
     lines = [f"{'':30}{'pairs':>7}  " + "".join(f"{kind:>8}" for kind in KINDS) + "   accuracy (start → end)"]
     for name, result in found.items():
-        shares = "".join(f"{result['shares'].get(kind, float('nan')):8.2f}" for kind in KINDS)
+        shares = "".join(f"{result['shares'][kind]:8.2f}" if result["shares"] else f"{'–':>8}" for kind in KINDS)
         change = result["difference"]
         lines.append(
             f"{name:30}{result['kept']:7}  {shares}   {result['accuracy_start']:.3f} → {result['accuracy']:.3f} "

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from visrl.cli import app
 from visrl.evaluate.commands import app as eval_app
-from visrl.evaluate.run import EvalConfig
+from visrl.evaluate.config import EvalConfig
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import JUDGE_SYSTEM
 

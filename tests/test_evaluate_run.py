@@ -18,9 +18,10 @@ from visrl.config import ConfigError, read_config
 from visrl.data.rows import json_items
 from visrl.evaluate.benchmarks import read_benchmark
 from visrl.evaluate.compare import compare
+from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.published import VISCOT_QUESTIONS
 from visrl.evaluate.results import read_results
-from visrl.evaluate.run import EvalConfig, evaluate
+from visrl.evaluate.run import evaluate
 from visrl.manifest import ManifestError
 from visrl.records import RecordError
 from visrl.serve.schemas import Limits

@@ -56,4 +56,4 @@ def test_every_key_of_the_documentation_is_known():
     known = GenerateConfig.known_keys() | FilterConfig.known_keys() | EvolveConfig.known_keys() | {"critic.box"}
     said = set(re.findall(r"`([a-z_.]+)(?:: |=)", text)) | set(re.findall(r"`(\w+_(?:url|path|attempts))`", text))
     assert len(said) > 15
-    assert said <= known
+    assert said - {"score"} <= known  # the form of a critic's reply

@@ -54,7 +54,8 @@ def run(
 ) -> None:
     """Ask a model every question of a benchmark and score what it says; `run` may be left out."""
     from visrl.config import read_config, split_arguments
-    from visrl.evaluate.run import EvalConfig, evaluate
+    from visrl.evaluate.config import EvalConfig
+    from visrl.evaluate.run import evaluate
 
     path, given = split_arguments(config, overrides)
     evaluate(read_config(EvalConfig, path, [*given, *([f"limit={limit}"] if limit else [])]))

@@ -16,19 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
 from visrl.box import CropRule
 from visrl.config import ConfigError
-from visrl.engines.opening import PATIENCE, PolicyConfig, Urls, opened_policy, policy_settings, reached
+from visrl.engines.opening import PATIENCE, opened_policy, policy_settings, reached
 from visrl.evaluate.benchmarks import (
-    Benchmark,
     Question,
     incomplete,
     missing_pictures,
     missing_told,
     read_benchmark,
 )
+from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.manifest import claim_folder, hash_weights, is_complete, write_manifest
@@ -43,52 +41,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 SCORES = "scores.json"
 Row = dict[str, Any]
-
-
-class EvalConfig(PolicyConfig):
-    """What `visrl eval CONFIG` takes, besides what says which model is asked."""
-
-    benchmark: Benchmark = "samples"
-    dataset: str
-    """The folder of the benchmark's files; for "samples" drawn scenes, a named data set or a JSONL file."""
-    datasets: list[str] | None = None
-    """Which data sets of the folder; all that were published, if left out."""
-    box_dir: str | None = None
-    """viscot: the folder of detection files, which hold picture sizes and exact boxes."""
-    image_root: str | None = None
-    allow_missing_pictures: bool = False
-    """Go on without some pictures: their questions count as failed."""
-    limit: int | None = Field(None, ge=1)
-    """At most so many questions of each data set."""
-
-    mode: Mode = "own"
-    protocol: str | None = None
-    """"visrl" or the published one; by default what was published for the benchmark, and "visrl" for samples."""
-    crop_rule: CropRule | None = None
-    """By default the protocol's, or else the checkpoint's."""
-    batch_size: int = Field(32, ge=1)
-    """Questions asked together: the unit of resuming, and part of what makes a run repeatable."""
-    seed: int = 0
-    output_dir: Path
-    retry_failed: bool = False
-    """Ask again what failed in a run that is complete."""
-    dry_run: bool = False
-    """Read and check everything that is there, ask nothing."""
-
-    judge_model_name_or_path: str | None = None
-    """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
-    judge_url: Urls = ()
-
-    @model_validator(mode="after")
-    def _together(self) -> EvalConfig:
-        if self.judge_url and not self.judge_model_name_or_path:
-            raise ValueError("judge_url needs judge_model_name_or_path, the judge's name there")
-        if self.benchmark in ("viscot-detection", "refcoco"):
-            if self.mode != "own":
-                raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")
-            if self.judge_model_name_or_path is not None:
-                raise ValueError(f"{self.benchmark} has no answers for a judge")
-        return self
 
 
 def evaluate(config: EvalConfig) -> Path:

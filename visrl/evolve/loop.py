@@ -146,7 +146,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
-    identity = config.model_dump(mode="json", exclude=NOT_IDENTITY | {"output_dir", "server_start_s"})
+    identity = config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"})
     claim_folder(config.output_dir, {**identity, "model": hash_weights(config.model_name_or_path)})
     if shard is not None:
         _make_shard(config, shard)

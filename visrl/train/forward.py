@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from visrl.train.pack import Packed
 
-PART = 2**19  # logits that are held in fp32 at a time
+PART = 2**18  # logits that are held in fp32 at a time
 
 
 class BranchLogps(NamedTuple):
