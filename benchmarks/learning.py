@@ -66,8 +66,8 @@ def result(runs: list[dict[str, Rows]]) -> dict[str, Any]:
     }
     differences = {
         f"{a} − {b}": {
-            "answer_accuracy": paired(pooled(runs, a, "correct"), pooled(runs, b, "correct")),
-            "box_iou": paired(pooled(runs, a, "iou"), pooled(runs, b, "iou")),
+            "answer_accuracy": paired(pooled(runs, b, "correct"), pooled(runs, a, "correct")),
+            "box_iou": paired(pooled(runs, b, "iou"), pooled(runs, a, "iou")),
         }
         for a, b in COMPARED
     }

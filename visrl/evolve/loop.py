@@ -29,6 +29,7 @@ from visrl.manifest import claim_folder, hash_weights, read_manifest, write_mani
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
+MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
 
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
@@ -69,7 +70,7 @@ class DemoConfig(Config):
 
     model_name_or_path: str = ""  # "": the embedded model
     output_dir: Path = Path("runs/demo")
-    iterations: int = Field(2, ge=1)
+    iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
     questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
     tags: int = Field(4, ge=1, le=4)  # coloured tags in a scene, at most
@@ -89,7 +90,7 @@ class DemoConfig(Config):
         from visrl.models.tiny import CHECKPOINT
 
         scenes = f"@{self.tags}:{','.join(self.kinds)}"
-        firsts = [(self.seed * self.iterations + number) * self.questions for number in range(self.iterations)]
+        firsts = [(self.seed * MAX_ITERATIONS + number) * self.questions for number in range(self.iterations)]
         held_out = self.seed * self.test_questions
         return EvolveConfig(
             model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
