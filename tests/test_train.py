@@ -255,7 +255,7 @@ def test_an_adapter_is_trained_on_quantised_weights(tiny, tmp_path, bits):
     given = {"quantization_bit": bits, "num_train_epochs": 8, "learning_rate": 5e-3}
     out = train(preferences(tiny, tmp_path / "out", 2, **given))
     rows = [row for row in log(out) if "loss" in row]
-    # With 8 bits which columns are taken out as outliers depends on the batch, so that reference and policy differ a bit.
+    # With 8 bits, which columns are outliers depends on the batch: reference and policy differ a bit.
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3 if bits == 4 else 1e-2)
     assert rows[-1]["loss"] < 0.6
     plain = json.loads((train(preferences(tiny, tmp_path / "plain", 2)) / "reference.json").read_text())["logps"]
