@@ -19,6 +19,7 @@ import pytest
 from serve_help import NAME, body, data_url, known, picture, picture_part, post
 
 from visrl.config import ConfigError
+from visrl.serve.app import DECODERS
 from visrl.serve.commands import ServeConfig, serve
 from visrl.serve.pictures import Fetcher, is_public
 from visrl.serve.safety import Budget, is_local_name
@@ -409,3 +410,23 @@ def test_a_base64_picture_of_every_common_kind_is_read(server: tuple[str, Any]) 
     crop = picture_part() | {"image_url": {"url": data_url(picture()), "detail": "low"}}
     assert post(url, body(messages=[{"role": "user", "content": [picture_part(), crop]}])).status_code == 200
     assert [view.is_crop for view in engine.batches[-1][0].conversation.views] == [False, True]
+
+
+def test_clients_that_leave_do_not_have_more_pictures_opened_at_once() -> None:
+    opening: list[str] = []
+    go_on = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        opening.append(host)
+        go_on.wait(30)
+        return []
+
+    asked = body(pictures=["http://pictures.example/a.png"])
+    with known(fetcher=Fetcher(frozenset({"pictures.example"}), resolve)) as (url, _, _):
+        for _ in range(DECODERS + 3):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=0.15)
+        assert len(opening) == DECODERS
+        go_on.set()
+        assert post(url, body()).status_code == 200  # and what they asked for keeps nobody waiting
+    assert len(opening) == DECODERS

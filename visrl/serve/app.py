@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ class _Server:
     def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
         self.backend, self.settings, self.metrics = backend, settings, metrics
         self.pixels = Budget(settings.limits.held_pixels, "pictures")
-        self.decoders = asyncio.Semaphore(DECODERS)
+        # Threads of their own: one whose client has left still holds its place until its pictures are open.
+        self.decoders = ThreadPoolExecutor(DECODERS, "decoder")
 
     async def health(self) -> Response:
         state = self.backend.state
@@ -172,12 +174,11 @@ class _Server:
         """All choices of a request; `chunks` is told of their parts as they come."""
         limits = self.settings.limits
         with ExitStack() as held:
-            async with self.decoders:
-                views = await asyncio.to_thread(open_pictures, asked.pictures(), limits, self.settings.fetcher)
-                pixels = sum(
-                    view.image.width * view.image.height for view in {view.key: view for view in views}.values()
-                )
-                held.enter_context(self.pixels.hold(pixels))
+            views = await asyncio.get_running_loop().run_in_executor(
+                self.decoders, open_pictures, asked.pictures(), limits, self.settings.fetcher
+            )
+            distinct = {view.key: view.image for view in views}.values()
+            held.enter_context(self.pixels.hold(sum(image.width * image.height for image in distinct)))
             conversation = to_conversation(asked, views)
             jobs = [
                 asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks))

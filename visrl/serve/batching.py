@@ -71,8 +71,10 @@ class Backend(Protocol):
     async def submit(self, row: Row) -> Completion: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
+    """A row that waits; two jobs are never the same one, whatever they ask."""
+
     row: Row
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
