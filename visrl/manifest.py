@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from visrl import __version__
+from visrl.records import write_text
 
-NAME = "manifest.json"
+NAME, STARTED = "manifest.json", "started.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
 
 
@@ -31,11 +32,7 @@ def write_manifest(
         "versions": {"visrl": __version__, **package_versions(PACKAGES)},
         **facts,
     }
-    path = Path(folder) / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(Path(folder) / NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 
@@ -73,9 +70,6 @@ def hash_weights(path: str | os.PathLike[str]) -> str:
     return hash_files(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else str(path)
 
 
-STARTED = "started.json"
-
-
 def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bool:
     """Claim `folder` for the work that `identity` describes; True where that work is already complete there.
 
@@ -84,11 +78,7 @@ def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bo
     """
     if is_complete(folder, identity):
         return True
-    path = Path(folder) / STARTED
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_plain(identity), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(Path(folder) / STARTED, json.dumps(_plain(identity), indent=1, ensure_ascii=False) + "\n")
     return False
 
 

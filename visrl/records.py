@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -201,6 +201,15 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> int:
     return count
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` to `path` at once: who reads it, or goes on after a kill, sees the old text or the new one."""
+    path, part = Path(path), Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
 class Journal:
     """An append-only JSONL file written in batches, for long work that may be killed at any moment.
 
@@ -249,8 +258,3 @@ def _cut_unfinished_line(path: Path) -> None:
             whole = start
         if whole < end:
             file.truncate(whole)
-
-
-def json_value(value: Any) -> Any:
-    """`value` with dataclasses turned into dictionaries, for manifests and summaries."""
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value

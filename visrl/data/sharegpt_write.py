@@ -15,7 +15,7 @@ from visrl.data.rows import RowFault
 from visrl.data.sharegpt import CHOSEN_CROP, INFO, STEP_COLUMNS, Entry
 from visrl.data.viscot import need_answer, need_box
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
-from visrl.records import Picture, Preference, Sample, picture_json
+from visrl.records import Picture, Preference, Sample, picture_json, write_text
 
 
 def sft1_row(sample: Sample, space: BoxSpace, size: Size | None) -> dict[str, Any]:
@@ -81,10 +81,7 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
     path = file.parent / INFO
     info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     info[file.stem] = entry
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:

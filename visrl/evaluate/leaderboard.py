@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from visrl.evaluate.published import JUDGE_NOTE, REFCOCO_SCORES, VISCOT_QUESTIONS, VISCOT_SCORES
+from visrl.records import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[Entry]) ->
         source=VISCOT_SCORES[0].source,
         refcoco=REFCOCO_SCORES,
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 _PAGE = """<!doctype html>

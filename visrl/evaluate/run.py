@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.manifest import claim_folder, hash_weights, is_complete, write_manifest
-from visrl.records import Journal, RecordError, read_jsonl, write_records
+from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 
 if TYPE_CHECKING:
     from visrl.evaluate.judge import AskAll
@@ -76,7 +75,7 @@ def evaluate(config: EvalConfig) -> Path:
         "limit": config.limit,
     }
     scores = {**facts, **_scored(config, rows)}
-    _write_json(config.output_dir / SCORES, scores)
+    write_text(config.output_dir / SCORES, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     write_manifest(
         config.output_dir, verb="eval", config=identity, parents={"model": identity["weights"]}, crop_rule=rule
     )
@@ -310,9 +309,3 @@ def _closing_lines(scores: dict[str, Any], judged: dict[str, int]) -> list[str]:
     if totals and totals["average_published"] is not None:
         lines.append(f"average as published, data sets scoring 0 left out: {totals['average_published']:.3f}")
     return ["", *lines] if lines else []
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

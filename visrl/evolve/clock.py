@@ -1,4 +1,4 @@
-"""What a run of several steps costs, kept on disk, so that a resumed run knows what its finished steps took."""
+"""What a run of several steps costs: seconds of each step and the most memory. Knows no step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from visrl.records import write_text
 
 
 class StepClock:
@@ -28,7 +30,7 @@ class StepClock:
             work()
         finally:
             self.seconds[step] = round(self.seconds.get(step, 0.0) + time.monotonic() - started, 1)
-            self.path.write_text(json.dumps(self.seconds, indent=1), encoding="utf-8")
+            write_text(self.path, json.dumps(self.seconds, indent=1))
 
 
 @contextmanager
@@ -50,4 +52,4 @@ def peak_memory(path: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        path.write_text(json.dumps({"mb": round(max(peak, process.memory_info().rss / 1e6), 1)}), encoding="utf-8")
+        write_text(path, json.dumps({"mb": round(max(peak, process.memory_info().rss / 1e6), 1)}))

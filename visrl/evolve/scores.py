@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from visrl.evolve.clock import StepClock
 from visrl.manifest import package_versions, read_manifest
-from visrl.records import Sample
+from visrl.records import Sample, write_text
 
 if TYPE_CHECKING:
     from visrl.evaluate.rollouts import Mode
@@ -81,9 +80,7 @@ def summarise(
     summary["peak_rss_mb"] = json.loads((run / "peak_rss.json").read_text(encoding="utf-8"))["mb"]
     summary["versions"] = package_versions(("torch", "transformers", "peft"))
     summary["config"] = config
-    part = run / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, run / "summary.json")
+    write_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 

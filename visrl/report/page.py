@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from visrl.records import write_text
 from visrl.report import draw, wording
 from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
 from visrl.report.files import Row
@@ -33,11 +33,7 @@ def write_report(run: Path) -> Path:
 
 def save(run: Path, page: str) -> Path:
     """Put `page` into the run folder at once: a reader sees the old page or the new one."""
-    path = Path(run) / NAME
-    part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_text(Path(run) / NAME, page)
 
 
 def render(run: Run) -> str:

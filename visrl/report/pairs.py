@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import jinja2
 
 from visrl.box import Box, iou
 from visrl.images import ImageError, open_image
+from visrl.records import write_text
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
 from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
 
@@ -68,9 +68,7 @@ def write_page(path: Path, result: Filtered, truth: dict[str, Box], count: int, 
         colours={"winner": WINNER_COLOUR, "loser": LOSER_COLOUR, "true": TRUE_COLOUR},
         truth_known=bool(truth),
     )
-    part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, page)
 
 
 def _card(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from visrl.manifest import PACKAGES, package_versions
 from visrl.progress import progress
+from visrl.records import write_text
 from visrl.train.features import FeatureCache
 from visrl.train.forward import branch_logps
 from visrl.train.items import Batch, Collator, Item
@@ -60,9 +60,6 @@ def reference_logps(
     model.train(training)
     logps = gathered(logps)
     if state.is_main_process:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(".part")
-        part.write_text(json.dumps({"key": key, "logps": logps}), encoding="utf-8")
-        os.replace(part, cache)
+        write_text(cache, json.dumps({"key": key, "logps": logps}))
     state.wait_for_everyone()
     return logps
