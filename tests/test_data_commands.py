@@ -83,6 +83,13 @@ def test_convert_lists_what_it_dropped(tmp_path):
     assert f"listed 6 bad rows in {out}.bad.jsonl: 3 outside, 2 inverted, 1 empty" in text
 
 
+def test_a_conversion_of_bad_rows_alone_fails(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [meta(0, [[30, 1, 1, 30]], (64, 48))])
+    result = run("convert", "--from", "viscot-meta", "--to", "visrl", path, tmp_path / "b.jsonl", ok=False)
+    assert "listed 1 bad rows" in result.stdout
+    assert "none of the rows can be written" in result.stderr
+
+
 def test_check_says_which_format_the_rows_have_and_how_many_it_does_not_show(tmp_path):
     path, _, _ = benchmark(tmp_path)
     text = run("check", "--from", "visrl", path).stdout

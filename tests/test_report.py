@@ -182,8 +182,11 @@ def test_the_command_says_where_the_page_is_or_what_is_wrong(run: Path, capsys: 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="no run at"):
         write_report(tmp_path / "nowhere")
-    with pytest.raises(ReportError, match="holds no summary"):
-        write_report(tmp_path)
+    (tmp_path / "runs" / "iter0").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ReportError, match=r"holds no summary\.json, log\.jsonl, eval or iter0; give the folder"):
+        write_report(tmp_path)  # a folder of runs, or a data set's, is none
+    assert not (tmp_path / "report.html").exists()
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ReportError, match=r"summary\.json is not JSON"):
         write_report(tmp_path)

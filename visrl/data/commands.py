@@ -111,6 +111,9 @@ def convert(
     if summary.bad:
         faults = ", ".join(f"{count:,} {fault}" for fault, count in summary.bad.most_common())
         print(f"listed {sum(summary.bad.values()):,} bad rows in {out}.bad.jsonl: {faults}")
+        if not any(summary.written.values()):
+            print(f"visrl data: none of the rows can be written; {out}.bad.jsonl says why", file=sys.stderr)
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -30,7 +30,8 @@ CONTROLS = {
     "truth": "True box",
 }  # in the order in which they should bound each other
 
-
+MARKS = ("summary.json", "log.jsonl", "eval", "iter0")  # at the top of every run, from its first step on
+REMEDY = "give the folder that `visrl demo`, `visrl evolve` or `visrl train` wrote to"
 ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
 
 
@@ -114,10 +115,12 @@ def load_run(folder: Path) -> Run:
     """Everything a report shows of the run in `folder`.
 
     Raises:
-        ReportError: no such folder, nothing of a run in it, or a file in it that cannot be read.
+        ReportError: no such folder, one that no run was written to, or a file in it that cannot be read.
     """
     if not folder.is_dir():
-        raise ReportError(f"no run at {folder}; give the folder that `visrl demo` wrote to")
+        raise ReportError(f"no run at {folder}; {REMEDY}")
+    if not any((folder / mark).exists() for mark in MARKS):
+        raise ReportError(f"{folder} holds no {', '.join(MARKS[:-1])} or {MARKS[-1]}; {REMEDY}")
     summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
     run = Run(
@@ -130,8 +133,6 @@ def load_run(folder: Path) -> Run:
         manifests={str(path.parent.relative_to(folder)): read_object(path) for path in sorted(folder.rglob(MANIFEST))},
         missing=[],
     )
-    if not (run.summary or run.stages or run.pairs or run.curves or run.manifests):
-        raise ReportError(f"{folder} holds no summary, log, evaluation or manifest; is it the folder of a run?")
     parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
              "training logs": run.curves}  # fmt: skip
     run.missing.extend(name for name, part in parts.items() if not part)
