@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -218,9 +217,7 @@ def test_the_whole_program_serves_curl_and_stops_when_told(checkpoint: Path, tmp
         assert '"focus":' in told
         assert told.rstrip().endswith("data: [DONE]")
         process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
         assert process.wait(20) in (0, -signal.SIGTERM)
-        assert time.monotonic() - start < 10
     finally:
         process.kill()
         process.wait()
