@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from visrl.data.commands import app
 from visrl.data.named import is_named, named_preferences, named_samples
 from visrl.data.rows import json_items
 from visrl.data.scenes import scene_samples
+from visrl.data.sources import hash_source
 from visrl.images import open_picture
 from visrl.records import Picture, RecordError, VisrlWarning
 
@@ -171,6 +173,17 @@ def test_the_demo_names_give_samples_and_preferences():
         named_samples("demo_rl_data_stage1", ROOT / "data")
     assert is_named("demo_sft_data", ROOT / "data")
     assert not is_named("demo_sft_data,other", ROOT / "data")
+
+
+def test_a_data_set_is_known_by_what_is_in_its_files(tmp_path):
+    shutil.copytree(ROOT / "data", tmp_path, dirs_exist_ok=True)
+    before = hash_source("demo_sft_data,demo_rl_data_stage1", str(tmp_path))
+    assert hash_source("demo_sft_data, demo_rl_data_stage1", str(ROOT / "data")) == before
+    file = tmp_path / "demo_sft_data.json"
+    file.write_text(file.read_text().replace("red", "blue"))
+    assert hash_source("demo_sft_data,demo_rl_data_stage1", str(tmp_path)) != before
+    assert hash_source(str(file)) == hash_source("demo_sft_data", str(tmp_path))
+    assert hash_source("scenes:test/0+5") == "scenes:test/0+5"
 
 
 def test_a_named_set_with_bad_rows_warns_with_the_first_reason(tmp_path):

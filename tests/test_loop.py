@@ -15,7 +15,7 @@ from visrl.engines.process import free_port, served
 from visrl.evolve.generate import GenerateConfig
 from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve
 from visrl.evolve.serving import ServerConfig, server_command
-from visrl.manifest import ManifestError, hash_files, hash_weights, read_manifest
+from visrl.manifest import ManifestError, hash_checkpoint, hash_files, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Trajectory, read_records
 
@@ -53,18 +53,18 @@ def test_every_step_was_made_from_the_step_before(run):
     for number in range(2):
         base = run / f"iter{number}"
         steps = {step: read_manifest(base / step) for step in ("generate", "filter", "stage1", "stage2-merged")}
-        assert steps["generate"]["parents"]["model"] == hash_weights(policy)
+        assert steps["generate"]["parents"]["model"] == hash_checkpoint(policy)
         assert steps["generate"]["config"]["skip_samples"] == 16 * number, "every iteration asks new questions"
         files = (base / "generate" / name for name in ("trajectories.jsonl", "verdicts.jsonl"))
         assert steps["filter"]["parents"]["input"] == hash_files(*files)
         assert steps["filter"]["counts"]["kept"] > 0
         assert steps["stage1"]["parents"]["dataset"] == hash_files(base / "filter" / "preferences.jsonl")
-        assert steps["stage1"]["parents"]["model"] == hash_weights(policy)
+        assert steps["stage1"]["parents"]["model"] == hash_checkpoint(policy)
         assert steps["stage2-merged"]["parents"]["adapter"] == hash_files(base / "stage2" / "adapter_model.safetensors")
         policy = str(base / "stage2-merged")
     told = read_manifest(run)
     assert told["last"] == policy
-    assert told["chain"]["iter1/generate"]["model"] == hash_weights(run / "iter0" / "stage2-merged")
+    assert told["chain"]["iter1/generate"]["model"] == hash_checkpoint(run / "iter0" / "stage2-merged")
     summary = json.loads((run / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == ["sft", "stage1", "stage2", "stage1", "stage2"]
 

@@ -1,8 +1,10 @@
 import json
+from itertools import pairwise
 
 import pytest
 
 from visrl.box import Box
+from visrl.manifest import NAME, hash_checkpoint
 from visrl.records import (
     Journal,
     Picture,
@@ -60,3 +62,15 @@ def test_an_unread_score_is_none_and_not_zero(tmp_path):
     (verdict,) = read_records(Verdict, path)
     assert verdict.box_score is None
     assert verdict.answer_score == 0.0
+
+
+def test_a_checkpoint_is_known_by_its_weights_and_by_how_it_looks_at_pictures(tmp_path):
+    files = {"model.safetensors": "w", "visrl.json": "{}", "chat_template.jinja": "t", "log.jsonl": "", NAME: "{}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    hashes = [hash_checkpoint(tmp_path)]
+    for name in files:
+        (tmp_path / name).write_text("changed")
+        hashes.append(hash_checkpoint(tmp_path))
+    assert [after != before for before, after in pairwise(hashes)] == [True, True, True, False, False]
+    assert hash_checkpoint("owner/name") == "owner/name"

@@ -94,6 +94,8 @@ def test_killed_and_resumed_training_ends_with_the_same_weights(tiny, tmp_path):
     again = tmp_path / "again"
     killed_at(again / "checkpoint-4", warm_up(tiny, again, save_strategy="steps", save_steps=2))
     assert read_manifest(again) is None, "killed before the end"
+    with open(again / "log.jsonl", "a") as lines:
+        lines.write('{"step": 5, "lo')  # as a kill in the middle of a line leaves it
     train(warm_up(tiny, again, save_strategy="steps", save_steps=2))
     one, other = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
     assert all(one[name].equal(other[name]) for name in one)

@@ -64,10 +64,12 @@ def hash_files(*paths: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def hash_weights(path: str | os.PathLike[str]) -> str:
-    """One short hash over the weights in a checkpoint's folder; a hub name stands for itself."""
+def hash_checkpoint(path: str | os.PathLike[str]) -> str:
+    """One short hash over a checkpoint's folder: weights, settings, tokenizer and processor. A hub name is its own."""
     folder = Path(path)
-    return hash_files(*sorted(folder.glob("*.safetensors"))) if folder.is_dir() else str(path)
+    if not folder.is_dir():
+        return str(path)
+    return hash_files(*(file for kind in ("*.safetensors", "*.json", "*.jinja") for file in sorted(folder.glob(kind))))
 
 
 def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bool:

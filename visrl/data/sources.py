@@ -1,7 +1,7 @@
 """Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
-`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS:KIND,KIND/START+COUNT` those
-of at most TAGS tags with questions of these kinds alone, either part left out where it does not matter; a name in
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS:KIND,KIND/START+COUNT`
+those of at most TAGS tags with questions of these kinds alone, either part left out where it does not matter; a name in
 `dataset_dir/dataset_info.json` is that data set; anything else is a path to JSONL records.
 """
 
@@ -13,6 +13,8 @@ from typing import cast, get_args
 
 from visrl.data.named import is_named, named_preferences, named_samples
 from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
+from visrl.data.sharegpt import find_entry
+from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample, read_records
 
 _SCENES = re.compile(
@@ -34,7 +36,8 @@ def read_samples(
             raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
         kinds = tuple(match["kinds"].split(",")) if match["kinds"] else KINDS
         if unknown := sorted(set(kinds) - set(get_args(Kind))):
-            raise RecordError(f"no questions of kind {unknown[0]!r} in drawn scenes; there are {', '.join(get_args(Kind))}")
+            known = ", ".join(get_args(Kind))
+            raise RecordError(f"no questions of kind {unknown[0]!r} in drawn scenes; there are {known}")
         return scene_samples(
             match["pool"],
             int(match["start"]),
@@ -69,3 +72,15 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
             f"{dataset_dir}/dataset_info.json"
         )
     return list(read_records(Preference, spec))
+
+
+def hash_source(spec: str, dataset_dir: str = "data") -> str:
+    """One short hash over the files that `spec` names; what names no files (drawn scenes, a file that is not there)
+    stands for itself."""
+    if spec.startswith("scenes:"):
+        return spec
+    if is_named(spec, dataset_dir):
+        files = [find_entry(dataset_dir, part.strip()).path for part in spec.split(",")]
+    else:
+        files = [Path(spec)]
+    return hash_files(*files) if all(file.is_file() for file in files) else spec

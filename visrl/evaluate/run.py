@@ -28,7 +28,7 @@ from visrl.evaluate.benchmarks import (
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
-from visrl.manifest import claim_folder, hash_weights, is_complete, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, is_complete, write_manifest
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Qu
         **kept,
         "protocol": protocol.name,
         "questions": digest.hexdigest(),
-        "weights": hash_weights(config.model_name_or_path),
-        "adapter": hash_weights(adapter) if adapter else None,
+        "weights": hash_checkpoint(config.model_name_or_path),
+        "adapter": hash_checkpoint(adapter) if adapter else None,
     }
 
 

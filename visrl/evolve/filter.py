@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from visrl.box import Box, iou
 from visrl.config import Config, ConfigError
+from visrl.data.sources import hash_source
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
 from visrl.manifest import claim_folder, hash_files, read_manifest, write_manifest
@@ -73,6 +74,7 @@ def filter_pairs(config: FilterConfig) -> dict[str, Any]:
         **config.model_dump(mode="json", exclude={"output_dir", "input_dir", "pictures"}),
         **source,
         "input": hash_files(*(path for group in files for path in group)),
+        "data": hash_source(source["dataset"], source["dataset_dir"]),
     }
     done = claim_folder(config.output_dir, identity)
     with_boxes = read_questions(**source, with_box=True)

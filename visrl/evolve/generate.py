@@ -16,11 +16,12 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
+from visrl.data.sources import hash_source, read_samples
 from visrl.engines.choose import NOT_IDENTITY, EngineConfig, Players, critic_name, players
 from visrl.evolve.critic import count_verdicts
 from visrl.evolve.diversity import TRIGGER
 from visrl.evolve.rollout import RolloutSettings, roll_out
-from visrl.manifest import claim_folder, hash_files, hash_weights, read_manifest, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
@@ -135,8 +136,6 @@ def read_questions(
     Raises:
         RecordError: none, or two with one id: their trajectories could not be told apart.
     """
-    from visrl.data.sources import read_samples
-
     samples = read_samples(dataset, with_box=with_box, dataset_dir=dataset_dir, image_root=image_root)
     chosen = samples[skip : None if limit is None else skip + limit]
     if not chosen:
@@ -185,10 +184,10 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
     return {
         **config.model_dump(mode="json", exclude={"output_dir"} | NOT_IDENTITY),
         "policy": "endpoint" if config.policy_url else "local",
-        "model": hash_weights(config.model_name_or_path),
-        "adapter": hash_weights(config.adapter_name_or_path) if config.adapter_name_or_path else None,
-        "critic": hash_weights(critic),
-        "data": hash_files(config.dataset) if Path(config.dataset).is_file() else config.dataset,
+        "model": hash_checkpoint(config.model_name_or_path),
+        "adapter": hash_checkpoint(config.adapter_name_or_path) if config.adapter_name_or_path else None,
+        "critic": hash_checkpoint(critic),
+        "data": hash_source(config.dataset, config.dataset_dir),
     }
 
 

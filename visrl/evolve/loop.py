@@ -25,7 +25,7 @@ from visrl.evolve.generate import (
 )
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
-from visrl.manifest import claim_folder, hash_weights, read_manifest, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
@@ -127,7 +127,7 @@ def run_demo(config: DemoConfig) -> Path:
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
-    claim_folder(config.output_dir, {**identity, "model": hash_weights(start)})
+    claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
     return _run(evolution, "demo", shown=config.model_dump(mode="json"))
 
 
@@ -148,7 +148,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     if plan_only:
         return None
     identity = config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"})
-    claim_folder(config.output_dir, {**identity, "model": hash_weights(config.model_name_or_path)})
+    claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(config.model_name_or_path)})
     if shard is not None:
         _make_shard(config, shard)
         return None
@@ -199,7 +199,7 @@ def _run(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
             )  # fmt: skip
             evaluate_all(run, samples, checkpoints, controls=config.controls, clock=clock, image_root=config.image_root)
     summary = summarise(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
-    parents = {"model": hash_weights(config.model_name_or_path)}
+    parents = {"model": hash_checkpoint(config.model_name_or_path)}
     write_manifest(
         run, verb=verb, config=shown, parents=parents, seconds=summary["seconds"], chain=_chain(run), last=current
     )

@@ -6,7 +6,6 @@ command is refused. What cannot be trained is refused before the folder is claim
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -17,12 +16,12 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
-from visrl.data.sources import read_preferences, read_samples
-from visrl.manifest import claim_folder, hash_files, hash_weights, is_complete, write_manifest
+from visrl.data.sources import hash_source, read_preferences, read_samples
+from visrl.manifest import claim_folder, hash_checkpoint, is_complete, write_manifest
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
-from visrl.records import Sample
+from visrl.records import Journal, Sample, read_jsonl, write_records
 from visrl.train.arguments import training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
@@ -71,9 +70,11 @@ def train_here(config: TrainConfig) -> None:
     out = config.output_dir
     settings = model_settings(config)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
-    parents = {"model": hash_weights(config.model_name_or_path)}
-    if config.dataset and Path(config.dataset).is_file():
-        parents["dataset"] = hash_files(config.dataset)
+    parents = {"model": hash_checkpoint(config.model_name_or_path)}
+    if config.adapter_name_or_path:
+        parents["adapter"] = hash_checkpoint(config.adapter_name_or_path)
+    if config.dataset:
+        parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
     identity = {**_identity(config), "parents": parents}
     if not config.dry_run and is_complete(out, identity):
         say(f"{out} is already complete")
@@ -196,7 +197,8 @@ def _rollouts(config: TrainConfig) -> list[Sample]:
         return []
     if config.rollout_dataset is None:
         raise ConfigError("rollout_dataset: name the held-out samples that rollout_samples are taken from")
-    return read_samples(config.rollout_dataset, with_box=True)[: config.rollout_samples]
+    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
+    return read_samples(config.rollout_dataset, with_box=True, **places)[: config.rollout_samples]
 
 
 def _stage(config: TrainConfig) -> str:
@@ -218,8 +220,7 @@ def plot_loss(out: Path) -> None:
     from visrl.report.figures import curve_figures
     from visrl.report.run import Curve
 
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    for drawing in curve_figures([Curve(title=out.name, rows=rows)]):
+    for drawing in curve_figures([Curve(title=out.name, rows=list(read_jsonl(out / "log.jsonl")))]):
         name = drawing.title.lower().replace(" ", "_").replace("-", "_")
         (out / f"training_{name}.svg").write_text(drawing.svg, encoding="utf-8")
 
@@ -255,9 +256,8 @@ def _step(checkpoint: Path) -> int:
 def _cut_log(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint that training resumes from: they will be written again."""
     if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        Journal(path).close()  # cuts the line that a kill left unfinished
+        write_records(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -211,7 +211,8 @@ class VisrlTrainer(Trainer):
 
         policy = self.accelerator.unwrap_model(self.model)
         engine = LocalEngine(policy, self.encoder)
-        rows = evaluate_samples(engine, self.rollouts, crop_rule=self.encoder.settings.crop_rule)
+        rule, root = self.encoder.settings.crop_rule, self.visrl_config.image_root
+        rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root)
         use_tree_attention(policy, self.visrl_config.attention)  # the engine has set its own
         return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
 
