@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from visrl.box import Box
@@ -277,3 +278,17 @@ def test_views_of_equal_key_are_computed_once(encoder: Encoder) -> None:
     sample = scene_samples("train", 11, 1)[0]
     whole = View("one", open_image(sample.image))
     assert encoder.encode_views([whole, View("one", whole.image)])[0] is encoder.encode_views([whole])[0]
+
+
+def test_old_views_make_room_and_those_of_one_call_stay_together(tiny: Path) -> None:
+    encoder = load_encoder(tiny)
+    views = [View(f"view {number}", Image.new("RGB", (112, 112), (number, 0, 0))) for number in range(5)]
+    first, *others = encoder.encode_views(views)
+    assert first.pictures["pixel_values"].untyped_storage().nbytes() == first.pictures["pixel_values"].nbytes
+    encoder.cache_bytes = 2 * first.bytes
+    assert [encoder.encode_views([view])[0] for view in views] == [first, *others], "nothing new, nothing dropped"
+    encoder.encode_views([View("new", views[0].image)])
+    assert encoder.encode_views(views[4:])[0] is others[-1]
+    assert encoder.encode_views(views[3:4])[0] is not others[-2]
+    again = encoder.encode_views(views)
+    assert all(kept is known for kept, known in zip(encoder.encode_views(views), again, strict=True))

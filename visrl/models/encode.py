@@ -22,6 +22,8 @@ from visrl.models.families import Family, Grid, Pictures, family_of
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 
+CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
+
 
 class PromptError(ValueError):
     """A text that cannot be put before a model, such as one that holds the model's control tokens."""
@@ -38,6 +40,10 @@ class EncodedView:
     grid: Grid
     size: Size  # width and height in pixels, as processed
 
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.pictures.values())
+
 
 @dataclass(frozen=True, slots=True)
 class TokenPath:
@@ -52,7 +58,7 @@ class TokenPath:
 class Encoder:
     """Renders, tokenises and preprocesses for one checkpoint's processor and settings."""
 
-    def __init__(self, processor: Any, config: Any, settings: ModelSettings, *, cache_views: int = 512) -> None:
+    def __init__(self, processor: Any, config: Any, settings: ModelSettings) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.settings = settings
@@ -66,8 +72,9 @@ class Encoder:
         # Tokens of box text may be said again, as the published protocol does; they can forge nothing.
         own = self.tokenizer.get_added_vocab()
         self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
+        self.cache_bytes = CACHE_BYTES
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
-        self._cache_views = cache_views
+        self._kept_bytes = 0
         self._lock = threading.Lock()  # of the cache: pictures may be encoded in one thread and used in another
         self._bos = _leading_bos(self.tokenizer)
 
@@ -93,18 +100,26 @@ class Encoder:
         return encoded
 
     def keep(self, encoded: Iterable[EncodedView]) -> None:
-        """Put views that were encoded before into the cache, as its newest."""
+        """Put views that were encoded before into the cache, as its newest.
+
+        New ones take the place of the oldest beyond `cache_bytes`. Those of one call stay together whatever their size,
+        so that a batch is made ready once.
+        """
         with self._lock:
-            for view in encoded:
-                self._views[view.key] = view
-                self._views.move_to_end(view.key)
-            while len(self._views) > self._cache_views:
-                self._views.popitem(last=False)
+            views = {view.key: view for view in encoded}
+            fresh = [view for key, view in views.items() if key not in self._views]
+            self._views.update({view.key: view for view in fresh})
+            self._kept_bytes += sum(view.bytes for view in fresh)
+            for key in views:
+                self._views.move_to_end(key)
+            while fresh and self._kept_bytes > self.cache_bytes and len(self._views) > len(views):
+                self._kept_bytes -= self._views.popitem(last=False)[1].bytes
 
     def forget(self) -> None:
         """Drop the views kept so far."""
         with self._lock:
             self._views.clear()
+            self._kept_bytes = 0
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it."""
@@ -142,7 +157,8 @@ class Encoder:
         for key, grid, values, placeholder in zip(views, grids, pixels, placeholders, strict=True):
             time, height, width = grid.tolist()
             merged = (time, height // merge, width // merge)
-            inputs = {"pixel_values": values, "image_grid_thw": grid[None]}
+            # Copies: a part of the batch's tensor would keep all of it in memory.
+            inputs = {"pixel_values": values.clone(), "image_grid_thw": grid[None].clone()}
             size = (width * patch, height * patch)
             encoded[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
         return encoded

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from visrl.serve.schemas import Limits
 
 ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
-KEPT_VIEWS = 16
+KEPT_BYTES = 64_000_000  # of pictures before the batch in work: strangers seldom send one twice
 SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 
 
@@ -122,7 +122,6 @@ def serve(config: ServeConfig) -> None:
 def load_local(config: ServeConfig) -> Loaded:
     """The in-process engine of the config's checkpoint."""
     from visrl.engines.local import LocalEngine
-    from visrl.models.encode import Encoder
     from visrl.models.settings import ModelSettings
     from visrl.serve.batching import Loaded
 
@@ -136,9 +135,7 @@ def load_local(config: ServeConfig) -> Loaded:
         settings=settings,
         trust_remote_code=config.trust_remote_code,
     )
-    # Strangers seldom send a picture twice: prepared pictures are kept for the batch in work, not for hundreds before.
-    views = 2 * config.max_batch + KEPT_VIEWS
-    engine.encoder = Encoder(engine.encoder.processor, engine.model.config, settings, cache_views=views)
+    engine.encoder.cache_bytes = KEPT_BYTES
     return Loaded(engine, settings.crop_rule)
 
 
