@@ -33,8 +33,10 @@ from visrl.models.settings import ModelSettings
 from visrl.records import Trajectory, read_records
 from visrl.serve.commands import ServeConfig, make_backend
 from visrl.serve.metrics import Metrics
+from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences, sft_rows
 from visrl.train.items import Collator
+from visrl.train.run import train
 
 POOL = "scenes:test/0+1"
 (SAMPLE,) = scene_samples("test", 0, 1, with_box=True)
@@ -164,6 +166,22 @@ def test_every_part_crops_alike(
         assert {(crop.size, crop.tobytes()) for crop in shown} == {
             (SCENE.crop(window).size, SCENE.crop(window).tobytes())
         }, name
+
+
+@pytest.mark.parametrize(("rule", "codec"), [("margin", "visrl")])
+def test_work_under_another_rule_than_the_checkpoints_says_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model_name_or_path": str(checkpoint), "dataset": POOL}
+    notice = "crops are cut by the rule 'exact'; the checkpoint was made for 'margin'"
+    generate(GenerateConfig(**given, crop_rule="exact", rounds=1, output_dir=tmp_path / "generate"))
+    assert notice in capsys.readouterr().out
+    evaluate(EvalConfig(**given, crop_rule="exact", output_dir=tmp_path / "eval"))
+    assert notice in capsys.readouterr().out
+    keys = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    train(TrainConfig(**given, **keys, crop_rule="exact", output_dir=tmp_path / "train"))
+    assert f"{notice}, and what comes out is made for 'exact'" in capsys.readouterr().out
+    assert ModelSettings.load(tmp_path / "train").crop_rule == "exact"
 
 
 def test_the_rules_do_crop_differently() -> None:

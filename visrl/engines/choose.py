@@ -81,6 +81,8 @@ def players(
         if isinstance(policy, EndpointEngine):
             servers["policy"] = policy
         rule = crop_rule or settings.crop_rule
+        if notice := settings.other_rule(rule):
+            print(notice, flush=True)
         critic = _open_critic(config, samples, policy, settings, rule, image_root, seed, servers, stack)
         yield Players(policy, critic, rule, servers)
 

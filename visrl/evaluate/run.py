@@ -165,8 +165,8 @@ def _answers(
     rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
     if waiting:
         with opened_policy(config) as opened:
-            if protocol.answer is not None and rule != settings.crop_rule:
-                print(f"crops are cut by the rule {rule!r}; the checkpoint was made for {settings.crop_rule!r}")
+            if protocol.answer is not None and (notice := settings.other_rule(rule)):
+                print(notice)
             claim_folder(config.output_dir, identity)
             with Journal(config.output_dir / JOURNAL) as journal:
                 for part in progress(waiting, "eval", unit="part"):

@@ -197,7 +197,7 @@ def _run(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
                 config.eval_dataset, dataset_dir=config.dataset_dir, limit=config.eval_samples,
                 image_root=config.image_root, with_box=True,
             )  # fmt: skip
-            evaluate_all(run, samples, checkpoints, controls=config.controls, clock=clock, image_root=config.image_root)
+            evaluate_all(run, samples, checkpoints, config, controls=config.controls, clock=clock)
     summary = summarise(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
     write_manifest(
@@ -317,8 +317,16 @@ def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, 
         "rl_stage": stage,
         "seed": config.seed,
     }
-    if config.image_root:
-        values["image_root"] = config.image_root
+    # What the trajectories were drawn from, the stages are trained on: the same pictures, limits, crops and box text.
+    looks = {
+        "image_root": config.image_root,
+        "image_max_pixels": config.image_max_pixels,
+        "crop_max_pixels": config.crop_max_pixels,
+        "crop_rule": config.crop_rule,
+        "box_codec": config.codec,
+        "trust_remote_code": config.trust_remote_code or None,
+    }
+    values |= {key: value for key, value in looks.items() if value is not None}
     if config.chosen_only:
         values["pref_loss"] = "sft"
         values["pref_ftx"] = 0.0
@@ -329,6 +337,7 @@ def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, 
             adapter_name_or_path=str(base / f"stage{stage}"),
             export_dir=merged,
             export_dtype=config.export_dtype,
+            trust_remote_code=config.trust_remote_code,
         )
     )
 

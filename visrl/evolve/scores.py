@@ -14,18 +14,20 @@ from visrl.records import Sample, write_text
 
 if TYPE_CHECKING:
     from visrl.evaluate.rollouts import Mode
+    from visrl.evolve.generate import SamplingConfig
 
 
 def evaluate_all(
     run: Path,
     samples: Sequence[Sample],
     checkpoints: dict[str, str],
+    config: SamplingConfig,
     *,
     controls: bool,
     clock: StepClock,
-    image_root: str | None = None,
 ) -> None:
-    """Every checkpoint on the same held-out questions; the controls of the first and of the last."""
+    """Every checkpoint on the same held-out questions, looking as `config` has them look; the controls of the first and
+    of the last."""
     from visrl.evaluate.rollouts import CROP_MODES
 
     # Most controls need true boxes.
@@ -33,13 +35,13 @@ def evaluate_all(
     first, last = next(iter(checkpoints)), list(checkpoints)[-1]
     for name, path in checkpoints.items():
         modes = bounds if controls and name in (first, last) else CROP_MODES[:1]
-        clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, image_root))
+        clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, config))
 
 
 def _evaluate(
-    run: Path, samples: Sequence[Sample], name: str, path: str, modes: Sequence[Mode], image_root: str | None
+    run: Path, samples: Sequence[Sample], name: str, path: str, modes: Sequence[Mode], config: SamplingConfig
 ) -> None:
-    from visrl.engines.local import LocalEngine
+    from visrl.engines.opening import PolicyConfig, opened_policy
     from visrl.evaluate.rollouts import evaluate_samples
     from visrl.records import write_records
 
@@ -47,12 +49,14 @@ def _evaluate(
     files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
     if all(file.is_file() for file in files.values()):
         return
-    engine = LocalEngine.load(path)
-    for mode, file in files.items():
-        if not file.is_file():
-            rule = engine.encoder.settings.crop_rule
-            rows = evaluate_samples(engine, samples, mode=mode, crop_rule=rule, root=image_root)
-            write_records(file, rows)
+    looks = ("image_max_pixels", "crop_max_pixels", "codec", "trust_remote_code")
+    here = PolicyConfig(model_name_or_path=path, **{key: getattr(config, key) for key in looks})
+    with opened_policy(here) as opened:
+        rule = config.crop_rule or opened.settings.crop_rule
+        for mode, file in files.items():
+            if not file.is_file():
+                rows = evaluate_samples(opened.policy, samples, mode=mode, crop_rule=rule, root=config.image_root)
+                write_records(file, rows)
     print(f"evaluated {name} on {len(samples)} held-out questions ({', '.join(modes)})")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from visrl.box import BoxError
@@ -78,9 +79,7 @@ def load_model(
         return AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
         )
-    except Exception as error:
-        if type(error).__name__ not in ("OSError", "ValueError", "SafetensorError", "KeyError", "RuntimeError"):
-            raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the weights cannot be loaded ({_first_line(error)})") from error
 
 

@@ -50,6 +50,12 @@ class ModelSettings:
             **{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values}
         )
 
+    def other_rule(self, rule: CropRule) -> str | None:
+        """What to say before work under `rule` where this checkpoint crops by another one, else None."""
+        if rule == self.crop_rule:
+            return None
+        return f"crops are cut by the rule {rule!r}; the checkpoint was made for {self.crop_rule!r}"
+
     def with_given(self, **given: Any) -> ModelSettings:
         """These settings with every value that is given (not None) in place of its own."""
         return replace(self, **{key: value for key, value in given.items() if value is not None})

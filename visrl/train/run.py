@@ -80,6 +80,8 @@ def train_here(config: TrainConfig) -> None:
         say(f"{out} is already complete")
         return
     arguments = training_arguments(config)
+    if notice := ModelSettings.load(config.model_name_or_path).other_rule(settings.crop_rule):
+        say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
     set_seed(arguments.seed)
     dataset, validation = build_data(config, encoder, arguments)
     rollouts = _rollouts(config)
