@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -139,7 +139,7 @@ def ask(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
-    """One self-contained HTML page for a run."""
+    """One self-contained HTML page for a run: scores, loop, curves, controls and a gallery."""
     from visrl.report.commands import report as write
 
     write(run)
@@ -176,14 +176,14 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     from visrl.records import RecordError
 
     known: list[type[BaseException]] = [BoxError, ConfigError, ImageError, ManifestError, RecordError]
-    load: Any = sys.modules.get("visrl.models.load")
-    encode: Any = sys.modules.get("visrl.models.encode")
-    client: Any = sys.modules.get("visrl.engines.client")
-    known += [load.CheckpointError] if load else []
-    processes: Any = sys.modules.get("visrl.train.processes")
-    known += [processes.ProcessError] if processes else []
-    known += [encode.PromptError] if encode else []
-    known += [client.EndpointError] if client else []
+    # What a module raises that was never imported cannot have been raised.
+    heavy = {
+        "visrl.engines.client": "EndpointError",
+        "visrl.models.encode": "PromptError",
+        "visrl.models.load": "CheckpointError",
+        "visrl.train.processes": "ProcessError",
+    }
+    known += [getattr(sys.modules[module], name) for module, name in heavy.items() if module in sys.modules]
     return tuple(known)
 
 

@@ -191,7 +191,7 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (RecordError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"visrl eval: {error}", err=True)
         raise typer.Exit(1) from error
 
 

@@ -80,10 +80,6 @@ REFCOCO_SCORES: dict[str, float] = {
     "REC_refcoco_unc_testB": 0.9021,
 }
 
-# Ground-truth boxes of the detection benchmark that are known to be bad, and what they do to the best possible score.
-KNOWN_INVERTED = {"docvqa": 8}
-KNOWN_OUTSIDE = 51
-
 
 def average(scores: Mapping[str, float]) -> float:
     """The unweighted mean over data sets, zeros included.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
-    """Write one self-contained HTML page about a run: scores, loop, curves, controls and a gallery."""
+def report(run: Path) -> None:
+    """Write the report of a run folder, and say what it was made from and what is not there yet.
+
+    Raises:
+        typer.Exit: no report can be made; the sentence is on standard error.
+    """
     from visrl.report.files import ReportError
     from visrl.report.page import render, save
     from visrl.report.run import load_run
@@ -18,7 +21,7 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
         loaded = load_run(run)
         path = save(run, render(loaded))
     except (ReportError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"visrl report: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(
         f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "

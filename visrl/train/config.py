@@ -30,7 +30,6 @@ class Phase(BaseModel):
     kinds: list[Kind] = list(KINDS)
     max_tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)
     per_scene: int = Field(4, ge=1)
-    read_tags: int | None = Field(None, ge=1, le=MAX_TAGS)  # read from another scene, of up to so many tags
     grid: int | None = Field(None, ge=2)  # boxes are rounded outward to 1/grid: where something is, before how exactly
     close_up: tuple[float, float] | None = None  # crops to read, from 0 (the digit alone) to 1 (the tag); None: the box
 

@@ -54,25 +54,27 @@ class Curriculum(Dataset[Item]):
             if left < phase.steps * self.batch_size:
                 break
             left -= phase.steps * self.batch_size
-        samples = self._samples(phase, index, phase.max_tags)
-        if phase.read_tags is None:
-            return Item(samples[0].image, tuple(self._rows(phase, index, samples, phase.tasks)))
-        others = self._samples(phase, index, phase.read_tags)
-        rows = self._rows(phase, index, samples, ["locate"]) + self._rows(phase, index, others, ["read"])
-        return Item(samples[0].image, tuple(rows))
+        samples = self._samples(phase, index)
+        return Item(samples[0].image, tuple(self._rows(phase, index, samples)))
 
-    def _samples(self, phase: Phase, index: int, max_tags: int) -> list[Sample]:
+    def _samples(self, phase: Phase, index: int) -> list[Sample]:
         """The questions of scene `index`; where it allows none of the phase's kinds, of the next free one."""
         samples: list[Sample] = []
         place = index
         while not samples:
             samples = scene_samples(
-                "train", place, 1, per_scene=phase.per_scene, kinds=tuple(phase.kinds), with_box=True, max_tags=max_tags
+                "train",
+                place,
+                1,
+                per_scene=phase.per_scene,
+                kinds=tuple(phase.kinds),
+                with_box=True,
+                max_tags=phase.max_tags,
             )
             place += len(self)
         return samples
 
-    def _rows(self, phase: Phase, index: int, samples: Sequence[Sample], tasks: Sequence[Task]) -> list[Row]:
+    def _rows(self, phase: Phase, index: int, samples: Sequence[Sample]) -> list[Row]:
         rows: list[Row] = []
         for sample in samples:
             if phase.grid is not None and sample.box is not None:
@@ -82,7 +84,7 @@ class Curriculum(Dataset[Item]):
                 low, high = phase.close_up
                 zoom = low + (high - low) * np.random.default_rng(seed_of(index, sample.id)).random()
                 detail = close_up(*find_question(sample.id), zoom)
-            rows += sft_rows(self.encoder, sample, tasks, detail=detail)
+            rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
         return rows
 
 

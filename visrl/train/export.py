@@ -23,7 +23,7 @@ class ExportConfig(Config):
     finetuning_type: Literal["lora"] = "lora"
     export_size: float = 5.0  # GB a shard
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    export_device: str = "cpu"
+    export_device: Literal["cpu", "auto"] = "cpu"  # kept for those configs: main memory holds the fp32 copy
     export_legacy_format: bool = False
     trust_remote_code: bool = False
 
