@@ -23,9 +23,9 @@ from http_server import serving as scripted
 from serve_help import serving
 
 from visrl.config import ConfigError, read_config
-from visrl.engines.choose import critic_name, original_base
 from visrl.evolve.check import check_critic, check_lines, tell_apart
 from visrl.evolve.generate import GenerateConfig, generate, parse_shard, questions_of
+from visrl.evolve.players import critic_name, original_base
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
 from visrl.records import RecordError, Trajectory, Verdict, read_jsonl, read_records

@@ -13,7 +13,7 @@ from visrl.config import ConfigError, read_config
 from visrl.engines.client import EndpointError
 from visrl.engines.process import free_port, served
 from visrl.evolve.generate import GenerateConfig
-from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve
+from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve, stage_config
 from visrl.evolve.serving import ServerConfig, server_command
 from visrl.manifest import ManifestError, hash_checkpoint, hash_files, read_manifest
 from visrl.models.tiny import CHECKPOINT
@@ -92,6 +92,16 @@ def test_the_plan_comes_first_and_touches_nothing(tmp_path, capsys):
     given = ["dataset=d", "model_name_or_path=m", "output_dir=o", "critic.box=false", "diversity=false"]
     switched = read_config(EvolveConfig, None, given)
     assert (switched.use_box_critic, switched.diversity) == (False, False)
+
+
+def test_a_stage_sees_what_its_trajectories_were_drawn_from(tmp_path):
+    looks = {"image_max_pixels": 3136, "crop_max_pixels": 1568, "crop_rule": "margin", "image_root": "pictures"}
+    config = config_of(tmp_path, **looks, codec="viscot", chosen_only=True, train={"learning_rate": 0.5})
+    stage = stage_config(config, tmp_path / "iter0", 2, "policy")
+    assert {key: getattr(stage, key) for key in looks} == looks
+    assert (stage.box_codec, stage.rl_stage, stage.model_name_or_path) == ("viscot", 2, "policy")
+    assert (stage.pref_loss, stage.pref_ftx, stage.training_arguments()["learning_rate"]) == ("sft", 0.0, 0.5)
+    assert stage_config(config_of(tmp_path), tmp_path / "iter0", 1, "policy").crop_rule is None  # the policy's own
 
 
 def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path):

@@ -17,9 +17,9 @@ from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
 from visrl.data.sources import hash_source, read_samples
-from visrl.engines.choose import NOT_IDENTITY, EngineConfig, Players, critic_name, players
 from visrl.evolve.critic import count_verdicts
 from visrl.evolve.diversity import TRIGGER
+from visrl.evolve.players import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
 from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
@@ -32,7 +32,7 @@ def _valid_shard(text: str) -> str:
     return text
 
 
-class SamplingConfig(EngineConfig):
+class SamplingConfig(PlayersConfig):
     """The keys of Algorithm 1's sampling, beside those of its engines."""
 
     image_root: str | None = None

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from visrl.config import Config, ConfigError, build_config, read_yaml
 from visrl.data.scenes import Kind
-from visrl.engines.choose import NOT_IDENTITY, critic_name
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
 from visrl.evolve.generate import (
@@ -23,9 +22,13 @@ from visrl.evolve.generate import (
     questions_of,
     read_questions,
 )
+from visrl.evolve.players import NOT_IDENTITY, critic_name
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from visrl.train.config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
@@ -303,9 +306,28 @@ def _policy_after(base: Path, policy: str) -> str:
 
 
 def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, merged: Path) -> None:
-    from visrl.train.config import TrainConfig
     from visrl.train.export import ExportConfig, export
     from visrl.train.run import train
+
+    train(stage_config(config, base, stage, policy))
+    export(
+        ExportConfig(
+            model_name_or_path=policy,
+            adapter_name_or_path=str(base / f"stage{stage}"),
+            export_dir=merged,
+            export_dtype=config.export_dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+    )
+
+
+def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> TrainConfig:
+    """How a stage of the iteration in `base` is trained, starting from `policy`.
+
+    Raises:
+        ConfigError: `train_config` or what goes over it is no config of `visrl train`.
+    """
+    from visrl.train.config import TrainConfig
 
     values = {
         **read_yaml(config.train_config),
@@ -328,18 +350,8 @@ def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, 
     }
     values |= {key: value for key, value in looks.items() if value is not None}
     if config.chosen_only:
-        values["pref_loss"] = "sft"
-        values["pref_ftx"] = 0.0
-    train(build_config(TrainConfig, values, where=str(config.train_config)))
-    export(
-        ExportConfig(
-            model_name_or_path=policy,
-            adapter_name_or_path=str(base / f"stage{stage}"),
-            export_dir=merged,
-            export_dtype=config.export_dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-    )
+        values |= {"pref_loss": "sft", "pref_ftx": 0.0}
+    return build_config(TrainConfig, values, where=str(config.train_config))
 
 
 def _on(switch: bool) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from visrl.models.settings import ModelSettings
 
 
-class EngineConfig(PolicyConfig):
+class PlayersConfig(PolicyConfig):
     """The keys that say which model draws (the policy) and which one judges (the critic)."""
 
     critic: Literal["auto", "oracle", "model"] = "auto"
@@ -63,7 +63,7 @@ class Players:
 
 @contextmanager
 def players(
-    config: EngineConfig, samples: Sequence[Sample], *, crop_rule: CropRule | None, image_root: str | None, seed: int
+    config: PlayersConfig, samples: Sequence[Sample], *, crop_rule: CropRule | None, image_root: str | None, seed: int
 ) -> Iterator[Players]:
     """The policy and critic of a config, loaded, or reached and found healthy.
 
@@ -87,7 +87,7 @@ def players(
         yield Players(policy, critic, rule, servers)
 
 
-def critic_name(config: EngineConfig, samples: Sequence[Sample]) -> str:
+def critic_name(config: PlayersConfig, samples: Sequence[Sample]) -> str:
     """The critic that a config means for these samples: "oracle", or the path or name of a model.
 
     Raises:
@@ -127,7 +127,7 @@ def original_base(model: str) -> str:
 
 
 def _open_critic(
-    config: EngineConfig,
+    config: PlayersConfig,
     samples: Sequence[Sample],
     policy: Policy,
     settings: ModelSettings,
