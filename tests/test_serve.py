@@ -143,6 +143,17 @@ def test_focus_answers_in_two_steps_within_one_request() -> None:
     assert reply.usage.completion_tokens == len("[0.250, 0.500, 0.750, 1.000]") + len("crop 100x50")
 
 
+def test_a_turned_picture_is_set_upright_and_boxes_are_of_it() -> None:
+    turned, buffer = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (200, 100)).save(buffer, "JPEG", exif=turned)
+    asked = body(pictures=[data_url(buffer.getvalue(), "jpeg")]) | {"model": f"{NAME}:focus"}
+    with known() as (url, _, _):
+        focus = post(url, asked).json()["choices"][0]["message"]["focus"]
+    assert focus["image_size"] == [100, 200]
+    assert focus["box"] == [25.0, 100.0, 75.0, 200.0]
+
+
 def test_max_tokens_bounds_the_answer_and_not_the_box() -> None:
     with known() as (url, _, _):
         reply = post(url, body(max_tokens=4) | {"model": f"{NAME}:focus"}).json()

@@ -43,7 +43,7 @@ class Look:
     window: tuple[int, int, int, int]
 
     def as_field(self) -> dict[str, Any]:
-        """The extension field `focus` of a reply: the box in pixels of the picture as sent, and the crop."""
+        """The extension field `focus` of a reply: the box in pixels of the upright picture, and the crop."""
         shown = self.crop.image
         if max(shown.size) > LONGEST_CROP:
             shown = shown.copy()
