@@ -33,6 +33,14 @@ def test_names_of_older_releases_are_translated():
     assert read_config(TrainConfig, None, given).training_arguments() == {"warmup_steps": 0.1}
 
 
+def test_what_is_no_yaml_is_one_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"'dataset=\[a': the value is not YAML"):
+        read_config(TrainConfig, None, ["model_name_or_path=m", "output_dir=o", "dataset=[a"])
+    (tmp_path / "weights.safetensors").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        read_config(TrainConfig, tmp_path / "weights.safetensors")
+
+
 def test_a_value_of_the_wrong_type_names_its_key():
     with pytest.raises(ConfigError, match="pref_beta"):
         read_config(TrainConfig, None, ["model_name_or_path=m", "output_dir=o", "pref_beta=much"])

@@ -15,12 +15,12 @@ from data_rows import BAD, benchmark, good_boxes, meta, write_lines
 from PIL import Image
 from typer.testing import CliRunner
 
+from visrl.conversation import crop_view, open_view
 from visrl.data.commands import app
 from visrl.data.named import is_named, named_preferences, named_samples
 from visrl.data.rows import json_items
 from visrl.data.scenes import scene_samples
 from visrl.data.sources import hash_source
-from visrl.images import open_picture
 from visrl.records import Picture, RecordError, VisrlWarning
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +168,8 @@ def test_the_demo_names_give_samples_and_preferences():
     assert [p.step for p in stage1] == ["box"] * 24
     assert [p.step for p in stage2] == ["box", "answer"] * 24
     assert stage2[::2] == stage1
-    assert min(open_picture(stage2[1].images[1]).size) >= 28
+    part = stage2[1].images[1]
+    assert min(crop_view(open_view(part), part).size) >= 28
     with pytest.raises(RecordError, match="holds preferences"):
         named_samples("demo_rl_data_stage1", ROOT / "data")
     assert is_named("demo_sft_data", ROOT / "data")
@@ -201,7 +202,8 @@ def test_crops_of_samples_are_made_when_they_are_opened(tmp_path):
     path = write_lines(tmp_path / "own.jsonl", rows)
     run("convert", "--from", "visrl", "--to", "viscot-sft2", path, tmp_path / "sft2.jsonl")
     (sample,) = named_samples("sft2", tmp_path)
-    assert open_picture(Picture(sample.image, sample.box, sample.size), tmp_path).size == (100, 50)
+    part = Picture(sample.image, sample.box, sample.size)
+    assert crop_view(open_view(part, tmp_path), part).size == (100, 50)
     assert sorted(each.name for each in tmp_path.glob("*.png")) == ["a.png"]
 
 

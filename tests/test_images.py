@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from visrl.box import Box
-from visrl.images import ImageError, crop, open_image, open_picture, picture_path, picture_size
+from visrl.conversation import crop_view, open_view
+from visrl.images import ImageError, crop, open_image, picture_path, picture_size
 from visrl.records import Picture
 
 
@@ -153,7 +154,8 @@ def test_decompression_bombs_are_refused_before_they_are_decoded():
 
 def test_a_picture_is_cropped_by_its_box_and_opened_the_annotated_way_up(tmp_path):
     (tmp_path / "a.jpg").write_bytes(picture_bytes(size=(80, 60), format="JPEG", orientation=6))
-    detail = open_picture(Picture("a.jpg", Box(0.0, 0.0, 0.5, 0.5), (80, 60)), tmp_path)
+    picture = Picture("a.jpg", Box(0.0, 0.0, 0.5, 0.5), (80, 60))
+    detail = crop_view(open_view(picture, tmp_path), picture).image
     assert detail.size == (40, 30)
     assert detail.getpixel((10, 10))[2] > 180
     assert crop(Image.new("RGB", (100, 100)), Box(0.5, 0.5, 0.51, 0.51)).size == (29, 29)  # 28, rounded outward

@@ -14,6 +14,7 @@ from visrl.records import (
     Trajectory,
     Verdict,
     from_json,
+    read_jsonl,
     read_records,
     to_json,
     write_records,
@@ -43,6 +44,13 @@ def test_what_is_no_record_is_refused_by_file_and_row(tmp_path):
     path.write_text('{"id": "a", "image"\n')
     with pytest.raises(RecordError, match=r"samples\.jsonl, line 1: not JSON"):
         list(read_records(Sample, path))
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"id": 1}\n\xff\n')
+    with pytest.raises(RecordError, match=r"samples\.jsonl, line 2: not UTF-8"):
+        list(read_jsonl(path))
 
 
 def test_a_journal_drops_the_line_a_kill_left_unfinished(tmp_path):

@@ -54,7 +54,10 @@ def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Itera
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not of the form key=value")
-        values[key.strip()] = yaml.safe_load(text)
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not YAML; quote it if it is meant as text") from error
     return build_config(kind, values, where=str(path) if path else "the command line")
 
 
@@ -76,6 +79,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"no config at {path} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text; name a YAML file") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -110,4 +115,5 @@ def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> A
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with keys of older releases under their present names."""
-    return {ALIASES.get(key, key): value for key, value in values.items() if ALIASES.get(key, key)}  # type: ignore[misc]
+    names = {key: ALIASES.get(key, key) for key in values}
+    return {name: values[key] for key, name in names.items() if name is not None}

@@ -15,7 +15,6 @@ from typing import BinaryIO
 from PIL import Image
 
 from visrl.box import Box, CropRule, Size, crop_window
-from visrl.records import Picture
 
 MAX_PIXELS = 100_000_000  # a picture larger than this is taken for a decompression bomb
 MAX_BYTES = 200_000_000  # of one picture given as bytes or as a data URL
@@ -112,12 +111,6 @@ def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
 def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
     """The part of `image` that `box` means under `rule`. The only place that makes a crop."""
     return image.crop(crop_window(box, image.size, rule))
-
-
-def open_picture(picture: Picture, root: str | Path | None = None, rule: CropRule = "exact") -> Image.Image:
-    """The picture, cropped where it says so."""
-    image = open_image(picture.ref, root, picture.size)
-    return crop(image, picture.crop, rule) if picture.crop else image
 
 
 def _drawn(ref: str) -> Image.Image:

@@ -163,14 +163,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, one by one.
 
     Raises:
-        RecordError: a line is not JSON; the message names file and line.
+        RecordError: a line is not JSON in UTF-8; the message names file and line.
     """
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{path}, line {number}: not UTF-8 ({error.reason}); mend or remove it") from error
             except json.JSONDecodeError as error:
                 raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove this line") from error
 

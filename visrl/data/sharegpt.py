@@ -20,7 +20,7 @@ from visrl.data.rows import Row, RowFault, check_text, four_numbers, get_text, r
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import bare_question
 from visrl.prompts import IMAGE
-from visrl.records import Picture, Preference, RecordError, Sample
+from visrl.records import Picture, Preference, RecordError, Sample, Step
 
 INFO = "dataset_info.json"
 _SFT_COLUMNS = {"messages": "conversations", "images": "images"}
@@ -185,8 +185,8 @@ def _preferences(
     if not (entry.column("chosen_step") and raw.get(entry.column("chosen_step")) is not None):
         if chosen is None or rejected is None:
             raise RowFault("unparseable", "a ranking needs a chosen and a rejected reply")
-        step = "box" if _is_box(chosen) and _is_box(rejected) else "answer"
-        return (Preference(name, step, prompt, pictures, chosen, rejected),)  # type: ignore[arg-type]
+        step: Step = "box" if _is_box(chosen) and _is_box(rejected) else "answer"
+        return (Preference(name, step, prompt, pictures, chosen, rejected),)
     box, worse = (_reply(raw, entry, column) for column in ("chosen_step", "rejected_step"))
     if box is None or worse is None:
         raise RowFault("unparseable", "a ranking of boxes needs both chosen_step and rejected_step")

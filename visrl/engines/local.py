@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -273,7 +274,7 @@ class LocalEngine:
                 if reason:
                     alive[b, j] = False
                     text = self.encoder.decode(texts[n])
-                    done[n] = Completion(text, len(texts[n]), reason, prompt_tokens=len(places[n]))  # type: ignore[arg-type]
+                    done[n] = Completion(text, len(texts[n]), reason, prompt_tokens=len(places[n]))
             if not alive.any():
                 return
             visible = np.concatenate([visible, own], axis=2)
@@ -282,7 +283,9 @@ class LocalEngine:
             now = self._forward(ids, positions, visible, forest.cache, [], list(range(forks)))
             step += 1
 
-    def take(self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None) -> str | None:
+    def take(
+        self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None
+    ) -> Literal["stop", "length"] | None:
         """Add a drawn token to a row's text; why the row ends here, or None where it goes on."""
         if token == self.encoder.end_id:
             return "stop"

@@ -52,7 +52,7 @@ def recompute_batch(
                 alive.remove(number)
                 text = engine.encoder.decode(texts[number])
                 count = len(paths[number].ids)
-                done[number] = Completion(text, len(texts[number]), reason, prompt_tokens=count)  # type: ignore[arg-type]
+                done[number] = Completion(text, len(texts[number]), reason, prompt_tokens=count)
         step += 1
 
 

@@ -74,7 +74,7 @@ class ServeConfig(Config):
         """
         given: dict[str, Any] = {key: environment[name] for name, key in ENVIRONMENT.items() if environment.get(name)}
         if "port" in given:
-            if not given["port"].isdigit() or int(given["port"]) > 65535:
+            if not given["port"].isdecimal() or int(given["port"]) > 65535:
                 raise ConfigError(f"API_PORT is {given['port']!r}; it must be a port number")
             given["port"] = int(given["port"])
         return self.model_copy(update=given)
