@@ -25,10 +25,11 @@ BIN = Path(sys.executable).parent
 def in_this_process(*words: str) -> None:
     """What the installed program `words[0]` runs, without the start of another process."""
     (program,) = entry_points(group="console_scripts", name=words[0])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", list(words))
-        program.load()()
-    assert ended.value.code == 0
+        with pytest.raises(SystemExit) as end:
+            program.load()()
+    assert end.value.code == 0
 
 
 def as_typed(*words: str) -> None:

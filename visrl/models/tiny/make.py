@@ -80,9 +80,9 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
 def _initialise(model: Qwen2VLForConditionalGeneration) -> None:
     """Weights of standard deviation 1/√fan-in, and random biases of queries and keys.
 
-    The usual 0.02 suits widths of thousands: at a width of 128 every attention starts out uniform, and stays so for long.
-    With random biases, and with rotary angles of a third of a radian per row and column, each head looks from the start at
-    places of its own, and where an object lies can be told.
+    The usual 0.02 suits widths of thousands: at a width of 128 every attention starts out uniform, and stays so for
+    long. With random biases, and with rotary angles of a third of a radian per row and column, each head looks from the
+    start at places of its own, and where an object lies can be told.
     """
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
