@@ -61,6 +61,9 @@ class GenerateLoop:
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         return self.encoder.processed_size(size, is_crop)
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     @torch.inference_mode()
     def complete(
         self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]

@@ -31,6 +31,9 @@ class Listener:
     def processed_size(self, size, is_crop=False):
         return size
 
+    def forget(self):
+        pass
+
     def complete(self, conversations, sampling, seeds):
         self.heard += [(talk, sampling) for talk in conversations]
         return [[Completion(self.box_text if len(talk.views) == 1 else "red")] for talk in conversations]

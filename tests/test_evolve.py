@@ -186,6 +186,17 @@ def test_every_question_is_kept_or_counted():
 # --- the rollout
 
 
+def test_a_batch_of_the_same_pictures_starts_anew(tiny):
+    policy = LocalEngine.load(tiny)
+    samples = scene_samples("preference", 0, 1, per_scene=2)
+    rounds = []
+    for _ in range(2):
+        before = policy.prefilled_tokens
+        roll_out(policy, samples, RolloutSettings(rounds=1))
+        rounds.append(policy.prefilled_tokens - before)
+    assert rounds[0] == rounds[1] > 0  # a resumed run computes what an uninterrupted one does, and nothing piles up
+
+
 def test_a_rollout_is_a_function_of_seed_and_question(tiny):
     policy = Parrot(LocalEngine.load(tiny))
     samples = scene_samples("preference", 0, 5)
@@ -213,7 +224,7 @@ class Parrot:
     def __init__(self, engine):
         self.engine = engine
         self.codec = engine.codec
-        self.processed_size = engine.processed_size
+        self.processed_size, self.forget = engine.processed_size, engine.forget
 
     def complete(self, conversations, sampling, seeds):
         if len(conversations[0].views) == 1:

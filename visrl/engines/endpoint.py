@@ -68,6 +68,9 @@ class EndpointEngine:
         replies = iter(self.client.ask_all(self._asks(conversations, sampling, seeds)))
         return [[next(replies) for _ in own] for own in seeds]
 
+    def forget(self) -> None:
+        """Nothing: what a server keeps is its own."""
+
     def close(self) -> None:
         self.client.close()
 

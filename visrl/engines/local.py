@@ -141,7 +141,7 @@ class LocalEngine:
         self.encoder.keep(prepared)
 
     def forget(self) -> None:
-        """Drop the kept trees: the model's weights have changed, or memory is wanted."""
+        """Drop the kept trees: the model's weights have changed, memory is wanted, or other questions begin."""
         self._forest = None
 
     # --- one batch

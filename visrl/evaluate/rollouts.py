@@ -43,6 +43,7 @@ def greedy_looks(
 
     A control's box takes the place of step 1; where there can be none, the look holds the error.
     """
+    policy.forget()  # as in `roll_out`
     opened = [_open(sample, root) for sample in samples]
     pairs = [(s, whole) for s, whole in zip(samples, opened, strict=True) if isinstance(whole, View)]
     if mode == "own":

@@ -42,6 +42,10 @@ class Policy(Engine, Protocol):
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size: ...
 
+    def forget(self) -> None:
+        """Drop what was kept of earlier conversations."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
@@ -115,6 +119,7 @@ def roll_out(
     Every draw has its own seed, named by sample, round, branch and step, so a question's trajectories do not depend on
     when or with which others it is asked.
     """
+    policy.forget()  # what a batch computes, and how much it keeps, shall depend on its members alone
     trajectories: dict[str, list[Trajectory]] = {sample.id: [] for sample in samples}
     opened: list[tuple[Sample, View]] = []
     for sample in samples:
