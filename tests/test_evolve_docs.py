@@ -28,6 +28,7 @@ def documented_commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     commands = documented_commands()
     assert len(commands) == 10

@@ -198,6 +198,7 @@ def speak(body: dict[str, Any]) -> str:
     return str(body["seed"] % 10) if pictures == 2 else f"[0.{body['seed'] % 5}00, 0.100, 0.700, 0.600]"
 
 
+@pytest.mark.slow
 def test_a_faulty_server_leads_to_a_whole_run_with_every_failure_counted(tmp_path):
     rng, lock = random.Random(1), threading.Lock()
     faults: Counter[str] = Counter()

@@ -126,6 +126,7 @@ def test_shards_of_several_machines_are_joined(run, tmp_path):
     assert [(t.sample_id, t.branch, t.box_text) for t in joined] == [(t.sample_id, t.branch, t.box_text) for t in first]
 
 
+@pytest.mark.slow
 def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
     given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "questions": 8, "server": OUR_SERVER}
     out = tmp_path / "out"

@@ -251,7 +251,7 @@ def killed_at(checkpoint, given):
     process.wait()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_on_quantised_weights(tiny, tmp_path, bits):
     pytest.importorskip("bitsandbytes", reason="the extra visrl[bitsandbytes] is not installed")
     given = {"quantization_bit": bits, "num_train_epochs": 8, "learning_rate": 5e-3}
