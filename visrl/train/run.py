@@ -144,6 +144,8 @@ def train_here(config: TrainConfig) -> None:
             plot_loss(out)
         facts["seconds"] = round(time.time() - started, 1)
         write_manifest(out, verb="train", config=_identity(config), parents=parents, **facts)
+        for checkpoint in out.glob("checkpoint-*"):  # not before: a kill until here must leave what to resume from
+            shutil.rmtree(checkpoint)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
 
 
@@ -233,8 +235,6 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
         encoder.processor.save_pretrained(out)
         encoder.settings.save(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
-        for checkpoint in out.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
 
 
 def last_complete_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
