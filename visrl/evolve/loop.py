@@ -76,9 +76,7 @@ class DemoConfig(Config):
     iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
     questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
-    tags: int = Field(
-        1, ge=1, le=4
-    )  # coloured tags in a scene at most, outlines aside; choosing is beyond the embedded model
+    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
     kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
