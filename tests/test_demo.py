@@ -16,7 +16,7 @@ from visrl.manifest import ManifestError, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory, read_records
 
-SMALL = {"questions": 192, "test_questions": 64, "rounds": 5, "iterations": 1}
+SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1}
 
 
 def command(out: Path) -> list[str]:
@@ -50,8 +50,8 @@ def test_the_summary_has_every_stage_and_every_control(demo):
     assert set(summary["controls"]) == {"no_crop", "random", "center", "truth"}
     assert summary["controls"]["truth"]["box_iou"]["mean"] == 1.0
     (pairs,) = summary["pairs"]
-    assert pairs["questions"] == 192
-    assert pairs["kept"] + sum(pairs["dropped_by_reason"].values()) == 192
+    assert pairs["questions"] == 64
+    assert pairs["kept"] + sum(pairs["dropped_by_reason"].values()) == 64
     page = (demo / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -90,7 +90,7 @@ def test_the_same_command_again_is_complete_and_another_is_refused(demo):
     run_demo(DemoConfig(output_dir=demo, **SMALL))
     assert numbers(demo) == before
     with pytest.raises(ManifestError, match=r"holds other work \(questions differ\)"):
-        run_demo(DemoConfig(output_dir=demo, **{**SMALL, "questions": 193}))
+        run_demo(DemoConfig(output_dir=demo, **{**SMALL, "questions": 65}))
 
 
 def test_no_model_is_one_sentence(tmp_path):
