@@ -80,12 +80,21 @@ class Curriculum(Dataset[Item]):
             if phase.grid is not None and sample.box is not None:
                 sample = replace(sample, box=_on_grid(sample.box, phase.grid))
             detail = None
+            chance = np.random.default_rng(seed_of(index, sample.id))
             if phase.close_up is not None:
                 low, high = phase.close_up
-                zoom = low + (high - low) * np.random.default_rng(seed_of(index, sample.id)).random()
-                detail = close_up(*find_question(sample.id), zoom)
+                detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
+            if phase.loose and sample.box is not None:
+                detail = _loosened(detail or sample.box, phase.loose, chance)
             rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
         return rows
+
+
+def _loosened(box: Box, share: float, chance: np.random.Generator) -> Box:
+    """`box` with each side moved in or out by up to `share` of its width or height: a crop as a policy cuts it."""
+    dx0, dy0, dx1, dy1 = chance.uniform(-share, share, size=4)
+    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 + dx1 * box.width, box.y1 + dy1 * box.height)
+    return Box(*(min(1.0, max(0.0, corner)) for corner in corners))
 
 
 def _on_grid(box: Box, grid: int) -> Box:
