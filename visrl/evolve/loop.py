@@ -74,7 +74,7 @@ class DemoConfig(Config):
     model_name_or_path: str = ""  # "": the embedded model
     output_dir: Path = Path("runs/demo")
     iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
-    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
+    questions: int = Field(800, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
     tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
     kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
@@ -86,7 +86,7 @@ class DemoConfig(Config):
     seed: int = 0
     train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
     train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = {"learning_rate": 5e-4}
 
     def evolution(self) -> EvolveConfig:
         """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
