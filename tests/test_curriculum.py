@@ -1,0 +1,73 @@
+"""The warm-up's curriculum over drawn scenes: what each phase asks for, and that an index says everything."""
+
+import re
+
+import pytest
+
+from visrl.box import Box
+from visrl.data.scenes import find_question, true_box
+from visrl.models.load import load_encoder
+from visrl.models.tiny import CHECKPOINT
+from visrl.train.config import Phase
+from visrl.train.data import Curriculum
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder(CHECKPOINT)
+
+
+def phase(**given) -> Phase:
+    return Phase(steps=3, kinds=["colour", "count"], **given)
+
+
+def true_box_of(row) -> Box:
+    return true_box(*find_question(row.key.rpartition("/")[0]))
+
+
+def test_phases_follow_each_other_and_every_scene_is_seen_once(encoder):
+    curriculum = Curriculum(encoder, [phase(tasks=["point"]), phase(tasks=["read"])], batch_size=2)
+    assert len(curriculum) == 12
+    asked = [{row.key.rpartition("/")[2] for row in curriculum[index].rows} for index in range(12)]
+    assert asked == [{"point"}] * 6 + [{"answer"}] * 6
+    assert len({curriculum[index].id for index in range(12)}) == 12
+
+
+def test_an_index_says_everything(encoder):
+    def said(curriculum, index):
+        rows = curriculum[index].rows
+        return [(row.key, row.responses, [view.image.tobytes() for view in row.conversation.views]) for row in rows]
+
+    phases = [phase(tasks=["locate", "read"], loose=0.25, close_up=(0.2, 1.0))]
+    once, again = (Curriculum(encoder, phases, batch_size=2) for _ in range(2))
+    assert [said(again, index) for index in (4, 1)] == [said(once, index) for index in (4, 1)]
+
+
+def test_a_point_is_the_first_corner_in_tenths(encoder):
+    for row in Curriculum(encoder, [phase(tasks=["point"])], batch_size=2)[0].rows:
+        ((_, text),) = row.responses
+        found = re.fullmatch(r"\[(0\.\d), (0\.\d)\]", text)
+        assert found, text
+        truth = true_box_of(row)
+        for value, exact in zip(found.groups(), (truth.x0, truth.y0), strict=True):
+            assert 0 <= exact - float(value) < 0.1 + 1e-9
+
+
+def test_boxes_on_a_grid_lie_around_the_true_ones(encoder):
+    for row in Curriculum(encoder, [phase(tasks=["locate"], grid=10)], batch_size=2)[0].rows:
+        ((_, text),) = row.responses
+        box, truth = encoder.codec.parse(text, (672, 672), (112, 112)), true_box_of(row)
+        assert max(box.x0 - truth.x0, box.y0 - truth.y0, truth.x1 - box.x1, truth.y1 - box.y1) <= 0
+        assert all(abs(value * 10 - round(value * 10)) < 1e-6 for value in box.as_list())
+
+
+def test_loose_crops_differ_from_the_box_and_by_no_more_than_they_may(encoder):
+    exact, loose = (
+        [row.conversation.views[1].size for i in range(6) for row in Curriculum(encoder, phases, batch_size=2)[i].rows]
+        for phases in ([phase(tasks=["read"])], [phase(tasks=["read"], loose=0.25)])
+    )
+    assert len(exact) == len(loose)
+    assert any(a != b for a, b in zip(exact, loose, strict=True))
+    for (width, height), (cut_width, cut_height) in zip(exact, loose, strict=True):
+        assert 0.5 * width - 2 <= cut_width <= 1.5 * width + 2
+        assert 0.5 * height - 2 <= cut_height <= 1.5 * height + 2
