@@ -86,7 +86,7 @@ class DemoConfig(Config):
     seed: int = 0
     train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
     train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=lambda: {"learning_rate": 5e-4})
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
 
     def evolution(self) -> EvolveConfig:
         """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
