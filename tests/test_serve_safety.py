@@ -412,6 +412,14 @@ def test_a_base64_picture_of_every_common_kind_is_read(server: tuple[str, Any]) 
     assert [view.is_crop for view in engine.batches[-1][0].conversation.views] == [False, True]
 
 
+def until_idle(url: str) -> None:
+    """Return when the server has noticed that every client of before has left."""
+    ends = time.monotonic() + 30
+    while "visrl_requests_in_flight 1\n" not in httpx.get(f"{url}/metrics").text:  # the one that asks
+        assert time.monotonic() < ends, "requests of clients that left are still in work"
+        time.sleep(0.02)
+
+
 def test_clients_that_leave_do_not_have_more_pictures_opened_at_once() -> None:
     opening: list[str] = []
     go_on = threading.Event()
@@ -427,6 +435,7 @@ def test_clients_that_leave_do_not_have_more_pictures_opened_at_once() -> None:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=0.15)
         assert len(opening) == DECODERS
+        until_idle(url)
         go_on.set()
         assert post(url, body()).status_code == 200  # and what they asked for keeps nobody waiting
     assert len(opening) == DECODERS
