@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
@@ -30,6 +30,12 @@ class Config(BaseModel):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+AnyValue = TypeVar("AnyValue")
+
+# The type of a key that takes one value or a list of them, and holds a tuple either way.
+OneOrMore = Annotated[
+    tuple[AnyValue, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
+]
 
 # Keys that newer releases of transformers renamed or dropped, by what they are called now (None: no longer needed).
 # And `critic.box`, the paper's name for an ablation.

@@ -9,20 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from visrl.codecs import CODECS
-from visrl.config import Config, ConfigError
+from visrl.config import Config, ConfigError, OneOrMore
 from visrl.models.settings import ModelSettings
 
 if TYPE_CHECKING:
     from visrl.engines.endpoint import EndpointEngine
     from visrl.evolve.rollout import Policy
     from visrl.models.encode import Encoder
-
-Urls = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class PolicyConfig(Config):
@@ -31,7 +29,7 @@ class PolicyConfig(Config):
     model_name_or_path: str
     """The policy: a checkpoint folder or hub name. Its processor says how boxes are written, wherever it runs."""
     adapter_name_or_path: str | None = None
-    policy_url: Urls = ()
+    policy_url: OneOrMore[str] = ()
     """Servers of the policy, each up to `/v1`; none: it runs in this process."""
     policy_served_name: str | None = None
     """The name under which they serve it; by default `model_name_or_path`."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from visrl.box import CropRule
-from visrl.engines.opening import PolicyConfig, Urls
+from visrl.config import OneOrMore
+from visrl.engines.opening import PolicyConfig
 from visrl.evaluate.benchmarks import Benchmark
 from visrl.evaluate.rollouts import Mode
 
@@ -44,7 +45,7 @@ class EvalConfig(PolicyConfig):
 
     judge_model_name_or_path: str | None = None
     """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
-    judge_url: Urls = ()
+    judge_url: OneOrMore[str] = ()
 
     @model_validator(mode="after")
     def _together(self) -> EvalConfig:

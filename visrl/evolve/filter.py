@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from visrl.box import Box, iou
-from visrl.config import Config, ConfigError
+from visrl.config import Config, ConfigError, OneOrMore
 from visrl.data.sources import hash_source
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
@@ -23,10 +23,6 @@ GOOD_IOU = 0.5  # the paper's table calls a box positive above this IoU with the
 # The paper's shares in percent (REFERENCE, "data-generation ablation"): winner and loser Positive or Negative.
 PAPER_TABLE = {"WP-LP": 0.43, "WP-LN": 64.64, "WN-LP": 1.64, "WN-LN": 33.29}
 KINDS = tuple(PAPER_TABLE)
-
-Folders = Annotated[
-    tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
-]
 
 
 class RuleConfig(Config):
@@ -46,7 +42,7 @@ class RuleConfig(Config):
 class FilterConfig(RuleConfig):
     """What `visrl filter` takes: folders of `visrl generate` (one, or its shards in order), and the rule."""
 
-    input_dir: Folders = Field(min_length=1)
+    input_dir: OneOrMore[Path] = Field(min_length=1)
     dataset: str | None = None
     """By default what the folders were generated from."""
     dataset_dir: str = "data"

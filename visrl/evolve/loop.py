@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.config import Config, ConfigError, OneOrMore, build_config, read_yaml
 from visrl.data.scenes import Kind
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
@@ -34,8 +34,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
 
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-
 
 class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
     """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
@@ -44,7 +42,7 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
     name a `server` where later ones are to be served too.
     """
 
-    dataset: Names
+    dataset: OneOrMore[str]
     """The questions, without boxes: one data set, or one for each iteration."""
     dataset_dir: str = "data"
     skip_samples: int = Field(0, ge=0)

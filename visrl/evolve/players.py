@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from visrl.box import CropRule
-from visrl.config import ConfigError
-from visrl.engines.opening import PATIENCE, PolicyConfig, Urls, opened_policy, reached
+from visrl.config import ConfigError, OneOrMore
+from visrl.engines.opening import PATIENCE, PolicyConfig, opened_policy, reached
 from visrl.manifest import read_manifest
 from visrl.records import Sample
 
@@ -34,7 +34,7 @@ class PlayersConfig(PolicyConfig):
     """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model."""
     critic_model_name_or_path: str | None = None
     """By default the original base model (the paper's choice): what the policy was first trained from."""
-    critic_url: Urls = ()
+    critic_url: OneOrMore[str] = ()
     critic_served_name: str | None = None
     critic_attempts: int = Field(3, ge=1)
     """How often a critic is asked until its reply can be read: first greedily, then with sampling."""
