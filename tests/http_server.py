@@ -1,10 +1,14 @@
-"""A server of the chat protocol on loopback that answers as a script says, sound or faulty."""
+"""Servers in a thread on loopback: one of the chat protocol that does as a script says, and the faults it may have."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,13 +16,39 @@ from typing import Any
 Script = Callable[["Handler", dict[str, Any]], None]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers as its server's `script` says."""
-
-    protocol_version = "HTTP/1.1"
+class Quiet(BaseHTTPRequestHandler):
+    """A handler that logs nothing and takes it that clients leave."""
 
     def log_message(self, *args: object) -> None:
         pass
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # many clients connect at once
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler], **state: Any) -> Iterator[Any]:
+    """A server of this handler on a free port, in a thread; `state` becomes its attributes."""
+    server = Server(("127.0.0.1", 0), handler)
+    vars(server).update(state)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Handler(Quiet):
+    """Answers as its server's `script` says."""
+
+    protocol_version = "HTTP/1.1"
 
     def send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -39,31 +69,67 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.open += 1
-            self.server.most_open = max(self.server.most_open, self.server.open)
-        try:
-            self.server.script(self, body)
-        finally:
-            with self.server.lock:
-                self.server.open -= 1
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128  # many clients connect at once
+        self.server.bodies.append(body)
+        self.server.script(self, body)
 
 
 @contextmanager
 def serving(script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
-    server = Server(("127.0.0.1", 0), Handler)
-    server.script, server.models = script, models
-    server.lock, server.bodies, server.open, server.most_open = threading.Lock(), [], 0, 0
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+    """A server of the chat protocol, its address up to `/v1` as `url`; `bodies` are the requests it got."""
+    with listening(Handler, script=script, models=models, bodies=[]) as server:
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+
+
+# --- Faults ---------------------------------------------------------------------------------------------------------
+
+
+def hang(handler: Handler, body: dict[str, Any]) -> None:
+    """Says nothing until the client has left."""
+    handler.connection.recv(1)
+    handler.close_connection = True
+
+
+def drip(handler: BaseHTTPRequestHandler, body: object = None) -> None:
+    """Keeps the connection busy until the client has left: no silence for a read time-out to notice."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while True:  # a client that has left is a ConnectionError
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        threading.Event().wait(0.02)
+
+
+def cut(handler: Handler, body: dict[str, Any]) -> None:
+    """Begins a reply and ends the connection."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+# By the name under which a client counts them.
+FAULTS: dict[str, Script] = {
+    "http 500": lambda handler, _: handler.send(500, b"boom", content_type="text/plain"),
+    "http 429": lambda handler, _: handler.send(429, b"{}"),
+    "garbage": lambda handler, _: handler.send(200, b'{"choices": [{"mess'),
+    "connection": cut,
+    "time-out": hang,
+}
+
+
+def often_faulty(sound: Script, faults: Sequence[str] = tuple(FAULTS)) -> tuple[Script, Counter[str]]:
+    """A script of which 30 % of the calls end in one of these faults, and its count of what it did."""
+    dice, lock, done = random.Random(1), threading.Lock(), Counter[str]()
+
+    def script(handler: Handler, body: dict[str, Any]) -> None:
+        with lock:
+            what = dice.choice(faults) if dice.random() < 0.3 else "ok"
+            done[what] += 1
+        FAULTS.get(what, sound)(handler, body)
+
+    return script, done

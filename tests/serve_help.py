@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
 import uvicorn
 from PIL import Image
+from waiting import PATIENCE_S, wait_until
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
@@ -27,7 +30,10 @@ NAME = "known"
 
 
 class KnownEngine:
-    """An engine that says what `speak` makes of a conversation, one character a token, `token_s` seconds each."""
+    """An engine that says what `speak` makes of a conversation, one character a token, `token_s` seconds each.
+
+    While `go_on` is cleared no token is spoken, so that a test can let other things happen before it.
+    """
 
     codec: Codec = CODECS["visrl"]
 
@@ -37,6 +43,8 @@ class KnownEngine:
         self.said: list[str] = []
         self.prepared: list[tuple[str, int]] = []  # the thread in which pictures were made ready, and rows then running
         self.running = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     def processed_size(self, size: Size) -> Size:
         return size
@@ -59,6 +67,7 @@ class KnownEngine:
         while not all(ended):
             self.running = sum(reason is None for reason in ended)
             time.sleep(self.token_s)
+            assert self.go_on.wait(PATIENCE_S)
             for index, text in enumerate(full):
                 if ended[index] is not None:
                     continue
@@ -88,13 +97,12 @@ def serving(backend: Backend, metrics: Metrics, wait: bool = True, **settings: A
     """The address of a real server with this backend."""
     app = create_app(backend, Settings(**{"name": NAME} | settings), metrics)
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+        uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=PATIENCE_S)
     )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     backend.start()
     thread.start()
-    while not server.started or (wait and backend.state == "loading"):
-        time.sleep(0.01)
+    wait_until(lambda: server.started and not (wait and backend.state == "loading"))
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
@@ -143,4 +151,20 @@ def post(url: str, fields: Any, **options: Any) -> httpx.Response:
     """Post a chat request; bytes go as they are."""
     content = {"content": fields} if isinstance(fields, bytes) else {"json": fields}
     headers = {"Content-Type": "application/json"} | options.pop("headers", {})
-    return httpx.post(f"{url}/v1/chat/completions", headers=headers, timeout=30, **content, **options)
+    return httpx.post(f"{url}/v1/chat/completions", headers=headers, timeout=PATIENCE_S, **content, **options)
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=PATIENCE_S, **options)
+
+
+@contextmanager
+def left_open(url: str, fields: dict[str, Any]) -> Iterator[None]:
+    """A client that posts a chat request and leaves at the end without having read a reply."""
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE_S)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
+    try:
+        yield
+    finally:
+        connection.close()

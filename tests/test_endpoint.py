@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import random
-import socket
 import threading
 import time
 from collections import Counter
@@ -15,19 +14,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from http_server import Handler, Script, serving
+from http_server import Handler, Script, drip, hang, often_faulty, serving
 from PIL import Image
 
 from visrl.box import Box
 from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, crop_view
 from visrl.engines.client import Ask, Client, Endpoint, EndpointError
 from visrl.engines.endpoint import EndpointEngine
+from visrl.engines.process import free_port
 from visrl.records import Picture
 
 
 @contextmanager
 def client_of(*urls: str, **options: Any) -> Iterator[Client]:
-    client = Client(Endpoint(urls, "m", **{"first_wait_s": 0.01, "timeout_s": 5.0, "api_key": "k"} | options))
+    client = Client(Endpoint(urls, "m", **{"first_wait_s": 0.01, "timeout_s": 60.0, "api_key": "k"} | options))
     try:
         yield client
     finally:
@@ -40,12 +40,6 @@ def ask(text: str, **options: Any) -> Ask:
 
 def echo(handler: Handler, body: dict[str, Any]) -> None:
     handler.text(body["messages"][0]["content"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_replies_keep_the_order_of_their_requests() -> None:
@@ -83,13 +77,23 @@ def test_the_request_holds_what_was_asked() -> None:
 
 
 def test_no_more_requests_at_once_than_allowed() -> None:
-    def slow(handler: Handler, body: dict[str, Any]) -> None:
-        time.sleep(0.02)
+    three, lock, open_now, most_open = threading.Barrier(3), threading.Lock(), 0, 0
+
+    def in_threes(handler: Handler, body: dict[str, Any]) -> None:
+        nonlocal open_now, most_open
+        with lock:
+            open_now += 1
+            most_open = max(most_open, open_now)
+        three.wait(60)
+        time.sleep(0.01)  # for a fourth, were there one
+        with lock:
+            open_now -= 1
         echo(handler, body)
 
-    with serving(slow) as server, client_of(server.url, concurrency=3) as client:
-        client.ask_all(ask(str(number)) for number in range(15))
-    assert server.most_open == 3
+    with serving(in_threes) as server, client_of(server.url, concurrency=3) as client:
+        replies = client.ask_all(ask(str(number)) for number in range(15))
+    assert all(reply.error is None for reply in replies)
+    assert most_open == 3
 
 
 def test_requests_are_made_as_slots_come_free() -> None:
@@ -185,22 +189,6 @@ def test_the_attempts_end() -> None:
     assert client.counts == Counter({"http 500": 3, "gave up": 1})
 
 
-def drip(handler: Handler, body: dict[str, Any]) -> None:
-    """Keeps the connection busy without ever ending: no silence for a read time-out to notice. Who waits for the end of
-    it sees a cut connection, not a time-out."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    for _ in range(40):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.05)
-
-
-def hang(handler: Handler, body: dict[str, Any]) -> None:
-    time.sleep(0.6)
-
-
 @pytest.mark.parametrize("script", [hang, drip])
 def test_a_server_that_never_ends_is_left(script: Script) -> None:
     with serving(script) as server, client_of(server.url, attempts=2, timeout_s=0.2) as client:
@@ -224,48 +212,20 @@ def test_a_garbage_body_is_a_value(body: bytes, content_type: str) -> None:
     assert client.counts == Counter({"garbage": 2, "gave up": 1})
 
 
-def cut(handler: Handler, body: dict[str, Any]) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [')
-    handler.wfile.flush()
-    handler.connection.shutdown(socket.SHUT_RDWR)
-    handler.close_connection = True
-
-
 def test_a_faulty_server_loses_no_row() -> None:
     """30 % of the calls fail in five ways; every row comes back and every failure is counted."""
-    dice, lock, sent = random.Random(1), threading.Lock(), Counter()
-
-    def faulty(handler: Handler, body: dict[str, Any]) -> None:
-        with lock:
-            fault = dice.choice(["500", "hang", "cut", "garbage", "429"]) if dice.random() < 0.3 else "ok"
-            sent[fault] += 1
-        if fault == "500":
-            handler.send(500, b"boom", content_type="text/plain")
-        elif fault == "429":
-            handler.send(429, b"{}")
-        elif fault == "garbage":
-            handler.send(200, b'{"choices": [{"mess')
-        elif fault == "hang":
-            time.sleep(0.8)
-            handler.close_connection = True
-        elif fault == "cut":
-            cut(handler, body)
-        else:
-            echo(handler, body)
-
-    with serving(faulty) as server, client_of(server.url, attempts=12, timeout_s=0.5, concurrency=16) as client:
+    script, sent = often_faulty(echo)
+    with serving(script) as server, client_of(server.url, attempts=12, timeout_s=0.5, concurrency=16) as client:
         replies = client.ask_all(ask(str(number)) for number in range(200))
     assert [reply.text for reply in replies] == [str(number) for number in range(200)]
-    assert client.counts["ok"] == 200
-    assert client.counts["http 500"] == sent["500"] > 0
-    assert client.counts["http 429"] == sent["429"] > 0
-    assert client.counts["garbage"] == sent["garbage"] > 0
-    assert client.counts["connection"] >= sent["cut"] > 0
-    assert client.counts["time-out"] >= sent["hang"] > 0
-    assert sum(client.counts.values()) >= sum(sent.values())
+    counts = client.counts
+    assert counts["ok"] == 200
+    for what in ("http 500", "http 429", "garbage"):
+        # Where a machine is slow, a reply of any kind may come too late and be counted as that.
+        assert 0 < counts[what] <= sent[what]
+    assert counts["connection"] > 0
+    assert counts["time-out"] >= sent["time-out"] > 0
+    assert sum(counts.values()) >= sum(sent.values())
 
 
 def test_a_request_that_cannot_be_made_is_no_fault_of_the_server() -> None:
@@ -318,7 +278,7 @@ def decoded(part: dict[str, Any]) -> Image.Image:
 
 @contextmanager
 def engine_of(url: str, **options: Any) -> Iterator[EndpointEngine]:
-    engine = EndpointEngine(Endpoint((url,), "m", first_wait_s=0.01, timeout_s=5.0, api_key="k", **options))
+    engine = EndpointEngine(Endpoint((url,), "m", first_wait_s=0.01, timeout_s=60.0, api_key="k", **options))
     try:
         yield engine
     finally:

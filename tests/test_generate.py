@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from http_server import Handler
+from http_server import Handler, often_faulty
 from http_server import serving as scripted
 from serve_help import serving
+from waiting import wait_until
 
 from visrl.config import ConfigError, read_config
 from visrl.evolve.check import check_critic, check_lines, tell_apart
@@ -94,7 +94,7 @@ def test_what_a_kill_left_is_gone_on_from(whole, tmp_path, cuts):
 
 def test_a_killed_process_loses_nothing(whole, tmp_path):
     process = started(config_of(tmp_path / "out"))
-    wait_for(lambda: (tmp_path / "out" / FILES[0]).is_file() and (tmp_path / "out" / FILES[0]).stat().st_size)
+    wait_until(lambda: (tmp_path / "out" / FILES[0]).is_file() and (tmp_path / "out" / FILES[0]).stat().st_size)
     kill(process)
     generate(config_of(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(whole)
@@ -135,13 +135,6 @@ def kill(process: Any) -> None:
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
     process.join()
-
-
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_shards_one_after_another_are_the_whole(whole, tmp_path):
@@ -200,26 +193,8 @@ def speak(body: dict[str, Any]) -> str:
 
 @pytest.mark.slow
 def test_a_faulty_server_leads_to_a_whole_run_with_every_failure_counted(tmp_path):
-    rng, lock = random.Random(1), threading.Lock()
-    faults: Counter[str] = Counter()
-
-    def script(handler: Handler, body: dict[str, Any]) -> None:
-        with lock:
-            fault = rng.choice(("500", "hang", "cut", "garbage")) if rng.random() < 0.3 else "none"
-            faults[fault] += 1
-        if fault == "500":
-            handler.send(500, b'{"error": {"message": "out of luck"}}')
-        elif fault == "hang":
-            time.sleep(0.9)
-            handler.close_connection = True
-        elif fault == "cut":
-            handler.connection.shutdown(2)
-            handler.close_connection = True
-        elif fault == "garbage":
-            handler.send(200, b"<html>not this</html>")
-        else:
-            handler.text(speak(body))
-
+    kinds = ("http 500", "time-out", "connection", "garbage")
+    script, faults = often_faulty(lambda handler, body: handler.text(speak(body)), kinds)
     with scripted(script) as server:
         asked = config_of(
             tmp_path, rounds=2, policy_url=server.url, policy_served_name="m", critic_url=server.url,
@@ -228,12 +203,12 @@ def test_a_faulty_server_leads_to_a_whole_run_with_every_failure_counted(tmp_pat
         out = generate(asked)
     tried, said, facts = trajectories(out), verdicts(out), manifest(out)
     assert len(tried) == len(said) == 48
-    assert min(faults[fault] for fault in ("500", "hang", "cut", "garbage")) > 0
+    assert min(faults[kind] for kind in kinds) > 0
     attempts: Counter[str] = Counter()
     for ended in facts["requests"].values():
         attempts.update(ended)
     given_up = attempts.pop("gave up")
-    assert set(attempts) == {"ok", "http 500", "time-out", "connection", "garbage"}
+    assert set(attempts) == {"ok", *kinds}
     # A client that is kept waiting for the processor may give up requests that no server has seen yet.
     assert sum(attempts.values()) >= sum(faults.values()), "every attempt is counted under how it ended"
     failed = [t for t in tried if t.error and t.error.startswith("engine:")]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import threading
-import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 from PIL import Image
-from serve_help import NAME, KnownEngine, body, data_url, known, picture, post, serving, two_steps
+from serve_help import NAME, KnownEngine, body, data_url, get, known, left_open, picture, post, serving, two_steps
+from waiting import PATIENCE_S, wait_until
 
 from visrl.conversation import Conversation
 from visrl.serve.batching import Batcher, Loaded
@@ -200,30 +201,25 @@ def test_whole_is_the_second_step_with_the_whole_picture_for_a_crop() -> None:
 
 
 def test_rows_of_many_clients_are_computed_together() -> None:
-    go_on = threading.Event()
-
-    def speak(conversation: Conversation) -> str:
-        go_on.wait(10)
-        return "abc"
-
-    with known(speak) as (url, engine, metrics), ThreadPoolExecutor(16) as pool:
+    with known(lambda _: "abc") as (url, engine, metrics), ThreadPoolExecutor(16) as pool:
+        engine.go_on.clear()
         first = pool.submit(post, url, body())
-        while not engine.batches:
-            time.sleep(0.005)
+        wait_until(lambda: engine.running)
         others = [pool.submit(post, url, body()) for _ in range(15)]
-        while metrics.waiting_rows() < 15:
-            time.sleep(0.005)
-        go_on.set()
+        wait_until(lambda: metrics.waiting_rows() == len(engine.prepared) - 1 == 15)
+        engine.go_on.set()
         assert {reply.result().status_code for reply in [first, *others]} == {200}
     assert [len(batch) for batch in engine.batches] == [1, 15]
 
 
 def test_pictures_are_made_ready_while_a_batch_runs() -> None:
-    with known(lambda _: "x" * 40, token_s=0.01) as (url, engine, _), ThreadPoolExecutor(4) as pool:
+    with known(lambda _: "abc") as (url, engine, _), ThreadPoolExecutor(4) as pool:
+        engine.go_on.clear()
         first = pool.submit(post, url, body())
-        while not engine.running:
-            time.sleep(0.005)
+        wait_until(lambda: engine.running)
         others = [pool.submit(post, url, body(n=2)) for _ in range(2)]
+        wait_until(lambda: len(engine.prepared) == 5)
+        engine.go_on.set()
         assert all(reply.result().status_code == 200 for reply in (first, *others))
     threads = {name for name, _ in engine.prepared}
     assert len(threads) == 1
@@ -259,40 +255,50 @@ def test_each_client_gets_its_own_answer() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
     def speak(conversation: Conversation) -> str:
-        return "x" * 1000 if "long" in conversation.messages[-1].text else "short"
+        return "x" * 100 if "long" in conversation.messages[-1].text else "short"
 
-    with known(speak, token_s=0.01) as (url, engine, metrics):
-        if stream:
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body("long", stream=True)) as reply:
-                next(reply.iter_bytes())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{url}/v1/chat/completions", json=body("long"), timeout=0.3)
+    with known(speak) as (url, engine, metrics):
+        engine.go_on.clear()
+        with left_open(url, body("long", stream=stream)):
+            wait_until(lambda: engine.running)
+        wait_until(lambda: metrics.in_flight == 0)
+        engine.go_on.set()
         assert post(url, body("q")).status_code == 200
-    assert len(engine.said[0]) < 1000  # the long row was stopped, not spoken to its end
+    assert len(engine.said[0]) == 1  # the long row was stopped at its next token, not spoken to its end
     assert metrics.cancelled == 1
     assert engine.running == 0
 
 
 def test_the_time_of_a_request_is_bounded() -> None:
-    with known(lambda _: "x" * 1000, token_s=0.01, limits=Limits(request_s=0.2)) as (url, _, _):
+    with known(lambda _: "x" * 100, limits=Limits(request_s=0.2)) as (url, engine, _):
+        engine.go_on.clear()
         reply = post(url, body())
         assert reply.status_code == 504
         assert "0.2 s" in reply.json()["error"]["message"]
         streamed = post(url, body(stream=True))
-        assert streamed.status_code == 200
-        assert "0.2 s" in streamed.text
-        assert "[DONE]" not in streamed.text
+        assert streamed.status_code == 504  # nothing had been sent yet
+        engine.go_on.set()
+
+
+def test_a_stream_that_takes_too_long_ends_in_an_error() -> None:
+    with known(lambda _: "x" * 100, token_s=0.05, limits=Limits(request_s=1.5)) as (url, _, _):
+        streamed = post(url, body(stream=True))
+    assert streamed.status_code == 200
+    assert "1.5 s" in streamed.text
+    assert "[DONE]" not in streamed.text
 
 
 def test_a_full_queue_is_told_to_come_back() -> None:
-    with known(lambda _: "x" * 30, token_s=0.01, max_batch=1, max_waiting=2) as (url, _, _):
-        with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda _: post(url, body()), range(8)))
-        refused = [reply for reply in replies if reply.status_code == 429]
-        assert refused
-        assert all(reply.headers["retry-after"] == "1" for reply in refused)
-        assert [reply.status_code for reply in replies].count(200) >= 3
+    with known(lambda _: "abc", max_batch=1, max_waiting=2) as (url, engine, _), ThreadPoolExecutor(8) as pool:
+        engine.go_on.clear()
+        first = pool.submit(post, url, body())
+        wait_until(lambda: engine.running)
+        others = [pool.submit(post, url, body()) for _ in range(7)]
+        wait_until(lambda: sum(reply.done() for reply in others) == 5)
+        engine.go_on.set()
+        replies = [reply.result() for reply in (first, *others)]
+    assert Counter(reply.status_code for reply in replies) == {200: 3, 429: 5}
+    assert {reply.headers["retry-after"] for reply in replies if reply.status_code == 429} == {"1"}
 
 
 def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
@@ -321,7 +327,7 @@ def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
     metrics = Metrics()
     with serving(Batcher(lambda: Loaded(Broken(echo)), metrics), metrics) as url:
         assert post(url, body()).status_code == 503
-        assert httpx.get(f"{url}/health").status_code == 503
+        assert get(f"{url}/health").status_code == 503
         assert post(url, body()).status_code == 503
 
 
@@ -333,18 +339,17 @@ def test_health_is_503_until_the_model_is_loaded() -> None:
     metrics = Metrics()
 
     def load() -> Loaded:
-        loaded.wait(10)
+        loaded.wait(PATIENCE_S)
         return Loaded(KnownEngine(two_steps))
 
     batcher = Batcher(load, metrics)
     with serving(batcher, metrics, wait=False) as url:
-        assert httpx.get(f"{url}/health").status_code == 503
-        assert httpx.get(f"{url}/health").json() == {"status": "loading"}
+        assert get(f"{url}/health").status_code == 503
+        assert get(f"{url}/health").json() == {"status": "loading"}
         early = post(url, body())
         assert (early.status_code, early.headers["retry-after"]) == (503, "2")
         loaded.set()
-        while httpx.get(f"{url}/health").status_code == 503:
-            time.sleep(0.01)
+        wait_until(lambda: get(f"{url}/health").status_code == 200)
         assert post(url, body()).status_code == 200
 
 
@@ -354,8 +359,7 @@ def test_a_model_that_cannot_be_loaded_is_told() -> None:
 
     batcher = Batcher(load, Metrics())
     batcher.start()
-    while batcher.state == "loading":
-        time.sleep(0.01)
+    wait_until(lambda: batcher.state != "loading")
     assert batcher.state == "failed"
     assert str(batcher.failure) == "no weights here"
     batcher.stop()
@@ -375,8 +379,8 @@ def test_metrics_count_what_happened() -> None:
     with known(lambda _: "abc") as (url, _, _):
         post(url, body())
         post(url, b"{")
-        httpx.get(f"{url}/nowhere")
-        text = httpx.get(f"{url}/metrics").text
+        get(f"{url}/nowhere")
+        text = get(f"{url}/metrics").text
     lines = text.splitlines()
     for line in (
         'visrl_requests_total{path="/v1/chat/completions",status="200"} 1',
@@ -395,8 +399,7 @@ def test_stopping_lets_what_runs_finish() -> None:
     with ThreadPoolExecutor(1) as pool:
         with known(lambda _: "x" * 40, token_s=0.01) as (url, engine, _):
             reply = pool.submit(post, url, body())
-            while not engine.running:
-                time.sleep(0.01)
+            wait_until(lambda: engine.running)
         assert reply.result().status_code == 200
         with pytest.raises(httpx.ConnectError):
             post(url, body())
