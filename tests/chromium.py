@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import PATIENCE_S, wait_until
+
 KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, ""), " ": (32, " ")}
 
 
@@ -38,7 +40,7 @@ class Page:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             answer = self._read(deadline)
             if answer.get("id") == self._next:
@@ -71,12 +73,9 @@ class Page:
         assert "exceptionDetails" not in answer, json.dumps(answer["exceptionDetails"])[:500]
         return answer["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 20) -> None:
+    def wait(self, condition: str) -> None:
         """Wait until an expression is true."""
-        deadline = time.monotonic() + seconds
-        while not self.run(condition):
-            assert time.monotonic() < deadline, f"never true: {condition}"
-            time.sleep(0.05)
+        wait_until(lambda: self.run(condition), condition)
 
     def type(self, text: str) -> None:
         self.send("Input.insertText", text=text)
@@ -130,6 +129,6 @@ def browser(folder: Path) -> Iterator[Page]:
         yield page
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         os.close(to_write)
         os.close(back_read)

@@ -9,6 +9,7 @@ from benchmark_files import write_benchmark
 from serve_help import NAME, known
 from test_evaluate_run import Scripted, over_http, rows_of, scores_of
 from test_evaluate_run import config as run_config
+from waiting import wait_until
 
 from visrl.evaluate.judge import read_judgements
 from visrl.evaluate.run import evaluate
@@ -21,16 +22,10 @@ REPLIES = {
     "gqa 2:": "never asked: that question has no answer",
     "gqa 3:": "score: 8/10",
     "vsr 0:": "Score: **0.5**",
-    "vsr 1:": "hmm. " * 2000,  # longer than the server lets a request take
+    "vsr 1:": "too late: the server lets no request take so long",
     "vsr 2:": "never asked either",
     "vsr 3:": "score: 1",
 }
-
-
-def verdict(conversation) -> str:
-    system, user = conversation.messages
-    assert (system.role, system.text) == ("system", JUDGE_SYSTEM)
-    return next(reply for name, reply in REPLIES.items() if name in user.text)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +34,21 @@ def data(tmp_path_factory):
 
 
 def test_a_run_is_judged_by_our_own_server_with_all_its_faults(data, tmp_path, capsys):
-    limits = Limits(request_s=0.4)
-    judged_by = {"judge_model_name_or_path": NAME, "request_attempts": 2, "concurrency": 2}
+    # One request at a time: none may wait behind the one that takes too long.
+    limits = Limits(request_s=1.5)
+
+    def verdict(conversation) -> str:
+        system, user = conversation.messages
+        assert (system.role, system.text) == ("system", JUDGE_SYSTEM)
+        if "vsr 1:" in user.text:
+            before = replies["/v1/chat/completions", 504]
+            wait_until(lambda: replies["/v1/chat/completions", 504] > before)
+        return next(reply for name, reply in REPLIES.items() if name in user.text)
+
+    judged_by = {"judge_model_name_or_path": NAME, "request_attempts": 2, "concurrency": 1}
     out = tmp_path / "run"
-    with known(Scripted()) as (url, _, _), known(verdict, 0.002, max_batch=1, limits=limits) as (judge, _, _):
+    with known(Scripted()) as (url, _, _), known(verdict, limits=limits) as (judge, _, metrics):
+        replies = metrics.requests
         evaluate(run_config(data, out, **over_http(url), **judged_by, judge_url=f"{judge}/v1"))
     rows = rows_of(out)
     assert {key: (row["judge"], row["judge_published"]) for key, row in rows.items()} == {
@@ -92,15 +98,15 @@ def test_another_judge_is_asked_about_the_same_answers_and_the_first_is_forgotte
 def test_a_judge_that_is_busy_is_waited_for(data, tmp_path):
     """More requests at once than the server lets wait: it answers 429, and every judgement comes in the end."""
     out = tmp_path / "run"
-    slow = "score: 0.5" + " " * 30
-    with known(Scripted()) as (url, _, _), known(lambda talk: slow, 0.004, max_batch=1, max_waiting=2) as (
-        judge, _, metrics,
-    ):  # fmt: skip
+
+    def once_busy(talk) -> str:
+        wait_until(lambda: metrics.requests["/v1/chat/completions", 429])
+        return "score: 0.5"
+
+    with known(Scripted()) as (url, _, _), known(once_busy, max_batch=1, max_waiting=2) as (judge, _, metrics):
         told = {"judge_model_name_or_path": NAME, "judge_url": f"{judge}/v1", "concurrency": 6}
         evaluate(run_config(data, out, **over_http(url), **told))
-        refused = metrics.text()
     assert scores_of(out)["columns"]["judge"]["unread"] == 0
-    assert 'status="429"' in refused
 
 
 def test_a_model_in_this_process_can_judge(data, tiny, tmp_path, capsys):

@@ -4,18 +4,18 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import httpx
 import pytest
+from waiting import PATIENCE_S, wait_until
 
 from visrl.cli import main
+from visrl.engines.process import free_port
 from visrl.models.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +58,7 @@ def test_train_twice_in_stages_merge_and_serve(
 
 
 def serve_and_ask(checkpoint: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [str(BIN / "visrl-cli"), "api", "configs/infer.yaml", f"model_name_or_path={checkpoint}"],
         cwd=ROOT,
@@ -69,23 +67,21 @@ def serve_and_ask(checkpoint: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-                    assert reply.status == 200
-                    break
-            except OSError:
-                assert server.poll() is None, "the server ended"
-                assert time.monotonic() < deadline, "the server did not come up"
-                time.sleep(0.2)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as reply:
-            names = [entry["id"] for entry in json.load(reply)["data"]]
-        assert checkpoint.name in names
+        wait_until(lambda: server.poll() is not None or is_healthy(port))
+        assert server.poll() is None, "the server ended"
+        models = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=PATIENCE_S).json()
+        assert checkpoint.name in {entry["id"] for entry in models["data"]}
     finally:
         server.send_signal(signal.SIGTERM)
         # uvicorn finishes what is in work, then lets the signal have its way.
-        assert server.wait(timeout=30) in (0, -signal.SIGTERM)
+        assert server.wait(PATIENCE_S) in (0, -signal.SIGTERM)
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.HTTPError:  # not up yet
+        return False
 
 
 def test_bad_input_is_one_sentence_and_no_traceback(

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 from PIL import Image
-from serve_help import body, post, serving
+from serve_help import body, get, post, serving
+from waiting import PATIENCE_S
 
 from visrl.config import ConfigError
 from visrl.conversation import Sampling, focus_conversation, image_view
@@ -47,7 +47,7 @@ def server(checkpoint: Path) -> Iterator[tuple[str, Metrics]]:
     """A server over the model, as its config makes it."""
     config, metrics = ServeConfig(model_name_or_path=str(checkpoint), served_model_name="tiny"), Metrics()
     with serving(make_backend(config, metrics), metrics, name="tiny") as url:
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert get(f"{url}/health").status_code == 200
         yield url, metrics
 
 
@@ -214,11 +214,11 @@ def test_the_whole_program_serves_curl_and_stops_when_told(checkpoint: Path, tmp
         (tmp_path / "ask.json").write_text(json.dumps(scene_body(model="tiny:focus", stream=True)))
         command = ["curl", "-sS", "-N", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
         command += ["-H", "Authorization: Bearer sesame", "-d", f"@{tmp_path / 'ask.json'}"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        told = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
         assert '"focus":' in told
         assert told.rstrip().endswith("data: [DONE]")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) in (0, -signal.SIGTERM)
+        assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
     finally:
         process.kill()
         process.wait()
@@ -236,7 +236,9 @@ def output_of(command: list[str], folder: Path) -> str:
     """What an example prints, run in a folder with a picture beside it."""
     draw_ref("scene:test/3").save(folder / "scene.png")
     paths = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=folder, env=paths, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        command, cwd=folder, env=paths, capture_output=True, text=True, timeout=PATIENCE_S, check=True
+    )
     return done.stdout
 
 

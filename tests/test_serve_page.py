@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from chromium import Page, browser
 from PIL import Image
-from serve_help import known
+from serve_help import get, known
+from waiting import wait_until
 
 from visrl.conversation import Conversation
 from visrl.data.scenes import SIDE
@@ -146,11 +145,7 @@ def test_the_annotated_picture_is_downloaded(shown: tuple[Page, Path, str]) -> N
     ask(page, "What is first?")
     page.run("document.querySelector('#download').click()")
     target = folder / "street-annotated.png"
-    deadline = time.monotonic() + 10
-    while not target.is_file():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.2)
+    wait_until(lambda: target.is_file() and target.read_bytes().endswith(b"IEND\xaeB`\x82"))
     drawn = Image.open(io.BytesIO(target.read_bytes())).convert("RGB")
     assert drawn.width == 400
     assert drawn.height > 300
@@ -172,11 +167,10 @@ def test_the_page_fits_a_phone(shown: tuple[Page, Path, str]) -> None:
 
 
 def test_stop_ends_a_long_answer(tmp_path: Path) -> None:
-    with known(lambda talk: speak(talk) if len(talk.views) == 1 else "x" * 1000, token_s=0.01) as (
-        url,
-        engine,
-        metrics,
-    ):
+    def long_answer(conversation: Conversation) -> str:
+        return speak(conversation) if len(conversation.views) == 1 else "x" * 1000
+
+    with known(long_answer, token_s=0.05) as (url, engine, metrics):
         with browser(tmp_path) as page:
             page.goto(url)
             page.wait("document.querySelector('#status').dataset.state === 'ok'")
@@ -184,13 +178,13 @@ def test_stop_ends_a_long_answer(tmp_path: Path) -> None:
             page.type("What is first?")
             page.press("Enter")
             page.wait("document.querySelector('.focus .answer')?.textContent.includes('xxx')")
+            engine.go_on.clear()
             page.press("Escape")
             page.wait(IDLE)
             assert page.run("document.querySelector('.focus .answer').textContent") == "stopped"
-        deadline = time.monotonic() + 5
-        while engine.running and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert engine.running == 0
+            wait_until(lambda: metrics.in_flight == 0)
+            engine.go_on.set()
+        wait_until(lambda: engine.running == 0)
         assert metrics.cancelled >= 1
 
 
@@ -212,7 +206,7 @@ def test_a_key_is_asked_for(tmp_path: Path) -> None:
 def test_the_page_allows_itself_nothing_from_elsewhere() -> None:
     with known(speak) as (url, _, _):
         for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg"):
-            reply = httpx.get(url + path)
+            reply = get(url + path)
             assert reply.status_code == 200
             assert "default-src 'none'" in reply.headers["content-security-policy"]
             assert "frame-ancestors 'none'" in reply.headers["content-security-policy"]
