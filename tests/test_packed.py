@@ -33,6 +33,7 @@ from visrl.train.data import sft_rows
 from visrl.train.forward import branch_logps
 from visrl.train.items import Collator, Item, encode_item
 from visrl.train.pack import Packed, pack
+from visrl.train.policy import make_tied_embedding_sparse
 from visrl.train.trainer import AVERAGED, preference_loss
 from visrl.train.tree import grow
 
@@ -150,6 +151,32 @@ def test_blocks_of_queries_change_nothing(model: nn.Module, encoder: Encoder) ->
     torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=0)
     for a, b in zip(gradients(model, blocks), gradients(model, whole), strict=True):
         assert relative(a, b) < 1e-5
+
+
+def test_a_tied_embedding_gives_the_same_gradient_for_its_own_tokens_only(tiny: Path, encoder: Encoder) -> None:
+    packed = packed_of(encoder, [questions_of_a_picture(encoder)])
+    found = []
+    for sparse in (False, True):
+        model = load_model(tiny)
+        use_tree_attention(model)
+        if sparse:
+            make_tied_embedding_sparse(model)
+        embedding = model.get_input_embeddings()
+        assert embedding.sparse == sparse
+        for _ in range(2):  # accumulated over two batches
+            (branch_logps(model, packed).sums * torch.linspace(-1, 2, packed.branches)).sum().backward()
+        assert not embedding.weight.grad.is_sparse
+        found.append([weights.grad for weights in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_an_embedding_by_itself_stays_dense(tiny: Path) -> None:
+    """Optimisers take no sparse gradients, and nothing dense would be added to it."""
+    model = load_model(tiny)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    make_tied_embedding_sparse(model)
+    assert not model.get_input_embeddings().sparse
 
 
 @pytest.mark.parametrize("tokens", [BLOCK + 1, 4096])

@@ -9,7 +9,7 @@ import torch
 
 from visrl.config import ConfigError
 from visrl.models.attention import use_tree_attention
-from visrl.models.families import FAMILIES, language_model, projector, vision_tower
+from visrl.models.families import FAMILIES, base_model, language_model, projector, vision_tower
 from visrl.models.load import load_model
 from visrl.train.config import TrainConfig
 
@@ -116,3 +116,15 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def make_tied_embedding_sparse(model: torch.nn.Module) -> None:
+    """Have an embedding that is the output layer, too, give its gradient for the tokens it read and no others.
+
+    Autograd adds it to the output layer's, which is dense: what comes out is the same, without a second and a third
+    tensor of vocabulary × hidden size beside it. Not for several processes: DDP allots no room for sparse gradients.
+    """
+    base = base_model(model)
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and output is not None and output.weight is embedding.weight:
+        embedding.sparse = True

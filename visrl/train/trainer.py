@@ -24,6 +24,7 @@ from visrl.train.data import Curriculum
 from visrl.train.features import FeatureCache
 from visrl.train.forward import BranchLogps, branch_logps
 from visrl.train.items import Batch, Branch, select
+from visrl.train.policy import make_tied_embedding_sparse
 from visrl.train.processes import dealt
 
 COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
@@ -57,6 +58,8 @@ class VisrlTrainer(Trainer):
         self.validation = validation
         self.rollouts = rollouts
         self._watched = Watched()
+        if self.args.world_size == 1:
+            make_tied_embedding_sparse(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if isinstance(self.train_dataset, Curriculum):
