@@ -53,7 +53,7 @@ def folder(tmp_path, tiny, monkeypatch) -> Path:
     embedded.parent.mkdir(parents=True)
     embedded.symlink_to(CHECKPOINT)
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    for name in ("merged", "tiny/sft"):
+    for name in ("merged", "tiny/warm"):
         (tmp_path / "runs" / name).symlink_to(tiny)
     monkeypatch.chdir(tmp_path)
     return tmp_path
