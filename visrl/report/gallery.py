@@ -26,7 +26,7 @@ OUTCOMES = ("wrong → right", "right → wrong", "right both times", "wrong bot
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class GalleryLook:
     """What one checkpoint did with a question: its crop as a data URI ("" without a box), answer and IoU."""
 
     title: str
@@ -47,7 +47,7 @@ class Exhibit:
     picture: str
     alt: str
     problem: str  # why there is no picture, else ""
-    looks: list[Look]
+    looks: list[GalleryLook]
     trail: list[tuple[str, bool, float]]  # every checkpoint: title, right or not, IoU
     outcome: str
     change: float
@@ -93,7 +93,7 @@ def _exhibit(stages: list[Stage], rule: CropRule, name: str) -> Exhibit:
     labels = ("SFT" if stages[0].name == "sft" else "first", "last")
     marks += [(box, colour, label) for box, (_, colour), label in zip(boxes, ends, labels, strict=False) if box]
     looks = [
-        Look(
+        GalleryLook(
             title=stage.title,
             crop=data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image and box else "",
             answer=row["prediction"] if row["prediction"] is not None else row["error"] or "no answer",

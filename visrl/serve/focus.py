@@ -32,7 +32,7 @@ WHOLE = Box(0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Focus:
     """Where the model looked. Without a readable box `box` is None, `error` says why, and the crop is the whole."""
 
     box: Box | None
@@ -58,7 +58,7 @@ class Look:
         }
 
 
-async def look(backend: Backend, question: str, whole: View, sampling: Sampling, seed: int) -> tuple[Look, Completion]:
+async def look(backend: Backend, question: str, whole: View, sampling: Sampling, seed: int) -> tuple[Focus, Completion]:
     """Step 1: ask for the box, read it, cut the crop."""
     box_sampling = replace(sampling, max_tokens=MAX_BOX_TOKENS)
     row = Row(focus_conversation(question, whole), box_sampling, seed_of(seed, "box"))
@@ -72,7 +72,7 @@ async def look(backend: Backend, question: str, whole: View, sampling: Sampling,
         error = f"{fault}; the answer is from the whole picture"
     picture = Picture(whole.key, box or WHOLE)
     crop = crop_view(whole, picture, backend.crop_rule)
-    return Look(box, text, error, whole, crop, crop_window(box or WHOLE, whole.size, backend.crop_rule)), completion
+    return Focus(box, text, error, whole, crop, crop_window(box or WHOLE, whole.size, backend.crop_rule)), completion
 
 
 async def answer_with_focus(
