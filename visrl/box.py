@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Size = tuple[int, int]  # width, height in pixels
 Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the original
@@ -197,12 +197,3 @@ def _shifted_inside(low: float, high: float, limit: int) -> tuple[int, int]:
         low, high = low - (high - limit), float(limit)
     # 1e-6 px forgives the floating-point error of fractions that stand for whole pixels.
     return max(0, int(low + 1e-6)), min(limit, -int(-(high - 1e-6) // 1))
-
-
-def __getattr__(name: str) -> Any:
-    """`CODECS` and `Codec` live in visrl/codecs.py; they may be imported from here too."""
-    if name in ("CODECS", "Codec"):
-        from visrl import codecs
-
-        return getattr(codecs, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
