@@ -233,6 +233,15 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_file(data, tiny, tmp_path):
 # --- Refused before anything runs -------------------------------------------------------------------------------------
 
 
+def test_a_named_data_set_is_looked_for_where_the_config_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = EvalConfig(dataset="demo_sft_data", model_name_or_path="m", output_dir=tmp_path, dry_run=True)
+    with pytest.raises(RecordError, match="no data 'demo_sft_data'"):
+        evaluate(given)
+    evaluate(given.model_copy(update={"dataset_dir": str(ROOT / "data"), "image_root": str(ROOT / "data")}))
+    assert "nothing was asked" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_named_in_full(data, tmp_path):
     with pytest.raises(RecordError, match=r"lacks 9 data sets: docvqa\.json, .*datasets=\[gqa, vsr\]"):
         evaluate(config(data, tmp_path / "run", model_name_or_path="none", datasets=None))

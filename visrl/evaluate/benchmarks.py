@@ -42,6 +42,7 @@ def read_benchmark(
     benchmark: Benchmark,
     data: str,
     *,
+    dataset_dir: str = "data",
     datasets: Sequence[str] | None = None,
     boxes: str | None = None,
     image_root: str | None = None,
@@ -49,15 +50,16 @@ def read_benchmark(
 ) -> list[Question]:
     """The questions, data set after data set, at most `limit` of each.
 
-    `data` is the folder of the benchmark's files, or for "samples" what `data.sources.read_samples` takes. `datasets`
-    are those wanted (all that were published, if left out). `boxes` is the folder of Visual-CoT's detection files,
-    which hold sizes and untruncated boxes; without it the sizes are read from the pictures.
+    `data` is the folder of the benchmark's files, or for "samples" what `data.sources.read_samples` takes, which looks
+    for named data sets in `dataset_dir`. `datasets` are those wanted (all that were published, if left out). `boxes`
+    is the folder of Visual-CoT's detection files, which hold sizes and untruncated boxes; without it the sizes are
+    read from the pictures.
 
     Raises:
         RecordError: data sets that are not there, all named; a row that is no question.
     """
     if benchmark == "samples":
-        samples = read_samples(data, with_box=True, image_root=image_root)
+        samples = read_samples(data, with_box=True, dataset_dir=dataset_dir, image_root=image_root)
         return [Question(sample) for sample in samples[:limit]]
     suffix = ".json" if benchmark == "viscot" else ".jsonl"
     published = REFCOCO_SPLITS if benchmark == "refcoco" else tuple(VISCOT_QUESTIONS)

@@ -19,6 +19,8 @@ class EvalConfig(PolicyConfig):
     benchmark: Benchmark = "samples"
     dataset: str
     """The folder of the benchmark's files; for "samples" drawn scenes, a named data set or a JSONL file."""
+    dataset_dir: str = "data"
+    """The folder of the `dataset_info.json` that names data sets."""
     datasets: list[str] | None = None
     """Which data sets of the folder; all that were published, if left out."""
     box_dir: str | None = None

@@ -92,6 +92,7 @@ def _checked_questions(config: EvalConfig) -> list[Question]:
     questions = read_benchmark(
         config.benchmark,
         config.dataset,
+        dataset_dir=config.dataset_dir,
         datasets=config.datasets,
         boxes=config.box_dir,
         image_root=config.image_root,
@@ -127,7 +128,7 @@ def _protocol(config: EvalConfig) -> LookProtocol:
 
 def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Question]) -> dict[str, Any]:
     """What decides the rows of this run: no address, no patience, no judge."""
-    free = PATIENCE | {"output_dir", "retry_failed", "dry_run", "image_root", "box_dir"}
+    free = PATIENCE | {"output_dir", "retry_failed", "dry_run", "dataset_dir", "image_root", "box_dir"}
     kept = {
         key: value
         for key, value in config.model_dump(mode="json").items()
