@@ -157,3 +157,17 @@ def test_vllm_is_started_with_the_limits_of_the_checkpoint(tmp_path):
     assert command[command.index("--served-model-name") + 1] == "policy"
     assert json.loads(command[command.index("--mm-processor-kwargs") + 1])["max_pixels"] == 112 * 112
     assert command[-2:] == ["--max-model-len", "4096"]
+
+
+def test_a_server_of_ones_own_is_told_the_pixel_limits(tmp_path):
+    asked = GenerateConfig(
+        model_name_or_path=str(CHECKPOINT), dataset="d", output_dir=tmp_path, image_max_pixels=84 * 84
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"image_max_pixels is set, so the command must pass it on"):
+        server_command(asked, ServerConfig(server=OUR_SERVER), 8123)
+    limits = ["image_max_pixels={image_max_pixels}", "crop_max_pixels={crop_max_pixels}"]
+    command = server_command(asked, ServerConfig(server=OUR_SERVER, server_args=limits), 8123)
+    assert command[-3:] == ["port=8123", f"image_max_pixels={84 * 84}", f"crop_max_pixels={126 * 126}"]
+    elsewhere = asked.model_copy(update={"model_name_or_path": str(tmp_path), "image_max_pixels": None})
+    with pytest.raises(ConfigError, match="neither config nor checkpoint sets it"):
+        server_command(elsewhere, ServerConfig(server=OUR_SERVER, server_args=limits), 8123)

@@ -8,18 +8,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from visrl.config import Config
+from visrl.config import Config, ConfigError
 from visrl.evolve.generate import GenerateConfig, generate, generation_identity, merge_shards, questions_of
 from visrl.manifest import is_complete
 
 SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
+PIXEL_LIMITS = ("image_max_pixels", "crop_max_pixels")
 
 
 class ServerConfig(Config):
     """The keys of a server that is started for each policy, asked until it is healthy, and stopped."""
 
     server: Literal["vllm"] | list[str] | None = None
-    """vLLM, or a command in which {model}, {name} and {port} are put; None: the model is loaded in this process."""
+    """vLLM, or a command in which {model}, {name}, {port}, {image_max_pixels} and {crop_max_pixels} are put; None: the
+    model is loaded in this process."""
     server_args: list[str] = Field(default_factory=list)
     server_start_s: float = Field(900.0, gt=0)
 
@@ -71,9 +73,15 @@ def _served_policy(asked: GenerateConfig, server: ServerConfig) -> Iterator[str]
 
 
 def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> list[str]:
-    """The command line that serves the policy of a generation under the name "policy" on a local port."""
+    """The command line that serves the policy of a generation under the name "policy" on a local port.
+
+    Raises:
+        ConfigError: a limit of pixels that the command does not pass on, or passes on and nobody has set.
+    """
+    from visrl.engines.opening import policy_settings
+
+    settings = policy_settings(asked)
     if server.server == "vllm":
-        from visrl.engines.opening import policy_settings
         from visrl.serve.commands import ServeConfig
         from visrl.serve.upstream import vllm_command
 
@@ -81,9 +89,17 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
             model_name_or_path=asked.model_name_or_path, vllm_model=SERVED_NAME, max_images=2,
             vllm_args=server.server_args, trust_remote_code=asked.trust_remote_code,
         )  # fmt: skip
-        return vllm_command(serve, policy_settings(asked), port)
+        return vllm_command(serve, settings, port)
     assert server.server is not None
     words = [*server.server, *server.server_args]
-    for mark, value in {"{model}": asked.model_name_or_path, "{name}": SERVED_NAME, "{port}": str(port)}.items():
-        words = [word.replace(mark, value) for word in words]
+    values: dict[str, object] = {"model": asked.model_name_or_path, "name": SERVED_NAME, "port": port}
+    for key in PIXEL_LIMITS:
+        passed_on = any(f"{{{key}}}" in word for word in words)
+        if not passed_on and getattr(asked, key) is not None:
+            raise ConfigError(f"server: {key} is set, so the command must pass it on: put {{{key}}} where it belongs")
+        values[key] = getattr(settings, key)
+        if passed_on and values[key] is None:
+            raise ConfigError(f"server: the command passes {{{key}}} on, and neither config nor checkpoint sets it")
+    for key, value in values.items():
+        words = [word.replace(f"{{{key}}}", str(value)) for word in words]
     return words
