@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import ImageOps
 from safetensors.torch import load_file
 
 from visrl.config import ConfigError, build_config
 from visrl.data.sources import read_preferences
+from visrl.images import open_image
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.tiny.make import make_tiny
@@ -116,7 +118,8 @@ def test_a_stage_starts_at_its_reference_and_learns(tiny, tmp_path, stage):
 def test_merging_keeps_what_the_adapter_says(tiny, tmp_path):
     adapter = train(preferences(tiny, tmp_path / "adapter", 2, num_train_epochs=4, learning_rate=5e-3))
     given = {"model_name_or_path": str(tiny), "adapter_name_or_path": str(adapter)}
-    merged = export(ExportConfig(**given, export_dir=tmp_path / "merged", export_dtype="float32"))
+    to_here = {"export_dir": tmp_path / "merged", "export_dtype": "float32", "export_device": "auto"}
+    merged = export(ExportConfig(**given, **to_here))
     assert read_manifest(merged)["max_logp_deviation"] < 1e-4
     assert not any("lora" in name for name in load_model(merged).state_dict())
     with pytest.raises(CheckpointError, match="holds an adapter without its base model"):
@@ -197,6 +200,27 @@ def test_rows_that_cannot_be_used_stop_training_or_are_left_out_and_counted(tiny
     out = train(config(tiny, tmp_path / "c", **given, drop_unusable=True))
     assert "1 items over cutoff_len: left out" in capsys.readouterr().out
     assert read_manifest(out)["items"] == 3
+
+
+def test_references_are_made_again_where_a_picture_has_changed(tiny, tmp_path):
+    """Of a training that was killed: its cache serves the same command, unless another picture lies where one lay."""
+    (row,) = read_preferences("demo_rl_data_stage1")[:1]
+    whole = row.images[0]
+    open_image(whole.ref).save(tmp_path / "one.png")
+    write_records(tmp_path / "rows.jsonl", [replace(row, images=(replace(whole, ref="one.png"),))])
+    given = {"stage": "dpo", "dataset": str(tmp_path / "rows.jsonl"), "image_root": str(tmp_path)}
+
+    def reference() -> dict:
+        out = train(config(tiny, tmp_path / "out", **given))
+        (out / "manifest.json").unlink()
+        return json.loads((out / "reference.json").read_text())
+
+    first = reference()
+    assert reference() == first
+    ImageOps.mirror(open_image(whole.ref)).save(tmp_path / "one.png")
+    again = reference()
+    assert again["key"] != first["key"]
+    assert again["logps"] != first["logps"]
 
 
 @pytest.mark.slow

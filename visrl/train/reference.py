@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from visrl.manifest import PACKAGES, package_versions
+from visrl.images import picture_path
+from visrl.manifest import PACKAGES, hash_files, package_versions
 from visrl.progress import progress
 from visrl.records import write_text
 from visrl.train.features import FeatureCache
@@ -22,9 +24,17 @@ from visrl.train.processes import dealt, gathered
 
 
 def reference_key(parts: dict[str, Any]) -> str:
-    """The key of a cache: a hash over weights, rows, settings and package versions given in `parts`."""
+    """The key of a cache: a hash over what `parts` says of weights, rows, pictures and settings, and over versions."""
     everything = {**parts, "versions": package_versions(PACKAGES)}
     return hashlib.blake2b(json.dumps(everything, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def hash_pictures(refs: Iterable[str], root: str | Path | None = None) -> str:
+    """One short hash over the bytes of all picture files that `refs` name, each read once. Drawn scenes and data URLs
+    are what their names say."""
+    names = sorted({ref for ref in refs if not ref.startswith(("scene:", "data:"))})
+    paths = (picture_path(name, root) for name in names)
+    return hash_files(*(path for path in paths if path is not None))
 
 
 @torch.no_grad()

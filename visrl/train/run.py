@@ -32,7 +32,7 @@ from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
 from visrl.train.policy import prepare_model
 from visrl.train.processes import launched, on_processes, processes_wanted, say, sharded
-from visrl.train.reference import reference_key, reference_logps
+from visrl.train.reference import hash_pictures, reference_key, reference_logps
 from visrl.train.survey import rehearse, survey
 from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
 
@@ -108,10 +108,12 @@ def train_here(config: TrainConfig) -> None:
     say(_told(config, arguments, dataset, validation))
     reference = {}
     if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
-        parts = {**parents, **_identity(config), "dtype": str(next(model.parameters()).dtype)}
+        items: list[Any] = [part for part in (dataset, validation) if part is not None]
+        shown = hash_pictures((picture for part in items for picture in part.pictures()), config.image_root)
+        parts = {**identity, "pictures": shown, "dtype": str(next(model.parameters()).dtype)}
         reference = reference_logps(
             model,
-            torch.utils.data.ConcatDataset([part for part in (dataset, validation) if part is not None]),
+            torch.utils.data.ConcatDataset(items),
             collator,
             batch_size=max(8, arguments.per_device_train_batch_size),
             cache=out / "reference.json",
