@@ -23,7 +23,7 @@ class ExportConfig(Config):
     finetuning_type: Literal["lora"] = "lora"
     export_size: float = 5.0  # GB a shard
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    export_device: Literal["cpu", "auto"] = "cpu"  # kept for those configs: main memory holds the fp32 copy
+    export_device: Literal["cpu", "auto"] = "cpu"  # where the fp32 copy is merged; auto: on a GPU where there is one
     export_legacy_format: bool = False
     trust_remote_code: bool = False
 
@@ -54,9 +54,10 @@ def export(config: ExportConfig) -> Path:
     settings_from = adapter if (adapter / "visrl.json").is_file() else config.model_name_or_path
     settings = ModelSettings.load(settings_from)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
-    base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).eval()
+    device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
+    base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).to(device).eval()
     adapted = PeftModel.from_pretrained(base, adapter).eval()
-    probe = _probe(encoder)
+    probe = _probe(encoder).to(device)
     before = _logps(adapted, probe)
     merged = adapted.merge_and_unload()
     deviation = float((_logps(merged, probe) - before).abs().max())
