@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from visrl.box import Box
@@ -71,3 +72,23 @@ def test_loose_crops_differ_from_the_box_and_by_no_more_than_they_may(encoder):
     for (width, height), (cut_width, cut_height) in zip(exact, loose, strict=True):
         assert 0.5 * width - 2 <= cut_width <= 1.5 * width + 2
         assert 0.5 * height - 2 <= cut_height <= 1.5 * height + 2
+
+
+def test_a_margin_widens_what_is_located_and_leaves_what_is_read(encoder):
+    def rows(**keys):
+        curriculum = Curriculum(encoder, [phase(tasks=["locate", "read"], **keys)], batch_size=2)
+        return [row for i in range(6) for row in curriculum[i].rows]
+
+    wider = 0
+    for exact, drawn in zip(rows(), rows(margin=0.5), strict=True):
+        assert exact.key == drawn.key
+        if exact.key.endswith("/answer"):
+            sizes = [np.array(row.conversation.views[1].size) for row in (exact, drawn)]
+            assert np.abs(sizes[0] - sizes[1]).max() <= 2  # three decimals of a box's text
+            continue
+        box, truth = encoder.codec.parse(drawn.responses[0][1], (672, 672), (112, 112)), true_box_of(drawn)
+        sides = (truth.x0 - box.x0, truth.y0 - box.y0, box.x1 - truth.x1, box.y1 - truth.y1)
+        for side, length in zip(sides, (truth.width, truth.height) * 2, strict=True):
+            assert -0.001 <= side <= 0.5 * length + 0.001
+        wider += max(sides) > 0.05
+    assert wider > 0

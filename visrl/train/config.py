@@ -32,6 +32,7 @@ class Phase(BaseModel):
     per_scene: int = Field(4, ge=1)
     grid: int | None = Field(None, ge=2)  # boxes are rounded outward to 1/grid: where something is, before how exactly
     close_up: tuple[float, float] | None = None  # crops to read, from 0 (the digit alone) to 1 (the tag); None: the box
+    margin: float = Field(0.0, ge=0, le=1)  # each side of a box to locate is drawn up to this share further out
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
 
 

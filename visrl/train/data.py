@@ -85,15 +85,18 @@ class Curriculum(Dataset[Item]):
                 low, high = phase.close_up
                 detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
             if phase.loose and sample.box is not None:
-                detail = _loosened(detail or sample.box, phase.loose, chance)
+                detail = _with_sides_moved(detail or sample.box, -phase.loose, phase.loose, chance)
+            if phase.margin and sample.box is not None:
+                detail = detail or sample.box
+                sample = replace(sample, box=_with_sides_moved(sample.box, -phase.margin, 0.0, chance))
             rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
         return rows
 
 
-def _loosened(box: Box, share: float, chance: np.random.Generator) -> Box:
-    """`box` with each side moved in or out by up to `share` of its width or height: a crop as a policy cuts it."""
-    dx0, dy0, dx1, dy1 = chance.uniform(-share, share, size=4)
-    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 + dx1 * box.width, box.y1 + dy1 * box.height)
+def _with_sides_moved(box: Box, outward: float, inward: float, chance: np.random.Generator) -> Box:
+    """`box` with each side moved by a chance share of its width or height, between `outward` (below 0) and `inward`."""
+    dx0, dy0, dx1, dy1 = chance.uniform(outward, inward, size=4)
+    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 - dx1 * box.width, box.y1 - dy1 * box.height)
     return Box(*(min(1.0, max(0.0, corner)) for corner in corners))
 
 
