@@ -50,15 +50,26 @@ EPOCHS = 5  # over which ours spreads its one reference pass
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
+Seconds = tuple[float, float]  # by the clock, and of the processor, which other work changes less
+
+
+def now() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Seconds, end: Seconds | None = None) -> Seconds:
+    return tuple(b - a for a, b in zip(start, end or now(), strict=True))  # type: ignore[return-value]
+
+
 class Clock(TrainerCallback):
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Seconds] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
 
-def step_seconds(trainer: Trainer, rows_per_step: int) -> float:
+def step_seconds(trainer: Trainer, rows_per_step: int) -> Seconds:
     """One whole step: the second of two, and the reading of its rows, which the loop does a step ahead."""
     clock = Clock()
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = rows_per_step
@@ -66,9 +77,10 @@ def step_seconds(trainer: Trainer, rows_per_step: int) -> float:
     trainer.train()
     trainer.remove_callback(clock)
     rows = [trainer.train_dataset[n] for n in range(rows_per_step, 2 * rows_per_step)]
-    start = time.perf_counter()
+    start = now()
     trainer.data_collator(rows)
-    return clock.ends[1] - clock.ends[0] + time.perf_counter() - start
+    step, reading = since(*clock.ends), since(start)
+    return step[0] + reading[0], step[1] + reading[1]
 
 
 def flops(work: Callable[[], Any]) -> float:
@@ -132,28 +144,31 @@ def errors(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[s
     }
 
 
-def reference_pass_seconds(ours: Ours, items: Sequence[Item]) -> float:
+def reference_pass_seconds(ours: Ours, items: Sequence[Item]) -> Seconds:
     """One pass for reference log-probabilities over a step's items, reading them included."""
-    start = time.perf_counter()
+    start = now()
     with torch.no_grad():
         ours.logps(ours.batch(items))
-    return time.perf_counter() - start
+    return since(start)
 
 
-def compare_times(shape: Shape, repeats: int, layouts: dict[str, Any], steps: Sequence[Item]) -> dict[str, float]:
-    """Medians over `repeats` rounds in which the layouts take turns."""
+def compare_times(shape: Shape, repeats: int, layouts: dict[str, Any], steps: Sequence[Item]) -> dict[str, Any]:
+    """Medians over `repeats` rounds in which the layouts take turns, and the ratios of every round."""
     per_step = shape.pictures * shape.questions
-    seconds: dict[str, list[float]] = {name: [] for name in (*layouts, "ours_reference")}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in (*layouts, "ours_reference")}
     for _ in range(repeats):
         for name, layout in layouts.items():
             seconds[name].append(step_seconds(layout.trainer, per_step * (2 if name == "trl" else 1)))
         seconds["ours_reference"].append(reference_pass_seconds(layouts["ours"], steps[:per_step]))
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    charged = median["ours"] + median["ours_reference"] / EPOCHS
-    result = {f"seconds_{name}": value for name, value in median.items()}
-    result["time_ratio_reference"] = median["reference"] / charged
-    if "trl" in median:
-        result["time_ratio_trl"] = median["trl"] / charged
+    result: dict[str, Any] = {"repeats": repeats}
+    for which, kind in enumerate(("time", "cpu")):
+        taken = {name: [pair[which] for pair in pairs] for name, pairs in seconds.items()}
+        median = {name: statistics.median(times) for name, times in taken.items()}
+        result |= {f"{'seconds' if kind == 'time' else kind}_{name}": value for name, value in median.items()}
+        charged = [step + once / EPOCHS for step, once in zip(taken["ours"], taken["ours_reference"], strict=True)]
+        for name in layouts.keys() - {"ours"}:
+            result[f"{kind}_ratio_{name}"] = median[name] / (median["ours"] + median["ours_reference"] / EPOCHS)
+            result[f"{kind}_ratios_{name}"] = [round(a / b, 2) for a, b in zip(taken[name], charged, strict=True)]
     return result
 
 
