@@ -105,6 +105,7 @@ class Scripted:
     def __init__(self, policy: Any, boxes: Sequence[Box], *, scripted: bool) -> None:
         self.policy, self.boxes, self.scripted = policy, boxes, scripted
         self.name, self.codec, self.processed_size = policy.name, policy.codec, policy.processed_size
+        self.forget = policy.forget
         self.prompt_tokens = 0
 
     def complete(
@@ -183,7 +184,6 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
             for name, player in players.items():
                 ours.encoder.forget()
                 loop.encoder.forget()
-                ours.forget()
                 start, used = time.perf_counter(), time.process_time()
                 tried[name] += roll_out(player, part, rolling)
                 seconds[name].append((time.perf_counter() - start) / len(part))
