@@ -10,31 +10,15 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from visrl.data.stats import Statistics, as_table
+from visrl.report.html import render_page
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-pre { overflow-x: auto; font-size: 0.8rem; padding: 1rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
-figure { margin: 0; background: #fff; border-radius: 6px; padding: 0.5rem; }
-svg { width: 100%; height: auto; }
-"""
 _LOG_RATIO = 20  # where the largest value is so many medians, bins are spaced by ratio
 
 
 def write_page(found: Statistics, title: str, path: str | Path) -> None:
     """Write the page; it needs nothing but itself."""
-    figures = "\n".join(
-        f"<figure>{_histogram(name, [float(value) for value in values])}</figure>"
-        for name, values in found.measures().items()
-    )
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1>\n<pre>{html.escape(as_table(found))}</pre>\n"
-        f'<div class="figures">\n{figures}\n</div></body></html>\n'
-    )
+    figures = [_histogram(name, [float(value) for value in values]) for name, values in found.measures().items()]
+    page = render_page("stats.html", title=title, table=as_table(found), figures=figures)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 

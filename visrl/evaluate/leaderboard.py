@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from visrl.evaluate.published import JUDGE_NOTE, REFCOCO_SCORES, VISCOT_QUESTIONS, VISCOT_SCORES
 from visrl.records import write_text
+from visrl.report.html import render_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,8 @@ def unranked(entry: Entry) -> str | None:
 
 def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[Entry]) -> None:
     """Write the page at `path`: no script, no external address."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    page = environment.from_string(_PAGE).render(
+    page = render_page(
+        "leaderboard.html",
         lines=leaderboard_lines(entries),
         unranked=[(entry, reason) for entry in entries if (reason := unranked(entry))],
         judge_note=JUDGE_NOTE,
@@ -82,59 +81,3 @@ def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[Entry]) ->
         refcoco=REFCOCO_SCORES,
     )
     write_text(path, page)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>VisRL leaderboard</title>
-<style>
-* { box-sizing: border-box; }
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #dfe3e8; --page: #fbfbfa; --ours: #0b6e5f;
-  --published: #8a5a12; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adba; --line: #333a44; --page: #15181c;
-  --ours: #5fd0bd; --published: #e0b26b; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-  max-width: 64rem; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.5rem 0 .5rem; }
-p { color: var(--soft); max-width: 46rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } td.number { text-align: right; } small { color: var(--soft); }
-tr.published { --dot: var(--published); } tr.ours { --dot: var(--ours); font-weight: 700; }
-.name { color: var(--dot); } td.bar { width: 100%; min-width: 8rem; white-space: normal; }
-.track { position: relative; height: .7rem; background: var(--line); border-radius: 2px; }
-.fill { height: 100%; background: var(--dot); opacity: .55; border-radius: 2px; } tr.ours .fill { opacity: 1; }
-.whisker { position: absolute; top: -.2rem; bottom: -.2rem; border: solid var(--ink); border-width: 0 2px;
-  background: linear-gradient(var(--ink), var(--ink)) center / 100% 2px no-repeat; }
-.key { display: inline-block; margin-right: 1.2rem; } .key.ours { color: var(--ours); font-weight: 700; }
-.key.published { color: var(--published); }
-@media (max-width: 44rem) { td.bar, th.bar { display: none; } td, th { white-space: normal; padding: .35rem .3rem; } }
-</style></head><body>
-<h1>Visual-CoT benchmark</h1>
-<p>Unweighted mean over 11 data sets, 8,281 questions, as published: a failed or unread judgement counts 0. Intervals
-are 95 % bootstrap intervals over questions; published figures come without.</p>
-<p><span class="key ours">● yours</span><span class="key published">○ published</span></p>
-<p><strong>On the judge.</strong> {{ judge_note }}</p>
-<div class="wide"><table><thead><tr><th scope="col">model</th><th scope="col">method</th>
-<th scope="col">score</th><th scope="col" class="bar">0 to 1, with interval</th>
-<th scope="col">judge</th></tr></thead><tbody>
-{% for line in lines %}<tr class="{{ 'published' if line.published else 'ours' }}">
-<td class="name">{{ '○' if line.published else '●' }} {{ line.name }}</td><td><small>{{ line.method }}</small></td>
-<td class="number">{{ '%.3f'|format(line.score) }}</td>
-<td class="bar"><div class="track"><div class="fill" style="width:{{ '%.2f'|format(100 * line.score) }}%"></div>
-{%- if line.low is not none %}<div class="whisker" style="left:{{ '%.2f'|format(100 * line.low) }}%;
-right:{{ '%.2f'|format(100 - 100 * line.high) }}%"></div>{% endif %}</div>
-{%- if line.low is not none %}
-<small>{{ '%.3f to %.3f'|format(line.low, line.high) }}; {{ line.note }}</small>{% endif %}
-</td><td><small>{{ line.judge }}</small></td></tr>
-{% endfor %}</tbody></table></div>
-<p><small>Published figures: {{ source }}.</small></p>
-{% if unranked %}<h2>Not ranked</h2><ul>
-{% for entry, reason in unranked %}<li><strong>{{ entry.name }}</strong>: {{ reason }}.</li>{% endfor %}</ul>{% endif %}
-<h2>RefCOCO, published</h2>
-<p>LLaVA-1.5 trained with VisRL, accuracy at IoU above 0.5.</p>
-<table><thead><tr><th scope="col">split</th><th scope="col">accuracy</th></tr></thead><tbody>
-{% for split, accuracy in refcoco.items() %}<tr class="published"><td class="name">○ {{ split }}</td>
-<td class="number">{{ '%.2f'|format(100 * accuracy) }} %</td></tr>{% endfor %}</tbody></table>
-</body></html>
-"""

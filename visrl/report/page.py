@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from visrl.records import write_text
-from visrl.report import draw, wording
+from visrl.report import draw
 from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
 from visrl.report.files import Row
 from visrl.report.gallery import count_outcomes, draw_lot, exhibits, shared_ids
+from visrl.report.html import render_page
 from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
 
@@ -38,17 +36,8 @@ def save(run: Path, page: str) -> Path:
 
 def render(run: Run) -> str:
     """The page of a run."""
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {
-        "percent": wording.percent, "measured": wording.measured, "between": wording.between, "count": wording.count,
-        "duration": wording.duration, "plain": _plain,
-    }  # fmt: skip
-    return environment.get_template("page.html").render(
-        css=(here / "page.css").read_text(encoding="utf-8"),
+    return render_page(
+        "page.html",
         run=run,
         lede=lede(run),
         headlines=headlines(run),
@@ -129,8 +118,3 @@ def _gallery(run: Run) -> Row:
         "outcomes": outcomes,
         "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},
     }
-
-
-def _plain(value: Any) -> str:
-    """A config value as one would type it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

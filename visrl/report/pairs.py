@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from visrl.box import Box, iou
 from visrl.images import ImageError, open_image
 from visrl.records import write_text
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
 from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
+from visrl.report.html import render_page
 
 if TYPE_CHECKING:
     from visrl.evolve.pairs import Filtered, Judged
@@ -53,13 +52,8 @@ def write_page(path: Path, result: Filtered, truth: dict[str, Box], count: int, 
     dropped = {
         miss.sample.id: (miss.sample, miss.reason, miss.tries, ("best", "worst")) for miss in result.missed
     }  # fmt: skip
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("pairs.html").render(
-        css=(here / "page.css").read_text(encoding="utf-8"),
+    page = render_page(
+        "pairs.html",
         questions=result.questions,
         kept=[_card(*kept[name], truth.get(name), root) for name in draw_lot(kept, count)],
         kept_count=result.kept,
