@@ -171,3 +171,9 @@ def test_a_server_of_ones_own_is_told_the_pixel_limits(tmp_path):
     elsewhere = asked.model_copy(update={"model_name_or_path": str(tmp_path), "image_max_pixels": None})
     with pytest.raises(ConfigError, match="neither config nor checkpoint sets it"):
         server_command(elsewhere, ServerConfig(server=OUR_SERVER, server_args=limits), 8123)
+
+
+def test_a_training_config_that_is_not_there_is_said_before_any_work(tmp_path):
+    with pytest.raises(ConfigError, match=r"no-such\.yaml; configs/ is part of the source"):
+        run_evolve(config_of(tmp_path / "run", train_config=tmp_path / "no-such.yaml"))
+    assert not (tmp_path / "run").exists()

@@ -117,13 +117,14 @@ def run_demo(config: DemoConfig) -> Path:
 
     Raises:
         ManifestError: the output folder holds a demo of another config.
-        ConfigError: no model to start from.
+        ConfigError: no model to start from, or no config to train it by.
     """
     import torch
 
     if config.threads:
         torch.set_num_threads(config.threads)
     evolution = config.evolution()
+    _check_train_config(evolution)
     start = Path(evolution.model_name_or_path)
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
@@ -145,6 +146,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
         raise ConfigError(f"--shard {shard}: the plan has shards={config.shards}")
     if config.adapter_name_or_path:
         raise ConfigError("adapter_name_or_path: iterations start from a merged model; merge it with `visrl export`")
+    _check_train_config(config)
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
@@ -154,6 +156,13 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
         _make_shard(config, shard)
         return None
     return _run(config, "evolve", shown=config.model_dump(mode="json"))
+
+
+def _check_train_config(config: EvolveConfig) -> None:
+    if not config.train_config.is_file():
+        remedy = "configs/ is part of the source and not of the installed package: work in a checkout"
+        named = "" if config.train_config == TINY_RL else ", or name a config of `visrl train`"
+        raise ConfigError(f"train_config: there is no {config.train_config}; {remedy}{named}")
 
 
 def plan(config: EvolveConfig) -> list[str]:
