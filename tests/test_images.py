@@ -115,8 +115,8 @@ def test_the_root_may_be_the_folder_of_one_data_set(tmp_path):
         ("data:text/html;base64,AAAA", "no data URL of a picture"),
         ("data:image/png;base64,%%%", "not base64"),
         ("scene:nowhere/1", "names no drawn scene"),
-        (b"", "cannot identify image file"),
-        (b"no picture at all", "cannot identify image file"),
+        (b"", "cannot be read as a picture: none of JPEG"),
+        (b"no picture at all", "cannot be read as a picture: none of JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
     ],
 )

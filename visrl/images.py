@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from visrl.box import Box, CropRule, Size, crop_window
 
@@ -162,6 +162,8 @@ def _opened(source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has more than {max_pixels:,} pixels") from error
+    except UnidentifiedImageError as error:  # its own words hold the address of the stream in memory
+        raise ImageError(f"{name} cannot be read as a picture: none of {', '.join(formats)} is in it") from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be read as a picture: {error}") from error
 
