@@ -33,6 +33,7 @@ from visrl.data.scenes import draw_ref, scene_samples
 from visrl.engines.endpoint import data_url
 from visrl.models.tiny import CHECKPOINT
 
+ROUNDS = 4  # requests that each of the clients makes, one after another
 TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
 SMALL_REQUESTS, LARGE = 40, (5600, 4200)  # of the measurement beside large pictures
 PROGRAM = (
@@ -109,32 +110,46 @@ def measure(model: Path, clients: int, requests: int, turns: int) -> dict[str, A
         "model": str(model.name),
         "clients": clients,
         "answer_tokens": TOKENS,
+        "requests_of_each_client": ROUNDS,
         "turns": turns,
         "ways": {},
     }
     with server(model) as (url, process):
-        for name in ("bench", "bench:focus"):
-            asks = bodies(clients, name)
+        for way, name in (("plain", "bench"), ("focus", "bench:focus")):
+            asks = bodies(ROUNDS * clients, name)
             asyncio.run(ask_all(url, asks[:8], 8))  # warm
-            ways: dict[str, list[float]] = {"one after another": [], "at once": []}
-            failed = 0
+            alone, together = [], []
             for _ in range(turns):
-                seconds, lost, _ = asyncio.run(ask_all(url, asks, 1))
-                ways["one after another"].append(clients / seconds)
-                failed += lost
-                seconds, lost, _ = asyncio.run(ask_all(url, asks, clients))
-                ways["at once"].append(len(asks) / seconds)
-                failed += lost
-            ratios = [b / a for a, b in zip(ways["one after another"], ways["at once"], strict=True)]
-            result["ways"][name.replace("bench", "plain") if name == "bench" else "focus"] = {
-                "per_second": {way: round(statistics.median(values), 2) for way, values in ways.items()},
-                "speedup": round(statistics.median(ratios), 2),
-                "speedups": [round(ratio, 2) for ratio in ratios],
-                "failed": failed,
+                alone.append(timed(url, process, asks[:clients], 1))
+                together.append(timed(url, process, asks, clients))
+            result["ways"][way] = {
+                "per_second": {"one after another": middle(alone, 0), "at once": middle(together, 0)},
+                "speedup": round(statistics.median(ratios(alone, together, 0)), 2),
+                "speedups": ratios(alone, together, 0),
+                # The server's own processor time: what else the machine does hardly weighs on it.
+                "server_ms": {"one after another": middle(alone, 1), "at once": middle(together, 1)},
+                "server_speedups": ratios(together, alone, 1),
+                "failed": sum(failed for _, _, failed in alone + together),
             }
         result["beside_large_pictures"] = beside_large_pictures(url)
         result["memory"] = watch_memory(url, process, clients, requests)
     return result
+
+
+def timed(url: str, process: psutil.Process, asks: list[dict[str, Any]], clients: int) -> tuple[float, float, int]:
+    """Requests a second, milliseconds of the server's processor time for each, and how many failed."""
+    before = sum(process.cpu_times()[:2])
+    seconds, failed, _ = asyncio.run(ask_all(url, asks, clients))
+    return len(asks) / seconds, 1000 * (sum(process.cpu_times()[:2]) - before) / len(asks), failed
+
+
+def middle(runs: list[tuple[float, float, int]], which: int) -> float:
+    return round(statistics.median(run[which] for run in runs), 2)
+
+
+def ratios(below: list[tuple[float, float, int]], above: list[tuple[float, float, int]], which: int) -> list[float]:
+    """Turn by turn, one figure of the second runs over that of the first."""
+    return [round(b[which] / a[which], 2) for a, b in zip(below, above, strict=True)]
 
 
 def beside_large_pictures(url: str) -> dict[str, Any]:
