@@ -25,7 +25,7 @@ from visrl.train.features import FeatureCache
 from visrl.train.forward import BranchLogps, branch_logps
 from visrl.train.items import Batch, Branch, select
 from visrl.train.policy import make_tied_embedding_sparse
-from visrl.train.processes import dealt
+from visrl.train.processes import dealt, sharded
 
 COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
@@ -58,7 +58,7 @@ class VisrlTrainer(Trainer):
         self.validation = validation
         self.rollouts = rollouts
         self._watched = Watched()
-        if self.args.world_size == 1:
+        if self.args.world_size == 1 and not sharded(self.args):
             make_tied_embedding_sparse(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
