@@ -121,8 +121,8 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
 def make_tied_embedding_sparse(model: torch.nn.Module) -> None:
     """Have an embedding that is the output layer, too, give its gradient for the tokens it read and no others.
 
-    Autograd adds it to the output layer's, which is dense: the sum is the same, and a tensor of vocabulary × hidden size
-    less is in memory meanwhile. Not for several processes: DDP would expect the sum to be sparse, too.
+    Autograd adds it to the output layer's, which is dense: the sum is the same, and one tensor of vocabulary × hidden
+    size less is in memory meanwhile. Not for several processes: DDP would expect the sum to be sparse, too.
     """
     base = base_model(model)
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
