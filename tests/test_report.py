@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
 from report_run import STAGES, write_run
 
 from visrl.box import Box
+from visrl.cli import main
 from visrl.records import read_jsonl, write_records
 from visrl.report.commands import report
 from visrl.report.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
@@ -173,10 +173,26 @@ def test_an_unfinished_last_line_is_left_out_and_a_bad_line_is_not(run: Path) ->
 def test_the_command_says_where_the_page_is_or_what_is_wrong(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(run)
     assert f"report: {run / 'report.html'}" in capsys.readouterr().out
-    with pytest.raises(typer.Exit) as stopped:
-        report(run / "nowhere")
-    assert stopped.value.exit_code == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(run / "nowhere")])
+    assert stopped.value.code == 1
     assert "no run at" in capsys.readouterr().err
+
+
+def test_evaluations_are_shown_by_mode(tmp_path: Path) -> None:
+    for mode, mean in (("own", 0.75), ("truth", 1.0)):
+        facts = {"benchmark": "samples", "model": "<tiny>", "mode": mode, "n": 20, "failed": 1}
+        columns = {"correct": {"counted": {"n": 20, "mean": mean, "low": 0.5, "high": 1.0}}, "iou": {"counted": None}}
+        (tmp_path / f"eval-{mode}").mkdir()
+        (tmp_path / f"eval-{mode}" / "scores.json").write_text(json.dumps(facts | {"columns": columns}))
+    both = write_report(tmp_path).read_text()
+    assert "2 evaluations of &lt;tiny&gt;." in both
+    assert both.index("0.750 <small>[0.500, 1.000]</small>") < both.index("1.000 <small>[0.500, 1.000]</small>")
+    assert 'id="results"' in both
+    assert "not there yet" not in both
+    alone = write_report(tmp_path / "eval-truth").read_text()
+    assert "1 evaluation of" in alone
+    assert "0.750" not in alone
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import typer
 
 from visrl.data.commands import app as data_app
 from visrl.evaluate.commands import app as eval_app
+from visrl.verbs import Verbs
 
 app = typer.Typer(
     name="visrl",
+    cls=Verbs,
     help="Teach a vision-language model where to look, by reinforced reasoning instead of box labels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -150,46 +152,16 @@ app.add_typer(eval_app, name="eval")
 
 
 def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:
-    """The program `visrl` (and `visrl-cli`): one clear sentence and exit status 1 on bad input."""
+    """The program `visrl` (and `visrl-cli`)."""
     given = sys.argv[1:] if arguments is None else arguments
     if defaults and given and given[0] == "train":
         given = [*given, *defaults]
-    try:
-        app(given, standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped", 130)
-    except _user_errors() as error:
-        _fail(str(error), 1)
+    app(given)
 
 
 def main_stage2() -> None:
     """The program `visrl-cli-stage2`: `train` with rl_stage=2."""
     main(defaults=["rl_stage=2"])
-
-
-def _user_errors() -> tuple[type[BaseException], ...]:
-    """Errors that are the user's to mend: their message is the whole story, a traceback would hide it."""
-    from visrl.box import BoxError
-    from visrl.config import ConfigError
-    from visrl.images import ImageError
-    from visrl.manifest import ManifestError
-    from visrl.records import RecordError
-
-    known: list[type[BaseException]] = [BoxError, ConfigError, ImageError, ManifestError, RecordError]
-    # What a module raises that was never imported cannot have been raised.
-    heavy = {
-        "visrl.engines.client": "EndpointError",
-        "visrl.models.encode": "PromptError",
-        "visrl.models.load": "CheckpointError",
-        "visrl.train.processes": "ProcessError",
-    }
-    known += [getattr(sys.modules[module], name) for module, name in heavy.items() if module in sys.modules]
-    return tuple(known)
-
-
-def _fail(message: str, status: int) -> None:
-    print(f"visrl: {message}", file=sys.stderr)
-    raise SystemExit(status)
 
 
 if __name__ == "__main__":

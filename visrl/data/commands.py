@@ -14,8 +14,9 @@ import typer
 from pydantic import Field
 
 from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.verbs import Verbs
 
-app = typer.Typer(help="Convert, check and describe data sets.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Convert, check and describe data sets.", no_args_is_help=True)
 
 _FORMATS = "viscot, viscot-meta, viscot-detection, refcoco, sharegpt, visrl, hf"
 From = Annotated[str, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")]
@@ -74,35 +75,34 @@ def convert(
     from visrl.data.convert import convert as run
     from visrl.data.sizes import Sizes
 
-    with _clear_errors():
-        given = {
-            "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
-            "validation": validation, "box_space": box_space,
-            "skip": _counts(skip), "take": _counts(take),
-        }  # fmt: skip
-        values = read_yaml(config) if config else {}
-        values |= {key: value for key, value in given.items() if value not in (None, {})}
-        for needed, option in (("source", "--from"), ("target", "--to")):
-            if needed not in values:
-                raise ConfigError(f"say the format with {option} FORMAT")
-        options = build_config(ConvertConfig, values, where=config or "the command line")
-        space = _space(options.box_space)
-        reading = Reading(
-            Sizes(options.sizes, options.images), _space(box_space) if box_space else None, dataset, _pairs(columns)
+    given = {
+        "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
+        "validation": validation, "box_space": box_space,
+        "skip": _counts(skip), "take": _counts(take),
+    }  # fmt: skip
+    values = read_yaml(config) if config else {}
+    values |= {key: value for key, value in given.items() if value not in (None, {})}
+    for needed, option in (("source", "--from"), ("target", "--to")):
+        if needed not in values:
+            raise ConfigError(f"say the format with {option} FORMAT")
+    options = build_config(ConvertConfig, values, where=config or "the command line")
+    space = _space(options.box_space)
+    reading = Reading(
+        Sizes(options.sizes, options.images), _space(box_space) if box_space else None, dataset, _pairs(columns)
+    )
+    with _progress() as tick:
+        summary = run(
+            options.source,
+            options.target,
+            inputs,
+            out,
+            reading=reading,
+            selection=Selection(options.skip, options.take),
+            box_space=space,
+            validation=options.validation,
+            seed=options.seed,
+            progress=tick,
         )
-        with _progress() as tick:
-            summary = run(
-                options.source,
-                options.target,
-                inputs,
-                out,
-                reading=reading,
-                selection=Selection(options.skip, options.take),
-                box_space=space,
-                validation=options.validation,
-                seed=options.seed,
-                progress=tick,
-            )
     print(f"read {summary.rows:,} rows from {', '.join(inputs)}")
     if summary.left_out:
         print(f"left out {summary.left_out:,} by --skip and --take")
@@ -112,7 +112,7 @@ def convert(
         faults = ", ".join(f"{count:,} {fault}" for fault, count in summary.bad.most_common())
         print(f"listed {sum(summary.bad.values()):,} bad rows in {out}.bad.jsonl: {faults}")
         if not any(summary.written.values()):
-            print(f"visrl data: none of the rows can be written; {out}.bad.jsonl says why", file=sys.stderr)
+            print(f"visrl: none of the rows can be written; {out}.bad.jsonl says why", file=sys.stderr)
             raise typer.Exit(1)
 
 
@@ -134,8 +134,8 @@ def check(
     from visrl.data.sizes import Sizes
 
     if images is not None and not Path(images).is_dir():
-        print(f"visrl data: there is no folder {images}; every picture counts as missing", file=sys.stderr)
-    with _clear_errors(), _progress() as tick:
+        print(f"visrl: there is no folder {images}; every picture counts as missing", file=sys.stderr)
+    with _progress() as tick:
         space = _space(box_space) if box_space else None
         report = run(source, inputs, Reading(Sizes(sizes, images), space, dataset, _pairs(columns)), tick)
         root = Sizes(images=images).images
@@ -161,12 +161,11 @@ def stats(
     from visrl.data.sizes import Sizes
     from visrl.data.stats import as_table, measure
 
-    with _clear_errors():
-        encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
-        space = _space(box_space) if box_space else None
-        with _progress() as tick:
-            reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns))
-            found = measure(source, inputs, reading, encoder, tick)
+    encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
+    space = _space(box_space) if box_space else None
+    with _progress() as tick:
+        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns))
+        found = measure(source, inputs, reading, encoder, tick)
     print(as_table(found))
     if html:
         from visrl.data.stats_page import write_page
@@ -184,19 +183,6 @@ def _encoder(model: str, image_max_pixels: int | None, crop_max_pixels: int | No
         return load_encoder(model, settings)
     except CheckpointError as error:
         raise ConfigError(f"--model: {error}") from error
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn errors that users can mend into one sentence and a non-zero exit."""
-    from visrl.images import ImageError
-    from visrl.records import RecordError
-
-    try:
-        yield
-    except (ConfigError, RecordError, ImageError) as error:
-        print(f"visrl data: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
 
 
 @contextmanager

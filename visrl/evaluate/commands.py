@@ -6,17 +6,16 @@ Each prints what it read, what it left out and where the result lies. Heavy impo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from visrl.verbs import Verbs
 
 
-class RunUnlessNamed(TyperGroup):
+class RunUnlessNamed(Verbs):
     """`visrl eval CONFIG.yaml key=value` is `visrl eval run CONFIG.yaml key=value`: the verb's form everywhere."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -74,11 +73,10 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score predictions that other programs wrote: as published, and beside it as it should have been done."""
-    with _one_sentence():
-        if protocol is ProtocolName.answers:
-            _score_answers(predictions, truth, judgements, out, as_json)
-        else:
-            _score_boxes(predictions, truth, codec, out, as_json)
+    if protocol is ProtocolName.answers:
+        _score_answers(predictions, truth, judgements, out, as_json)
+    else:
+        _score_boxes(predictions, truth, codec, out, as_json)
 
 
 @app.command()
@@ -93,29 +91,25 @@ def judge(
     attempts: Annotated[int, typer.Option(min=1, help="Tries before a judgement counts as failed.")] = 6,
 ) -> None:
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
-    from visrl.engines.client import Client, Endpoint, EndpointError
+    from visrl.engines.client import Client, Endpoint
     from visrl.evaluate.answers import answered
     from visrl.evaluate.judge import client_asker, judge_all
-    from visrl.records import RecordError
 
-    with _one_sentence():
-        rows, _ = _answer_rows(predictions, truth)
-        asked = [one for one in map(answered, rows) if one is not None]
-        client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
-        try:
-            ask_all = client_asker(client)
-            with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
-                judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
-        except EndpointError as error:
-            raise RecordError(str(error)) from error
-        finally:
-            client.close()
-        failed = sum(one.error is not None for one in judged)
-        unread = sum(one.error is None and one.score is None for one in judged)
-        typer.echo(f"{len(judged)} answers judged: {failed} failed, {unread} replies that could not be read")
-        if len(asked) < len(rows):
-            typer.echo(f"{len(rows) - len(asked)} questions without an answer were not shown to the judge")
-        typer.echo(f"judgements: {out}")
+    rows, _ = _answer_rows(predictions, truth)
+    asked = [one for one in map(answered, rows) if one is not None]
+    client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
+    try:
+        ask_all = client_asker(client)
+        with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
+            judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
+    finally:
+        client.close()
+    failed = sum(one.error is not None for one in judged)
+    unread = sum(one.error is None and one.score is None for one in judged)
+    typer.echo(f"{len(judged)} answers judged: {failed} failed, {unread} replies that could not be read")
+    if len(asked) < len(rows):
+        typer.echo(f"{len(rows) - len(asked)} questions without an answer were not shown to the judge")
+    typer.echo(f"judgements: {out}")
 
 
 @app.command()
@@ -125,22 +119,21 @@ def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
     from visrl.evaluate.statistics import agreement
     from visrl.records import RecordError
 
-    with _one_sentence():
-        first, second = ({(one.dataset, one.id): one for one in read_judgements(path)} for path in (a, b))
-        both = [(first[key], second[key]) for key in first if key in second]
-        scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
-        if not scores:
-            raise RecordError(f"{a} and {b} have no answer that both judges scored; were both asked about the same?")
-        result: dict[str, Any] = agreement([x for x, _ in scores], [y for _, y in scores])
-        result["unread"] = len(both) - len(scores)
-        result["not_shared"] = len(first) + len(second) - 2 * len(both)
-        if as_json:
-            typer.echo(json.dumps(result))
-            return
-        typer.echo(f"{result['n']} answers that both scored")
-        typer.echo(f"left out: {result['unread']} unread by one of them, {result['not_shared']} that one alone judged")
-        for name in ("same", "mean_absolute", "mean_a", "mean_b", "pearson", "kappa"):
-            typer.echo(f"{name:14} {'–' if result[name] is None else format(result[name], '.3f')}")
+    first, second = ({(one.dataset, one.id): one for one in read_judgements(path)} for path in (a, b))
+    both = [(first[key], second[key]) for key in first if key in second]
+    scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
+    if not scores:
+        raise RecordError(f"{a} and {b} have no answer that both judges scored; were both asked about the same?")
+    result: dict[str, Any] = agreement([x for x, _ in scores], [y for _, y in scores])
+    result["unread"] = len(both) - len(scores)
+    result["not_shared"] = len(first) + len(second) - 2 * len(both)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(f"{result['n']} answers that both scored")
+    typer.echo(f"left out: {result['unread']} unread by one of them, {result['not_shared']} that one alone judged")
+    for name in ("same", "mean_absolute", "mean_a", "mean_b", "pearson", "kappa"):
+        typer.echo(f"{name:14} {'–' if result[name] is None else format(result[name], '.3f')}")
 
 
 @app.command()
@@ -150,12 +143,11 @@ def compare(a: Path, b: Path, seed: int = 0, as_json: AsJson = False) -> None:
     from visrl.evaluate.results import read_results
     from visrl.evaluate.tables import comparison_lines
 
-    with _one_sentence():
-        result = compare_results(read_results(a), read_results(b), seed)
-        if as_json:
-            typer.echo(json.dumps(result, ensure_ascii=False))
-        else:
-            typer.echo("\n".join(comparison_lines(result, str(a), str(b))))
+    result = compare_results(read_results(a), read_results(b), seed)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(comparison_lines(result, str(a), str(b))))
 
 
 @app.command()
@@ -170,29 +162,16 @@ def leaderboard(
     from visrl.evaluate.leaderboard import Entry, write_leaderboard
     from visrl.evaluate.results import read_results, summarise
 
-    with _one_sentence():
-        entries = []
-        for given in map(str, results):
-            name, equals, path = given.partition("=")
-            rows = read_results(path if equals else given)
-            entries.append(Entry(name if equals else Path(given).stem, summarise(rows), judge_name))
-        write_leaderboard(out, entries)
-        typer.echo(f"leaderboard: {out}")
+    entries = []
+    for given in map(str, results):
+        name, equals, path = given.partition("=")
+        rows = read_results(path if equals else given)
+        entries.append(Entry(name if equals else Path(given).stem, summarise(rows), judge_name))
+    write_leaderboard(out, entries)
+    typer.echo(f"leaderboard: {out}")
 
 
 # --- Pieces -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turns the errors a user can mend into one sentence and exit code 1; others keep their traceback."""
-    from visrl.records import RecordError
-
-    try:
-        yield
-    except (RecordError, OSError) as error:
-        typer.echo(f"visrl eval: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:

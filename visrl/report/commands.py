@@ -11,21 +11,16 @@ def report(run: Path) -> None:
     """Write the report of a run folder, and say what it was made from and what is not there yet.
 
     Raises:
-        typer.Exit: no report can be made; the sentence is on standard error.
+        ReportError: no report can be made of it.
     """
-    from visrl.report.files import ReportError
     from visrl.report.page import render, save
     from visrl.report.run import load_run
 
-    try:
-        loaded = load_run(run)
-        path = save(run, render(loaded))
-    except (ReportError, OSError) as error:
-        typer.echo(f"visrl report: {error}", err=True)
-        raise typer.Exit(1) from error
+    loaded = load_run(run)
+    path = save(run, render(loaded))
     typer.echo(
         f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "
-        f"{len(loaded.curves)} training logs, {len(loaded.manifests)} manifests"
+        f"{len(loaded.curves)} training logs, {len(loaded.evaluations)} evaluations, {len(loaded.manifests)} manifests"
     )
     if loaded.missing:
         typer.echo(f"left out, not there yet: {', '.join(loaded.missing)}")

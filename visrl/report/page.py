@@ -47,6 +47,7 @@ def render(run: Run) -> str:
         curves=curve_figures(run.curves),
         stage_rows=_stage_rows(run),
         measures=MEASURES,
+        columns=list(dict.fromkeys(column for evaluation in run.evaluations for column in evaluation.scores)),
         control_names=CONTROLS,
         control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
         **_kinds(run),

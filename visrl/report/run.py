@@ -7,7 +7,7 @@ error. The last line of a file that something is still writing may be unfinished
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ CONTROLS = {
     "truth": "True box",
 }  # in the order in which they should bound each other
 
+SCORES = "scores.json"  # of a folder that `visrl eval` wrote
 MARKS = ("summary.json", "log.jsonl", "eval", "iter0")  # at the top of every run, from its first step on
-REMEDY = "give the folder that `visrl demo`, `visrl evolve` or `visrl train` wrote to"
+REMEDY = "give the folder that `visrl demo`, `visrl evolve`, `visrl train` or `visrl eval` wrote to"
 ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
 
 
@@ -92,6 +93,15 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `visrl eval` found: `facts` are its `scores.json`, `scores` its columns, failures counted 0."""
+
+    name: str  # of its folder
+    facts: Row
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A run folder as it is now."""
 
@@ -101,6 +111,7 @@ class Run:
     controls: dict[str, dict[str, Scores]]  # by checkpoint ("first", "last"), then by control
     pairs: list[Pairs]
     curves: list[Curve]
+    evaluations: list[Evaluation]
     manifests: dict[str, Row]  # by folder, relative to the run
     missing: list[str]
 
@@ -119,7 +130,9 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ReportError(f"no run at {folder}; {REMEDY}")
-    if not any((folder / mark).exists() for mark in MARKS):
+    evaluations = _evaluations(folder)
+    is_run = any((folder / mark).exists() for mark in MARKS)
+    if not is_run and not evaluations:
         raise ReportError(f"{folder} holds no {', '.join(MARKS[:-1])} or {MARKS[-1]}; {REMEDY}")
     summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
@@ -130,12 +143,14 @@ def load_run(folder: Path) -> Run:
         controls=_controls(folder, summary, stages),
         pairs=_pairs(folder, summary),
         curves=_curves(folder),
+        evaluations=evaluations,
         manifests={str(path.parent.relative_to(folder)): read_object(path) for path in sorted(folder.rglob(MANIFEST))},
         missing=[],
     )
     parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
              "training logs": run.curves}  # fmt: skip
-    run.missing.extend(name for name, part in parts.items() if not part)
+    if is_run:
+        run.missing.extend(name for name, part in parts.items() if not part)
     return run
 
 
@@ -184,9 +199,9 @@ def _by_kind(rows: Sequence[Row]) -> dict[str, Row]:
     }
 
 
-def _scores(entry: Row) -> Scores:
+def _scores(entry: Row, measures: Iterable[str] = MEASURES) -> Scores:
     return {name: Score(**{key: entry[name][key] for key in ("mean", "low", "high")})
-            for name in MEASURES if isinstance(entry.get(name), dict)}  # fmt: skip
+            for name in measures if isinstance(entry.get(name), dict)}  # fmt: skip
 
 
 def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, dict[str, Scores]]:
@@ -255,6 +270,18 @@ def _curves(folder: Path) -> list[Curve]:
         parts = [re.sub(r"^(iter|stage)(\d+)$", r"\1 \2", part) for part in path.relative_to(folder).parts[:-1]]
         if rows:
             found.append(Curve(", ".join(parts) or "training", rows))
+    return found
+
+
+def _evaluations(folder: Path) -> list[Evaluation]:
+    """What `visrl eval` wrote to the folder, or to folders in it."""
+    found = []
+    for path in [folder / SCORES, *sorted(folder.glob(f"*/{SCORES}"))]:
+        if path.is_file():
+            facts = read_object(path)
+            counted = {column: entry.get("counted") for column, entry in facts.get("columns", {}).items()}
+            scores = _scores(counted, tuple(counted))
+            found.append(Evaluation(path.parent.name, facts, scores))
     return found
 
 

@@ -83,6 +83,9 @@ def gap_closed(run: Run) -> float | None:
 
 def lede(run: Run) -> str:
     """The run in a sentence or two."""
+    if not run.stages and run.evaluations:
+        models = sorted({str(evaluation.facts.get("model", "a model")) for evaluation in run.evaluations})
+        return f"{count(len(run.evaluations), 'evaluation')} of {', '.join(models)}."
     if not run.stages:
         return "No checkpoint of this run has been evaluated yet."
     first, last = run.stages[0], run.stages[-1]
