@@ -72,7 +72,7 @@ class DemoConfig(Config):
     model_name_or_path: str = ""  # "": the embedded model
     output_dir: Path = Path("runs/demo")
     iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
-    questions: int = Field(800, ge=1)  # preference questions drawn for each iteration
+    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
     tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
     kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
