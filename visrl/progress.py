@@ -13,7 +13,7 @@ Thing = TypeVar("Thing")
 LINE_EVERY = 15.0  # seconds between plain lines
 
 
-def progress(things: Sequence[Thing], what: str, *, unit: str = "item") -> Iterator[Thing]:
+def progress(things: Sequence[Thing], what: str, *, units: str = "items") -> Iterator[Thing]:
     """Iterate over `things`, showing how far it is."""
     if sys.stderr.isatty():
         yield from track(things, description=what)
@@ -23,6 +23,6 @@ def progress(things: Sequence[Thing], what: str, *, unit: str = "item") -> Itera
         now = time.monotonic()
         if number and now - last >= LINE_EVERY:
             left = (now - started) / number * (len(things) - number)
-            print(f"{what}: {number} of {len(things)} {unit}s, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{what}: {number} of {len(things)} {units}, about {left:.0f} s left", file=sys.stderr, flush=True)
             last = now
         yield thing

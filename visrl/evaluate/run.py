@@ -170,7 +170,7 @@ def _answers(
                 print(notice)
             claim_folder(config.output_dir, identity)
             with Journal(config.output_dir / JOURNAL) as journal:
-                for part in progress(waiting, "eval", unit="part"):
+                for part in progress(waiting, "eval", units="parts"):
                     rows = _ask(opened.policy, part, protocol, config, rule)
                     journal.append(rows)
                     known.update((key_of(row), row) for row in rows)

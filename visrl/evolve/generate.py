@@ -87,7 +87,7 @@ def generate(config: GenerateConfig) -> Path:
     with open_players(config, samples) as play, Journal(tried) as tries, Journal(judged) as verdicts:
         settings = rollout_settings(config, play)
         earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
-        for number, part in enumerate(progress(parts, "generate", unit="batch")):
+        for number, part in enumerate(progress(parts, "generate", units="batches")):
             rolled: Sequence[Trajectory]
             if number < kept:
                 rolled = list(islice(earlier, len(part) * per_sample))

@@ -61,7 +61,7 @@ def reference_logps(
     logps: dict[str, float] = {}
     count = len(items)  # type: ignore[arg-type]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for members, _ in progress(dealt(batches), "reference log-probabilities", unit="batch"):
+    for members, _ in progress(dealt(batches), "reference log-probabilities", units="batches"):
         batch: Batch = collator([items[n] for n in members])["batch"]
         if features is not None:
             features.fill(batch.packed, device)
