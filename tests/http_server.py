@@ -122,13 +122,19 @@ FAULTS: dict[str, Script] = {
 }
 
 
-def often_faulty(sound: Script, faults: Sequence[str] = tuple(FAULTS)) -> tuple[Script, Counter[str]]:
-    """A script of which 30 % of the calls end in one of these faults, and its count of what it did."""
+def often_faulty(sound: Script, faults: Sequence[str] = tuple(FAULTS), hangs: int = 3) -> tuple[Script, Counter[str]]:
+    """A script of which 30 % of the calls end in one of these faults, and its count of what it did.
+
+    Each of its `hangs` costs the client its whole limit. They are few, so that a limit can be long enough for every
+    sound reply of a slow machine; the other faults take their place afterwards.
+    """
     dice, lock, done = random.Random(1), threading.Lock(), Counter[str]()
+    passing = [kind for kind in faults if kind != "time-out"]
 
     def script(handler: Handler, body: dict[str, Any]) -> None:
         with lock:
-            what = dice.choice(faults) if dice.random() < 0.3 else "ok"
+            kinds = faults if done["time-out"] < hangs else passing
+            what = dice.choice(kinds) if dice.random() < 0.3 else "ok"
             done[what] += 1
         FAULTS.get(what, sound)(handler, body)
 

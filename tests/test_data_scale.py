@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from data_rows import viscot
+from waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from visrl.data.commands import app; app()"]
@@ -25,11 +25,9 @@ def test_an_interrupted_conversion_leaves_no_half_file(tmp_path):
     with open(source, "w") as rows:  # opens when the command has opened its end, and then it waits for more rows
         rows.write(json.dumps(viscot(0, (1, 1, 50, 50), (100, 100))) + "\n")
         rows.flush()
-        deadline = time.monotonic() + 60
-        while not Path(f"{out}.part").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(Path(f"{out}.part").exists)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) != 0
+        assert process.wait(PATIENCE_S) != 0
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     assert b"Traceback" not in process.stderr.read()
 

@@ -117,14 +117,15 @@ def test_requests_are_made_as_slots_come_free() -> None:
 
 
 def test_several_servers_share_the_work() -> None:
-    def slow(handler: Handler, body: dict[str, Any]) -> None:
-        time.sleep(0.01)
+    four = threading.Barrier(4)
+
+    def in_fours(handler: Handler, body: dict[str, Any]) -> None:
+        four.wait(60)  # each request is with its server before the next ones are sent
         echo(handler, body)
 
-    with serving(slow) as one, serving(slow) as two, client_of(one.url, two.url, concurrency=4) as client:
+    with serving(in_fours) as one, serving(in_fours) as two, client_of(one.url, two.url, concurrency=4) as client:
         client.ask_all(ask(str(number)) for number in range(40))
-    assert len(one.bodies) + len(two.bodies) == 40
-    assert min(len(one.bodies), len(two.bodies)) >= 10
+    assert len(one.bodies) == len(two.bodies) == 20
 
 
 def test_a_dead_server_among_living_ones_costs_no_answer() -> None:
@@ -214,12 +215,12 @@ def test_a_garbage_body_is_a_value(body: bytes, content_type: str) -> None:
 
 def test_a_faulty_server_loses_no_row() -> None:
     """30 % of the calls fail in five ways; every row comes back and every failure is counted."""
-    script, sent = often_faulty(echo)
-    with serving(script) as server, client_of(server.url, attempts=12, timeout_s=0.5, concurrency=16) as client:
-        replies = client.ask_all(ask(str(number)) for number in range(200))
-    assert [reply.text for reply in replies] == [str(number) for number in range(200)]
+    script, sent = often_faulty(echo, hangs=2)
+    with serving(script) as server, client_of(server.url, attempts=12, timeout_s=2.0, concurrency=4) as client:
+        replies = client.ask_all(ask(str(number)) for number in range(120))
+    assert [reply.text for reply in replies] == [str(number) for number in range(120)]
     counts = client.counts
-    assert counts["ok"] == 200
+    assert counts["ok"] == 120
     for what in ("http 500", "http 429", "garbage"):
         # Where a machine is slow, a reply of any kind may come too late and be counted as that.
         assert 0 < counts[what] <= sent[what]

@@ -198,7 +198,7 @@ def test_a_faulty_server_leads_to_a_whole_run_with_every_failure_counted(tmp_pat
     with scripted(script) as server:
         asked = config_of(
             tmp_path, rounds=2, policy_url=server.url, policy_served_name="m", critic_url=server.url,
-            critic_served_name="m", request_timeout_s=0.6, request_attempts=2, concurrency=24, batch_size=24,
+            critic_served_name="m", request_timeout_s=6.0, request_attempts=2, concurrency=4, batch_size=24,
         )  # fmt: skip
         out = generate(asked)
     tried, said, facts = trajectories(out), verdicts(out), manifest(out)
