@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from typing import Any
 
@@ -75,7 +76,7 @@ class KnownEngine:
                     ended[index] = "length" if len(text) == rows[index].sampling.max_tokens else "stop"
                     continue
                 said[index] = text[: len(said[index]) + 1]
-                if on_token is not None and not on_token(index, said[index]):
+                if on_token is not None and not on_token(index, partial(str, said[index])):
                     ended[index] = "stop"
         self.running = 0
         self.said += said

@@ -1,13 +1,18 @@
 """The local engine against transformers' own generate, on real pictures of drawn scenes and a random tiny model."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from visrl.box import Box
 from visrl.conversation import (
     Conversation,
     Message,
     Sampling,
+    View,
     answer_conversation,
     crop_view,
     focus_conversation,
@@ -99,14 +104,15 @@ def test_every_row_has_its_own_limits_and_can_be_stopped(engine, talks):
     rows = [Row(talks[0][0], Sampling(max_tokens=3), 0), Row(talks[0][0], Sampling(max_tokens=7), 0)]
     seen: list[tuple[int, str]] = []
 
-    def watch(row: int, text: str) -> bool:
-        seen.append((row, text))
+    def watch(row: int, read: Callable[[], str]) -> bool:
+        seen.append((row, read()))
         return not (row == 1 and len([r for r, _ in seen if r == 1]) == 5)
 
     short, long = engine.generate(rows, watch)
     assert (short.tokens, short.finish_reason) == (3, "length")
     assert long.tokens == 5
     assert long.text.startswith(short.text)
+    assert seen[-1] == (1, long.text)
 
 
 def test_control_tokens_in_a_question_are_an_error_and_not_a_crash(engine, talks):
@@ -125,3 +131,34 @@ def test_no_model_is_one_clear_sentence(tmp_path, tiny):
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match="the weights cannot be loaded"):
         load_model(tmp_path)
+
+
+def test_rows_that_end_early_change_nothing_for_the_others(engine, talks):
+    """Most trees and forks end after a token or two and are left out of the steps that follow."""
+    lengths = [[1, 9, 2], [1, 1, 1], [12, 1, 4], [2, 1, 1], [1, 2, 1], [1, 1, 3]]
+    rows = [
+        Row(talk, Sampling(temperature, 0.9, length), seed)
+        for talk, own in zip(talks[0], lengths, strict=True)
+        for seed, length in enumerate(own)
+        for temperature in (0.0, 1.0)
+    ]
+    engine.forget()
+    together = engine.generate(rows)
+    follow_up = engine.complete(talks[1], Sampling(max_tokens=8), [[0]] * 6)
+    for row, completion in zip(rows, together, strict=True):
+        engine.forget()
+        assert engine.generate([row])[0] == completion
+    engine.forget()
+    assert engine.complete(talks[1], Sampling(max_tokens=8), [[0]] * 6) == follow_up
+
+
+@pytest.mark.parametrize("size", [(672, 672), (300, 90), (41, 333), (57, 20), (112, 112)])
+@pytest.mark.parametrize("is_crop", [False, True])
+def test_pictures_are_resized_as_the_processor_resizes_them(engine, size, is_crop):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    encoder = engine.encoder
+    ours = encoder.encode_views([View(f"noise {size} {is_crop}", Image.fromarray(noise), is_crop)])[0]
+    limits = encoder._limits(is_crop)
+    theirs = encoder.processor.image_processor([Image.fromarray(noise)], size=limits, return_tensors="pt")
+    assert torch.equal(ours.pictures["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours.pictures["image_grid_thw"], theirs["image_grid_thw"])

@@ -7,8 +7,10 @@ computes nothing but its crops. Greedy texts equal those of the model's plain `g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +21,15 @@ from transformers import DynamicCache
 from visrl.box import Size
 from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
+from visrl.engines.forest import Field, Forest
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import EncodedView, Encoder, PromptError, TokenPath
 from visrl.models.families import join_pictures
 from visrl.models.load import load_encoder, load_model
 from visrl.models.settings import ModelSettings
-from visrl.train.tree import Tree
 
-OnToken = Callable[[int, str], bool]
+ReadText = Callable[[], str]
+OnToken = Callable[[int, ReadText], bool]  # told the row and how to read its text so far; False stops the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +39,6 @@ class Row:
     conversation: Conversation
     sampling: Sampling
     seed: int
-
-
-@dataclass(slots=True)
-class Forest:
-    """The trees of one batch and their keys and values: one cache row per tree.
-
-    `slots[b]` gives the cache slot of every token of tree b, in the order of the tree.
-    """
-
-    trees: dict[str, Tree]
-    cache: DynamicCache
-    slots: list[np.ndarray]
-    length: int = 0
-    leaves: dict[tuple[str, ...], tuple[np.ndarray, torch.Tensor]] = field(default_factory=dict)
 
 
 class LocalEngine:
@@ -111,7 +100,9 @@ class LocalEngine:
 
     @torch.inference_mode()
     def generate(self, rows: Sequence[Row], on_token: OnToken | None = None) -> list[Completion]:
-        """One completion per row. `on_token(row, text so far)` is told every token and stops the row by False."""
+        """One completion per row. `on_token(row, read)` is told of every token, `read()` being the row's text so far,
+        and stops the row by False.
+        """
         training = self.model.training
         self.model.eval()
         done: list[Completion | None] = [None] * len(rows)
@@ -179,7 +170,7 @@ class LocalEngine:
         """Compute what the paths add to the kept trees; for every row, the slots of its path and its next logits."""
         forest = self._forest
         if forest is None or list(forest.trees) != list(groups):
-            forest = Forest({key: Tree() for key in groups}, DynamicCache(), [np.empty(0, np.int64) for _ in groups])
+            forest = Forest.of(groups)
         self._forest = None  # a failure below must not leave half a forest behind
         before = [tree.size for tree in forest.trees.values()]
         seen_views = [len(tree.views) for tree in forest.trees.values()]
@@ -242,46 +233,31 @@ class LocalEngine:
         on_token: OnToken | None,
     ) -> None:
         """Draw token after token, all samples of a tree side by side in its row."""
-        trees = len(groups)
-        forks = max(len(members) for members in groups.values())
-        grid = np.full((trees, forks), -1)
-        for b, members in enumerate(groups.values()):
-            grid[b, : len(members)] = members
-        alive = grid >= 0
-        draws = {n: Draw(rows[n]) for members in groups.values() for n in members}
-        visible = np.zeros((trees, forks, forest.length), dtype=bool)
-        trunk_end = np.zeros((trees, forks), dtype=np.int64)
+        field = Field.of(groups, forest, places)
+        draws = {n: Draw(rows[n]) for n in places}
         head = next(iter(logits.values()))
-        now = torch.zeros(trees, forks, len(head), dtype=head.dtype, device=head.device)
-        for b, members in enumerate(groups.values()):
-            tree = list(forest.trees.values())[b]
-            positions = np.concatenate(tree.positions, axis=1)
-            slot_position = {int(s): int(positions[:, p].max()) for p, s in enumerate(forest.slots[b])}
-            for j, n in enumerate(members):
-                visible[b, j, places[n]] = True
-                trunk_end[b, j] = max(slot_position[int(s)] for s in places[n]) + 1
-                now[b, j] = logits[n]
+        now = torch.zeros(*field.grid.shape, len(head), dtype=head.dtype, device=head.device)
+        for (b, j), n in np.ndenumerate(field.grid):
+            if n >= 0:
+                now[b, j] = logits[int(n)]
         texts: dict[int, list[int]] = {n: [] for n in draws}
         pad = self.encoder.tokenizer.pad_token_id or 0
         depth = next(iter(forest.trees.values())).positions[0].shape[0]
-        step = 0
-        own = np.tile(np.eye(forks, dtype=bool), (trees, 1, 1))
-        while True:
-            chosen = draw_tokens(now, grid, alive, draws, step)
-            for b, j in zip(*np.nonzero(alive), strict=True):
-                n, token = int(grid[b, j]), int(chosen[b, j])
+        for step in itertools.count():
+            chosen = draw_tokens(now, field.grid, field.alive, draws, step)
+            for b, j in zip(*np.nonzero(field.alive), strict=True):
+                n, token = int(field.grid[b, j]), int(chosen[b, j])
                 reason = self.take(rows[n], texts[n], token, n, on_token)
                 if reason:
-                    alive[b, j] = False
+                    field.alive[b, j] = False
                     text = self.encoder.decode(texts[n])
                     done[n] = Completion(text, len(texts[n]), reason, prompt_tokens=len(places[n]))
-            if not alive.any():
+            if not field.alive.any():
                 return
-            visible = np.concatenate([visible, own], axis=2)
-            positions = np.broadcast_to(trunk_end + step, (depth, trees, forks))
-            ids = np.where(alive, chosen, pad)
-            now = self._forward(ids, positions, visible, forest.cache, [], list(range(forks)))
-            step += 1
+            ids = field.close_up(np.where(field.alive, chosen, pad))
+            field.grow()
+            positions = np.broadcast_to(field.next_position + step, (depth, *ids.shape))
+            now = self._forward(ids, positions, field.visible, field.cache, [], list(range(ids.shape[1])))
 
     def take(
         self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None
@@ -290,7 +266,7 @@ class LocalEngine:
         if token == self.encoder.end_id:
             return "stop"
         text.append(token)
-        if on_token is not None and not on_token(number, self.encoder.decode(text)):
+        if on_token is not None and not on_token(number, partial(self.encoder.decode, text)):
             return "stop"
         return "length" if len(text) >= row.sampling.max_tokens else None
 

@@ -31,7 +31,7 @@ FORGET_BATCHES = 8  # an engine that keeps the last pictures' work must not keep
 BATCH_AREA = 64_000_000
 
 State = Literal["loading", "ready", "failed", "stopped"]
-OnToken = Callable[[int, str], bool]
+OnToken = Callable[[int, Callable[[], str]], bool]
 
 
 class RowEngine(Protocol):
@@ -261,12 +261,16 @@ class Batcher:
         return len(self._waiting) >= self._max_batch or self._state == "stopped"
 
     def _compute(self, engine: RowEngine, batch: list[_Job]) -> None:
-        def on_token(index: int, text: str) -> bool:
+        def on_token(index: int, read: Callable[[], str]) -> bool:
             job = batch[index]
-            go_on, visible = job.row.see(text)
+            if job.row.cancelled or self._state != "ready":
+                return False
+            if not job.row.is_followed:  # nobody needs the text before its end
+                return True
+            go_on, visible = job.row.see(read())
             if visible is not None and job.row.on_text is not None:
                 job.post(job.row.on_text, visible)
-            return go_on and self._state == "ready"
+            return go_on
 
         engine.keep(view for job in batch for view in job.prepared)
         try:

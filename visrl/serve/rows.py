@@ -26,6 +26,11 @@ class Row:
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether anything depends on the text before it ends."""
+        return self.on_text is not None or bool(self.stops)
+
     def see(self, text: str) -> tuple[bool, str | None]:
         """Whether to go on after `text` so far, and the visible part of it where that has grown."""
         if self.cancelled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 
@@ -79,6 +80,9 @@ async def _watch(server: uvicorn.Server, config: ServeConfig, backend: Backend) 
     while backend.state == "loading" or not server.started:
         await asyncio.sleep(0.05)
     if backend.state == "ready":
+        # What is loaded by now stays: without this, a fifth of the server's time goes into looking through it again.
+        gc.collect()
+        gc.freeze()
         _announce(server, config)
     while backend.state == "ready":
         await asyncio.sleep(0.5)
