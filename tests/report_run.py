@@ -58,19 +58,28 @@ def measures(rows: list[dict]) -> dict:
     }
 
 
+def verdict(tried: dict) -> dict:
+    """What a model critic said of a try: nothing of one without a box, and now and then what cannot be read."""
+    key = {name: tried[name] for name in ("sample_id", "round", "branch")}
+    if tried["error"]:
+        return {**key, "box_score": None, "answer_score": None, "raw": tried["error"]}
+    unread = tried["seed"] % 100 == 10
+    replies = {"box": ["1"], "answer": ["hm"] * 3 if unread else ["0"]}
+    raw = json.dumps({what: {"replies": said, "error": None} for what, said in replies.items()})
+    return {**key, "box_score": 1.0, "answer_score": None if unread else 0.0, "raw": raw}
+
+
 def write_training(run: Path, iteration: int, rng: random.Random) -> None:
     """The generate, filter and train folders of one iteration."""
     folder = run / f"iter{iteration}"
     tries = [
         {"sample_id": f"pref-{index // 6}", "round": index % 3, "branch": index % 2, "box_text": "[0, 0, 1, 1]",
          "box": None if index % 50 == 0 else [0, 0, 1, 1], "origin": "random" if index % 5 == 0 else "sampled",
-         "answer": "42", "engine": "local", "seed": index, "error": None}
+         "answer": "42", "engine": "local", "seed": index, "error": "box: no box" if index % 50 == 0 else None}
         for index in range(240)
     ]  # fmt: skip
     write_records(folder / "generate/trajectories.jsonl", tries)
-    write_records(folder / "generate/verdicts.jsonl", [
-        {"sample_id": row["sample_id"], "round": row["round"], "branch": row["branch"], "box_score": 1.0,
-         "answer_score": None if row["seed"] % 100 == 0 else 0.0, "raw": ""} for row in tries])  # fmt: skip
+    write_records(folder / "generate/verdicts.jsonl", [verdict(row) for row in tries])
     write_records(folder / "filter/preferences.jsonl", [{"id": f"pref-{index}", "step": "box"} for index in range(22)])
     write_manifest(folder / "filter", verb="filter", config={"win": 0.8, "lose": 0.2}, parents={})
     for stage in (1, 2):
@@ -125,7 +134,7 @@ def write_run(run: Path, questions: int = 60) -> Path:
         write_training(run, iteration, rng)
         dropped = {"no_winner": 8, "no_loser": 6, "neither": 3, "same_text": 1}
         summary["pairs"].append({"iteration": iteration, "questions": 40, "kept": 22, "dropped_by_reason": dropped,
-                                 "trajectories": 240, "unparsed_boxes": 5})  # fmt: skip
+                                 "trajectories": 240})  # fmt: skip
     summary |= {"seconds": 512.0, "seconds_by_step": {"generate 0": 120.0, "stage1 0": 61.0, "evaluate": 190.0},
                 "peak_rss_mb": 1834, "versions": {"visrl": "0.1.0", "torch": "2.15"}}  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

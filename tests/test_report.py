@@ -14,12 +14,13 @@ from report_run import STAGES, write_run
 
 from visrl.box import Box
 from visrl.cli import main
+from visrl.manifest import write_manifest
 from visrl.records import read_jsonl, write_records
 from visrl.report.commands import report
 from visrl.report.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
 from visrl.report.figures import INKS
 from visrl.report.files import ReportError
-from visrl.report.gallery import OUTCOMES, draw_lot
+from visrl.report.gallery import OUTCOMES, draw_lot, exhibits
 from visrl.report.page import write_report
 from visrl.report.run import load_run
 from visrl.report.story import caveats, change
@@ -90,7 +91,7 @@ def test_a_finished_run_is_shown_whole(finished: Path, text: str) -> None:
         assert f"{100 * stage['answer_accuracy']['mean']:.1f} %" in page.text
         assert f"{stage['box_iou']['mean']:.3f}" in page.text
     for words in ("kept 22", "no winner 8", "no loser 6", "same text 1", "240", "48 with a box placed at random",
-                  "Centre box", "1,834 MB", "torch 2.15", "pref_beta", "3 verdicts unread"):  # fmt: skip
+                  "Centre box", "1,834 MB", "torch 2.15", "pref_beta", "3 scores unread"):  # fmt: skip
         assert words in page.text, words
     assert len(page.all("svg")) == 3 + 6 + 2 + 2
     sections = [attrs["id"] for attrs in page.all("section")]
@@ -237,6 +238,17 @@ def test_a_picture_that_is_gone_is_named_in_its_place(run: Path) -> None:
     page = page_of(run)
     assert page.text.count("no picture at gone.png") == 36
     assert not page.all("img")
+
+
+def test_pictures_are_named_from_the_folder_that_the_run_was_given(run: Path, finished: Path) -> None:
+    for name in STAGES:
+        path = run / f"eval/{name}.jsonl"
+        write_records(path, [{**row, "image": Path(row["image"]).name} for row in read_jsonl(path)])
+    loaded = load_run(run)
+    assert all("no picture at" in shown.problem for shown in exhibits(loaded.stages, "exact", 2))
+    write_manifest(run, verb="evolve", config={"image_root": str(finished / "pictures")}, parents={})
+    found = exhibits(loaded.stages, "exact", 2, load_run(run).image_root)
+    assert [shown.problem for shown in found] == ["", ""]
 
 
 def test_words_of_a_model_cannot_become_markup(run: Path) -> None:

@@ -79,16 +79,19 @@ def shared_ids(stages: Iterable[Stage]) -> list[str]:
     return [name for name in first if all(name in rows for rows in rest)]
 
 
-def exhibits(stages: list[Stage], rule: CropRule, count: int = PICTURES) -> list[Exhibit]:
-    """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops."""
-    return [_exhibit(stages, rule, name) for name in draw_lot(shared_ids(stages), count)]
+def exhibits(stages: list[Stage], rule: CropRule, count: int = PICTURES, root: str | None = None) -> list[Exhibit]:
+    """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops.
+
+    `root` is the folder that pictures are named from.
+    """
+    return [_exhibit(stages, rule, root, name) for name in draw_lot(shared_ids(stages), count)]
 
 
-def _exhibit(stages: list[Stage], rule: CropRule, name: str) -> Exhibit:
+def _exhibit(stages: list[Stage], rule: CropRule, root: str | None, name: str) -> Exhibit:
     ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
     rows = [stage.rows[name] for stage, _ in ends]
     boxes = [Box(*row["box"]) if row["box"] else None for row in rows]
-    image, problem = _open(rows[0]["image"])
+    image, problem = _open(rows[0]["image"], root)
     marks = [(Box(*rows[0]["true_box"]), TRUE_COLOUR, "true")] if rows[0].get("true_box") else []
     labels = ("SFT" if stages[0].name == "sft" else "first", "last")
     marks += [(box, colour, label) for box, (_, colour), label in zip(boxes, ends, labels, strict=False) if box]
@@ -120,8 +123,8 @@ def _exhibit(stages: list[Stage], rule: CropRule, name: str) -> Exhibit:
     )
 
 
-def _open(ref: str) -> tuple[Image.Image | None, str]:
+def _open(ref: str, root: str | None) -> tuple[Image.Image | None, str]:
     try:
-        return open_image(ref), ""
+        return open_image(ref, root), ""
     except ImageError as error:
         return None, str(error)  # shown in the picture's place: a question does not leave the lot for it

@@ -114,7 +114,7 @@ def _gallery(run: Run) -> Row:
         shown = count_outcomes(stages[0], stages[-1], draw_lot(ids))
         outcomes = [(name, shown[name], everywhere[name]) for name in everywhere]
     return {
-        "gallery": exhibits(stages, run.crop_rules[-1]) if ids else [],
+        "gallery": exhibits(stages, run.crop_rules[-1], root=run.image_root) if ids else [],
         "gallery_total": len(ids),
         "outcomes": outcomes,
         "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},

@@ -14,7 +14,9 @@ from typing import Any
 
 from visrl.box import CropRule
 from visrl.evaluate.statistics import interval
+from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
+from visrl.records import Verdict, from_json
 from visrl.report.files import ReportError, Row, read_object, read_rows
 
 MEASURES = {
@@ -81,7 +83,7 @@ class Pairs:
     tries: int
     random_boxes: int
     unparsed: int
-    unread: int  # verdicts of which a score could not be read
+    unread: int  # scores that the critic was asked for and that could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,12 @@ class Run:
         """The crop rules that the manifests name; more than one is worth a warning, none means "exact"."""
         places = [place for manifest in self.manifests.values() for place in (manifest, manifest.get("config", {}))]
         return sorted({place["crop_rule"] for place in places if isinstance(place.get("crop_rule"), str)}) or ["exact"]
+
+    @property
+    def image_root(self) -> str | None:
+        """The folder that the run's pictures are named from, where its manifests name one."""
+        roots = [manifest.get("config", {}).get("image_root") for manifest in self.manifests.values()]
+        return next((root for root in roots if root), None)
 
 
 def load_run(folder: Path) -> Run:
@@ -236,7 +244,7 @@ def _pairs(folder: Path, summary: Row) -> list[Pairs]:
                 dropped=dict(sorted(entry.get("dropped_by_reason", {}).items(), key=lambda item: -item[1])),
                 tries=entry.get("trajectories", tally["tries"]),
                 random_boxes=tally["random_boxes"],
-                unparsed=entry.get("unparsed_boxes", tally["unparsed"]),
+                unparsed=tally["unparsed"],
                 unread=tally["unread"],
             )
         )
@@ -246,19 +254,20 @@ def _pairs(folder: Path, summary: Row) -> list[Pairs]:
 def _tally(folder: Path) -> dict[str, Any]:
     """Counts over the records of one iteration, for what the summary does not say."""
     files = {
-        folder / "generate/trajectories.jsonl": ("sample_id", "origin", "box"),
-        folder / "generate/verdicts.jsonl": ("box_score", "answer_score"),
+        folder / "generate/trajectories.jsonl": ("sample_id", "origin", "error"),
+        folder / "generate/verdicts.jsonl": ("sample_id", "round", "branch", "box_score", "answer_score"),
         folder / "filter/preferences.jsonl": ("id",),
     }
     tries, verdicts, preferences = (read_rows(path, keys) if path.is_file() else None for path, keys in files.items())
     tries = tries or []
+    judged = count_verdicts(from_json(Verdict, row) for row in verdicts or [])
     return {
         "questions": len({row["sample_id"] for row in tries}),
         "kept": None if preferences is None else len({row["id"] for row in preferences}),
         "tries": len(tries),
         "random_boxes": sum(row["origin"] == "random" for row in tries),
-        "unparsed": sum(row["box"] is None for row in tries),
-        "unread": sum(row["box_score"] is None or row["answer_score"] is None for row in verdicts or []),
+        "unparsed": sum((row["error"] or "").startswith("box:") for row in tries),
+        "unread": sum(number for what, number in judged.items() if what.startswith(("unread", "failed"))),
     }
 
 

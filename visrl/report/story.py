@@ -123,7 +123,9 @@ def caveats(run: Run) -> list[str]:
             )
     unread = sum(pairs.unread for pairs in run.pairs)
     if unread:
-        notes.append(f"{count(unread, 'critic verdict')} could not be read and count neither for nor against a try.")
+        notes.append(
+            f"{count(unread, 'score')} of the critic could not be read and count neither for nor against a try."
+        )
     if run.curves:
         notes.append(
             "Reward accuracy, margins and log-probabilities are of the pairs trained on, which can be memorised. "
