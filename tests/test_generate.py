@@ -24,7 +24,7 @@ from waiting import wait_until
 
 from visrl.config import ConfigError, read_config
 from visrl.evolve.check import check_critic, check_lines, tell_apart
-from visrl.evolve.generate import GenerateConfig, generate, parse_shard, questions_of
+from visrl.evolve.generate import GenerateConfig, generate, merge_shards, parse_shard, questions_of
 from visrl.evolve.players import critic_name, original_base
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
@@ -142,6 +142,13 @@ def test_shards_one_after_another_are_the_whole(whole, tmp_path):
     joined = [b"".join(parts) for parts in zip(*map(contents, shards), strict=True)]
     assert joined == contents(whole)
     assert [manifest(shard)["questions"] for shard in shards] == [4, 8]
+    for shard, ended in zip(shards, ({"ok": 3}, {"ok": 4, "http 500": 1}), strict=True):
+        told = manifest(shard) | {"requests": {"policy": ended}}
+        (shard / "manifest.json").write_text(json.dumps(told), encoding="utf-8")
+    merged = merge_shards(shards, tmp_path / "merged")
+    assert contents(merged) == contents(whole)
+    assert manifest(merged)["counts"] == manifest(whole)["counts"]
+    assert manifest(merged)["requests"] == {"policy": {"ok": 7, "http 500": 1}}
 
 
 def test_bad_shards_and_other_work_are_refused(whole, tmp_path):

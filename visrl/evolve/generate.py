@@ -238,12 +238,17 @@ def merge_shards(folders: Sequence[Path], out: Path) -> Path:
                     shutil.copyfileobj(part, whole)
         os.replace(out / f"{name}.part", out / name)
     counts: Counter[str] = Counter()
+    requests: dict[str, Counter[str]] = {}
     for manifest in found:
         counts.update(manifest["counts"])
-    facts = {key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")}
+        for role, ended in manifest["requests"].items():
+            requests.setdefault(role, Counter()).update(ended)
+    facts: dict[str, Any] = {
+        key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")
+    }
     same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
-    parents = found[0]["parents"]
-    write_manifest(out, verb="generate", config=identity, parents=parents, counts=dict(counts), **facts, **same)
+    facts |= {"counts": dict(counts), "requests": requests}
+    write_manifest(out, verb="generate", config=identity, parents=found[0]["parents"], **facts, **same)
     print(f"{len(folders)} shards, {facts['questions']} questions: {told(counts)} → {out}")
     return out
 
