@@ -1,9 +1,10 @@
 """Does it learn? The whole demo under several seeds, pooled and compared question by question.
 
-    python benchmarks/learning.py [--seeds 3] [--out runs/learning] [--json]
+    python benchmarks/learning.py [--seeds 3] [--test-questions 1000] [--out runs/learning] [--json]
 
 For every seed: the demo as shipped, and iteration 0 again with fine-tuning on the chosen side alone (same pairs, same
-number of steps). Every seed has its own preference questions and its own held-out questions. Finished runs are reused.
+number of steps). Every seed has its own preference questions and its own held-out questions. Finished runs are reused;
+another number of questions needs another `--out`.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ MODES = ("no_crop", "random", "center", "own", "truth")
 Rows = list[dict[str, Any]]
 
 
-def run_seed(seed: int, out: Path) -> dict[str, Rows]:
+def run_seed(seed: int, test_questions: int, out: Path) -> dict[str, Rows]:
     """The result rows of one seed by checkpoint (and `checkpoint.control`), running what is not there yet."""
     demo, control = out / f"seed{seed}", out / f"seed{seed}-chosen-only"
-    if not (demo / "manifest.json").is_file():
-        run_demo(DemoConfig(output_dir=demo, seed=seed))
-    if not (control / "manifest.json").is_file():
-        for step in ("generate", "filter"):
-            if not (control / "iter0" / step).is_dir():
-                shutil.copytree(demo / "iter0" / step, control / "iter0" / step)
-        run_demo(DemoConfig(output_dir=control, seed=seed, chosen_only=True, iterations=1, controls=False))
+    shipped = DemoConfig(output_dir=demo, seed=seed, test_questions=test_questions)
+    run_demo(shipped)
+    for step in ("generate", "filter"):
+        if not (control / "iter0" / step).is_dir():
+            shutil.copytree(demo / "iter0" / step, control / "iter0" / step)
+    only = {"output_dir": control, "chosen_only": True, "iterations": 1, "controls": False}
+    run_demo(shipped.model_copy(update=only))
     rows = {file.stem: list(read_jsonl(file)) for file in sorted((demo / "eval").glob("*.jsonl"))}
     for stage in (1, 2):
         rows[f"chosen-only-stage{stage}"] = list(read_jsonl(control / "eval" / f"iter0-stage{stage}.jsonl"))
@@ -121,10 +122,11 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--test-questions", type=int, default=1000, help="held-out ones of each seed")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = result([run_seed(seed, given.out) for seed in range(given.seeds)])
+    found = result([run_seed(seed, given.test_questions, given.out) for seed in range(given.seeds)])
     print(json.dumps(found, indent=1) if given.json else table(found))
 
 
