@@ -39,6 +39,14 @@ def test_a_text_and_its_usage_through_the_openai_client() -> None:
     assert reply.model == NAME
 
 
+def test_a_text_is_read_before_its_end_only_where_something_depends_on_it() -> None:
+    with known(lambda _: "a tree") as (url, engine, _):
+        post(url, body())
+        assert engine.reads == 0
+        assert post(url, body(stop="tr")).json()["choices"][0]["message"]["content"] == "a "
+        assert engine.reads == len("a tr")
+
+
 def test_the_conversation_reaches_the_engine_as_it_was_sent() -> None:
     messages = [
         {"role": "developer", "content": "be brief"},

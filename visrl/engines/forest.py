@@ -92,5 +92,5 @@ def _rows_of(cache: DynamicCache, rows: np.ndarray) -> DynamicCache:
     """A cache of its own that holds some rows of another."""
     chosen = copy(cache)
     chosen.layers = [copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(torch.from_numpy(rows).to(cache.layers[0].keys.device))
+    chosen.batch_select_indices(torch.from_numpy(rows))
     return chosen
