@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from visrl.box import Box
 from visrl.records import Sample
 
-Kind = Literal["colour", "shape", "edge", "count", "relation", "hue"]
+Kind = Literal["colour", "shape", "edge", "count", "relation"]
 
 SIDE = 672  # px: a model that sees the whole scene at 112 px sees a sixth of it, and a 21-px digit at 3.5 px
 POOLS = ("train", "preference", "validation", "test")
-KINDS: tuple[Kind, ...] = ("colour", "shape", "edge", "count", "relation")  # "hue" needs no crop: warm-up only
+KINDS: tuple[Kind, ...] = get_args(Kind)
 COLOURS = {
     "red": (214, 69, 65),
     "blue": (66, 110, 214),
@@ -179,8 +179,6 @@ def questions_of(scene: Scene) -> list[Question]:
     found: list[Question] = []
     shapes = [tag.shape for tag in scene.tags]
     for index, tag in enumerate(scene.tags):
-        if shapes.count(tag.shape) == 1:
-            found.append(Question("hue", f"Which colour is the {tag.shape}?", f"the {tag.colour} one", index))
         if tag.text:
             found.append(Question("colour", f"Which number is on the {tag.colour} tag?", tag.text, index))
             if shapes.count(tag.shape) == 1:
