@@ -57,6 +57,19 @@ def test_train_twice_in_stages_merge_and_serve(
     serve_and_ask(merged)
 
 
+def test_the_readme_shows_these_five_lines() -> None:
+    """Those that are run above, so that the README cannot drift from them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [line.split("#")[0].strip() for line in text.splitlines() if "visrl-cli" in line and "configs/" in line]
+    assert shown == [
+        "visrl-cli train configs/train_sft.yaml",
+        "visrl-cli train configs/train_rl.yaml",
+        "visrl-cli-stage2 train configs/train_rl.yaml",
+        "visrl-cli export configs/merge_lora.yaml",
+        "API_PORT=8000 visrl-cli api configs/infer.yaml",
+    ]
+
+
 def serve_and_ask(checkpoint: Path) -> None:
     port = free_port()
     server = subprocess.Popen(

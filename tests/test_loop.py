@@ -61,6 +61,7 @@ def test_every_step_was_made_from_the_step_before(run):
         assert steps["stage1"]["parents"]["dataset"] == hash_files(base / "filter" / "preferences.jsonl")
         assert steps["stage1"]["parents"]["model"] == hash_checkpoint(policy)
         assert steps["stage2-merged"]["parents"]["adapter"] == hash_files(base / "stage2" / "adapter_model.safetensors")
+        assert steps["stage2-merged"]["parents"]["model"] == hash_checkpoint(base / "stage1-merged")
         policy = str(base / "stage2-merged")
     told = read_manifest(run)
     assert told["last"] == policy

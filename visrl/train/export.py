@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from visrl.config import Config
-from visrl.manifest import claim_folder, hash_files, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hash_files, write_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.settings import ModelSettings
 
@@ -19,7 +19,7 @@ class ExportConfig(Config):
     model_name_or_path: str
     adapter_name_or_path: str
     export_dir: Path
-    template: str | None = None
+    template: str | None = None  # the checkpoint's own chat template is kept; here for the reference's configs
     finetuning_type: Literal["lora"] = "lora"
     export_size: float = 5.0  # GB a shard
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> Path:
     encoder.processor.save_pretrained(config.export_dir)
     settings.save(config.export_dir)
     facts: dict[str, Any] = {"max_logp_deviation": deviation, f"max_logp_deviation_{config.export_dtype}": after_cast}
-    parents = {"adapter": identity["adapter"], "model": config.model_name_or_path}
+    parents = {"adapter": identity["adapter"], "model": hash_checkpoint(config.model_name_or_path)}
     write_manifest(config.export_dir, verb="export", config=identity, parents=parents, **facts)
     print(
         f"merged; token log-probabilities deviate by at most {deviation:.1e} in fp32 and "
