@@ -5,7 +5,6 @@ Real transformers classes, written to a folder that `AutoProcessor` and `AutoMod
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,12 +162,6 @@ def _texts() -> Iterator[str]:
         yield answer_prompt(sample.question).replace("<image>", "")
         yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
         yield "user\nassistant\nsystem\n"
-
-
-def describe(folder: str | Path) -> str:
-    """One line about the model in `folder`: parameters and vocabulary."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return f"{config['model_type']}, vocabulary {config['text_config']['vocab_size']}"
 
 
 if __name__ == "__main__":
