@@ -96,9 +96,9 @@ def write_training(run: Path, iteration: int, rng: random.Random) -> None:
                 }
             if step % 15 == 0:
                 row |= {
-                    "rollout/iou": 0.6 + 0.1 * grown,
-                    "rollout/accuracy": 0.5 + 0.1 * grown,
-                    "rollout/parse_rate": 1,
+                    "eval_rollout/iou": 0.6 + 0.1 * grown,
+                    "eval_rollout/accuracy": 0.5 + 0.1 * grown,
+                    "eval_rollout/parse_rate": 1,
                 }
             rows.append(row)
         write_records(folder / f"stage{stage}/log.jsonl", rows)

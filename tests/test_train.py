@@ -21,6 +21,8 @@ from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.tiny.make import make_tiny
 from visrl.records import RecordError, write_records
+from visrl.report.figures import curve_figures
+from visrl.report.run import Curve
 from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences
 from visrl.train.export import ExportConfig, export
@@ -167,6 +169,18 @@ def test_validation_holds_pictures_out_and_curves_are_drawn(tiny, tmp_path, caps
     assert "<svg" in (out / "training_loss.svg").read_text()
     with pytest.raises(ConfigError, match="val_size: 8 pictures to validate on leave none of 8"):
         train(preferences(tiny, tmp_path / "none", 2, max_samples=8, val_size=8))
+
+
+@pytest.mark.slow
+def test_held_out_rollouts_are_watched_and_choose_the_checkpoint_that_is_kept(tiny, tmp_path):
+    given = {"rollout_dataset": "scenes:validation@1/0+8", "rollout_samples": 4, "max_samples": 4, "max_steps": 2}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    out = train(preferences(tiny, tmp_path / "out", 1, **given, **every, load_best_model_at_end=True))
+    rows = [row for row in log(out) if "eval_rollout/score" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 <= row[f"eval_rollout/{name}"] <= 1 for row in rows for name in ("accuracy", "iou", "parse_rate"))
+    assert read_manifest(out)["best"]["metric"] == max(row["eval_rollout/score"] for row in rows)
+    assert "Held-out greedy rollouts" in [figure.title for figure in curve_figures([Curve("stage 1", log(out))])]
 
 
 def test_a_refused_training_claims_no_folder(tiny, tmp_path):

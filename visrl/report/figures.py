@@ -50,9 +50,9 @@ RC: dict[Any, Any] = {
 
 # Panel title, then its series: key of the log, label, ink, dashed.
 PANELS: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
-    ("Held-out greedy rollouts", [("rollout/iou", "mean IoU", "box", False),
-                                  ("rollout/accuracy", "answers", "answer", False),
-                                  ("rollout/parse_rate", "readable", "muted", True)]),
+    ("Held-out greedy rollouts", [("eval_rollout/iou", "mean IoU", "box", False),
+                                  ("eval_rollout/accuracy", "answers", "answer", False),
+                                  ("eval_rollout/parse_rate", "readable", "muted", True)]),
     ("Reward accuracy", [("rewards/accuracies/box", "box", "box", False),
                          ("rewards/accuracies/answer", "answer", "answer", False)]),
     ("Reward margin", [("rewards/margins/box", "box", "box", False),
@@ -61,9 +61,10 @@ PANELS: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
                                          ("logps/rejected/box", "rejected", "box", True)]),
     ("Log-probability of the answer", [("logps/chosen/answer", "chosen", "answer", False),
                                        ("logps/rejected/answer", "rejected", "answer", True)]),
-    ("Loss", [("loss", "loss", "ink", False)]),
+    ("Loss", [("loss", "trained on", "ink", False),
+              ("eval_loss", "held out", "muted", True)]),
 ]  # fmt: skip
-FRACTIONS = ("rollout/", "rewards/accuracies/")
+FRACTIONS = ("eval_rollout/", "rewards/accuracies/")
 MOST_POINTS = 160  # of one line: more cannot be seen at this size
 
 
