@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 Argument = TypeVar("Argument")
 
@@ -27,6 +30,18 @@ def sharded(arguments: TrainingArguments) -> bool:
     """Whether weights are split over the processes, so that no part of the model can be called by itself."""
     by_launcher = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     return by_launcher or bool(arguments.fsdp or arguments.deepspeed)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Every weight whole on every process: ZeRO-3 splits them at loading and joins them only once training began."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
 
 
 def processes_wanted(given: int | None) -> int:

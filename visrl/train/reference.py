@@ -20,7 +20,7 @@ from visrl.records import write_text
 from visrl.train.features import FeatureCache
 from visrl.train.forward import branch_logps
 from visrl.train.items import Batch, Collator, Item
-from visrl.train.processes import dealt, gathered
+from visrl.train.processes import dealt, gathered, whole_weights
 
 
 def reference_key(parts: dict[str, Any]) -> str:
@@ -61,12 +61,13 @@ def reference_logps(
     logps: dict[str, float] = {}
     count = len(items)  # type: ignore[arg-type]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for members, _ in progress(dealt(batches), "reference log-probabilities", units="batches"):
-        batch: Batch = collator([items[n] for n in members])["batch"]
-        if features is not None:
-            features.fill(batch.packed, device)
-        sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
-        logps.update({f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)})
+    with whole_weights(model):
+        for members, _ in progress(dealt(batches), "reference log-probabilities", units="batches"):
+            batch: Batch = collator([items[n] for n in members])["batch"]
+            if features is not None:
+                features.fill(batch.packed, device)
+            sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
+            logps.update({f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)})
     model.train(training)
     logps = gathered(logps)
     if state.is_main_process:
