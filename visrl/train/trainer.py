@@ -58,6 +58,7 @@ class VisrlTrainer(Trainer):
         self.validation = validation
         self.rollouts = rollouts
         self._watched = Watched()
+        assert self.model is not None
         if self.args.world_size == 1 and not sharded(self.args):
             make_tied_embedding_sparse(self.model)
 
