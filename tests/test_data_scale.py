@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from data_rows import viscot
-from waiting import PATIENCE_S, wait_until
+from waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from visrl.data.commands import app; app()"]
@@ -22,10 +22,11 @@ def test_an_interrupted_conversion_leaves_no_half_file(tmp_path):
     os.mkfifo(source)
     arguments = ["convert", "--from", "viscot", "--to", "rl-pool", str(source), str(out)]
     process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    with open(source, "w") as rows:  # opens when the command has opened its end, and then it waits for more rows
-        rows.write(json.dumps(viscot(0, (1, 1, 50, 50), (100, 100))) + "\n")
+    with open(source, "w") as rows:
+        # Far more than a pipe holds: once they are written the command is at work on them, and waits for more.
+        rows.writelines(json.dumps(viscot(number, (1, 1, 50, 50), (100, 100))) + "\n" for number in range(2_000))
         rows.flush()
-        wait_until(Path(f"{out}.part").exists)
+        assert Path(f"{out}.part").exists()
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) != 0
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
