@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,11 @@ def test_an_interrupted_conversion_leaves_no_half_file(tmp_path):
     source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     os.mkfifo(source)
     arguments = ["convert", "--from", "viscot", "--to", "rl-pool", str(source), str(out)]
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    # A shell starts what runs in the background deaf to interrupts, the tests and their children too.
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=hearing
+    )
     with open(source, "w") as rows:
         # Far more than a pipe holds: once they are written the command is at work on them, and waits for more.
         rows.writelines(json.dumps(viscot(number, (1, 1, 50, 50), (100, 100))) + "\n" for number in range(2_000))
