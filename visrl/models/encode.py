@@ -92,7 +92,7 @@ class Encoder:
         for is_crop in (False, True):
             group = {key: view for key, view in wanted.items() if key not in known and view.is_crop == is_crop}
             if group and self.family.pixel_limits:
-                known |= self._preprocess(group, is_crop)
+                known |= self._preprocess(group, self._limits(is_crop))
             elif group:
                 known |= self._preprocess_each(group, is_crop, alone=not mark)
         encoded = [known[view.key + mark] for view in views]
@@ -146,12 +146,11 @@ class Encoder:
         low, high = low or own["shortest_edge"], high or own["longest_edge"]
         return {"shortest_edge": min(low, high), "longest_edge": high}
 
-    def _preprocess(self, views: dict[str, View], is_crop: bool) -> dict[str, EncodedView]:
+    def _preprocess(self, views: dict[str, View], limits: dict[str, int]) -> dict[str, EncodedView]:
         """All pictures in one batch, for processors that take pixel limits and give grids."""
         encoded = {}
         processor = self.processor.image_processor
-        resized = [self._resized(view.image, is_crop) for view in views.values()]
-        processed, placeholders = self.processor._process_images(resized, do_resize=False)
+        processed, placeholders = self.processor._process_images([view.image for view in views.values()], size=limits)
         grids = processed["image_grid_thw"]
         pixels = torch.split(processed["pixel_values"], grids.prod(-1).tolist())
         patch, merge = processor.patch_size, processor.merge_size
@@ -163,20 +162,6 @@ class Encoder:
             size = (width * patch, height * patch)
             encoded[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
         return encoded
-
-    def _resized(self, image: Image.Image, is_crop: bool) -> torch.Tensor:
-        """The pixels [3, height, width] as the processor resizes them (tested to be equal).
-
-        They stay in Pillow's order of bytes, in which resizing takes half the time and nothing is copied before it.
-        """
-        from torchvision.transforms.v2.functional import resize
-        from transformers.image_utils import pil_torch_interpolation_mapping
-
-        width, height = self.processed_size(image.size, is_crop)
-        interpolation = pil_torch_interpolation_mapping[self.processor.image_processor.resample]
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # to the same mode would be a copy
-        pixels = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-        return resize(pixels, [height, width], interpolation=interpolation, antialias=True)
 
     def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> dict[str, EncodedView]:
         """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""
