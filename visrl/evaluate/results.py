@@ -29,7 +29,7 @@ READINGS: tuple[Reading, ...] = ("counted", "left_out")
 BOX_COLUMNS = ("hit_published", "hit", "iou")
 ANSWER_COLUMNS = ("judge_published", "judge", "correct", "exact", "relaxed", "anls", "vqa")
 COLUMNS = (*ANSWER_COLUMNS, *BOX_COLUMNS)
-NAME = "results.jsonl"
+NAME, SCORES = "results.jsonl", "scores.json"  # what `visrl eval` leaves in its folder
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from visrl.evaluate.benchmarks import (
     read_benchmark,
 )
 from visrl.evaluate.config import EvalConfig
-from visrl.evaluate.results import NAME, key_of, result_row, summarise
+from visrl.evaluate.results import NAME, SCORES, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.manifest import claim_folder, hash_checkpoint, is_complete, write_manifest
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from visrl.protocols import LookProtocol
 
 JOURNAL = "journal.jsonl"
-SCORES = "scores.json"
 Row = dict[str, Any]
 
 

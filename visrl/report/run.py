@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import CropRule
+from visrl.evaluate.results import SCORES
 from visrl.evaluate.statistics import interval
 from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
@@ -32,7 +33,6 @@ CONTROLS = {
     "truth": "True box",
 }  # in the order in which they should bound each other
 
-SCORES = "scores.json"  # of a folder that `visrl eval` wrote
 MARKS = ("summary.json", "log.jsonl", "eval", "iter0")  # at the top of every run, from its first step on
 REMEDY = "give the folder that `visrl demo`, `visrl evolve`, `visrl train` or `visrl eval` wrote to"
 ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
