@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPConnection
@@ -65,30 +65,49 @@ class KnownEngine:
         self.reads += 1
         return text
 
-    def generate(self, rows: Sequence[Any], on_token: OnToken | None = None) -> list[Completion]:
-        self.batches.append(list(rows))
-        full = [self.speak(row.conversation)[: row.sampling.max_tokens] for row in rows]
-        said = ["" for _ in rows]
-        ended: list[str | None] = [None for _ in rows]
-        while not all(ended):
-            self.running = sum(reason is None for reason in ended)
-            time.sleep(self.token_s)
-            assert self.go_on.wait(PATIENCE_S)
-            for index, text in enumerate(full):
-                if ended[index] is not None:
+    def begin(self, on_token: OnToken | None = None) -> KnownDrawing:
+        return KnownDrawing(self, on_token)
+
+
+class KnownDrawing:
+    """What a `KnownEngine` is saying."""
+
+    def __init__(self, engine: KnownEngine, on_token: OnToken | None) -> None:
+        self.engine, self.on_token = engine, on_token
+        self.rows: dict[int, Row] = {}
+        self.said: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
+        self.engine.batches.append(list(rows.values()))
+        self.rows |= rows
+        self.said |= dict.fromkeys(rows, "")
+        return self.speak(list(rows))
+
+    def step(self) -> dict[int, Completion]:
+        return self.speak(list(self.rows))
+
+    def speak(self, numbers: list[int]) -> dict[int, Completion]:
+        self.engine.running = len(self.rows)
+        time.sleep(self.engine.token_s)
+        assert self.engine.go_on.wait(PATIENCE_S)
+        ended = {}
+        for number in numbers:
+            row, said = self.rows[number], self.said[number]
+            whole = self.engine.speak(row.conversation)[: row.sampling.max_tokens]
+            reason = "length" if len(whole) == row.sampling.max_tokens else "stop"
+            if said != whole:
+                self.said[number] = said = whole[: len(said) + 1]
+                if self.on_token is None or self.on_token(number, partial(self.engine.read, said)):
                     continue
-                if len(said[index]) == len(text):
-                    ended[index] = "length" if len(text) == rows[index].sampling.max_tokens else "stop"
-                    continue
-                said[index] = text[: len(said[index]) + 1]
-                if on_token is not None and not on_token(index, partial(self.read, said[index])):
-                    ended[index] = "stop"
-        self.running = 0
-        self.said += said
-        return [
-            Completion(text, len(text), reason or "stop", prompt_tokens=7)  # type: ignore[arg-type]
-            for text, reason in zip(said, ended, strict=True)
-        ]
+                reason = "stop"
+            ended[number] = Completion(said, len(said), reason, prompt_tokens=7)  # type: ignore[arg-type]
+            self.engine.said.append(said)
+            del self.rows[number]
+        self.engine.running = len(self.rows)
+        return ended
 
 
 def two_steps(conversation: Conversation) -> str:

@@ -23,7 +23,7 @@ from visrl.box import Box, CropRule, Window, crop_window, iou
 from visrl.codecs import BOX_SPACES, CODECS
 from visrl.conversation import Completion
 from visrl.data.scenes import draw_ref, scene_samples
-from visrl.engines.local import LocalEngine
+from visrl.engines.drawing import Drawing, Text
 from visrl.evaluate.run import EvalConfig, evaluate
 from visrl.evolve.generate import GenerateConfig, generate
 from visrl.evolve.pairs import preferences_of
@@ -69,16 +69,13 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
 
 def write_box(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Let every engine answer step 1 with `text`; step 2 is the model's own."""
-    model_generate = LocalEngine.generate
+    complete = Drawing.complete
 
-    def generate_with_box(self: LocalEngine, rows: Any, on_token: Any = None) -> list[Completion]:
-        answers = iter(model_generate(self, [row for row in rows if len(row.conversation.views) == 2]))
-        return [
-            Completion(text, 1) if len(row.conversation.views) == 1 else replace(next(answers), text="7")
-            for row in rows
-        ]
+    def complete_with_box(self: Drawing, drawn: Text, is_cut: bool = False) -> Completion:
+        said = text if len(drawn.row.conversation.views) == 1 else "7"
+        return replace(complete(self, drawn, is_cut), text=said)
 
-    monkeypatch.setattr(LocalEngine, "generate", generate_with_box)
+    monkeypatch.setattr(Drawing, "complete", complete_with_box)
 
 
 def generated(checkpoint: Path, out: Path) -> list[Trajectory]:

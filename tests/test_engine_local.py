@@ -19,7 +19,8 @@ from visrl.conversation import (
     image_view,
 )
 from visrl.data.scenes import scene_samples
-from visrl.engines.local import LocalEngine, Row
+from visrl.engines.drawing import Row
+from visrl.engines.local import LocalEngine
 from visrl.images import open_image
 from visrl.models.load import CheckpointError, load_model
 from visrl.records import Picture
@@ -150,6 +151,31 @@ def test_rows_that_end_early_change_nothing_for_the_others(engine, talks):
         assert engine.generate([row])[0] == completion
     engine.forget()
     assert engine.complete(talks[1], Sampling(max_tokens=8), [[0]] * 6) == follow_up
+
+
+@pytest.mark.parametrize("limit", [3, 6])
+def test_rows_that_join_later_change_nothing_for_anyone(engine, talks, limit):
+    """Rows of both steps, several of one picture, join and leave at any token; each says what it says alone."""
+    rows = [
+        Row(talk, Sampling(float(n % 2), 0.9, 1 + 11 * (n + sample) % 43), 10 * n + sample)
+        for n, talk in enumerate([*talks[0], *talks[1]])
+        for sample in range(2 + n % 3)
+    ]
+    order = np.random.default_rng(limit).permutation(len(rows)).tolist()
+    engine.forget()
+    drawing, done, slots = engine.begin(), {}, []
+    while order or len(drawing):
+        if len(drawing) < limit:
+            done |= drawing.add({n: rows[n] for n in order[:3]})
+            del order[:3]
+        done |= drawing.step()
+        slots.append(drawing._field.visible.shape[2] if len(drawing) else 0)
+    assert len(done) == len(rows)
+    for n, row in enumerate(rows):
+        engine.forget()
+        assert engine.generate([row])[0] == done[n]
+    longest = max(completion.prompt_tokens + completion.tokens for completion in done.values())
+    assert max(slots) < 3 * longest  # what has ended leaves nothing behind for ever
 
 
 @pytest.mark.parametrize("size", [(672, 672), (300, 90), (41, 333), (57, 20), (112, 112)])

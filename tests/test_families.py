@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, focus_conversation
+from visrl.engines.drawing import Row
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
@@ -156,6 +157,22 @@ def test_generation_equals_the_models_own(name: str) -> None:
         inputs = native_inputs(encoder, talk)
         out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert answer[0].text == encoder.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_rows_that_join_change_nothing(name: str) -> None:
+    """A row that joins between two steps, and the one it joins, say what they say together from the start."""
+    model, encoder = make(name)
+    engine = LocalEngine(model.eval(), encoder)
+    rows = [Row(talk, Sampling(1.0, max_tokens=4 + n), n) for n, (talk, _) in enumerate(talks(1, 2))]
+    together = engine.generate(rows)
+    engine.forget()
+    drawing, done = engine.begin(), {}
+    for n, row in enumerate(rows):
+        done |= drawing.add({n: row}) | drawing.step()
+    while len(drawing):
+        done |= drawing.step()
+    assert [done[n] for n in range(len(rows))] == together
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mllama"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,20 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from serve_help import NAME, KnownEngine, body, data_url, get, known, left_open, picture, post, serving, two_steps
+from serve_help import (
+    NAME,
+    KnownDrawing,
+    KnownEngine,
+    body,
+    data_url,
+    get,
+    known,
+    left_open,
+    picture,
+    post,
+    serving,
+    two_steps,
+)
 from waiting import PATIENCE_S, wait_until
 
 from visrl.conversation import Conversation
@@ -314,10 +328,14 @@ def test_a_full_queue_is_told_to_come_back() -> None:
 
 def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
     class Picky(KnownEngine):
-        def generate(self, rows, on_token=None):  # type: ignore[no-untyped-def]
-            if any("bad" in row.conversation.messages[0].text for row in rows):
+        def begin(self, on_token=None):  # type: ignore[no-untyped-def]
+            return PickyDrawing(self, on_token)
+
+    class PickyDrawing(KnownDrawing):
+        def add(self, rows):  # type: ignore[no-untyped-def]
+            if any("bad" in row.conversation.messages[0].text for row in rows.values()):
                 raise ValueError("a prompt this model cannot take")
-            return super().generate(rows, on_token)
+            return super().add(rows)
 
     metrics = Metrics()
     engine = Picky(echo, 0.002)
@@ -329,10 +347,73 @@ def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
     assert "cannot take" in replies[3].json()["error"]["message"]
 
 
+class NarrowDrawing(KnownDrawing):
+    """Says one text at a time only, and no bad one."""
+
+    def step(self):  # type: ignore[no-untyped-def]
+        if len(self) > 1 or "bad" in next(iter(self.rows.values())).conversation.messages[0].text:
+            raise RuntimeError("out of memory")
+        return super().step()
+
+
+class ClosedDrawing(NarrowDrawing):
+    """Breaks as soon as another row joins."""
+
+    def add(self, rows):  # type: ignore[no-untyped-def]
+        joins, ended = len(self) > 0, super().add(rows)
+        if joins:
+            raise RuntimeError("out of memory")
+        return ended
+
+
+@pytest.mark.parametrize("drawing", [NarrowDrawing, ClosedDrawing])
+def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownDrawing]) -> None:
+    """Rows that were being drawn together are drawn again, each by itself; a stream goes on where it was."""
+
+    class Narrow(KnownEngine):
+        def begin(self, on_token=None):  # type: ignore[no-untyped-def]
+            return drawing(self, on_token)
+
+    metrics, engine = Metrics(), Narrow(echo)
+    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
+        engine.go_on.clear()
+        first = pool.submit(post, url, body("first", pictures=[]))
+        wait_until(lambda: engine.running)
+        asked = [
+            pool.submit(post, url, body(word, pictures=[], stream=word == "flow")) for word in ("b", "flow", "bad")
+        ]
+        wait_until(lambda: metrics.waiting_rows() == 3)
+        engine.go_on.set()
+        first, plain, streamed, bad = [reply.result() for reply in (first, *asked)]
+    assert [reply.json()["choices"][0]["message"]["content"] for reply in (first, plain)] == ["first", "b"]
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "flow"
+    assert bad.status_code == 500
+    assert "out of memory" in bad.text
+
+
+def test_rows_join_and_are_answered_while_others_are_drawn() -> None:
+    def speak(conversation: Conversation) -> str:
+        return "x" * 4_000 if "long" in conversation.messages[-1].text else "short"
+
+    with known(speak, token_s=0.01) as (url, engine, metrics):
+        with left_open(url, body("long", max_tokens=4_000)):
+            wait_until(lambda: engine.running)
+            assert [post(url, body("q")).status_code for _ in range(3)] == [200] * 3
+            assert (engine.said, metrics.in_flight) == (["short"] * 3, 1)
+        wait_until(lambda: len(engine.said) == 4)
+    assert len(engine.batches) == 4
+    assert len(engine.said[3]) < 4_000
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
     class Broken(KnownEngine):
-        def generate(self, rows, on_token=None):  # type: ignore[no-untyped-def]
+        def begin(self, on_token=None):  # type: ignore[no-untyped-def]
+            return BrokenDrawing(self, on_token)
+
+    class BrokenDrawing(KnownDrawing):
+        def add(self, rows):  # type: ignore[no-untyped-def]
             raise MemoryError("nobody foresaw this")
 
     metrics = Metrics()

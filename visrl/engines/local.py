@@ -7,12 +7,8 @@ computes nothing but its crops. Greedy texts equal those of the model's plain `g
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,24 +17,13 @@ from transformers import DynamicCache
 from visrl.box import Size
 from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
+from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
 from visrl.models.attention import use_tree_attention
-from visrl.models.encode import EncodedView, Encoder, PromptError, TokenPath
+from visrl.models.encode import EncodedView, Encoder
 from visrl.models.families import join_pictures
 from visrl.models.load import load_encoder, load_model
 from visrl.models.settings import ModelSettings
-
-ReadText = Callable[[], str]
-OnToken = Callable[[int, ReadText], bool]  # told the row and how to read its text so far; False stops the row
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sample to draw: a conversation, how to draw it, and its seed."""
-
-    conversation: Conversation
-    sampling: Sampling
-    seed: int
 
 
 class LocalEngine:
@@ -98,30 +83,32 @@ class LocalEngine:
         texts = iter(self.generate(rows))
         return [[next(texts) for _ in own] for own in seeds]
 
-    @torch.inference_mode()
     def generate(self, rows: Sequence[Row], on_token: OnToken | None = None) -> list[Completion]:
         """One completion per row. `on_token(row, read)` is told of every token, `read()` being the row's text so far,
         and stops the row by False.
         """
         training = self.model.training
         self.model.eval()
-        done: list[Completion | None] = [None] * len(rows)
-        groups: dict[str, list[int]] = {}
-        for number, row in enumerate(rows):
-            views = row.conversation.views
-            groups.setdefault(views[0].key if views else f"row {number}", []).append(number)
+        done: dict[int, Completion] = {}
+        groups = list(by_picture(dict(enumerate(rows))).values())
         try:
-            for keys in _batches(list(groups), self.batch_size):
-                members = {key: groups[key] for key in keys}
-                if self.encoder.family.plain:
-                    self._generate_batch(rows, members, done, on_token)
-                else:
-                    from visrl.engines.recompute import recompute_batch
-
-                    recompute_batch(self, rows, members, done, on_token)
+            for start in range(0, len(groups), self.batch_size):
+                numbers = [n for members in groups[start : start + self.batch_size] for n in members]
+                drawing = self.begin(on_token)
+                done |= drawing.add({n: rows[n] for n in numbers})
+                while len(drawing):
+                    done |= drawing.step()
         finally:
             self.model.train(training)
-        return [completion or Completion(None, finish_reason="error", error="no text") for completion in done]
+        return [done[n] for n in range(len(rows))]
+
+    def begin(self, on_token: OnToken | None = None) -> Drawing:
+        """An empty drawing, which rows may join and leave at any step; one of an engine is in use at a time."""
+        if self.encoder.family.plain:
+            return CachedDrawing(self, on_token)
+        from visrl.engines.recompute import RecomputedDrawing
+
+        return RecomputedDrawing(self.model, self.encoder, on_token)
 
     def prepare(self, conversation: Conversation) -> list[EncodedView]:
         """The pictures of a conversation, ready for the vision tower; may run in another thread than `generate`."""
@@ -131,43 +118,20 @@ class LocalEngine:
         """Have what `prepare` gave at hand for the next `generate`."""
         self.encoder.keep(prepared)
 
+    def keep_trees(self, forest: Forest) -> None:
+        """Have the trees of a drawing that has ended at hand: rows of the same pictures compute only what is new."""
+        self._forest = forest
+
     def forget(self) -> None:
         """Drop the kept trees: the model's weights have changed, memory is wanted, or other questions begin."""
         self._forest = None
 
-    # --- one batch
+    # --- what a drawing asks for
 
-    def _generate_batch(
-        self, rows: Sequence[Row], groups: dict[str, list[int]], done: list[Completion | None], on_token: OnToken | None
-    ) -> None:
-        paths: dict[int, TokenPath] = {}
-        known: dict[int, TokenPath] = {}
-        wanted = {id(rows[n].conversation): rows[n].conversation for members in groups.values() for n in members}
-        for alone in (True, False):
-            talks = [talk for talk in wanted.values() if (len(talk.views) == 1) == alone]
-            self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
-        for members in groups.values():
-            for number in members:
-                talk = rows[number].conversation
-                try:
-                    if id(talk) not in known:
-                        known[id(talk)] = self.encoder.encode(talk, [None])[0]
-                    paths[number] = known[id(talk)]
-                except PromptError as error:
-                    done[number] = Completion(None, finish_reason="error", error=str(error))
-        groups = {key: [n for n in members if n in paths] for key, members in groups.items()}
-        groups = {key: members for key, members in groups.items() if members}
-        if not groups:
-            return
-        forest, places, logits = self._prefill(groups, paths)
-        self._decode(rows, groups, forest, places, logits, done, on_token)
-        forest.cache.crop(-(forest.cache.get_seq_length() - forest.length))
-        self._forest = forest
-
-    def _prefill(
-        self, groups: dict[str, list[int]], paths: dict[int, TokenPath]
+    def prefill(
+        self, groups: dict[str, list[int]], texts: Mapping[int, Text]
     ) -> tuple[Forest, dict[int, np.ndarray], dict[int, torch.Tensor]]:
-        """Compute what the paths add to the kept trees; for every row, the slots of its path and its next logits."""
+        """Compute what prompts add to the kept trees; for every row, the slots of its prompt and its next logits."""
         forest = self._forest
         if forest is None or list(forest.trees) != list(groups):
             forest = Forest.of(groups)
@@ -178,7 +142,7 @@ class LocalEngine:
         for b, (key, members) in enumerate(groups.items()):
             tree, added = forest.trees[key], {}
             for number in members:
-                path = paths[number]
+                path = texts[number].prompt
                 if id(path) not in added:
                     added[id(path)] = len(tree.paths)
                     tree.add(path, self.encoder.image_token_id, recompute_last=True)
@@ -217,60 +181,12 @@ class LocalEngine:
             views += tree.views[seen_views[b] :]
             self.prefilled_tokens += fresh
         columns = sorted({place - before[b] for b, place in keep})
-        out = self._forward(ids, positions, mask, forest.cache, views, columns)
+        out = self.forward(ids, positions, mask, forest.cache, views, columns)
         forest.length += width
         rank = {column: number for number, column in enumerate(columns)}
         return {(b, place): out[b, rank[place - before[b]]] for b, place in keep}
 
-    def _decode(
-        self,
-        rows: Sequence[Row],
-        groups: dict[str, list[int]],
-        forest: Forest,
-        places: dict[int, np.ndarray],
-        logits: dict[int, torch.Tensor],
-        done: list[Completion | None],
-        on_token: OnToken | None,
-    ) -> None:
-        """Draw token after token, all samples of a tree side by side in its row."""
-        field = Field.of(groups, forest, places)
-        draws = {n: Draw(rows[n]) for n in places}
-        head = next(iter(logits.values()))
-        now = torch.zeros(*field.grid.shape, len(head), dtype=head.dtype, device=head.device)
-        for (b, j), n in np.ndenumerate(field.grid):
-            if n >= 0:
-                now[b, j] = logits[int(n)]
-        texts: dict[int, list[int]] = {n: [] for n in draws}
-        pad = self.encoder.tokenizer.pad_token_id or 0
-        depth = next(iter(forest.trees.values())).positions[0].shape[0]
-        for step in itertools.count():
-            chosen = draw_tokens(now, field.grid, field.alive, draws, step)
-            for b, j in zip(*np.nonzero(field.alive), strict=True):
-                n, token = int(field.grid[b, j]), int(chosen[b, j])
-                reason = self.take(rows[n], texts[n], token, n, on_token)
-                if reason:
-                    field.alive[b, j] = False
-                    text = self.encoder.decode(texts[n])
-                    done[n] = Completion(text, len(texts[n]), reason, prompt_tokens=len(places[n]))
-            if not field.alive.any():
-                return
-            ids = field.close_up(np.where(field.alive, chosen, pad))
-            field.grow()
-            positions = np.broadcast_to(field.next_position + step, (depth, *ids.shape))
-            now = self._forward(ids, positions, field.visible, field.cache, [], list(range(ids.shape[1])))
-
-    def take(
-        self, row: Row, text: list[int], token: int, number: int, on_token: OnToken | None
-    ) -> Literal["stop", "length"] | None:
-        """Add a drawn token to a row's text; why the row ends here, or None where it goes on."""
-        if token == self.encoder.end_id:
-            return "stop"
-        text.append(token)
-        if on_token is not None and not on_token(number, partial(self.encoder.decode, text)):
-            return "stop"
-        return "length" if len(text) >= row.sampling.max_tokens else None
-
-    def _forward(
+    def forward(
         self,
         ids: np.ndarray,
         positions: np.ndarray,
@@ -297,48 +213,72 @@ class LocalEngine:
         ).logits.float()
 
 
-class Draw:
-    """The random numbers of one sample: one per token, the same whatever else is in the batch."""
+class CachedDrawing(Drawing):
+    """Texts whose keys and values are kept; all samples of a picture are drawn side by side in one row of the cache."""
 
-    def __init__(self, row: Row) -> None:
-        self.temperature = row.sampling.temperature
-        self.top_p = row.sampling.top_p
-        self.uniform = (
-            np.random.default_rng(row.seed).random(row.sampling.max_tokens + 1) if self.temperature > 0 else None
-        )
+    def __init__(self, engine: LocalEngine, on_token: OnToken | None = None) -> None:
+        super().__init__(engine.encoder, on_token)
+        self.engine = engine
+        self._field: Field | None = None
+        self._forest: Forest | None = None  # of the field, where no other has joined it
+
+    @torch.inference_mode()
+    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
+        for alone in (True, False):
+            talks = [row.conversation for row in rows.values() if (len(row.conversation.views) == 1) == alone]
+            self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
+        texts, failed = self.read(rows)
+        if not texts:
+            return failed
+        groups = by_picture({n: text.row for n, text in texts.items()})
+        forest, places, logits = self.engine.prefill(groups, texts)
+        field = Field.of(groups, forest, places)
+        self.texts |= texts
+        ended = failed | self._draw(field, torch.stack([logits[n] for n in field.numbers]))
+        if self._field is None:
+            self._field, self._forest = field, forest
+        elif field.numbers:
+            self._field.join(field)
+            self._forest = None
+        self._end()
+        return ended
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Completion]:
+        field = self._field
+        if field is None:
+            return {}
+        field.close_up()
+        field.grow()
+        columns = list(range(field.grid.shape[1]))
+        logits = self.engine.forward(field.tokens, field.positions, field.visible, field.cache, [], columns)
+        field.next_position = field.next_position + 1
+        ended = self._draw(field, logits[torch.from_numpy(field.alive).to(logits.device)])
+        self._end()
+        return ended
+
+    def _draw(self, field: Field, logits: torch.Tensor) -> dict[int, Completion]:
+        """Draw a token of each text in the field from `logits` [texts, vocabulary]; those that have ended with it."""
+        numbers = field.numbers
+        tokens = dict(zip(numbers, draw_tokens(logits, [self.texts[n] for n in numbers]), strict=True))
+        ended = self.take(tokens)
+        field.put({n: token for n, token in tokens.items() if n not in ended})
+        return ended
+
+    def _end(self) -> None:
+        """Once all texts have ended, leave the trees of their prompts to whatever comes next."""
+        if len(self):
+            return
+        if self._forest is not None:
+            self._forest.cache.crop(self._forest.length - self._forest.cache.get_seq_length())
+            self.engine.keep_trees(self._forest)
+        self._field = self._forest = None
 
 
-def draw_tokens(
-    logits: torch.Tensor, grid: np.ndarray, alive: np.ndarray, draws: dict[int, Draw], step: int
-) -> np.ndarray:
-    """The next token of every fork, [trees, forks]: the arg-max, or an inverse-CDF draw from the nucleus."""
-    chosen = logits.argmax(-1).cpu().numpy()
-    hot = [(b, j) for b, j in zip(*np.nonzero(alive), strict=True) if draws[int(grid[b, j])].uniform is not None]
-    if not hot:
-        return chosen
-    mine = [draws[int(grid[b, j])] for b, j in hot]
-    index = torch.tensor(hot, device=logits.device)
-    temperature = torch.tensor([draw.temperature for draw in mine], device=logits.device)
-    probabilities = torch.softmax(logits[index[:, 0], index[:, 1]] / temperature[:, None], dim=-1).double()
-    top_p = torch.tensor([draw.top_p for draw in mine], device=logits.device, dtype=torch.float64)
-    if (top_p < 1).any():
-        probabilities = _nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
-    uniform = torch.tensor([draw.uniform[step] for draw in mine], device=logits.device, dtype=torch.float64)  # type: ignore[index]
-    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    drawn = found.clamp(max=logits.shape[-1] - 1).cpu().numpy()
-    for (b, j), token in zip(hot, drawn, strict=True):
-        chosen[b, j] = token
-    return chosen
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """`probabilities` [rows, vocabulary] with everything outside the smallest set of mass ≥ top_p set to 0."""
-    ordered, order = probabilities.sort(dim=-1, descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p[:, None]
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-
-
-def _batches(keys: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]
+def by_picture(rows: Mapping[int, Row]) -> dict[str, list[int]]:
+    """The numbers of rows, together where they show the same picture first."""
+    groups: dict[str, list[int]] = {}
+    for number, row in rows.items():
+        views = row.conversation.views
+        groups.setdefault(views[0].key if views else f"row {number}", []).append(number)
+    return groups

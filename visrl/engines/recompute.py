@@ -6,59 +6,55 @@ step. Models of these families that are to be fast are served by vLLM or SGLang.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from visrl.conversation import Completion
-from visrl.engines.local import Draw, OnToken, Row, draw_tokens
-from visrl.models.encode import PromptError, TokenPath
+from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
+from visrl.models.encode import Encoder, TokenPath
 from visrl.train.forward import kept_logits
 from visrl.train.pack import TIGHT_BUCKET, pack
 from visrl.train.tree import grow
 
-if TYPE_CHECKING:
-    from visrl.engines.local import LocalEngine
+
+class RecomputedDrawing(Drawing):
+    """Texts that are drawn without any kept keys and values."""
+
+    def __init__(self, model: torch.nn.Module, encoder: Encoder, on_token: OnToken | None = None) -> None:
+        super().__init__(encoder, on_token)
+        self.model = model
+
+    @torch.inference_mode()
+    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
+        texts, failed = self.read(rows)
+        tokens = self._draw(texts)
+        self.texts |= texts
+        return failed | self.take(tokens)
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, Completion]:
+        return self.take(self._draw(self.texts))
+
+    def _draw(self, texts: Mapping[int, Text]) -> dict[int, int]:
+        if not texts:
+            return {}
+        logits = next_logits(self.model, self.encoder, [self._longer(text) for text in texts.values()])
+        return dict(zip(texts, draw_tokens(logits, list(texts.values())), strict=True))
+
+    def _longer(self, text: Text) -> TokenPath:
+        """The prompt with the tokens drawn so far, and one more for what follows."""
+        prompt = text.prompt
+        ids = np.concatenate([prompt.ids, np.array([*text.tokens, self.encoder.end_id], dtype=np.int64)])
+        grids = [view.grid for view in prompt.views]
+        positions = self.encoder.family.positions(ids, self.encoder.image_token_id, grids)
+        return replace(prompt, ids=ids, positions=positions, start=len(prompt.ids))
 
 
-def recompute_batch(
-    engine: LocalEngine,
-    rows: Sequence[Row],
-    groups: dict[str, list[int]],
-    done: list[Completion | None],
-    on_token: OnToken | None,
-) -> None:
-    """Draw the texts of all rows in `groups` into `done`; the same contract as the engine's own batch."""
-    paths: dict[int, TokenPath] = {}
-    for number in (number for members in groups.values() for number in members):
-        try:
-            paths[number] = engine.encoder.encode(rows[number].conversation, [None])[0]
-        except PromptError as error:
-            done[number] = Completion(None, finish_reason="error", error=str(error))
-    draws = {number: Draw(rows[number]) for number in paths}
-    texts: dict[int, list[int]] = {number: [] for number in paths}
-    alive = sorted(paths)
-    step = 0
-    while alive:
-        now = next_logits(engine, [_longer(engine, paths[number], texts[number]) for number in alive])
-        grid = np.array(alive)[:, None]
-        chosen = draw_tokens(now[:, None], grid, np.ones_like(grid, dtype=bool), draws, step)[:, 0]
-        for number, token in zip(list(alive), chosen.tolist(), strict=True):
-            reason = engine.take(rows[number], texts[number], token, number, on_token)
-            if reason:
-                alive.remove(number)
-                text = engine.encoder.decode(texts[number])
-                count = len(paths[number].ids)
-                done[number] = Completion(text, len(texts[number]), reason, prompt_tokens=count)
-        step += 1
-
-
-def next_logits(engine: LocalEngine, paths: Sequence[TokenPath]) -> torch.Tensor:
+def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:
     """Logits [paths, vocabulary], in fp32, of what follows each path; its last token stands for what follows."""
-    encoder = engine.encoder
     by_picture: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
         by_picture.setdefault(path.views[0].key if path.views else f"path {number}", []).append(number)
@@ -66,17 +62,9 @@ def next_logits(engine: LocalEngine, paths: Sequence[TokenPath]) -> torch.Tensor
     groups = [[paths[number] for number in members] for members in by_picture.values()]
     trees = grow(groups, encoder.image_token_id, pairs_only=encoder.family.shares == "pairs")
     packed = pack(trees, encoder.family, encoder.image_token_id, bucket=TIGHT_BUCKET)
-    packed = packed.to(next(engine.model.parameters()).device)
+    packed = packed.to(next(model.parameters()).device)
     last = torch.empty(len(paths), dtype=torch.long, device=packed.row.device)
     # Of the responses' rows in order, a later one of a branch takes an earlier one's place.
     for row, branch in zip(packed.row, packed.branch.tolist(), strict=True):
         last[order[branch]] = row
-    return kept_logits(engine.model, packed)[last].float()
-
-
-def _longer(engine: LocalEngine, prompt: TokenPath, text: list[int]) -> TokenPath:
-    """`prompt` with the tokens drawn so far, and one more for what follows."""
-    ids = np.concatenate([prompt.ids, np.array([*text, engine.encoder.end_id], dtype=np.int64)])
-    grids = [view.grid for view in prompt.views]
-    positions = engine.encoder.family.positions(ids, engine.encoder.image_token_id, grids)
-    return replace(prompt, ids=ids, positions=positions, start=len(prompt.ids))
+    return kept_logits(model, packed)[last].float()

@@ -1,8 +1,8 @@
 """One worker thread that owns the engine: requests of all clients wait in one queue and are computed together.
 
 Pictures are made ready in a thread before that, a bounded number ahead, so that no batch waits for one. New rows join
-at the next batch. A row whose client left is dropped from the queue, or stopped at its next token.
-Nothing here knows about HTTP.
+those that are being drawn between two tokens, and each is answered as soon as it ends. A row whose client left is
+dropped from the queue, or stopped at its next token. Nothing here knows about HTTP.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -27,13 +28,24 @@ from visrl.serve.schemas import RequestError
 
 GATHER_S = 0.004  # how long the first row of an idle engine waits for company
 PREPARE_S = 0.1  # how long it waits for company whose pictures are being made ready
+JOIN_ROWS = 8  # so many rows are worth a prefill of their own while others are being drawn: it costs less for each,
+JOIN_SHARE = 4  # the more there are; so is one of so many that are being drawn,
+JOIN_S = 0.15  # and one that has waited so long
 READY_BATCHES = 2  # rows ready ahead of the engine, in batches: their pictures lie in memory as tensors
-FORGET_BATCHES = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
+FORGET_ADDS = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
 # Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
 BATCH_AREA = 64_000_000
 
 State = Literal["loading", "ready", "failed", "stopped"]
 OnToken = Callable[[int, Callable[[], str]], bool]
+
+
+class RowDrawing(Protocol):
+    """Texts being drawn, by the numbers of their rows (see `visrl.engines.drawing.Drawing`)."""
+
+    def __len__(self) -> int: ...
+    def add(self, rows: Mapping[int, Any]) -> dict[int, Completion]: ...
+    def step(self) -> dict[int, Completion]: ...
 
 
 class RowEngine(Protocol):
@@ -42,7 +54,7 @@ class RowEngine(Protocol):
     @property
     def codec(self) -> Codec: ...
     def processed_size(self, size: Size) -> Size: ...
-    def generate(self, rows: Sequence[Any], on_token: OnToken | None = None) -> list[Completion]: ...
+    def begin(self, on_token: OnToken | None = None) -> RowDrawing: ...
     def prepare(self, conversation: Conversation) -> Sequence[Any]: ...
     def keep(self, prepared: Iterable[Any]) -> None: ...
     def forget(self) -> None: ...
@@ -81,6 +93,8 @@ class _Job:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
     prepared: Sequence[Any] = ()  # its pictures, ready for the engine
+    ready_at: float = 0.0  # since when it waits for the engine, by `time.monotonic`
+    length: int = 0  # a guess at its tokens
 
     def post(self, action: Callable[..., None], *args: Any) -> None:
         """Run `action` in the event loop; a loop that has closed has nobody left to tell."""
@@ -106,6 +120,7 @@ class Batcher:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._loaded: Loaded | None = None
         self._waiting: deque[_Job] = deque()
+        self._running: dict[int, _Job] = {}  # by their numbers in the drawing; the engine's thread alone touches it
         self._changed = threading.Condition()
         self._arriving = 0  # rows that do not wait for the engine yet
         self._preparing = 0  # of these, the ones whose pictures are being made ready
@@ -177,6 +192,7 @@ class Batcher:
                     arrived = True
                     if self._state != "ready":
                         raise RequestError(503, "the server is shutting down")
+                    job.ready_at, job.length = time.monotonic(), length_guess(row.conversation)
                     self._waiting.append(job)
                     self._changed.notify_all()
                 return row.finish(await job.future)
@@ -222,70 +238,125 @@ class Batcher:
         with self._changed:
             if self._state == "loading":
                 self._state = "ready"
-        engine = self._loaded.engine
-        batch: list[_Job] = []
         try:
-            for count in itertools.count(1):
-                batch = self._next_batch()
-                if not batch:
-                    break
-                self._metrics.batch_rows.add(len(batch))
-                self._compute(engine, batch)
-                if count % FORGET_BATCHES == 0:
-                    engine.forget()
+            self._serve(self._loaded.engine)
         finally:
             # Reached by `stop`, and by an error nobody foresaw: whoever still waits must be told.
             with self._changed:
                 self._state = "stopped"
-                left = [*batch, *self._waiting]
+                left = [*self._running.values(), *self._waiting]
                 self._waiting.clear()
             for job in left:
                 job.post(job.fail, RequestError(503, "the server is shutting down"))
 
-    def _next_batch(self) -> list[_Job]:
-        """The rows to compute next, oldest first; empty once stopped."""
+    def _serve(self, engine: RowEngine) -> None:
+        """Draw, token after token, until told to stop."""
+        drawing = engine.begin(self._on_token)
+        numbers = itertools.count()
+        added, cores = 0, torch.get_num_threads()
+        while (fresh := self._next_rows()) or self._running:
+            # A core is left to requests that are still being read, opened or made ready.
+            elsewhere = self._metrics.in_flight > len(self._running) + len(self._waiting) + len(fresh)
+            torch.set_num_threads(max(1, cores - 1) if elsewhere else cores)
+            try:
+                if fresh:
+                    added += 1
+                    self._add(engine, drawing, {next(numbers): job for job in fresh})
+                if self._running:
+                    self._metrics.batch_rows.add(len(self._running))
+                    self._end(drawing.step())
+            except (ValueError, RuntimeError) as error:
+                self._draw_alone(engine, error)
+                drawing = engine.begin(self._on_token)
+            if not self._running and added >= FORGET_ADDS:
+                engine.forget()
+                added = 0
+
+    def _next_rows(self) -> list[_Job]:
+        """The rows that join now, oldest first. Where none runs, waits for some; empty then means stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
-            self._changed.wait_for(self._is_gathered, GATHER_S)
-            self._changed.wait_for(lambda: self._is_gathered() or not self._preparing, PREPARE_S)
+            if not self._running:
+                self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
+                self._changed.wait_for(self._is_gathered, GATHER_S)
+                self._changed.wait_for(lambda: self._is_gathered() or not self._preparing, PREPARE_S)
+            elif not self._may_join():
+                return []
             if self._state == "stopped":
                 return []
-            batch: list[_Job] = []
-            longest = 0
-            while self._waiting and len(batch) < self._max_batch:
-                longest = max(longest, length_guess(self._waiting[0].row.conversation))
-                if batch and longest**2 * (len(batch) + 1) > BATCH_AREA:
+            rows: list[_Job] = []
+            longest = max((job.length for job in self._running.values()), default=0)
+            while self._waiting and (count := len(self._running) + len(rows)) < self._max_batch:
+                longest = max(longest, self._waiting[0].length)
+                if count and longest**2 * (count + 1) > BATCH_AREA:
                     break
-                batch.append(self._waiting.popleft())
-            return batch
+                rows.append(self._waiting.popleft())
+            return rows
 
     def _is_gathered(self) -> bool:
-        return len(self._waiting) >= self._max_batch or self._state == "stopped"
+        return len(self._waiting) >= min(JOIN_ROWS, self._max_batch) or self._state == "stopped"
 
-    def _compute(self, engine: RowEngine, batch: list[_Job]) -> None:
-        def on_token(index: int, read: Callable[[], str]) -> bool:
-            job = batch[index]
-            if job.row.cancelled or self._state != "ready":
-                return False
-            if not job.row.is_followed:  # nobody needs the text before its end
-                return True
-            go_on, visible = job.row.see(read())
-            if visible is not None and job.row.on_text is not None:
-                job.post(job.row.on_text, visible)
-            return go_on
+    def _may_join(self) -> bool:
+        """Whether rows wait that are worth holding up those that are being drawn."""
+        if not self._waiting:
+            return False
+        enough = min(JOIN_ROWS, 1 + len(self._running) // JOIN_SHARE)
+        return len(self._waiting) >= enough or time.monotonic() - self._waiting[0].ready_at >= JOIN_S
 
-        engine.keep(view for job in batch for view in job.prepared)
+    def _add(self, engine: RowEngine, drawing: RowDrawing, jobs: dict[int, _Job]) -> None:
+        """Let jobs join; where they cannot all, one by one.
+
+        Raises:
+            ValueError, RuntimeError: the model failed in a way that leaves the drawing of no more use.
+        """
+        engine.keep(view for job in jobs.values() for view in job.prepared)
+        self._running |= jobs
         try:
-            completions = engine.generate([job.row for job in batch], on_token)
+            self._end(drawing.add({number: job.row for number, job in jobs.items()}))
         except (ValueError, RuntimeError) as error:
-            if len(batch) > 1:
+            if len(drawing) != len(self._running) - len(jobs):
+                raise
+            for number in jobs:
+                del self._running[number]
+            if len(jobs) > 1:
                 # One caller's bad prompt, or too much memory at once, must not fail the others.
-                for job in batch:
-                    self._compute(engine, [job])
+                for number, job in jobs.items():
+                    self._add(engine, drawing, {number: job})
                 return
-            batch[0].post(batch[0].fail, _cannot_answer(error))
-            return
-        for job, completion in zip(batch, completions, strict=True):
+            for job in jobs.values():
+                job.post(job.fail, _cannot_answer(error))
+
+    def _draw_alone(self, engine: RowEngine, error: Exception) -> None:
+        """Draw every running row again, each by itself, after `error` has ended them all; a lone one fails by it."""
+        jobs, self._running = self._running, {}
+        for number, job in jobs.items():
+            self._running = {number: job}
+            try:
+                if len(jobs) == 1:
+                    raise error
+                drawing = engine.begin(self._on_token)
+                self._end(drawing.add({number: job.row}))
+                while self._running:
+                    self._end(drawing.step())
+            except (ValueError, RuntimeError) as own:
+                job.post(job.fail, _cannot_answer(own))
+        self._running = {}
+
+    def _on_token(self, number: int, read: Callable[[], str]) -> bool:
+        """Whether a row is to go on; its client is told of the text so far."""
+        job = self._running[number]
+        if job.row.cancelled or self._state != "ready":
+            return False
+        if not job.row.is_followed:  # nobody needs the text before its end
+            return True
+        go_on, visible = job.row.see(read())
+        if visible is not None and job.row.on_text is not None:
+            job.post(job.row.on_text, visible)
+        return go_on
+
+    def _end(self, ended: dict[int, Completion]) -> None:
+        """Give the completions of rows that have ended to whoever waits for them."""
+        for number, completion in ended.items():
+            job = self._running.pop(number)
             if completion.text is None:
                 job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
             else:
