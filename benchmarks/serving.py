@@ -38,7 +38,7 @@ TOKENS = 32  # of an answer: the length of a box with its brackets, or of a shor
 SMALL_REQUESTS, LARGE = 40, (5600, 4200)  # of the measurement beside large pictures
 PROGRAM = (
     "import sys; from visrl.serve.commands import ServeConfig, serve; "
-    "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench', max_batch=64))"
+    "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench'))"
 )
 
 

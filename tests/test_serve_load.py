@@ -20,7 +20,9 @@ def test_many_clients_are_served_faster_and_in_bounded_memory(tmp_path: Path) ->
     found = json.loads(figures.read_text())
     for way in found["ways"].values():
         assert way["failed"] == 0
-        assert way["speedup"] > 2  # what a busy machine still shows; the goal on an idle one is 4
+        # What a busy machine still shows, by the clock and in the server's own time; the goal on an idle one is 4.
+        assert way["speedup"] > 2
+        assert min(way["server_speedups"]) > 3
     memory = found["memory"]
     assert memory["failed"] == 0
     assert max(memory["rss_mb"][5:]) - max(memory["rss_mb"][:5]) < 100

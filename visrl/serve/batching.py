@@ -114,7 +114,7 @@ class Batcher:
     """Loads an engine in its own thread and keeps it there; a `Backend`."""
 
     def __init__(
-        self, load: Callable[[], Loaded], metrics: Metrics, *, max_batch: int = 32, max_waiting: int = 256
+        self, load: Callable[[], Loaded], metrics: Metrics, *, max_batch: int = 64, max_waiting: int = 256
     ) -> None:
         self._load, self._metrics = load, metrics
         self._max_batch, self._max_waiting = max_batch, max_waiting
@@ -309,6 +309,8 @@ class Batcher:
             ValueError, RuntimeError: the model failed in a way that leaves the drawing of no more use.
         """
         engine.keep(view for job in jobs.values() for view in job.prepared)
+        for job in jobs.values():
+            job.prepared = ()  # large tensors, which the drawing needs but once
         self._running |= jobs
         try:
             self._end(drawing.add({number: job.row for number, job in jobs.items()}))

@@ -47,7 +47,7 @@ class ServeConfig(Config):
     """Used where a request names none; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
-    max_batch: int = Field(32, ge=1)
+    max_batch: int = Field(64, ge=1)
     """Rows computed together."""
     vllm_url: str | None = None
     """A running vLLM (or any OpenAI-compatible) server up to `/v1`; without it one is started."""
