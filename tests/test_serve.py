@@ -413,12 +413,16 @@ def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
             return BrokenDrawing(self, on_token)
 
     class BrokenDrawing(KnownDrawing):
-        def add(self, rows):  # type: ignore[no-untyped-def]
-            raise MemoryError("nobody foresaw this")
+        def step(self):  # type: ignore[no-untyped-def]
+            raise RuntimeError("out of memory") if len(self) > 1 else MemoryError("nobody foresaw this")
 
-    metrics = Metrics()
-    with serving(Batcher(lambda: Loaded(Broken(echo)), metrics), metrics) as url:
-        assert post(url, body()).status_code == 503
+    metrics, engine = Metrics(), Broken(echo)
+    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(4) as pool:
+        engine.go_on.clear()
+        replies = [pool.submit(post, url, body(n=2)) for _ in range(4)]
+        wait_until(lambda: engine.running and metrics.waiting_rows() + engine.running == 8)
+        engine.go_on.set()
+        assert [reply.result().status_code for reply in replies] == [503] * 4
         assert get(f"{url}/health").status_code == 503
         assert post(url, body()).status_code == 503
 

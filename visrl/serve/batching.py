@@ -308,40 +308,42 @@ class Batcher:
         Raises:
             ValueError, RuntimeError: the model failed in a way that leaves the drawing of no more use.
         """
+        self._running |= jobs
         engine.keep(view for job in jobs.values() for view in job.prepared)
         for job in jobs.values():
             job.prepared = ()  # large tensors, which the drawing needs but once
-        self._running |= jobs
+        before = len(drawing)
         try:
             self._end(drawing.add({number: job.row for number, job in jobs.items()}))
         except (ValueError, RuntimeError) as error:
-            if len(drawing) != len(self._running) - len(jobs):
+            if len(drawing) != before:
                 raise
-            for number in jobs:
-                del self._running[number]
-            if len(jobs) > 1:
-                # One caller's bad prompt, or too much memory at once, must not fail the others.
-                for number, job in jobs.items():
-                    self._add(engine, drawing, {number: job})
+            if len(jobs) == 1:
+                self._fail(jobs, error)
                 return
-            for job in jobs.values():
-                job.post(job.fail, _cannot_answer(error))
+            # One caller's bad prompt, or too much memory at once, must not fail the others.
+            for number, job in jobs.items():
+                self._add(engine, drawing, {number: job})
 
     def _draw_alone(self, engine: RowEngine, error: Exception) -> None:
         """Draw every running row again, each by itself, after `error` has ended them all; a lone one fails by it."""
-        jobs, self._running = self._running, {}
+        jobs = dict(self._running)
+        if len(jobs) == 1:
+            self._fail(jobs, error)
+            return
         for number, job in jobs.items():
-            self._running = {number: job}
             try:
-                if len(jobs) == 1:
-                    raise error
                 drawing = engine.begin(self._on_token)
                 self._end(drawing.add({number: job.row}))
-                while self._running:
+                while len(drawing):
                     self._end(drawing.step())
             except (ValueError, RuntimeError) as own:
-                job.post(job.fail, _cannot_answer(own))
-        self._running = {}
+                self._fail([number], own)
+
+    def _fail(self, jobs: Iterable[int], error: Exception) -> None:
+        for number in jobs:
+            job = self._running.pop(number)
+            job.post(job.fail, _cannot_answer(error))
 
     def _on_token(self, number: int, read: Callable[[], str]) -> bool:
         """Whether a row is to go on; its client is told of the text so far."""
