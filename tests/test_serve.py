@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import torch
 from PIL import Image
 from serve_help import (
     NAME,
@@ -392,15 +394,41 @@ def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownDra
     assert "out of memory" in bad.text
 
 
+def test_too_little_memory_makes_smaller_batches(capfd: pytest.CaptureFixture[str]) -> None:
+    class Small(KnownEngine):
+        def begin(self, on_token=None):  # type: ignore[no-untyped-def]
+            return SmallDrawing(self, on_token)
+
+    class SmallDrawing(KnownDrawing):
+        def step(self):  # type: ignore[no-untyped-def]
+            if len(self) > 2 or "huge" in next(iter(self.rows.values())).conversation.messages[0].text:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().step()
+
+    metrics, engine = Metrics(), Small(echo)
+    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
+        engine.go_on.clear()
+        asked = [pool.submit(post, url, body(f"question {n}", pictures=[], stream=n == 7)) for n in range(8)]
+        wait_until(lambda: engine.running and metrics.waiting_rows() + engine.running == 8)
+        engine.go_on.set()
+        replies = [reply.result() for reply in asked]
+        assert post(url, body("huge", pictures=[])).status_code == 500
+        assert post(url, body("small", pictures=[])).status_code == 200
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies[:7]]
+    assert texts == [f"question {n}" for n in range(7)]
+    assert replies[7].text.endswith("data: [DONE]\n\n")
+    assert re.search(r"at most [12] from now on \(max_batch\)", capfd.readouterr().err)
+
+
 def test_rows_join_and_are_answered_while_others_are_drawn() -> None:
     def speak(conversation: Conversation) -> str:
         return "x" * 4_000 if "long" in conversation.messages[-1].text else "short"
 
-    with known(speak, token_s=0.01) as (url, engine, metrics):
+    with known(speak, token_s=0.01) as (url, engine, _):
         with left_open(url, body("long", max_tokens=4_000)):
             wait_until(lambda: engine.running)
             assert [post(url, body("q")).status_code for _ in range(3)] == [200] * 3
-            assert (engine.said, metrics.in_flight) == (["short"] * 3, 1)
+            assert engine.said == ["short"] * 3  # the long one goes on
         wait_until(lambda: len(engine.said) == 4)
     assert len(engine.batches) == 4
     assert len(engine.said[3]) < 4_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import threading
 import time
 from collections import deque
@@ -265,6 +266,9 @@ class Batcher:
                 if self._running:
                     self._metrics.batch_rows.add(len(self._running))
                     self._end(drawing.step())
+            except torch.OutOfMemoryError as error:
+                self._draw_fewer(error)
+                drawing = engine.begin(self._on_token)
             except (ValueError, RuntimeError) as error:
                 self._draw_alone(engine, error)
                 drawing = engine.begin(self._on_token)
@@ -316,20 +320,34 @@ class Batcher:
         try:
             self._end(drawing.add({number: job.row for number, job in jobs.items()}))
         except (ValueError, RuntimeError) as error:
-            if len(drawing) != before:
+            if len(drawing) != before or isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(jobs) == 1:
                 self._fail(jobs, error)
                 return
-            # One caller's bad prompt, or too much memory at once, must not fail the others.
+            # One caller's bad prompt must not fail the others.
             for number, job in jobs.items():
                 self._add(engine, drawing, {number: job})
+
+    def _draw_fewer(self, error: torch.OutOfMemoryError) -> None:
+        """Queue all running rows again, half as many to be drawn together from now on; a lone one fails by `error`."""
+        count = len(self._running)
+        if count == 1:
+            self._fail(list(self._running), error)
+            return
+        with self._changed:
+            self._max_batch = count // 2
+            self._waiting.extendleft(reversed(self._running.values()))
+            self._running.clear()
+        print(
+            f"Out of memory with {count} rows at once; at most {count // 2} from now on (max_batch).", file=sys.stderr
+        )
 
     def _draw_alone(self, engine: RowEngine, error: Exception) -> None:
         """Draw every running row again, each by itself, after `error` has ended them all; a lone one fails by it."""
         jobs = dict(self._running)
         if len(jobs) == 1:
-            self._fail(jobs, error)
+            self._fail(list(jobs), error)
             return
         for number, job in jobs.items():
             try:
