@@ -266,11 +266,13 @@ class Batcher:
                 if self._running:
                     self._metrics.batch_rows.add(len(self._running))
                     self._end(drawing.step())
-            except torch.OutOfMemoryError as error:
-                self._draw_fewer(error)
-                drawing = engine.begin(self._on_token)
             except (ValueError, RuntimeError) as error:
-                self._draw_alone(engine, error)
+                if len(self._running) == 1:
+                    self._fail(next(iter(self._running)), error)
+                elif isinstance(error, torch.OutOfMemoryError):
+                    self._draw_fewer()
+                else:
+                    self._draw_alone(engine)
                 drawing = engine.begin(self._on_token)
             if not self._running and added >= FORGET_ADDS:
                 engine.forget()
@@ -323,18 +325,15 @@ class Batcher:
             if len(drawing) != before or isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(jobs) == 1:
-                self._fail(jobs, error)
+                self._fail(*jobs, error)
                 return
             # One caller's bad prompt must not fail the others.
             for number, job in jobs.items():
                 self._add(engine, drawing, {number: job})
 
-    def _draw_fewer(self, error: torch.OutOfMemoryError) -> None:
-        """Queue all running rows again, half as many to be drawn together from now on; a lone one fails by `error`."""
+    def _draw_fewer(self) -> None:
+        """Queue all running rows again, half as many to be drawn together from now on."""
         count = len(self._running)
-        if count == 1:
-            self._fail(list(self._running), error)
-            return
         with self._changed:
             self._max_batch = count // 2
             self._waiting.extendleft(reversed(self._running.values()))
@@ -343,25 +342,21 @@ class Batcher:
             f"Out of memory with {count} rows at once; at most {count // 2} from now on (max_batch).", file=sys.stderr
         )
 
-    def _draw_alone(self, engine: RowEngine, error: Exception) -> None:
-        """Draw every running row again, each by itself, after `error` has ended them all; a lone one fails by it."""
-        jobs = dict(self._running)
-        if len(jobs) == 1:
-            self._fail(list(jobs), error)
-            return
-        for number, job in jobs.items():
+    def _draw_alone(self, engine: RowEngine) -> None:
+        """Draw every running row again, each by itself."""
+        for number, job in dict(self._running).items():
             try:
                 drawing = engine.begin(self._on_token)
                 self._end(drawing.add({number: job.row}))
                 while len(drawing):
                     self._end(drawing.step())
-            except (ValueError, RuntimeError) as own:
-                self._fail([number], own)
+            except (ValueError, RuntimeError) as error:
+                self._fail(number, error)
 
-    def _fail(self, jobs: Iterable[int], error: Exception) -> None:
-        for number in jobs:
-            job = self._running.pop(number)
-            job.post(job.fail, _cannot_answer(error))
+    def _fail(self, number: int, error: Exception) -> None:
+        """Tell whoever waits for a running row that it has failed."""
+        job = self._running.pop(number)
+        job.post(job.fail, _cannot_answer(error))
 
     def _on_token(self, number: int, read: Callable[[], str]) -> bool:
         """Whether a row is to go on; its client is told of the text so far."""
