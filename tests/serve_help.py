@@ -38,8 +38,13 @@ class KnownEngine:
 
     codec: Codec = CODECS["visrl"]
 
-    def __init__(self, speak: Callable[[Conversation], str], token_s: float = 0.0) -> None:
-        self.speak, self.token_s = speak, token_s
+    def __init__(
+        self,
+        speak: Callable[[Conversation], str],
+        token_s: float = 0.0,
+        drawing: type[KnownDrawing] | None = None,
+    ) -> None:
+        self.speak, self.token_s, self.drawing = speak, token_s, drawing or KnownDrawing
         self.batches: list[list[Row]] = []
         self.said: list[str] = []
         self.prepared: list[tuple[str, int]] = []  # the thread in which pictures were made ready, and rows then running
@@ -66,7 +71,7 @@ class KnownEngine:
         return text
 
     def begin(self, on_token: OnToken | None = None) -> KnownDrawing:
-        return KnownDrawing(self, on_token)
+        return self.drawing(self, on_token)
 
 
 class KnownDrawing:
@@ -108,6 +113,10 @@ class KnownDrawing:
             del self.rows[number]
         self.engine.running = len(self.rows)
         return ended
+
+
+def echo(conversation: Conversation) -> str:
+    return conversation.messages[-1].text
 
 
 def two_steps(conversation: Conversation) -> str:
