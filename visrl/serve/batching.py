@@ -325,7 +325,7 @@ class Batcher:
             if len(drawing) != before or isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(jobs) == 1:
-                self._fail(*jobs, error)
+                self._fail(next(iter(jobs)), error)
                 return
             # One caller's bad prompt must not fail the others.
             for number, job in jobs.items():
