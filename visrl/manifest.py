@@ -1,12 +1,19 @@
-"""What made a file or a folder: a manifest beside every output, written last, so that its presence means "complete"."""
+"""What made a file or a folder: a manifest beside every output, written last, so that its presence means "complete".
+And who writes it now: one process at a time, which holds the output while it works."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,77 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow
 
 class ManifestError(ValueError):
     """An output folder that belongs to something else than what is asked for."""
+
+
+class HeldError(ManifestError):
+    """An output that another process is writing."""
+
+
+@contextlib.contextmanager
+def hold(output: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold an output folder or file for this process while it writes there; the output itself is not touched.
+
+    The lock is the kernel's, on a hidden file beside the output: it ends with the process that has it, however that
+    ends, and programs started from this one do not inherit it. `wait_s` is how long to wait for another holder.
+
+    Raises:
+        HeldError: another process has it; the message says which.
+        OSError: no file can be made beside the output.
+    """
+    path = Path(output).resolve()
+    lock = path.with_name(_lock_name(path.name))
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and not os.access(lock.parent, os.W_OK):
+        lock = path / _lock_name("")  # a mounted folder: nothing can be written beside it
+    descriptor = _locked(lock, output, time.monotonic() + wait_s)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: whoever waits for it looks whether the file is still this one
+        os.close(descriptor)
+        for folder in made:  # for nothing, where nothing was written
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock_name(name: str) -> str:
+    long = len(os.fsencode(name)) > 240  # a file's name has 255 bytes at most
+    return f".{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest() if long else name}.lock"
+
+
+def _locked(lock: Path, output: str | os.PathLike[str], until: float) -> int:
+    """The descriptor of `lock`, locked and with this process's name in it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 4096).decode(errors="replace") or "another process, just started,"
+            os.close(descriptor)
+            if time.monotonic() >= until:
+                raise HeldError(
+                    f"{output} is being written by {holder}; wait until it ends, or give another output"
+                ) from None
+            time.sleep(0.05)
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            print(f"{lock.parent} lies on a file system without locks: let no other command write {output} meanwhile")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)  # the last holder has removed this file: take the one that is there now
+    # Only words that are no key=value and no address: those may hold passwords.
+    words = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if "=" not in word and "://" not in word)]
+    told = (
+        f"process {os.getpid()} on {socket.gethostname()} ({' '.join(words)[:200]}, since {time.strftime('%H:%M:%S')})"
+    )
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, told.encode(errors="replace"), 0)
+    return descriptor
 
 
 def write_manifest(
@@ -50,12 +128,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def hash_files(*paths: str | os.PathLike[str]) -> str:
-    """One short hash over the names and bytes of files and of all files under folders, manifests left out."""
+    """One short hash over the names and bytes of files and of all files under folders, manifests and locks left out."""
     digest = hashlib.blake2b(digest_size=16)
     for path in map(Path, paths):
         files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
         for file in files:
-            if file.name in (NAME, STARTED):
+            if file.name in (NAME, STARTED) or (file.name.startswith(".") and file.suffix == ".lock"):
                 continue
             digest.update(file.name.encode() + b"\0")
             with open(file, "rb") as stream:

@@ -25,6 +25,7 @@ from visrl.data.sharegpt import Entry, find_entry, read_sharegpt
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
+from visrl.manifest import hold
 from visrl.records import Preference, RecordError, Sample
 
 SOURCES = ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl", "hf")
@@ -111,6 +112,7 @@ def convert(
     Raises:
         RecordError: an input is not there or damaged (nothing is written then), no such format, or the output is
             an input.
+        HeldError: another process writes the output.
     """
     if target not in TARGETS:
         raise RecordError(f"no format {target!r} to write; there are {', '.join(TARGETS)}")
@@ -266,12 +268,14 @@ class _Files:
         self.bad: Writer | None = None
 
     def __enter__(self) -> _Files:
-        self.stack = ExitStack()
         self.writers: list[Writer | ParquetWriter] = []
-        for path in self.outs:
-            writer: Writer | ParquetWriter = ParquetWriter(path) if self.target == "hf" else Writer(path)
-            self.writers.append(writer)
-            self.stack.push(writer)
+        with ExitStack() as stack:
+            for path in self.outs:
+                stack.enter_context(hold(path))
+                writer: Writer | ParquetWriter = ParquetWriter(path) if self.target == "hf" else Writer(path)
+                self.writers.append(writer)
+                stack.push(writer)
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:

@@ -14,6 +14,7 @@ from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.rows import RowFault
 from visrl.data.sharegpt import CHOSEN_CROP, INFO, STEP_COLUMNS, Entry
 from visrl.data.viscot import need_answer, need_box
+from visrl.manifest import hold
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
 from visrl.records import Picture, Preference, Sample, picture_json, write_text
 
@@ -79,9 +80,10 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
     """Describe `file` by `entry` in the `dataset_info.json` beside it, under its stem; other entries are kept."""
     file = Path(file)
     path = file.parent / INFO
-    info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    info[file.stem] = entry
-    return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    with hold(path, wait_s=30):  # other conversions describe their files here, too
+        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        info[file.stem] = entry
+        return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:

@@ -94,13 +94,14 @@ def judge(
     from visrl.engines.client import Client, Endpoint
     from visrl.evaluate.answers import answered
     from visrl.evaluate.judge import client_asker, judge_all
+    from visrl.manifest import hold
 
     rows, _ = _answer_rows(predictions, truth)
     asked = [one for one in map(answered, rows) if one is not None]
     client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
     try:
         ask_all = client_asker(client)
-        with typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
+        with hold(out), typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
             judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
     finally:
         client.close()

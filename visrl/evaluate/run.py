@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from visrl.evaluate.benchmarks import (
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, SCORES, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
-from visrl.manifest import claim_folder, hash_checkpoint, is_complete, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, write_manifest
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 
 if TYPE_CHECKING:
@@ -48,8 +48,13 @@ def evaluate(config: EvalConfig) -> Path:
 
     Raises:
         RecordError, ConfigError: data sets or pictures that are missing, and whatever the engines refuse.
-        ManifestError: the folder holds another run.
+        ManifestError: the folder holds another run, or another process writes it.
     """
+    with nullcontext() if config.dry_run else hold(config.output_dir):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvalConfig) -> Path:
     from visrl.evaluate.tables import summary_lines
 
     started = time.monotonic()

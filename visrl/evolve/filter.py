@@ -15,7 +15,7 @@ from visrl.config import Config, ConfigError, OneOrMore
 from visrl.data.sources import hash_source
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
-from visrl.manifest import claim_folder, hash_files, read_manifest, write_manifest
+from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
 from visrl.records import Record, RecordError, Trajectory, Verdict, read_records, write_records
 
 PREFERENCES, PAGE = "preferences.jsonl", "pairs.html"
@@ -60,7 +60,13 @@ def filter_pairs(config: FilterConfig) -> dict[str, Any]:
     Raises:
         RecordError: files that are missing, unfinished or not of the data set.
         ConfigError: no data set named, and none in a manifest.
+        HeldError: another process writes the folder.
     """
+    with hold(config.output_dir):
+        return _filter_pairs(config)
+
+
+def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     files = [[folder / name for folder in config.input_dir] for name in (TRAJECTORIES, VERDICTS)]
     for path in (path for group in files for path in group):
         if not path.is_file():

@@ -21,7 +21,7 @@ from visrl.evolve.critic import count_verdicts
 from visrl.evolve.diversity import TRIGGER
 from visrl.evolve.players import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
 from visrl.evolve.rollout import RolloutSettings, roll_out
-from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
@@ -69,6 +69,11 @@ def generate(config: GenerateConfig) -> Path:
     Killed at any moment and started again, it goes on at the last whole batch and ends with the same files. The files
     of shards 1 to n, one after another, are those of the whole.
     """
+    with hold(config.output_dir):
+        return _generate(config)
+
+
+def _generate(config: GenerateConfig) -> Path:
     from visrl.progress import progress
 
     started = time.time()
@@ -223,6 +228,11 @@ def merge_shards(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         RecordError: a shard that is not complete.
     """
+    with hold(out):
+        return _merge_shards(folders, out)
+
+
+def _merge_shards(folders: Sequence[Path], out: Path) -> Path:
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         if manifest is None:

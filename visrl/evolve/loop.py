@@ -25,7 +25,7 @@ from visrl.evolve.generate import (
 from visrl.evolve.players import NOT_IDENTITY, critic_name
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
-from visrl.manifest import claim_folder, hash_checkpoint, read_manifest, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
@@ -117,7 +117,7 @@ def run_demo(config: DemoConfig) -> Path:
     """Run what is left of the demo; the path of its report.
 
     Raises:
-        ManifestError: the output folder holds a demo of another config.
+        ManifestError: the output folder holds a demo of another config, or another process writes it.
         ConfigError: no model to start from, or no config to train it by.
     """
     import torch
@@ -130,8 +130,9 @@ def run_demo(config: DemoConfig) -> Path:
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
-    claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
-    return _run(evolution, "demo", shown=config.model_dump(mode="json"))
+    with hold(config.output_dir):
+        claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
+        return _run(evolution, "demo", shown=config.model_dump(mode="json"))
 
 
 def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: bool = False) -> Path | None:
@@ -140,7 +141,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     With a `shard` i/n only that part of the next generation is made, and None returned.
 
     Raises:
-        ManifestError: the output folder holds a run of another config.
+        ManifestError: the output folder holds a run of another config, or another process writes it.
         ConfigError: keys that do not go together, or a data set that is too short.
     """
     if shard is not None and parse_shard(shard)[1] != config.shards:
@@ -152,11 +153,14 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     if plan_only:
         return None
     identity = config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"})
-    claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(config.model_name_or_path)})
-    if shard is not None:
+    identity["model"] = hash_checkpoint(config.model_name_or_path)
+    if shard is not None:  # several machines work in this folder: each holds its own shard's
+        claim_folder(config.output_dir, identity)
         _make_shard(config, shard)
         return None
-    return _run(config, "evolve", shown=config.model_dump(mode="json"))
+    with hold(config.output_dir):
+        claim_folder(config.output_dir, identity)
+        return _run(config, "evolve", shown=config.model_dump(mode="json"))
 
 
 def _check_train_config(config: EvolveConfig) -> None:

@@ -12,12 +12,16 @@ def report(run: Path) -> None:
 
     Raises:
         ReportError: no report can be made of it.
+        HeldError: another process writes its page.
     """
+    from visrl.manifest import hold
     from visrl.report.page import render, save
     from visrl.report.run import load_run
 
     loaded = load_run(run)
-    path = save(run, render(loaded))
+    page = render(loaded)
+    with hold(run / "report.html"):  # the page alone: a run may be reported on while it is written
+        path = save(run, page)
     typer.echo(
         f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "
         f"{len(loaded.curves)} training logs, {len(loaded.evaluations)} evaluations, {len(loaded.manifests)} manifests"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from visrl.config import Config
-from visrl.manifest import claim_folder, hash_checkpoint, hash_files, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hash_files, hold, write_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.settings import ModelSettings
 
@@ -34,7 +34,13 @@ def export(config: ExportConfig) -> Path:
     Raises:
         CheckpointError: no model or no adapter at the paths given.
         ConfigError: pickled weights are asked for.
+        HeldError: another process writes the folder.
     """
+    with hold(config.export_dir):
+        return _export(config)
+
+
+def _export(config: ExportConfig) -> Path:
     from peft import PeftModel
 
     from visrl.config import ConfigError

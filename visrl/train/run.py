@@ -6,8 +6,10 @@ command is refused. What cannot be trained is refused before the folder is claim
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
 from visrl.data.sources import hash_source, read_preferences, read_samples
-from visrl.manifest import claim_folder, hash_checkpoint, is_complete, write_manifest
+from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, write_manifest
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
@@ -49,18 +51,21 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ConfigError: keys that do not go together, or no data.
-        ManifestError: the output folder belongs to other work.
+        ManifestError: the output folder belongs to other work, or another process writes it.
         CheckpointError: no model at `model_name_or_path`.
         RecordError: rows that are none, or longer than `cutoff_len`.
         ProcessError: one of several processes failed.
     """
     count = processes_wanted(config.processes)
-    if launched() or count == 1 or config.dry_run:
-        train_here(config)
-    else:
-        where = "each on its GPU" if torch.cuda.is_available() else "on the CPU"
-        print(f"training in {count} processes, {where}", flush=True)
-        on_processes(count, train_here, config)
+    # Of processes that somebody else launched the first holds the folder; of our own, we who started them.
+    holds = not config.dry_run and os.environ.get("RANK", "0") == "0"
+    with hold(config.output_dir) if holds else nullcontext():
+        if launched() or count == 1 or config.dry_run:
+            train_here(config)
+        else:
+            where = "each on its GPU" if torch.cuda.is_available() else "on the CPU"
+            print(f"training in {count} processes, {where}", flush=True)
+            on_processes(count, train_here, config)
     return config.output_dir
 
 
