@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-full lint warm-up clean
+.PHONY: demo test test-full test-oldest pins lint warm-up clean
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $(READY)
+# $(call install,FOLDER,CONSTRAINTS): a virtual environment of the pinned releases and no others. pip and setuptools
+# come first, and without build isolation, so that what builds the package is pinned as well.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade --constraint $(2) pip setuptools
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --constraint $(2) -e ".[dev]"
+	touch $(1)/.ready
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST),constraints-oldest.txt)
 
 demo: $(READY)
 	$(BIN)/visrl demo
@@ -20,6 +30,23 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/python -m pytest
+
+# The same tests on the lowest releases that pyproject.toml allows.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not slow"
+
+# Moves every pin to the newest release that pyproject.toml allows, then runs the tests on them. Where they pass, commit
+# constraints.txt; where a release beyond an upper bound of pyproject.toml is to be tried, raise the bound first.
+pins:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	echo "# What \`make demo\` and \`make test\` install, on Python 3.11; \`make pins\` moves it." > $(VENV)/pins.txt
+	$(BIN)/python -m pip freeze --all --exclude-editable >> $(VENV)/pins.txt
+	mv $(VENV)/pins.txt constraints.txt
+	touch $(READY)
+	$(MAKE) test
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,4 +60,4 @@ warm-up: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft_2.yaml
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build *.egg-info

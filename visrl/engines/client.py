@@ -209,7 +209,7 @@ class Client:
         server.in_flight += 1
         try:
             return await asyncio.wait_for(self._send(server, ask), self.endpoint.timeout_s)
-        except (asyncio.TimeoutError, TimeoutError, openai.APITimeoutError) as error:
+        except (TimeoutError, openai.APITimeoutError) as error:
             server.rests_until = time.monotonic() + REST_S
             raise _Failure("time-out", f"{server.url} took longer than {self.endpoint.timeout_s:g} s", True) from error
         except openai.APIStatusError as error:
@@ -264,7 +264,7 @@ class Client:
                 raise EndpointError(f"{server.url} refuses the key; set api_key or OPENAI_API_KEY") from error
             except openai.APIStatusError as error:
                 raise EndpointError(f"{server.url} is not ready: it answered {error.status_code}; try later") from error
-            except (asyncio.TimeoutError, TimeoutError, openai.APIConnectionError) as error:
+            except (TimeoutError, openai.APIConnectionError) as error:
                 cause = _short(error.__cause__ or error)
                 raise EndpointError(
                     f"no server answers at {server.url} ({cause}); start one (`visrl api …`) or mend base_url"

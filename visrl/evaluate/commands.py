@@ -6,7 +6,7 @@ Each prints what it read, what it left out and where the result lies. Heavy impo
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 
-class ProtocolName(str, Enum):
+class ProtocolName(StrEnum):
     """What a prediction file holds."""
 
     detection = "detection"

@@ -109,7 +109,7 @@ class Gate:
         held.enter_context(self.bodies.hold(size))
         try:
             body = await asyncio.wait_for(self._read(receive, size), BODY_S)
-        except (asyncio.TimeoutError, TimeoutError) as error:
+        except TimeoutError as error:
             raise RequestError(408, f"the body took longer than {BODY_S:g} s") from error
         return _replay(body, receive)
 
