@@ -41,7 +41,7 @@ def _three_turns(question: str, whole: View, box_text: str, detail: View) -> Con
     """Step 2 as published: the question, the box as the model's own turn, and the question again with the crop."""
     turns = (
         Message("user", f"{IMAGE}\n{question}"),
-        Message("assistant", box_text),
+        Message("assistant", box_text.replace(IMAGE, "")),  # a model may write anything, the mark of a picture too
         Message("user", viscot_answer_prompt(question)),
     )
     return Conversation(turns, (whole, detail))

@@ -14,6 +14,7 @@ from visrl.evaluate.metrics import string_scores
 from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
+from visrl.replies import spoken
 
 
 def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset: str = "") -> tuple[Rows, list[str]]:
@@ -97,7 +98,8 @@ def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: 
         question, answer = str(row.get("question_text", "")), row["gt_answer_text"]
     else:
         raise RecordError(f"{where}: no reference answer; give the benchmark's file of this data set with --truth")
-    prediction = row["pred_answer_text"] if "pred_answer_text" in row else text_of(row, where)
+    written = row["pred_answer_text"] if "pred_answer_text" in row else text_of(row, where)
+    prediction = spoken(written) if isinstance(written, str) else written
     result = {
         "id": str(row["question_id"]),
         "dataset": dataset or str((truth or {}).get("dataset", "")),

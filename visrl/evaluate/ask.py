@@ -40,7 +40,7 @@ class Reply:
             return [f"{self.model}: no box ({look.error})", *([f"  wrote {look.text!r}"] if look.text else [])]
         corners = ", ".join(f"{value:.0f}" for value in look.box.to_pixels(look.whole.size))
         left, top, right, bottom = crop_window(look.box, look.whole.size, self.crop_rule)
-        answer = look.answer if look.answer is not None else f"({look.error})"
+        answer = f"({look.error})" if look.answer is None else look.answer or "(an empty reply)"
         return [
             f"{self.model}: {answer}",
             f"  looked at [{corners}] px of {look.whole.size[0]} × {look.whole.size[1]} ({look.text}), "

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from visrl.box import Box, BoxError, Size, corner_fault, iou, padding
 from visrl.codecs import CODECS, Codec
+from visrl.replies import spoken
 
 THRESHOLD = 0.5
 _NOISE = 1e-9  # an IoU of exactly 0.5 that floating point puts above 0.5 is not above it
@@ -132,7 +133,7 @@ def read_box(text: str | None, size: Size, codec: Codec) -> Box | None:
     if text is None:
         return None
     try:
-        return codec.parse(text, size, size)
+        return codec.parse(spoken(text), size, size)
     except BoxError as error:
         if error.fault != "outside" or codec.name != "viscot":
             return None

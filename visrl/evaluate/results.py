@@ -78,11 +78,13 @@ def result_row(
 ) -> dict[str, Any]:
     """The result row of one question: what a model looked at and answered, with IoU and the string metrics.
 
-    A box text that holds no box is the model's own failure: it scores 0 in every column, and no reading leaves it out.
+    A box text that holds no box, an empty one too, is the model's own failure: it scores 0 in every column, and no
+    reading leaves it out. `error` beside an empty text says that no reply came, unless it is of the box ("box: …").
     With no box asked for (a control), leave `box_text` and `box` out. A sample without a box has a bad truth; one
     without an answer gets no string metrics.
     """
-    unparseable = bool(box_text) and box is None
+    no_reply = not box_text and error is not None and not error.startswith("box: ")
+    unparseable = box_text is not None and box is None and not no_reply
     row: dict[str, Any] = {
         "id": sample.id,
         "dataset": sample.source,

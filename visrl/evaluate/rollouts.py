@@ -15,7 +15,7 @@ from visrl.box import Box, BoxError, CropRule, iou
 from visrl.conversation import Conversation, Sampling, View, open_view
 from visrl.evaluate.controls import WHOLE, matched_control, published_control, true_box
 from visrl.evaluate.metrics import exact_match
-from visrl.evolve.rollout import Look, Policy, answer_all, look_at
+from visrl.evolve.rollout import Look, Policy, answer_all, hear, look_at
 from visrl.images import ImageError
 from visrl.protocols import VISRL, LookProtocol, plain_conversation
 from visrl.records import Picture, Sample
@@ -54,8 +54,7 @@ def greedy_looks(
         looks = [Look(sample.question, whole, "", None) for sample, whole in pairs]
         talks = [plain_conversation(look.question, look.whole) for look in looks]
         for look, completion in zip(looks, _greedy(policy, talks, protocol.answer_tokens), strict=True):
-            look.answer = completion.text
-            look.error = f"engine: {completion.error}" if completion.error else None
+            hear(look, completion)
     else:
         looks = [_control_look(policy, sample, whole, mode, protocol, seed) for sample, whole in pairs]
     if protocol.answer is not None and mode != "no_box":

@@ -1,8 +1,8 @@
 """Rollouts: where to look, then what is there. One code path for generation, evaluation, training curves and serving.
 
 A rollout that fails is a record with its error, whose first word says what failed: `picture` (it cannot be opened),
-`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). Nothing here
-scores: see critic.py.
+`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). An empty
+text is a reply: a wrong one. What a model thinks aloud is no part of one. Nothing here scores: see critic.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.images import ImageError
 from visrl.protocols import VISRL, LookProtocol
 from visrl.records import Origin, Picture, Sample, Trajectory
+from visrl.replies import spoken
 
 MAX_BOX_TOKENS = VISRL.box_tokens
 MAX_ANSWER_TOKENS = VISRL.answer_tokens
@@ -88,10 +89,12 @@ def look_at(policy: Policy, question: str, whole: View, completion: Completion) 
     """The look that a step-1 completion asks for."""
     if completion.text is None:
         return Look(question, whole, "", None, f"engine: {completion.error or 'no text'}")
+    text = spoken(completion.text)
     try:
-        return Look(question, whole, completion.text, read_box(policy, completion.text, whole.size))
+        return Look(question, whole, text, read_box(policy, text, whole.size))
     except BoxError as error:
-        return Look(question, whole, completion.text, None, f"box: {error}")
+        cut = "; the reply ended inside its thinking" if completion.text and not text else ""
+        return Look(question, whole, text, None, f"box: {error}{cut}")
 
 
 def answer_all(
@@ -107,8 +110,13 @@ def answer_all(
         talks.append(answer(look.question, look.whole, look.text, look.detail))
     answers = policy.complete(talks, sampling, [[look.seed] for look in ready])
     for look, (completion,) in zip(ready, answers, strict=True):
-        look.answer = completion.text
-        look.error = f"engine: {completion.error}" if completion.error else None
+        hear(look, completion)
+
+
+def hear(look: Look, completion: Completion) -> None:
+    """Put the answer of a completion, or why there is none, into the look that asked for it."""
+    look.answer = None if completion.text is None else spoken(completion.text)
+    look.error = f"engine: {completion.error or 'no text'}" if completion.text is None else None
 
 
 def roll_out(

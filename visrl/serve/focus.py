@@ -23,6 +23,7 @@ from visrl.conversation import (
 from visrl.engines.endpoint import data_url
 from visrl.evolve.rollout import MAX_BOX_TOKENS
 from visrl.records import Picture
+from visrl.replies import spoken
 from visrl.serve.batching import Backend
 from visrl.serve.rows import Row
 from visrl.serve.schemas import Choice, RequestError
@@ -63,7 +64,7 @@ async def look(backend: Backend, question: str, whole: View, sampling: Sampling,
     box_sampling = replace(sampling, max_tokens=MAX_BOX_TOKENS)
     row = Row(focus_conversation(question, whole), box_sampling, seed_of(seed, "box"))
     completion = await backend.submit(row)
-    text = completion.text or ""
+    text = spoken(completion.text or "")
     box: Box | None = None
     error: str | None = None
     try:
