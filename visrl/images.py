@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from visrl.box import Box, CropRule, Size, crop_window
+from visrl.data_url import MAX_BYTES, DataUrlError, is_data_url, read_data_url
+from visrl.image_files import ImageError, without_metadata
+from visrl.image_modes import to_rgb
 
 MAX_PIXELS = 100_000_000  # a picture larger than this is taken for a decompression bomb
-MAX_BYTES = 200_000_000  # of one picture given as bytes or as a data URL
 # Decoders that may see the bytes. Others are left out because nobody needs them here, and some start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
+_TURNS = {  # by the EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,18 +39,16 @@ _DECODER_ERRORS = (
 )  # fmt: skip
 
 
-class ImageError(ValueError):
-    """A picture that cannot be used; the message names it and says why."""
-
-
 def open_image(ref: str | bytes, root: str | Path | None = None, size: Size | None = None) -> Image.Image:
     """The picture `ref` as RGB, the right way up.
 
     `ref` is a path (relative ones under `root`), the file's bytes, a data URL, or `scene:POOL/INDEX`, which is drawn.
-    `size` is the annotated width and height: where given, it decides the orientation, else the EXIF tag does.
+    `size` is the annotated width and height: where given, it decides the orientation, else the EXIF tag does where it
+    can be read. Of an animation or of several pages the first is the picture.
 
     Raises:
-        ImageError: missing, unreadable, truncated, larger than `MAX_PIXELS`, or not of the annotated shape.
+        ImageError: missing, unreadable, truncated, larger than `MAX_PIXELS` or `MAX_BYTES`, made to keep a decoder busy
+            (`visrl.image_files`), of samples without a known range, or not of the annotated shape.
     """
     if isinstance(ref, str) and ref.startswith("scene:"):
         return _drawn(ref)
@@ -72,10 +69,11 @@ def decode_image(
         ImageError: unreadable, truncated, of another format, larger than `max_pixels` or not of the annotated shape
             `size`; the message opens with `name`.
     """
-    with _opened(source, name, max_pixels, formats or FORMATS) as image:
+    with _opened(source, name, max_pixels, formats or FORMATS) as (image, orientation):
+        turn = _turn(image.size, orientation, size, name)
         image.load()
-        turn = _turn(image, size, name)
-        return _rgb(image.transpose(turn) if turn is not None else image)
+        rgb = to_rgb(image, name)
+        return rgb.transpose(turn) if turn is not None else rgb
 
 
 def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
@@ -87,8 +85,8 @@ def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
     if isinstance(ref, str) and ref.startswith("scene:"):
         return _drawn(ref).size
     source, name = _source(ref, root)
-    with _opened(source, name, MAX_PIXELS, FORMATS) as image:
-        return (image.height, image.width) if _is_quarter_turn(_turn(image, None, name)) else image.size
+    with _opened(source, name, MAX_PIXELS, FORMATS, header_only=True) as (image, orientation):
+        return (image.height, image.width) if _is_quarter_turn(_TURNS.get(orientation)) else image.size
 
 
 def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
@@ -106,6 +104,11 @@ def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
         except (OSError, ValueError):  # a name that no file system takes
             return None
     return None
+
+
+def names_file(ref: str) -> bool:
+    """Whether `ref` is the path of a picture, and not a scene to draw or the picture itself."""
+    return not ref.startswith("scene:") and not is_data_url(ref)
 
 
 def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
@@ -128,8 +131,11 @@ def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO,
         if len(ref) > MAX_BYTES:
             raise ImageError(f"a picture of {len(ref):,} bytes, more than {MAX_BYTES:,}")
         return io.BytesIO(ref), f"a picture of {len(ref):,} bytes"
-    if ref.startswith("data:"):
-        return io.BytesIO(_data_url(ref)), f"the data URL {ref[:30]}…"
+    if is_data_url(ref):
+        try:
+            return io.BytesIO(read_data_url(ref)), f"the data URL {ref[:30]}…"
+        except DataUrlError as error:
+            raise ImageError(f"the data URL {ref[:30]}… {error}") from error
     if ref.startswith(("http://", "https://")):
         raise ImageError(f"{ref[:200]} is not fetched: download the picture and give its path")
     path = picture_path(ref, root)
@@ -138,26 +144,21 @@ def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO,
     return path, str(path)
 
 
-def _data_url(url: str) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ImageError(f"{url[:30]!r} is no data URL of a picture: it must open with data:image/…;base64,")
-    if len(body) > MAX_BYTES * 4 // 3 + 4:
-        raise ImageError(f"the data URL {url[:30]}… holds more than {MAX_BYTES:,} bytes")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the data URL {url[:30]}… is not base64: {error}") from error
-
-
 @contextmanager
-def _opened(source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """The picture with its header read and its size found bearable; what a decoder raises becomes an `ImageError`."""
+def _opened(
+    source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[str, ...], header_only: bool = False
+) -> Iterator[tuple[Image.Image, int]]:
+    """The picture with its header read and its work found bearable, and the EXIF orientation.
+
+    What a decoder raises becomes an `ImageError`.
+    """
     try:
-        with Image.open(source, formats=formats) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
-            yield image
+        with _stream(source, name) as file:
+            pixels = without_metadata(file, name, max_pixels, header_only)
+            with Image.open(pixels.stream, formats=formats) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(f"{name} has {image.width} × {image.height} pixels, more than {max_pixels:,}")
+                yield image, pixels.orientation
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -168,22 +169,36 @@ def _opened(source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[
         raise ImageError(f"{name} cannot be read as a picture: {error}") from error
 
 
-def _turn(image: Image.Image, size: Size | None, name: str) -> Image.Transpose | None:
-    """How to turn the picture: to its annotated `size`, or by its EXIF tag where nothing is annotated."""
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+def _stream(source: Path | BinaryIO, name: str) -> AbstractContextManager[BinaryIO]:
+    """The file or stream from its beginning.
+
+    Raises:
+        ImageError: a file of more than `MAX_BYTES`.
+    """
+    if not isinstance(source, Path):
+        source.seek(0)
+        return nullcontext(source)
+    if (size := source.stat().st_size) > MAX_BYTES:
+        raise ImageError(f"{name} has {size:,} bytes, more than {MAX_BYTES:,}")
+    return source.open("rb")
+
+
+def _turn(stored: Size, orientation: int, size: Size | None, name: str) -> Image.Transpose | None:
+    """How to turn a picture of the `stored` size: to its annotated `size`, or by its EXIF tag without annotation."""
+    turn = _TURNS.get(orientation)
     if size is None:
         return turn
-    turned = (image.height, image.width) if _is_quarter_turn(turn) else image.size
-    if image.size == size:
+    turned = (stored[1], stored[0]) if _is_quarter_turn(turn) else stored
+    if stored == size:
         return None
     if turned == size:
         return turn
-    if _same_shape(image.size, size):
+    if _same_shape(stored, size):
         return None
     if _same_shape(turned, size):
         return turn
     raise ImageError(
-        f"{name} is {image.width} × {image.height} but annotated as {size[0]} × {size[1]}: another picture lies there"
+        f"{name} is {stored[0]} × {stored[1]} but annotated as {size[0]} × {size[1]}: another picture lies there"
     )
 
 
@@ -193,14 +208,3 @@ def _is_quarter_turn(turn: Image.Transpose | None) -> bool:
 
 def _same_shape(a: Size, b: Size) -> bool:
     return abs(a[0] * b[1] - a[1] * b[0]) <= _SAME_SHAPE * a[0] * b[1]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB: transparency shown on white, 16 bits scaled to 8 and not cut off."""
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value * (1 / 257)).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # to the same mode would be a copy

@@ -16,7 +16,7 @@ from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE
 from visrl.data.convert import Reading, dataset_of, format_of, read_format
 from visrl.data.rows import Row
 from visrl.data.sizes import FOLDERS, viscot_path
-from visrl.images import ImageError, open_image, picture_path
+from visrl.images import ImageError, names_file, open_image, picture_path
 from visrl.records import Sample
 
 FAULTS = ("inverted", "outside", "empty", "unparseable")  # always reported, also where there are none
@@ -121,7 +121,7 @@ def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
     """Open a picture once: is it there, whole, and of a shape that a model can take?"""
     if root is None:
         return
-    if not ref.startswith(("scene:", "data:")) and picture_path(ref, root) is None:
+    if names_file(ref) and picture_path(ref, root) is None:
         report.missing_images = (report.missing_images or 0) + 1
         report.missing[_origin(row, ref)] += 1
         report.note("missing", ref)

@@ -8,7 +8,7 @@ from typing import Any
 
 from visrl.box import Size
 from visrl.data.rows import RowFault, get_size, get_text, json_items
-from visrl.images import ImageError, picture_size
+from visrl.images import ImageError, names_file, picture_size
 from visrl.records import RecordError
 
 # Data sets of Visual-CoT whose pictures lie in another one's folder.
@@ -59,7 +59,7 @@ class Sizes:
         return [self._boxes[key], *self._more_boxes.get(key, ())]
 
     def _from_picture(self, ref: str) -> Size:
-        if self.images is None and not ref.startswith(("scene:", "data:")):
+        if self.images is None and names_file(ref):
             raise RowFault("no_size", f"the size of {ref} is not known: give --sizes FILE or --images DIR")
         try:
             return picture_size(ref, self.images)

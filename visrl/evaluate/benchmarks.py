@@ -19,7 +19,7 @@ from visrl.data.sources import read_samples
 from visrl.data.viscot import parse_viscot
 from visrl.evaluate.detection import truth_box
 from visrl.evaluate.published import REFCOCO_SPLITS, VISCOT_QUESTIONS
-from visrl.images import picture_path
+from visrl.images import names_file, picture_path
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError, Sample
 
@@ -90,7 +90,7 @@ def missing_pictures(questions: Iterable[Question], image_root: str | None) -> d
     seen: set[str] = set()
     for question in questions:
         ref = question.sample.image
-        if ref in seen or ref.startswith(("scene:", "data:")):
+        if ref in seen or not names_file(ref):
             continue
         seen.add(ref)
         if picture_path(ref, image_root) is None:

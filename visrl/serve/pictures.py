@@ -7,8 +7,6 @@ checked, and redirects are not followed. Nothing here knows about models.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import hashlib
 import http.client
@@ -22,13 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from visrl.conversation import View
+from visrl.data_url import DataUrlError, is_data_url, read_data_url
 from visrl.images import ImageError, decode_image
 from visrl.serve.schemas import ImageUrl, Limits, RequestError
 
 # Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FETCH_S = 10.0
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
 # The characters of RFC 3986 alone: a backslash, blank or control character is read differently by different parsers.
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?(/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*)?", re.IGNORECASE)
 
@@ -164,14 +162,11 @@ def open_pictures(pictures: Sequence[ImageUrl], limits: Limits, fetcher: Fetcher
 
 
 def _read(url: str, number: int, limits: Limits, fetcher: Fetcher) -> bytes:
-    if url[:5].lower() == "data:":
-        head = DATA_URL.match(url)
-        if head is None:
-            raise RequestError(400, f"picture {number} must be a data URL like data:image/png;base64,…")
+    if is_data_url(url):
         try:
-            return base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(400, f"picture {number} is not valid base64") from error
+            return read_data_url(url, limits.body_bytes)
+        except DataUrlError as error:
+            raise RequestError(400, f"picture {number} {error}") from error
     if url[:7].lower() == "http://" or url[:8].lower() == "https://":
         return fetcher.fetch(url, limits.body_bytes)
     raise RequestError(400, f"picture {number} must be a data URL (data:image/png;base64,…); paths are not read")

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from visrl.images import picture_path
+from visrl.images import names_file, picture_path
 from visrl.manifest import PACKAGES, hash_files, package_versions
 from visrl.progress import progress
 from visrl.records import write_text
@@ -32,7 +32,7 @@ def reference_key(parts: dict[str, Any]) -> str:
 def hash_pictures(refs: Iterable[str], root: str | Path | None = None) -> str:
     """One short hash over the bytes of all picture files that `refs` name, each read once. Drawn scenes and data URLs
     are what their names say."""
-    names = sorted({ref for ref in refs if not ref.startswith(("scene:", "data:"))})
+    names = sorted({ref for ref in refs if names_file(ref)})
     paths = (picture_path(name, root) for name in names)
     return hash_files(*(path for path in paths if path is not None))
 
