@@ -167,7 +167,7 @@ class Encoder:
         """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""
         encoded = {}
         options = self.processor._merge_kwargs(
-            tokenizer_init_kwargs=self.tokenizer.init_kwargs, return_tensors="pt"
+            self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
         )["images_kwargs"]  # fmt: skip
         limit = self.settings.crop_max_pixels if is_crop else self.settings.image_max_pixels
         for key, view in views.items():

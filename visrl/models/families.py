@@ -7,11 +7,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.utils import ModelOutput
 
 # The grid of one picture in merged tokens (time, height, width), as the language model sees it.
 Grid = tuple[int, int, int]
@@ -270,10 +270,13 @@ def _part(model: Any, which: int) -> torch.nn.Module:
     return base.model.get_submodule(FAMILIES[base.config.model_type].parts[which])
 
 
-# --- Image features by themselves -------------------------------------------------------------------------------------
+# --- What a model's own forward takes ---------------------------------------------------------------------------------
 
-# What the vision tower made of one picture: by field of the model's output, tensors or lists of them.
-Features = dict[str, Any]
+# What the vision tower made of pictures, in the output class of the model's own `get_image_features`.
+Features = ModelOutput
+# The fields of it that the language model reads, whatever else the tower says of itself.
+READ_FIELDS = ("pooler_output", "deepstack_features")
+FEATURES_ARGUMENT = "mm_encoder_outputs"  # of a forward that takes features in the place of pictures
 
 
 def trains_features(model: torch.nn.Module) -> bool:
@@ -284,29 +287,38 @@ def trains_features(model: torch.nn.Module) -> bool:
     return any(weights.requires_grad for weights in seeing)
 
 
+def keeps_features(model: torch.nn.Module) -> bool:
+    """Whether what the model's family makes of a picture depends on nothing else, so that it can be kept."""
+    return FAMILIES[base_model(model).config.model_type].keeps_features
+
+
 def takes_features(model: torch.nn.Module) -> bool:
-    """Whether the model's forward takes features in the place of pictures."""
+    """Whether the model's forward names an argument for features in the place of pictures, the inner one's too: what
+    it does not name may be swallowed unread."""
     base = base_model(model)
-    known = FAMILIES[base.config.model_type].keeps_features
-    return known and "mm_encoder_outputs" in inspect.signature(base.forward).parameters
+    return all(FEATURES_ARGUMENT in inspect.signature(part.forward).parameters for part in (base, base.model))
 
 
 def image_features(model: torch.nn.Module, pictures: Pictures) -> Features:
-    """The features of one picture."""
+    """The features of one picture, without what the language model does not read."""
     made = base_model(model).model.get_image_features(**pictures, return_dict=True)
-    names = ("pooler_output", "deepstack_features")
-    return {name: getattr(made, name) for name in names if getattr(made, name, None) is not None}
+    return type(made)(**{name: made[name] for name in READ_FIELDS if name in made})
 
 
 def features_input(features: Sequence[Features]) -> dict[str, Any]:
     """The model's input in the place of its pictures: the features of several as one, in their order."""
-    joined = SimpleNamespace(pooler_output=_joined([one["pooler_output"] for one in features]))
+    fields: dict[str, Any] = {"pooler_output": _joined([one["pooler_output"] for one in features])}
     if "deepstack_features" in features[0]:  # one entry per layer
         layers = zip(*(one["deepstack_features"] for one in features), strict=True)
-        joined.deepstack_features = [_joined(layer) for layer in layers]
-    return {"mm_encoder_outputs": {"image": joined}}
+        fields["deepstack_features"] = [_joined(layer) for layer in layers]
+    return {FEATURES_ARGUMENT: {"image": type(features[0])(**fields)}}
 
 
 def _joined(values: Sequence[Any]) -> Any:
     """Tensors along their first axis, lists one after another."""
     return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else [part for one in values for part in one]
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the model's forward calls the keys and values it is given: `cache`, or the older `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(base_model(model).forward).parameters else "past_key_values"

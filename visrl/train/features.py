@@ -6,11 +6,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from visrl.models.encode import EncodedView
-from visrl.models.families import Family, Features, features_input, image_features, takes_features, trains_features
+from visrl.models.families import (
+    Family,
+    Features,
+    features_input,
+    image_features,
+    keeps_features,
+    takes_features,
+    trains_features,
+)
 from visrl.train.pack import Packed, moved
+from visrl.train.processes import say
+
+
+def open_features(model: nn.Module, family: Family, limit: int) -> FeatureCache | None:
+    """A cache of `limit` bytes for `model`, or None where its features cannot be kept.
+
+    They are computed each time, then. Where nothing but the installed transformers stands in the way, a line says so.
+    """
+    if FeatureCache.serves(model):
+        return FeatureCache(model, family, limit)
+    if keeps_features(model) and not trains_features(model):
+        say(
+            f"features of pictures are computed in every step: {family.name} in transformers "
+            f"{transformers.__version__} takes none that are ready-made"
+        )
+    return None
 
 
 class FeatureCache:
@@ -18,6 +43,7 @@ class FeatureCache:
     picture once, so that making room for the latest would help none."""
 
     def __init__(self, model: nn.Module, family: Family, limit: int) -> None:
+        assert takes_features(model), f"{family.name} would not look at features in the place of pictures"
         self.model = model
         self.family = family
         self.limit = limit
@@ -29,7 +55,7 @@ class FeatureCache:
     @staticmethod
     def serves(model: nn.Module) -> bool:
         """Whether features may be kept: nothing that makes them is trained, and the model takes them ready-made."""
-        return takes_features(model) and not trains_features(model)
+        return keeps_features(model) and takes_features(model) and not trains_features(model)
 
     @torch.no_grad()
     def fill(self, packed: Packed, device: torch.device) -> None:

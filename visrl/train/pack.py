@@ -55,13 +55,14 @@ class Packed:
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """`value` with every tensor in it on `device`; what is no tensor and holds none known here stays."""
+    """`value` with every tensor in it on `device`, in classes of its own (a model's output stays one); what is no
+    tensor and holds none known here stays."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {name: moved(part, device) for name, part in value.items()}
+        return type(value)(**{name: moved(part, device) for name, part in value.items()})
     if isinstance(value, (list, tuple)):
-        return [moved(part, device) for part in value]
+        return type(value)(moved(part, device) for part in value)
     if isinstance(value, Call):
         return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), [])
     return value

@@ -28,7 +28,7 @@ from visrl.train.arguments import training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences, SftSamples, split
-from visrl.train.features import FeatureCache
+from visrl.train.features import open_features
 from visrl.train.items import Collator, Item
 from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
@@ -99,9 +99,8 @@ def train_here(config: TrainConfig) -> None:
             to_validate, validation = survey(validation, collator)
             say(f"to validate on: {to_validate.told(config.drop_unusable)}")
     model = prepare_model(config).to(arguments.device)
-    features = None
-    if FeatureCache.serves(model) and not sharded(arguments):
-        features = FeatureCache(model, encoder.family, int(config.feature_cache_gb * 1e9))
+    limit = int(config.feature_cache_gb * 1e9)
+    features = None if sharded(arguments) else open_features(model, encoder.family, limit)
     common: dict[str, Any] = {
         "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
     }  # fmt: skip
