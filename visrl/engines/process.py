@@ -1,4 +1,7 @@
-"""A model's server as a process of ours: started, asked until it serves, stopped with its children. Knows no model."""
+"""A model's server as a process of ours: started, asked until it serves, stopped with its children. Knows no model.
+
+However this process ends, by an error, a signal or SIGKILL, the server ends with it: see `keeper.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ from visrl.engines.client import Client, Endpoint, EndpointError
 START_S = 900.0  # a large model may take this long to load
 POLL_S = 1.0
 STOP_S = 15.0
+KEEPER = Path(__file__).with_name("keeper.py")
 
 
 def free_port() -> int:
@@ -29,7 +34,9 @@ def free_port() -> int:
 
 
 def start(command: Sequence[str], log: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start `command` as the head of a process group of its own; what it says goes to `log`, where one is given.
+    """Start `command` in a process group of its own that ends with this process; what it says goes to `log`, if given.
+
+    What is given back is its keeper, which ends as the command ends.
 
     Raises:
         EndpointError: there is no such program.
@@ -38,11 +45,14 @@ def start(command: Sequence[str], log: Path | None = None) -> subprocess.Popen[b
         raise EndpointError(
             f"there is no program {command[0]!r} to start a server with; install it (vllm: visrl[vllm])"
         )
+    kept = [sys.executable, "-I", "-S", str(KEEPER), *command]
     if log is None:
-        return subprocess.Popen(list(command), start_new_session=True)
+        return subprocess.Popen(kept, stdin=subprocess.PIPE, start_new_session=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as said:
-        return subprocess.Popen(list(command), start_new_session=True, stdout=said, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            kept, stdin=subprocess.PIPE, start_new_session=True, stdout=said, stderr=subprocess.STDOUT
+        )
 
 
 def wait_until_served(
@@ -83,14 +93,16 @@ def _ready(url: str) -> bool:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process that `start` gave, and its children (vLLM's workers are processes of their own)."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(STOP_S)
+    finally:  # also where waiting took too long, or a second Ctrl-C ended it
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 @contextmanager

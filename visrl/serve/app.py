@@ -6,7 +6,10 @@ Knows HTTP and the protocol; how texts are drawn is the backend's business, who 
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -44,6 +47,8 @@ from visrl.serve.schemas import (
 PAGE = Path(__file__).parent / "page"
 DECODERS = 2  # pictures opened at once: each may need its limit of pixels twice over while it is decoded
 SCENES = 1000  # that the page draws from
+SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already
+KEPT_SCENES = 32
 # The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' data:; "
@@ -109,6 +114,7 @@ class _Server:
         self.pixels = Budget(settings.limits.held_pixels, "pictures")
         # Threads of their own: one whose client has left still holds its place until its pictures are open.
         self.decoders = ThreadPoolExecutor(DECODERS, "decoder")
+        self.scenes = _Scenes()
 
     async def health(self) -> Response:
         state = self.backend.state
@@ -128,9 +134,12 @@ class _Server:
             raise RequestError(404, "there is nothing at this address")
         return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
-    async def scene(self) -> Response:
+    async def scene(self, request: Request) -> Response:
         """A drawn scene and questions about it, for who has no picture at hand."""
-        return JSONResponse(await asyncio.to_thread(_draw_scene))
+        # Browsers say so where another page asks; it could not read the scene, but have scenes drawn without end.
+        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise RequestError(403, "scenes are drawn for this server's own page")
+        return Response(await self.scenes.one(), media_type="application/json")
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(await request.body(), self.settings.limits)
@@ -284,11 +293,33 @@ class _Server:
             await asyncio.gather(work, return_exceptions=True)
 
 
-def _draw_scene() -> dict[str, Any]:
+class _Scenes:
+    """Drawn scenes as JSON, a new one as often as `SCENE_S` allows."""
+
+    def __init__(self) -> None:
+        self.drawn: deque[bytes] = deque(maxlen=KEPT_SCENES)
+        self.drawing: asyncio.Task[None] | None = None
+        self.next = 0.0
+
+    async def one(self) -> bytes:
+        if self.drawn and time.monotonic() < self.next:
+            return secrets.choice(self.drawn)
+        if self.drawing is None or self.drawing.done():
+            self.drawing = asyncio.ensure_future(self._draw())
+        await asyncio.shield(self.drawing)  # who leaves does not stop it for the others
+        return self.drawn[-1]
+
+    async def _draw(self) -> None:
+        self.drawn.append(await asyncio.to_thread(_draw_scene))
+        self.next = time.monotonic() + SCENE_S
+
+
+def _draw_scene() -> bytes:
     scene = make_scene("test", secrets.randbelow(SCENES), max_tags=1)
     # What the embedded model was taught to answer: it cannot tell several tags apart.
     questions = [question.text for question in questions_of(scene) if question.kind in ("colour", "count")]
-    return {"name": f"scene {scene.index}", "picture": data_url(draw(scene)), "questions": questions}
+    shown = {"name": f"scene {scene.index}", "picture": data_url(draw(scene)), "questions": questions}
+    return json.dumps(shown).encode()
 
 
 async def _until_left(request: Request) -> None:

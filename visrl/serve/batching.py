@@ -167,7 +167,8 @@ class Batcher:
             self._state = "stopped"
             self._changed.notify_all()
         self._preparer.shutdown(wait=False)
-        self._thread.join()
+        if self._loaded is not None or self._failure is not None:  # loading cannot be stopped, and is not waited for
+            self._thread.join()
 
     async def submit(self, row: Row) -> Completion:
         """The completion of one row; cancelling this frees its place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
 KEPT_BYTES = 64_000_000  # of pictures before the batch in work: strangers seldom send one twice
+PLAIN_KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 
 
@@ -70,9 +72,12 @@ class ServeConfig(Config):
         """This config with what the environment says in place.
 
         Raises:
-            ConfigError: API_PORT is no port.
+            ConfigError: API_PORT is no port, or a variable is set to nothing: an empty key would be none.
         """
-        given: dict[str, Any] = {key: environment[name] for name, key in ENVIRONMENT.items() if environment.get(name)}
+        given: dict[str, Any] = {key: environment[name] for name, key in ENVIRONMENT.items() if name in environment}
+        for name, key in ENVIRONMENT.items():
+            if key in given and not given[key].strip():
+                raise ConfigError(f"{name} is set to nothing; unset it, or give it a value")
         if "port" in given:
             if not given["port"].isdecimal() or int(given["port"]) > 65535:
                 raise ConfigError(f"API_PORT is {given['port']!r}; it must be a port number")
@@ -109,6 +114,8 @@ def serve(config: ServeConfig) -> None:
     from visrl.serve.runner import run_server
 
     config = config.with_environment(os.environ)
+    if config.api_key is not None and not PLAIN_KEY.fullmatch(config.api_key):
+        raise ConfigError("api_key is sent in a header, so it can hold no blanks or control characters")
     if config.trust_remote_code and not config.allow_remote_code:
         raise ConfigError(
             "trust_remote_code runs code that comes with a checkpoint, on a server for others; "

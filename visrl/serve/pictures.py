@@ -29,6 +29,24 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FETCH_S = 10.0
 # The characters of RFC 3986 alone: a backslash, blank or control character is read differently by different parsers.
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?(/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*)?", re.IGNORECASE)
+# IANA's registries of special-purpose addresses. Tables of our own: what `ipaddress` knows changes with Python.
+NOT_PUBLIC_4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+            "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24",
+            "203.0.113.0/24", "224.0.0.0/3",
+        ),
+    )
+)  # fmt: skip
+PUBLIC_6 = ipaddress.IPv6Network("2000::/3")
+NOT_PUBLIC_6 = tuple(  # protocol assignments with Teredo, documentation twice, 6to4, the 6bone of old
+    map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20", "2002::/16", "3ffe::/16"))
+)
+NAT64 = ipaddress.IPv6Network(
+    "64:ff9b::/96"
+)  # the well-known prefix; the local one (64:ff9b:1::/48) is a network's own
 
 Resolve = Callable[[str, int], Sequence[str]]
 
@@ -39,17 +57,25 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address lies in the public internet, whatever address of version 4 is wrapped in one of version 6."""
+    """Whether an address lies in the public internet. What is not known to, does not.
+
+    Of version 6 that is the one block given out (2000::/3) without what is reserved in it, and version 4 wrapped in it
+    where that is public itself. Tunnels (6to4, Teredo) are not followed: their ends are anybody's.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        nat64 = ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if ip in ipaddress.ip_network("64:ff9b::/96") else None
-        inner = ip.ipv4_mapped or ip.sixtofour or nat64
-        if inner is not None:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv4Address):
+        return not any(ip in network for network in NOT_PUBLIC_4)
+    if ip.scope_id is not None:  # an address of one link only
+        return False
+    wrapped = ip.ipv4_mapped
+    if wrapped is None and ip in NAT64:
+        wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if wrapped is not None:
+        return is_public(str(wrapped))
+    return ip in PUBLIC_6 and not any(ip in network for network in NOT_PUBLIC_6)
 
 
 @dataclass(frozen=True, slots=True)

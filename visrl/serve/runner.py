@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 
@@ -19,6 +25,7 @@ from visrl.serve.pictures import Fetcher
 from visrl.serve.safety import Application, is_local_name
 
 MOST_CONNECTIONS = 1024
+BACKLOG = 1024
 
 
 def run_server(config: ServeConfig) -> None:
@@ -27,6 +34,14 @@ def run_server(config: ServeConfig) -> None:
     Raises:
         ConfigError: the model cannot be loaded or reached, or the port is taken.
     """
+    with ExitStack() as held:
+        # Before the model is loaded: a taken port must not cost that time. What connects meanwhile is told to wait.
+        sockets = [held.enter_context(listening) for listening in listen(config.host, config.port)]
+        held.enter_context(_signals_end_nothing_else())
+        _serve_on(sockets, config)
+
+
+def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
     metrics = Metrics()
     backend = make_backend(config, metrics)
     settings = Settings(
@@ -42,7 +57,7 @@ def run_server(config: ServeConfig) -> None:
         print(f"Warning: {config.host} is reachable from elsewhere and no API_KEY is set.", file=sys.stderr)
     backend.start()
     try:
-        asyncio.run(_serve(config, create_app(backend, settings, metrics), backend))
+        asyncio.run(_serve(sockets, config, create_app(backend, settings, metrics), backend))
     finally:
         died = backend.state == "stopped"
         backend.stop()
@@ -52,12 +67,54 @@ def run_server(config: ServeConfig) -> None:
         raise ConfigError(f"{config.model_name_or_path} cannot be served: {backend.failure}") from backend.failure
 
 
-async def _serve(config: ServeConfig, app: Application, backend: Backend) -> None:
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets of every address of `host`; with port 0 all have the one that the first was given.
+
+    Raises:
+        ConfigError: a name without an address, or a port that is taken or not ours to take.
+    """
+    sockets: list[socket.socket] = []
+    with ExitStack() as held:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, _, _, _, address in dict.fromkeys(found):
+                listening = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                if os.name == "posix":
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listening.bind((address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:]))
+                listening.listen(BACKLOG)
+                sockets.append(listening)
+        except (OSError, UnicodeError) as error:
+            said = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"cannot listen on {host}:{port} ({said}); is it taken? set port") from error
+        held.pop_all()
+    return sockets
+
+
+@contextmanager
+def _signals_end_nothing_else() -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the server and nothing else.
+
+    uvicorn raises the signal that stopped it once more at its end; that must not end this process before the backend
+    (another server, perhaps) is stopped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {asked: signal.signal(asked, lambda *_: None) for asked in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for asked, handler in before.items():
+            signal.signal(asked, handler)
+
+
+async def _serve(sockets: list[socket.socket], config: ServeConfig, app: Application, backend: Backend) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             app,  # type: ignore[arg-type]
-            host=config.host,
-            port=config.port,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -66,16 +123,14 @@ async def _serve(config: ServeConfig, app: Application, backend: Backend) -> Non
             timeout_graceful_shutdown=SHUTDOWN_S,
         )
     )
-    watch = asyncio.ensure_future(_watch(server, config, backend))
+    watch = asyncio.ensure_future(_watch(server, sockets, config, backend))
     try:
-        await server.serve()
-    except SystemExit as error:  # uvicorn's way to say that it cannot listen
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}; is it taken? set port") from error
+        await server.serve(sockets)
     finally:
         watch.cancel()
 
 
-async def _watch(server: uvicorn.Server, config: ServeConfig, backend: Backend) -> None:
+async def _watch(server: uvicorn.Server, sockets: list[socket.socket], config: ServeConfig, backend: Backend) -> None:
     """Say when the model is loaded; end the server when it cannot be, or when its engine has died under it."""
     while backend.state == "loading" or not server.started:
         await asyncio.sleep(0.05)
@@ -83,13 +138,12 @@ async def _watch(server: uvicorn.Server, config: ServeConfig, backend: Backend) 
         # What is loaded by now stays: without this, a fifth of the server's time goes into looking through it again.
         gc.collect()
         gc.freeze()
-        _announce(server, config)
+        _announce(sockets[0].getsockname()[1], config)
     while backend.state == "ready":
         await asyncio.sleep(0.5)
     server.should_exit = True
 
 
-def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
-    port = server.servers[0].sockets[0].getsockname()[1]
+def _announce(port: int, config: ServeConfig) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"Serving {config.name} and {config.name}:focus at http://{host}:{port} (page) and /v1 (API)", flush=True)
