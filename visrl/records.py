@@ -5,17 +5,20 @@ Every arrow of the loop is one JSONL file of these. They import nothing heavy: a
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from visrl.box import Box, Size
 
 Step = Literal["box", "answer"]
 Origin = Literal["sampled", "random"]
+Place = tuple[str] | tuple[str, int]  # an id, and how many rows before have it where any has
 
 
 class RecordError(ValueError):
@@ -43,6 +46,8 @@ class Sample:
     """A question about a picture. `raw` is the row it came from, so that a format is written back as it was read.
 
     `size` is the annotated width and height of the picture, where known: boxes were drawn on the picture that way up.
+    An `id` is the user's, and may stand for several rows: `repeat` counts the rows of the data set before this one that
+    have the same, and both together (`place`) tell a sample from all others of its data set.
     """
 
     id: str
@@ -53,6 +58,12 @@ class Sample:
     source: str = ""
     raw: Any = None
     size: Size | None = None
+    repeat: int = 0
+
+    @property
+    def place(self) -> Place:
+        """What tells this sample from all others of its data set; the id alone where that is enough."""
+        return place_of(self.id, self.repeat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,12 @@ class Trajectory:
     engine: str
     seed: int
     error: str | None = None
+    repeat: int = 0  # of the sample
+
+    @property
+    def place(self) -> Place:
+        """The `place` of its sample."""
+        return place_of(self.sample_id, self.repeat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +101,18 @@ class Verdict:
     box_score: float | None
     answer_score: float | None
     raw: str = ""
+    repeat: int = 0  # of the sample
+
+    @property
+    def place(self) -> Place:
+        """The `place` of its sample."""
+        return place_of(self.sample_id, self.repeat)
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A preference at one step of an item. Rows with one `id` are one item: they share pictures and a training step."""
+    """A preference at one step of an item. A box and an answer preference that belong together (`belongs_to`) are one
+    item: they share pictures and a training step."""
 
     id: str
     step: Step
@@ -99,12 +123,29 @@ class Preference:
     weight: float = 1.0
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every line
+
 Record = TypeVar("Record", Sample, Trajectory, Verdict, Preference)
+
+
+def place_of(name: str, repeat: int) -> Place:
+    """A user's id with what tells its rows apart. Seeds are named by it, so an id of one row stands alone."""
+    return (name, repeat) if repeat else (name,)
+
+
+def belongs_to(item: Sequence[Preference], preference: Preference) -> bool:
+    """Whether `preference`, the next in its file, is one more step of the last `item`: the same id and picture, and a
+    step that the item lacks. Ids may repeat: whatever else has the same one is another item."""
+    if not item or item[-1].id != preference.id or item[-1].images[:1] != preference.images[:1]:
+        return False
+    return all(one.step != preference.step for one in item)
 
 
 def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any]:
     """The record as plain JSON values; boxes are lists of four fractions."""
     row = {field.name: getattr(record, field.name) for field in fields(record)}
+    if not row.get("repeat", 1):
+        del row["repeat"]
     for name, value in row.items():
         if isinstance(value, Box):
             row[name] = value.as_list()
@@ -139,10 +180,10 @@ def _size(value: Any) -> Size:
 
 
 def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
-    """The record in `row`.
+    """The record in `row`, as `to_json` wrote it. What users write by hand is read by `visrl.data.native`.
 
     Raises:
-        RecordError: a field is missing or unknown, or a box is none.
+        RecordError: a field is missing, unknown or of another type, or a box is none.
     """
     if not isinstance(row, dict):
         raise RecordError(f"a {kind.__name__} must be a JSON object, this is {type(row).__name__}")
@@ -154,19 +195,39 @@ def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
             row["images"] = tuple(_picture(entry) for entry in row["images"])
         if row.get("size") is not None:
             row["size"] = _size(row["size"])
+        for name, allowed in _TYPES[kind].items():
+            if name in row and type(row[name]) not in allowed:
+                raise TypeError(f"{name!r} cannot be {json.dumps(row[name], default=str)[:60]}")
         return kind(**row)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecordError(f"not a {kind.__name__}: {error}") from error
 
 
+def _types(hint: Any) -> tuple[type, ...]:
+    """The types that a field may hold by its annotation."""
+    if isinstance(hint, UnionType):
+        return tuple(one for part in get_args(hint) for one in _types(part))
+    if get_origin(hint) is Literal:
+        return (str,)
+    return (int, float) if hint is float else (get_origin(hint) or hint,)
+
+
+_KINDS = (Sample, Trajectory, Verdict, Preference)
+_TYPES: dict[type[Any], dict[str, tuple[type, ...]]] = {
+    kind: {name: _types(hint) for name, hint in get_type_hints(kind).items() if hint is not Any} for kind in _KINDS
+}
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, one by one.
+    """The values of a JSONL file, one by one; a byte order mark before the first is passed by.
 
     Raises:
         RecordError: a line is not JSON in UTF-8; the message names file and line.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -175,6 +236,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                 raise RecordError(f"{path}, line {number}: not UTF-8 ({error.reason}); mend or remove it") from error
             except json.JSONDecodeError as error:
                 raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove this line") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested without end
+                raise RecordError(f"{path}, line {number}: cannot be read ({error}); mend or remove it") from error
 
 
 def read_records(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
@@ -195,9 +258,9 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> int:
     count = 0
     part = Path(f"{path}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as lines:
+    with open(part, "wb") as lines:
         for record in records:
-            lines.write(_line(record))
+            lines.write(json_line(record))
             count += 1
     os.replace(part, path)
     return count
@@ -207,7 +270,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` to `path` at once: who reads it, or goes on after a kill, sees the old text or the new one."""
     path, part = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(utf8(text))
     os.replace(part, path)
     return path
 
@@ -224,10 +287,10 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _cut_unfinished_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (closed in close)
 
     def append(self, records: Iterable[Any]) -> None:
-        self._file.write("".join(_line(record) for record in records))
+        self._file.write(b"".join(map(json_line, records)))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -241,9 +304,20 @@ class Journal:
         self.close()
 
 
-def _line(record: Any) -> str:
-    row = record if isinstance(record, dict) else to_json(record)
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def json_line(record: Any) -> bytes:
+    """A record, or any JSON value, as one line of UTF-8 that can be read back."""
+    return utf8(_ENCODER.encode(to_json(record) if isinstance(record, _KINDS) else record)) + b"\n"
+
+
+def utf8(text: str) -> bytes:
+    """`text` in UTF-8. Half a character (a lone surrogate, which JSON can hold as an escape and UTF-8 cannot) becomes
+    its escape: within JSON that is what it was, and the file can be read back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD in place of half characters, so that it can be shown to a model and sent on."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cut_unfinished_line(path: Path) -> None:

@@ -1,19 +1,23 @@
 """Our own JSONL: samples and preferences as they flow between steps, and the short form that users write by hand.
 
-The short form needs `image`, `question` and `answer`; `id`, `box` (four fractions of the image), `bbox` (four pixels,
-with `width` and `height`) and `source` are optional. Knows no other format.
+The one typed reader of it, whatever verb asks. The short form needs `image`, `question` and `answer`; `id`, `box` (four
+fractions of the image), `bbox` (four pixels, with `width` and `height`) and `source` are optional. A number stands for
+its text, an `id` may be any JSON value, and keys of a row's own are kept in `raw`. Knows no other format.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import fields
 from typing import Any
 
 from visrl.box import Box, BoxError, Size, corner_fault
 from visrl.data.rows import RowFault, check_text, four_numbers, get_size, get_text
-from visrl.records import Picture, Preference, RecordError, Sample, from_json, to_json
+from visrl.prompts import IMAGE
+from visrl.records import Picture, Preference, Sample, to_json
 
-_SAMPLE_KEYS = {field.name for field in fields(Sample)}
+_SAMPLE_KEYS = {field.name for field in fields(Sample)} - {"repeat"}  # which is where a row stands, not what it says
 _PREFERENCE_KEYS = {field.name for field in fields(Preference)}
 _SHORT_KEYS = {"bbox", "width", "height", "split"}
 
@@ -26,17 +30,13 @@ def parse_visrl(raw: Any, number: int) -> tuple[Sample | Preference, ...]:
     """
     if not isinstance(raw, dict):
         raise RowFault("unparseable", f"a row must be a JSON object, this is {type(raw).__name__}")
-    try:
-        if "chosen" in raw:
-            return (_preference(raw),)
-        return (_sample(raw, number),)
-    except RecordError as error:
-        raise RowFault("unparseable", str(error)) from error
+    return (_preference(raw, number),) if "chosen" in raw else (_sample(raw, number),)
 
 
 def visrl_row(record: Sample | Preference) -> dict[str, Any]:
     """The row of a record; what is not known is left out."""
     row = to_json(record)
+    row.pop("repeat", None)  # where a row stands says it again
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -73,63 +73,115 @@ def parse_pictures(values: Any, size: Any, key: str) -> tuple[Picture, ...]:
     return tuple(parse_picture(value, annotated) for value in values)
 
 
+def said_text(raw: dict[str, Any], key: str, default: str | None = None) -> str:
+    """The text under `key`. A number is read as its text: 7 as "7", 2.5 as "2.5".
+
+    Raises:
+        RowFault: it is missing (without a `default`), null, true or false, or no text; the message names the key.
+    """
+    value = raw.get(key, default)
+    if type(value) is str:
+        if not value.isascii():
+            check_text(value, key)
+        return value
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return str(value)
+    if key not in raw:
+        raise RowFault("unparseable", f"{key!r} is missing")
+    hint = ""
+    if value is None and default is not None:
+        hint = ": give a text, or leave the key out"
+    elif isinstance(value, bool):
+        hint = ": write the word that is meant, as a text"
+    raise RowFault("unparseable", f"{key!r} must be a text or a number, it is {json.dumps(value)[:60]}{hint}")
+
+
+def _name(raw: dict[str, Any], number: int) -> str:
+    """The row's id as text; where it has none, its number."""
+    value = raw.get("id")
+    if value is None:
+        return f"row-{number}"
+    name = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    check_text(name, "id")
+    return name
+
+
 def _side_list(size: Any) -> Size:
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side < 10**6 for side in size)):
-        raise RowFault("unparseable", f"'size' must be [width, height] in whole pixels, not {str(size)[:60]}")
-    return size[0], size[1]
+    if isinstance(size, list) and len(size) == 2:
+        width, height = size
+        if type(width) is int and type(height) is int and 0 < width < 10**6 and 0 < height < 10**6:
+            return width, height
+    raise RowFault("unparseable", f"'size' must be [width, height] in whole pixels, not {str(size)[:60]}")
 
 
-def _preference(raw: dict[str, Any]) -> Preference:
-    name, prompt, chosen, rejected = (get_text(raw, key) for key in ("id", "prompt", "chosen", "rejected"))
+def _preference(raw: dict[str, Any], number: int) -> Preference:
+    unknown = set(raw) - _PREFERENCE_KEYS
+    if unknown:
+        raise RowFault("unparseable", f"a preference has no {min(unknown)!r}; it has {sorted(_PREFERENCE_KEYS)}")
+    prompt, chosen, rejected = get_text(raw, "prompt"), said_text(raw, "chosen"), said_text(raw, "rejected")
     step, weight = raw.get("step"), raw.get("weight", 1.0)
     if step not in ("box", "answer"):
         raise RowFault("unparseable", f'\'step\' must be "box" or "answer", not {str(step)[:60]}')
     if type(weight) not in (int, float) or not 0 <= weight < 1e6:
         raise RowFault("unparseable", f"'weight' must be a number from 0, not {str(weight)[:60]}")
-    unknown = set(raw) - _PREFERENCE_KEYS
-    if unknown:
-        raise RowFault("unparseable", f"a preference has no {sorted(unknown)[0]!r}; it has {sorted(_PREFERENCE_KEYS)}")
     pictures = parse_pictures(raw.get("images"), None, "images")
+    check_shown(prompt, pictures)
+    return Preference(_name(raw, number), step, prompt, pictures, chosen, rejected, weight)
+
+
+def check_shown(prompt: str, pictures: tuple[Picture, ...]) -> None:
+    """That a preference's pictures can be shown: a whole one, then crops of it, each in its place in the prompt.
+
+    Raises:
+        RowFault: they cannot.
+    """
     if not pictures:
         raise RowFault("no_picture", "a preference needs a picture")
-    return Preference(name, step, prompt, pictures, chosen, rejected, weight)
+    whole, *crops = pictures
+    if whole.crop is not None or any(one.crop is None or one.ref != whole.ref for one in crops):
+        raise RowFault("unparseable", "'images' must be a whole picture, and after it crops of the same")
+    if prompt.count(IMAGE) != len(pictures):
+        raise RowFault("unparseable", f"{prompt.count(IMAGE)} {IMAGE} marks in 'prompt' but {len(pictures)} pictures")
 
 
 def _sample(raw: dict[str, Any], number: int) -> Sample:
-    unknown = set(raw) - _SAMPLE_KEYS - _SHORT_KEYS
-    if unknown and "raw" not in raw:
-        # A row with keys of its own keeps them: it is its own raw.
-        row = {key: value for key, value in raw.items() if key not in unknown} | {"raw": raw}
-    else:
-        row = dict(raw)
-    for key in ("image", "question"):
-        get_text(row, key)
-    answer, source = row.get("answer", ""), row.setdefault("source", "")
-    if not isinstance(answer, str) or not isinstance(source, str):
-        raise RowFault("unparseable", "'answer' and 'source' must be strings")
-    check_text(answer, "answer")
-    row["answer"] = answer
-    row["id"] = str(row.get("id", f"row-{number}"))
-    check_text(row["id"], "id")
-    if row.get("box") is not None:
-        Box(*four_numbers(row["box"], "box"))
-    pixels = row.pop("bbox", None)
-    if "width" in row or "height" in row:
-        row["size"] = list(get_size(row))
-    size = row["size"] = _side_list(row["size"]) if row.get("size") is not None else None
-    if pixels is not None:
-        row["box"] = _fractions(pixels, size)
-    for key in _SHORT_KEYS & set(row):
-        row.pop(key)
-        row["raw"] = raw.get("raw", raw)
-    return from_json(Sample, row)
+    image, question = get_text(raw, "image"), _bare(said_text(raw, "question"))
+    answer, source = said_text(raw, "answer", ""), said_text(raw, "source", "")
+    box = Box(*four_numbers(raw["box"], "box")) if raw.get("box") is not None else None
+    size = _side_list(raw["size"]) if raw.get("size") is not None else None
+    if raw.get("width") is not None or raw.get("height") is not None:
+        size = get_size(raw)
+    if raw.get("bbox") is not None:
+        box = _from_pixels(raw["bbox"], size)
+    return Sample(_name(raw, number), image, question, answer, box, source, _own_keys(raw), size)
 
 
-def _fractions(pixels: Any, size: Size | None) -> list[float]:
+def _bare(question: str) -> str:
+    """The question without the mark of its picture, which every prompt sets itself."""
+    marks = question.count(IMAGE)
+    if marks > 1:
+        raise RowFault("unparseable", f"'question' holds {marks} {IMAGE} marks, and a row of ours shows one picture")
+    return question.replace(IMAGE, "").strip() if marks else question
+
+
+def _own_keys(raw: dict[str, Any]) -> Any:
+    """What a row holds beyond a sample's fields: its `raw`, with keys of the row's own put to it. A row of the short
+    form with such keys, and one with a box in pixels, is its own `raw`."""
+    own = raw.keys() - _SAMPLE_KEYS
+    if not own:
+        return raw.get("raw")
+    if raw.get("raw") is None:
+        return raw
+    if not isinstance(raw["raw"], dict):
+        return raw
+    return raw["raw"] | {key: raw[key] for key in raw if key in own and key not in _SHORT_KEYS}
+
+
+def _from_pixels(pixels: Any, size: Size | None) -> Box:
     corners = four_numbers(pixels, "bbox")
     if size is None:
         raise RowFault("no_size", "'bbox' is in pixels and needs 'width' and 'height'; 'box' is in fractions")
     fault = corner_fault(corners, size)
     if fault is not None:
         raise BoxError(fault, f"the box {list(corners)} in pixels of {size[0]} × {size[1]} is {fault}")
-    return Box.from_pixels(corners, size).as_list()
+    return Box.from_pixels(corners, size)

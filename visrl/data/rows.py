@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from visrl.box import BoxError
-from visrl.records import Preference, RecordError, Sample
+from visrl.records import Preference, RecordError, Sample, json_line
 
 CHUNK = 1 << 20  # characters read at a time from a JSON list
 MAX_ROW = 1 << 24  # characters: a row longer than this is taken for damage, not read into memory
@@ -47,8 +47,6 @@ class Row:
 
 
 _DECODER = json.JSONDecoder()
-_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every row
-
 Parse = Callable[[Any, int], tuple[Sample | Preference, ...]]
 
 
@@ -111,8 +109,9 @@ def _line_items(file: IO[str], start: str, path: str) -> Iterator[Any]:
 
 def _line_value(line: str) -> Any:
     try:
-        line.encode()
-        return json.loads(line)
+        if not line.isascii():
+            line.encode()
+        return _DECODER.decode(line)
     except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
         return BadLine(line.rstrip("\n"))
 
@@ -221,10 +220,7 @@ def json_bytes(raw: Any) -> bytes:
     """`raw` as one line of JSON in UTF-8; a line that was not JSON as it stood."""
     if isinstance(raw, BadLine):
         return raw.encode("utf-8", "surrogateescape")
-    try:
-        return _ENCODER.encode(raw).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold in escapes only
-        return json.dumps(raw).encode()
+    return json_line(raw)[:-1]
 
 
 # --- Parts of a row, or a fault that names the key ------------------------------------------------------------------
@@ -234,7 +230,8 @@ def get_text(raw: Any, key: str) -> str:
     """`raw[key]`, a string that UTF-8 can hold."""
     value = raw.get(key) if isinstance(raw, dict) else None
     if not isinstance(value, str):
-        raise RowFault("unparseable", f"{key!r} must be a string, it is {_shown(value)}")
+        what = "null" if value is None and isinstance(raw, dict) and key in raw else _shown(value)
+        raise RowFault("unparseable", f"{key!r} must be a string, it is {what}")
     if not value.isascii():
         check_text(value, key)
     return value

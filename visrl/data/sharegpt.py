@@ -55,7 +55,7 @@ def read_info(folder: str | os.PathLike[str]) -> dict[str, Entry]:
     """
     path = Path(folder) / INFO
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecordError(f"no {path} ({error.strerror}): it names the data sets of this folder") from error
     except ValueError as error:

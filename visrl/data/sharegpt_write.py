@@ -81,7 +81,7 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
     file = Path(file)
     path = file.parent / INFO
     with hold(path, wait_s=30):  # other conversions describe their files here, too
-        info = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        info = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
         info[file.stem] = entry
         return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 

@@ -8,28 +8,48 @@ those of at most TAGS tags with questions of these kinds alone, either part left
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import TypeVar, cast, get_args
 
 from visrl.data.named import is_named, named_preferences, named_samples
+from visrl.data.native import parse_visrl
+from visrl.data.rows import read_rows
 from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
 from visrl.data.sharegpt import find_entry
 from visrl.manifest import hash_files
-from visrl.records import Preference, RecordError, Sample, read_records
+from visrl.records import Preference, RecordError, Sample
 
 _SCENES = re.compile(
     r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"
 )
 
 
+Kept = TypeVar("Kept", Sample, Preference)
+
+
 def read_samples(
     spec: str, *, with_box: bool = False, dataset_dir: str = "data", image_root: str | None = None
 ) -> list[Sample]:
-    """The samples that `spec` names; drawn ones hold their true box only where it is asked for.
+    """The samples that `spec` names; drawn ones hold their true box only where it is asked for. Rows of one id are told
+    apart by their `repeat`.
 
     Raises:
         RecordError: no such pool or file, or a row that is no sample.
     """
+    if spec.startswith("scenes:"):
+        return _drawn_samples(spec, with_box)
+    if is_named(spec, dataset_dir):
+        return told_apart(named_samples(spec, dataset_dir, image_root))
+    if not Path(spec).is_file():
+        raise RecordError(
+            f"no data {spec!r}: give a JSONL file of samples, a name in {dataset_dir}/dataset_info.json, "
+            "or scenes:POOL/START+COUNT"
+        )
+    return told_apart(_own_records(Sample, spec))
+
+
+def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
     match = _SCENES.fullmatch(spec)
     if match:
         if match["pool"] not in POOLS:
@@ -46,16 +66,19 @@ def read_samples(
             with_box=with_box,
             max_tags=int(match["tags"] or MAX_TAGS),
         )
-    if spec.startswith("scenes:"):
-        raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
-    if is_named(spec, dataset_dir):
-        return named_samples(spec, dataset_dir, image_root)
-    if not Path(spec).is_file():
-        raise RecordError(
-            f"no data {spec!r}: give a JSONL file of samples, a name in {dataset_dir}/dataset_info.json, "
-            "or scenes:POOL/START+COUNT"
-        )
-    return list(read_records(Sample, spec))
+    raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
+
+
+def told_apart(samples: list[Sample]) -> list[Sample]:
+    """The samples of a data set, in its order, those of one id numbered: an id is its user's, and may stand for several
+    rows."""
+    seen: dict[str, int] = {}
+    for place, sample in enumerate(samples):
+        repeat = seen.get(sample.id, 0)
+        if repeat:
+            samples[place] = replace(sample, repeat=repeat)
+        seen[sample.id] = repeat + 1
+    return samples
 
 
 def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | None = None) -> list[Preference]:
@@ -71,7 +94,31 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
             f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in "
             f"{dataset_dir}/dataset_info.json"
         )
-    return list(read_records(Preference, spec))
+    return _own_records(Preference, spec)
+
+
+def _own_records(kind: type[Kept], path: str) -> list[Kept]:
+    """The records of a file of ours, by the reader of `visrl data check`: what it calls good is taken.
+
+    Raises:
+        RecordError: rows that it calls bad, or of the other kind; the first is named, and how many there are.
+    """
+    records: list[Kept] = []
+    first, bad = "", 0
+    for row in read_rows(path, parse_visrl):
+        fault = row.reason
+        for record in row.records:
+            if isinstance(record, kind):
+                records.append(record)
+            else:
+                fault = f"it is a {type(record).__name__}, and {kind.__name__}s are wanted here"
+        if fault:
+            first = first or f"{path}, row {row.number}: not a {kind.__name__}: {fault}"
+            bad += 1
+    if bad:
+        more = f"; so are {bad - 1:,} more (`visrl data check --from visrl {path}` counts them all)" if bad > 1 else ""
+        raise RecordError(f"{first}{more}")
+    return records
 
 
 def hash_source(spec: str, dataset_dir: str = "data") -> str:

@@ -26,13 +26,15 @@ def read_rows(path: PathLike) -> Rows:
     if not Path(path).is_file():
         raise RecordError(f"no file at {path}")
     try:
-        with open(path, encoding="utf-8") as file:
-            is_list = file.read(1) == "["
-        rows = json.loads(Path(path).read_text(encoding="utf-8")) if is_list else list(read_jsonl(path))
+        with open(path, encoding="utf-8-sig") as file:
+            is_list = file.read(1 << 12).lstrip().startswith("[")
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig")) if is_list else list(read_jsonl(path))
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise RecordError(f"{path} is nested too deeply to be read") from error
     if not rows:
         raise RecordError(f"{path} holds no rows")
     wrong = next((number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)), None)

@@ -95,7 +95,9 @@ def check_folder(path: str | Path) -> None:
             raise CheckpointError(f"no model at {path}: there is no such folder")
         return
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8-sig")).get(
+            "base_model_name_or_path"
+        )
         raise CheckpointError(
             f"{path} holds an adapter without its base model; set model_name_or_path={base} and "
             f"adapter_name_or_path={path}, or merge it first with `visrl export`"

@@ -45,7 +45,7 @@ class ModelSettings:
         path = Path(folder, NAME)
         if not path.is_file():
             return ModelSettings()
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         return ModelSettings(
             **{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values}
         )

@@ -44,7 +44,7 @@ def read_object(path: Path) -> Row:
         ReportError: it is not JSON, or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ReportError(f"{path} is not JSON ({error}); remove it and run the step that writes it again") from error
     if not isinstance(value, dict):
