@@ -22,9 +22,10 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.serve.app import DECODERS
 from visrl.serve.commands import ServeConfig, serve
+from visrl.serve.errors import RequestError
 from visrl.serve.pictures import Fetcher, is_public
 from visrl.serve.safety import Budget, is_local_name
-from visrl.serve.schemas import Limits, RequestError
+from visrl.serve.schemas import Limits
 
 PUBLIC = "93.184.215.14"
 # Everything that could be fetched is allowed by name, so that what refuses is never the list alone.

@@ -24,6 +24,7 @@ from visrl.conversation import Conversation, Sampling, View
 from visrl.data.scenes import draw, make_scene, questions_of
 from visrl.engines.endpoint import data_url
 from visrl.serve.batching import Backend
+from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, open_pictures
@@ -36,7 +37,6 @@ from visrl.serve.schemas import (
     Choice,
     Limits,
     Reply,
-    RequestError,
     event,
     model_list,
     read_request,
@@ -46,6 +46,7 @@ from visrl.serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 DECODERS = 2  # pictures opened at once: each may need its limit of pixels twice over while it is decoded
+SHORT_BODY = 64_000  # bytes that are read in the event loop: a few milliseconds at worst
 SCENES = 1000  # that the page draws from
 SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already
 KEPT_SCENES = 32
@@ -142,7 +143,9 @@ class _Server:
         return Response(await self.scenes.one(), media_type="application/json")
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(await request.body(), self.settings.limits)
+        body = await request.body()
+        given = (body, self.settings.limits, self.backend.is_passed_on)
+        asked = read_request(*given) if len(body) < SHORT_BODY else await asyncio.to_thread(read_request, *given)
         name = self.settings.name
         if asked.model.removesuffix(asked.suffix) != name:
             known = f"{name}, {name}{FOCUS_SUFFIX} and {name}{WHOLE_SUFFIX}"
@@ -231,6 +234,7 @@ class _Server:
             seed,
             asked.stops,
             on_text=None if chunks is None else tell_text,
+            passed=asked.passed,
         )
         if asked.suffix == WHOLE_SUFFIX:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], row)

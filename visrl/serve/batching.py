@@ -23,9 +23,9 @@ import torch
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation
+from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row, length_guess
-from visrl.serve.schemas import RequestError
 
 GATHER_S = 0.004  # how long the first row of an idle engine waits for company
 PREPARE_S = 0.1  # how long it waits for company whose pictures are being made ready
@@ -83,6 +83,8 @@ class Backend(Protocol):
     def processed_size(self, size: Size) -> Size: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
+    @property
+    def is_passed_on(self) -> bool: ...  # whether rows may hold vLLM's own fields
     async def submit(self, row: Row) -> Completion: ...
 
 
@@ -113,6 +115,8 @@ class _Job:
 
 class Batcher:
     """Loads an engine in its own thread and keeps it there; a `Backend`."""
+
+    is_passed_on = False
 
     def __init__(
         self, load: Callable[[], Loaded], metrics: Metrics, *, max_batch: int = 64, max_waiting: int = 256

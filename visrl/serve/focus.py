@@ -13,7 +13,6 @@ from typing import Any
 from visrl.box import Box, BoxError, crop_window
 from visrl.conversation import (
     Completion,
-    Sampling,
     View,
     answer_conversation,
     crop_view,
@@ -25,8 +24,10 @@ from visrl.evolve.rollout import MAX_BOX_TOKENS
 from visrl.records import Picture
 from visrl.replies import spoken
 from visrl.serve.batching import Backend
+from visrl.serve.errors import RequestError
+from visrl.serve.fields import for_the_box
 from visrl.serve.rows import Row
-from visrl.serve.schemas import Choice, RequestError
+from visrl.serve.schemas import Choice
 
 LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
@@ -59,10 +60,11 @@ class Focus:
         }
 
 
-async def look(backend: Backend, question: str, whole: View, sampling: Sampling, seed: int) -> tuple[Focus, Completion]:
-    """Step 1: ask for the box, read it, cut the crop."""
-    box_sampling = replace(sampling, max_tokens=MAX_BOX_TOKENS)
-    row = Row(focus_conversation(question, whole), box_sampling, seed_of(seed, "box"))
+async def look(backend: Backend, question: str, whole: View, answer: Row) -> tuple[Focus, Completion]:
+    """Step 1: ask for the box, drawn as `answer` is to be, read it, cut the crop."""
+    box_sampling = replace(answer.sampling, max_tokens=MAX_BOX_TOKENS)
+    seed = seed_of(answer.seed, "box")
+    row = Row(focus_conversation(question, whole), box_sampling, seed, passed=for_the_box(answer.passed))
     completion = await backend.submit(row)
     text = spoken(completion.text or "")
     box: Box | None = None
@@ -88,7 +90,7 @@ async def answer_with_focus(
     Raises:
         RequestError: what the backend raises, or 502 where it gave no text.
     """
-    seen, first = await look(backend, question, whole, row.sampling, row.seed)
+    seen, first = await look(backend, question, whole, row)
     focus = await asyncio.to_thread(seen.as_field)  # a PNG is written: not in the loop that serves everyone
     if on_look is not None:
         on_look(focus)

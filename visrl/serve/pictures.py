@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from visrl.conversation import View
 from visrl.data_url import DataUrlError, is_data_url, read_data_url
 from visrl.images import ImageError, decode_image
-from visrl.serve.schemas import ImageUrl, Limits, RequestError
+from visrl.serve.errors import RequestError
+from visrl.serve.schemas import ImageUrl, Limits
 
 # Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")

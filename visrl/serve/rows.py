@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from visrl.conversation import Completion, Conversation, Sampling
 
@@ -22,6 +23,7 @@ class Row:
     seed: int
     stops: tuple[str, ...] = ()
     on_text: OnText | None = None
+    passed: Mapping[str, Any] = field(default_factory=dict)  # fields of the protocol that are the backend's to honour
     cancelled: bool = False
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far

@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
-from visrl.serve.schemas import Limits, RequestError
+from visrl.serve.schemas import Limits
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -24,6 +25,9 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 BODY_S = 30.0  # how long a body may take to arrive
 OPEN_PATHS = {"/", "/health", "/page/page.js", "/page/page.css", "/page/icon.svg"}  # no key: nothing to steal there
+
+
+VALUE_MARKS = (b",", b"[", b"{")  # one stands before each value of a JSON text, and none in base64
 
 
 class ClientLeft(Exception):
@@ -142,9 +146,10 @@ class Gate:
 
         Raises:
             ClientLeft: before it was whole.
-            RequestError: 413 where it is longer than it may be.
+            RequestError: 413 where it is longer than it may be, 400 where it holds more values than a request has,
+                told as they come: reading and checking JSON costs time and memory for each of them.
         """
-        parts, length = [], 0
+        parts, length, values = [], 0, 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -153,6 +158,9 @@ class Gate:
             length += len(part)
             if length > size:
                 raise RequestError(413, f"the body is larger than the {self.limits.body_bytes:,} bytes allowed")
+            values += sum(map(part.count, VALUE_MARKS))
+            if values > self.limits.values:
+                raise RequestError(400, f"the body holds more than {self.limits.values:,} values")
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)

@@ -8,44 +8,29 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from visrl.conversation import Conversation, Message, Sampling, View, seed_of
 from visrl.prompts import IMAGE
+from visrl.serve.errors import RequestError
+from visrl.serve.fields import passed_on
 
 FOCUS_SUFFIX = ":focus"
 WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole picture in place of the crop
-
-# What OpenAI's protocol has and this server cannot honour, with the values that ask for nothing.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-}
-
-
-class RequestError(Exception):
-    """A request that is refused: the status, a sentence for the caller, and OpenAI's `code` where it has one."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.retry_after_s = status, message, code, retry_after_s
-
-    def body(self) -> dict[str, Any]:
-        """The error in the protocol's form."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +38,7 @@ class Limits:
     """What one request may ask for, and what all of them together may hold."""
 
     body_bytes: int = 20_000_000
+    values: int = 20_000  # in a body: a conversation of pictures has some hundred
     images: int = 8
     picture_pixels: int = 25_000_000
     text_bytes: int = 8_192  # a token is at least a byte, so this bounds the text's tokens too
@@ -66,29 +52,88 @@ class Limits:
     held_pixels: int = 250_000_000  # opened pictures of all requests in work: 750 MB
 
 
-class ImageUrl(BaseModel):
+def _fault(message: str, *at: str) -> PydanticCustomError:
+    """What a validator raises; `at` leads from where it stands to the field that is wrong."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "at": at})
+
+
+class _Strict(BaseModel):
+    """A part of a request: what it does not know is refused, unless it says nothing."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _knows_all(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if value not in (None, [], {}, ""):
+                raise _fault("not supported by this server; leave it out", name)
+        return self
+
+
+class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class Part(BaseModel):
+def _as_url(picture: Any) -> Any:
+    return {"url": picture} if isinstance(picture, str) else picture
+
+
+def _as_parts(content: Any) -> Any:
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(stop: Any) -> Any:
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop
+
+
+class Part(_Strict):
     """A piece of a message: a text or a picture."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
-    image_url: ImageUrl | str | None = None
+    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_url)] = None
+    cache_control: Any = None  # what other services take for advice on caching
+    uuid: str | None = None
+
+    @model_validator(mode="after")
+    def _holds_what_it_says(self) -> Self:
+        if (self.text if self.type == "text" else self.image_url) is None:
+            raise _fault(f"a part of type {self.type} has no {self.type}")
+        return self
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Strict):
+    """One turn. What clients send back of a reply (`refusal`, `focus`, …) is known, and shown to no model."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)] = Field(default_factory=list)
+    name: str | None = None  # no chat template that is served shows it
+    focus: Any = None
 
-    def parts(self) -> list[Part]:
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    @model_validator(mode="before")
+    @classmethod
+    def _is_shown_to_a_model(cls, given: Any) -> Any:
+        role = given.get("role") if isinstance(given, dict) else None
+        if role in ("tool", "function"):
+            raise _fault(f"a {role} message answers a tool, and this server calls none", "role")
+        if role in ("system", "developer", "user") and given.get("content") is None:
+            raise _fault(f"a {role} message holds a text or parts", "content")
+        return given
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+def _or(default: Any) -> BeforeValidator:
+    """What null stands for."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+class StreamOptions(_Strict):
+    include_usage: Annotated[bool, _or(False)] = False
+    include_obfuscation: bool | None = None  # padding against eavesdroppers: nothing of a text
 
 
 class ChatRequest(BaseModel):
@@ -97,16 +142,22 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    n: int = Field(1, ge=1)
+    n: Annotated[int, _or(1), Field(ge=1)] = 1
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stream: bool = False
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_as_list)] = Field(default_factory=list)
+    stream: Annotated[bool, _or(False)] = False
     stream_options: StreamOptions | None = None
+    _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def passed(self) -> dict[str, Any]:
+        """Fields that the backend is given as they are."""
+        return self._passed
 
     @property
     def suffix(self) -> str:
@@ -115,18 +166,11 @@ class ChatRequest(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(text for text in texts if text)
+        return tuple(text for text in self.stop if text)
 
     def pictures(self) -> list[ImageUrl]:
         """The pictures in their order."""
-        found = []
-        for message in self.messages:
-            for part in message.parts():
-                if part.type == "image_url" and part.image_url is not None:
-                    url = part.image_url
-                    found.append(ImageUrl(url=url) if isinstance(url, str) else url)
-        return found
+        return [part.image_url for message in self.messages for part in message.content if part.image_url is not None]
 
     def sampling(self, default: Sampling) -> Sampling:
         """How to draw, with the server's defaults for what is not given."""
@@ -143,8 +187,10 @@ class ChatRequest(BaseModel):
         return [first] + [seed_of(first, "choice", index) for index in range(1, self.n)]
 
 
-def read_request(body: bytes, limits: Limits) -> ChatRequest:
-    """The chat request in a body.
+def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> ChatRequest:
+    """The chat request in a body; with `is_passed_on` the backend honours vLLM's own fields.
+
+    It takes as long as the body is: call it in a thread where that may be much. Only the first fault is looked for.
 
     Raises:
         RequestError: 400 with what is wrong: no JSON, not the protocol, not supported, or more than the limits allow.
@@ -153,36 +199,36 @@ def read_request(body: bytes, limits: Limits) -> ChatRequest:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"]) from error
-    for name, harmless in UNSUPPORTED.items():
-        value = (request.model_extra or {}).get(name)
-        if value not in harmless:
-            raise RequestError(400, f"{name} is not supported by this server; leave it out", "unsupported_parameter")
+        where = ".".join(str(part)[:80] for part in (*first["loc"], *first.get("ctx", {}).get("at", ())))
+        raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None) from error
+    request._passed = passed_on(request.model_extra or {}, is_passed_on)
+    (request.model_extra or {}).clear()  # what means nothing here is not kept either, however large
     _check_limits(request, limits)
     return request
 
 
 def _check_limits(request: ChatRequest, limits: Limits) -> None:
-    texts = [part.text or "" for message in request.messages for part in message.parts() if part.type == "text"]
+    texts = [part.text or "" for message in request.messages for part in message.content if part.type == "text"]
     tokens = max(request.max_tokens or 0, request.max_completion_tokens or 0)
     for amount, limit, what in (
         (len(request.messages), limits.messages, "messages"),
         (len(request.pictures()), limits.images, "pictures"),
-        (sum(len(text.encode()) for text in texts), limits.text_bytes, "bytes of text"),
+        (_bytes_of(texts, limits.text_bytes), limits.text_bytes, "bytes of text"),
         (tokens, limits.max_tokens, "max_tokens"),
         (request.n, limits.choices, "choices (n)"),
         (len(request.stops), limits.stops, "stop texts"),
-        (sum(len(text.encode()) for text in request.stops), limits.text_bytes, "bytes of stop texts"),
+        (_bytes_of(request.stops, limits.text_bytes), limits.text_bytes, "bytes of stop texts"),
     ):
         if amount > limit:
             raise RequestError(400, f"{amount} {what} where this server allows {limit}")
     if any(IMAGE in text for text in texts):
         raise RequestError(400, f"a text may not hold the mark {IMAGE}; put the picture's image_url part in its place")
-    for message in request.messages:
-        for part in message.parts():
-            if (part.text if part.type == "text" else part.image_url) is None:
-                raise RequestError(400, f"a part of type {part.type} has no {part.type}")
+
+
+def _bytes_of(texts: Sequence[str], enough: int) -> int:
+    """How many bytes texts are; of more characters than `enough`, the characters: there are no fewer bytes."""
+    characters = sum(map(len, texts))
+    return characters if characters > enough else sum(len(text.encode()) for text in texts)
 
 
 def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
@@ -190,7 +236,7 @@ def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
     messages = []
     for message in request.messages:
         role: Any = "system" if message.role == "developer" else message.role
-        text = "".join(IMAGE if part.type == "image_url" else part.text or "" for part in message.parts())
+        text = "".join(IMAGE if part.type == "image_url" else part.text or "" for part in message.content)
         messages.append(Message(role, text))
     return Conversation(tuple(messages), tuple(views))
 
@@ -204,7 +250,7 @@ def to_question(request: ChatRequest) -> str:
     if len(request.pictures()) != 1:
         raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.pictures())}")
     last = request.messages[-1]
-    question = "\n".join(part.text for part in last.parts() if part.type == "text" and part.text).strip()
+    question = "\n".join(part.text for part in last.content if part.type == "text" and part.text).strip()
     if last.role != "user" or not question:
         raise RequestError(
             400, f"{request.suffix} answers the last message, which must be the user's and hold a question"

@@ -25,9 +25,9 @@ from visrl.models.load import CheckpointError, load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.serve.batching import State
 from visrl.serve.commands import ServeConfig
+from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
-from visrl.serve.schemas import RequestError
 
 
 def vllm_command(config: ServeConfig, settings: ModelSettings, port: int) -> list[str]:
@@ -56,6 +56,8 @@ def vllm_command(config: ServeConfig, settings: ModelSettings, port: int) -> lis
 
 class Upstream:
     """A `Backend` over an OpenAI-compatible server: the one at `vllm_url`, else a vLLM server of its own."""
+
+    is_passed_on = True
 
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self._config, self._metrics = config, metrics
@@ -178,6 +180,7 @@ class Upstream:
             max_tokens=row.sampling.max_tokens,
             seed=row.seed,
             stop=list(row.stops) or openai.omit,
+            extra_body=dict(row.passed) or None,
             stream=True,
             stream_options={"include_usage": True},
         )
