@@ -53,16 +53,24 @@ def _grey(image: Image.Image, name: str) -> Image.Image:
         top = _top(samples, FLOAT_RANGES, _OVERSHOOT, name)
     else:
         top = _top(samples, INTEGER_RANGES, 0, name)
-    scaled = samples.astype(np.float32)
-    scaled *= 255.0 / top
-    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
-    grey = scaled.astype(np.uint8)
+    if samples.dtype.itemsize == 2:  # a table of all values is quicker, and needs no floats of the picture's size
+        grey = _scaled(np.arange(65536), top)[samples]
+    else:
+        grey = _scaled(samples, top)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[samples == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _scaled(samples: NDArray[Any], top: float) -> NDArray[np.uint8]:
+    """The samples in 8 bits, where `top` is white."""
+    scaled = samples.astype(np.float32)
+    scaled *= 255.0 / top
+    np.clip(np.rint(scaled, out=scaled), 0, 255, out=scaled)
+    return scaled.astype(np.uint8)
 
 
 def _top(samples: NDArray[Any], ranges: tuple[float, ...], overshoot: float, name: str) -> float:
@@ -72,9 +80,9 @@ def _top(samples: NDArray[Any], ranges: tuple[float, ...], overshoot: float, nam
         ImageError: no range holds the samples.
     """
     low, high = float(samples.min()), float(samples.max())
-    for top in ranges:
-        if high <= top * (1 + overshoot) and low >= -top * overshoot:
-            return top
+    top = next((top for top in ranges if high <= top * (1 + overshoot)), None)
+    if top is not None and low >= -top * overshoot:
+        return top
     raise ImageError(
         f"{name} holds samples from {low:g} to {high:g}, of which none is known to be white: scale them to 0 to "
         f"{ranges[0]:g} and save it anew"
