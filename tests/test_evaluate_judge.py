@@ -26,6 +26,7 @@ from visrl.evaluate.judge import (
     engine_asker,
     judge_all,
     judge_ask,
+    judgement_key,
     read_judgements,
     read_published,
     read_score,
@@ -81,6 +82,13 @@ def test_the_prompt_is_the_published_one():
     )
     assert user["content"] == "\nquestion: <image>\nWhat is it?\nstandard answer: a cat\nmodel's answer: cat\n"
     assert ask.sampling.temperature == 0
+
+
+def test_a_judges_limit_is_part_of_what_was_asked():
+    answered = Answered("1", "What is it?", "a cat", "cat")
+    assert judge_ask(answered).sampling.max_tokens == 256
+    assert judge_ask(answered, 4000).sampling.max_tokens == 4000
+    assert judgement_key(answered, "court") != judgement_key(answered, "court", 4000)
 
 
 # --- A real server, faulty by what the answer says --------------------------------------------------------------------

@@ -56,6 +56,7 @@ def critic_answer_prompt(question: str, reference: str, answer: str) -> str:
 
 # --- The published scores' protocol, `viscot` (Visual-CoT; its line breaks and letter case are part of it) ------------
 
+JUDGE_TOKENS = 256  # room for a judge that explains itself (one that thinks aloud needs some thousand); published: none
 _QUESTION_ENDS = " Please provide the bounding box"
 
 JUDGE_SYSTEM = (

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from visrl.prompts import JUDGE_TOKENS
 from visrl.verbs import Verbs
 
 
@@ -89,6 +90,9 @@ def judge(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds for one try.")] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries before a judgement counts as failed.")] = 6,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="The most a judge may write; raise it for one that thinks aloud first.")
+    ] = JUDGE_TOKENS,
 ) -> None:
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
     from visrl.engines.client import Client, Endpoint
@@ -102,7 +106,7 @@ def judge(
     try:
         ask_all = client_asker(client)
         with hold(out), typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
-            judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1))
+            judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
     finally:
         client.close()
     failed = sum(one.error is not None for one in judged)

@@ -11,6 +11,7 @@ from visrl.config import OneOrMore
 from visrl.engines.opening import PolicyConfig
 from visrl.evaluate.benchmarks import Benchmark
 from visrl.evaluate.rollouts import Mode
+from visrl.prompts import JUDGE_TOKENS
 
 
 class EvalConfig(PolicyConfig):
@@ -48,6 +49,8 @@ class EvalConfig(PolicyConfig):
     judge_model_name_or_path: str | None = None
     """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
     judge_url: OneOrMore[str] = ()
+    judge_max_tokens: int = Field(JUDGE_TOKENS, ge=1)
+    """The most that a judge may write; raise it for one that thinks aloud first."""
 
     @model_validator(mode="after")
     def _together(self) -> EvalConfig:

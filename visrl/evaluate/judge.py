@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
-from visrl.prompts import IMAGE, JUDGE_SYSTEM, judge_prompt
+from visrl.evaluate.scores import read_published, read_score
+from visrl.prompts import IMAGE, JUDGE_SYSTEM, JUDGE_TOKENS, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, write_records
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
     from visrl.engines.client import Ask, Client
-
-JUDGE_TOKENS = 256  # room for a judge that explains itself; the published scorer sets no limit
 
 OnReply = Callable[[int, Completion], None]
 
@@ -63,58 +61,14 @@ class Judgement:
     key: str
 
 
-# --- Reading a reply ------------------------------------------------------------------------------------------------
-
-_PUBLISHED = re.compile(r"score: ([\d.]+)")
-_SCORED = re.compile(r"score\W{0,6}?(-?(?:\d+(?:\.\d+)?|\.\d+))(?!\d|%|\.\d)(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?")
-_BARE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*(\d+(?:\.\d+)?))?")
-
-
-def read_published(reply: str | None) -> float:
-    """The score in a reply, to the letter of the published scorer.
-
-    In lower case it must hold `score: ` followed by digits and dots exactly once, else 0; more than 1 is 1. The
-    published scorer stops with an error at digits and dots that are no number (`score: 0.8.`): 0 here.
-    """
-    found = _PUBLISHED.findall((reply or "").lower())
-    if len(found) != 1:
-        return 0.0
-    try:
-        return min(float(found[0]), 1.0)
-    except ValueError:
-        return 0.0
-
-
-def read_score(reply: str | None) -> float | None:
-    """The score in a reply as a person would read it, or None where there is none or more than one.
-
-    Reads `score: 0.8`, `Score = **0.8**.`, `{"score": 0.8}`, `score: 8/10`, `0.8` alone. Two different scores, one
-    outside [0, 1] or a scale that is not said are not read: a score is never guessed.
-    """
-    text = (reply or "").lower().strip()
-    found = _SCORED.findall(text)
-    bare = _BARE.fullmatch(text.strip("*`\"'. ") or "-")
-    if not found and bare:
-        found = [bare.groups(default="")]
-    scores = {_fraction(value, whole) for value, whole in found}
-    score = scores.pop() if len(scores) == 1 else None
-    return score if score is not None and 0 <= score <= 1 else None
-
-
-def _fraction(value: str, whole: str) -> float | None:
-    if not whole:
-        return float(value)
-    return float(value) / float(whole) if float(whole) > 0 else None
-
-
 # --- Asking ---------------------------------------------------------------------------------------------------------
 
 
-def judge_ask(answered: Answered) -> Ask:
+def judge_ask(answered: Answered, max_tokens: int = JUDGE_TOKENS) -> Ask:
     """The published prompt about one answer, at temperature 0."""
     from visrl.engines.client import Ask
 
-    return Ask(_messages(answered), Sampling(temperature=0.0, max_tokens=JUDGE_TOKENS))
+    return Ask(_messages(answered), Sampling(temperature=0.0, max_tokens=max_tokens))
 
 
 def _messages(answered: Answered) -> list[dict[str, str]]:
@@ -128,8 +82,11 @@ def judge_all(
     judge: str,
     journal: str | os.PathLike[str] | None = None,
     on_judgement: Callable[[Judgement], None] | None = None,
+    max_tokens: int = JUDGE_TOKENS,
 ) -> list[Judgement]:
     """One judgement per answer, in their order. `judge` names the judge in the records.
+
+    `max_tokens` bounds a reply, what the judge thinks aloud before it included.
 
     With a `journal` (a JSONL path) every judgement is kept as it comes, a killed run goes on where it was, failed ones
     are asked again, and the finished file is in the order of `answers`, whatever was interrupted.
@@ -137,7 +94,7 @@ def judge_all(
     Raises:
         RecordError: the journal holds a line that is no judgement, or another judge's.
     """
-    keys = [judgement_key(answered, judge) for answered in answers]
+    keys = [judgement_key(answered, judge, max_tokens) for answered in answers]
     earlier = [] if journal is None else list(read_judgements(journal))
     other = next((done.judge for done in earlier if done.judge != judge), None)
     if other is not None:
@@ -157,7 +114,7 @@ def judge_all(
             on_judgement(judgement)
 
     try:
-        ask_all((judge_ask(answers[index]) for index in order), on_reply)
+        ask_all((judge_ask(answers[index], max_tokens) for index in order), on_reply)
     finally:
         if kept is not None:
             kept.close()
@@ -243,7 +200,7 @@ def _judgement(answered: Answered, judge: str, key: str, completion: Completion)
     )
 
 
-def judgement_key(answered: Answered, judge: str) -> str:
-    """What a judgement is a judgement of: a hash of the judge's name and every word it was asked."""
-    parts = [judge, str(JUDGE_TOKENS), *(message["content"] for message in _messages(answered))]
+def judgement_key(answered: Answered, judge: str, max_tokens: int = JUDGE_TOKENS) -> str:
+    """What a judgement is a judgement of: a hash of the judge's name, its limit and every word it was asked."""
+    parts = [judge, str(max_tokens), *(message["content"] for message in _messages(answered))]
     return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()

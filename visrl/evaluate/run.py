@@ -262,7 +262,7 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
     file = config.output_dir / f"judgements-{re.sub(r'[^A-Za-z0-9._-]+', '-', judge).strip('-')}.jsonl"
     with _judge(config, judge) as ask_all:
         print(f"{judge} judges {len(asked):,} answers → {file}")
-        judgements = judge_all(asked, ask_all, judge, file)
+        judgements = judge_all(asked, ask_all, judge, file, max_tokens=config.judge_max_tokens)
     counts = {
         "judged": len(judgements),
         "judge_failed": sum(one.error is not None for one in judgements),

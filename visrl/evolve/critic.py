@@ -16,8 +16,8 @@ from typing import Protocol
 from visrl.box import Box, CropRule, Size, crop_window
 from visrl.conversation import Conversation, Engine, Message, Sampling, View, crop_view, open_view, seed_of
 from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
-from visrl.evaluate.judge import read_score
 from visrl.evaluate.metrics import exact_match
+from visrl.evaluate.scores import read_score
 from visrl.prompts import IMAGE, critic_answer_prompt, critic_box_prompt
 from visrl.records import Picture, RecordError, Sample, Trajectory, Verdict
 
@@ -104,7 +104,7 @@ class ModelCritic:
     """A model that scores the box by its crop, and the answer by the whole picture, both against the reference answer.
 
     The paper's critic is the original base model. It is asked greedily first, and again with sampling, up to
-    `attempts` times in all, while its reply cannot be read (`visrl.evaluate.judge.read_score`).
+    `attempts` times in all, while its reply cannot be read (`visrl.evaluate.scores.read_score`).
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class ModelCritic:
         crop_rule: CropRule = "exact",
         root: str | Path | None = None,
         attempts: int = 3,
+        max_tokens: int = MAX_REPLY_TOKENS,
         score_boxes: bool = True,
         seed: int = 0,
     ) -> None:
@@ -122,6 +123,7 @@ class ModelCritic:
         self.crop_rule: CropRule = crop_rule
         self.root = root
         self.attempts = attempts
+        self.max_tokens = max_tokens
         self.score_boxes = score_boxes
         self.seed = seed
 
@@ -150,7 +152,7 @@ class ModelCritic:
         opinions = {key: Opinion() for key in talks}
         waiting = list(talks)
         for attempt in range(self.attempts):
-            sampling = Sampling(RETRY_TEMPERATURE if attempt else 0.0, max_tokens=MAX_REPLY_TOKENS)
+            sampling = Sampling(RETRY_TEMPERATURE if attempt else 0.0, max_tokens=self.max_tokens)
             seeds = [[seed_of(self.seed, *key, "critic", attempt)] for key in waiting]
             completions = self.engine.complete([talks[key] for key in waiting], sampling, seeds)
             for key, (completion,) in zip(waiting, completions, strict=True):

@@ -38,6 +38,8 @@ class PlayersConfig(PolicyConfig):
     critic_served_name: str | None = None
     critic_attempts: int = Field(3, ge=1)
     """How often a critic is asked until its reply can be read: first greedily, then with sampling."""
+    critic_max_tokens: int = Field(64, ge=1)
+    """The most that a critic may write; raise it for one that thinks aloud first."""
     use_box_critic: bool = True
     """False is the paper's ablation: the critic is not asked about boxes. `critic.box` is the same key."""
 
@@ -160,6 +162,7 @@ def _open_critic(
         crop_rule=rule,
         root=image_root,
         attempts=config.critic_attempts,
+        max_tokens=config.critic_max_tokens,
         score_boxes=config.use_box_critic,
         seed=seed,
     )
