@@ -17,7 +17,7 @@ from PIL import Image
 from visrl.box import CropRule, Size
 from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
-from visrl.records import Picture
+from visrl.records import Message, Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,6 @@ class View:
     @property
     def size(self) -> Size:
         return self.image.size
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Literal["system", "user", "assistant"]
-    text: str  # `<image>` marks the place of each picture
 
 
 @dataclass(frozen=True, slots=True)

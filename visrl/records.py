@@ -110,9 +110,21 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """What is said to a model, or by it; `<image>` in a text marks the place of each picture."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Preference:
     """A preference at one step of an item. A box and an answer preference that belong together (`belongs_to`) are one
-    item: they share pictures and a training step."""
+    item: they share pictures and a training step.
+
+    `context` is the conversation before the prompt, where there is one: a system message, then turns of user and
+    assistant. Pictures are in the order of their marks in context and prompt.
+    """
 
     id: str
     step: Step
@@ -121,6 +133,7 @@ class Preference:
     chosen: str
     rejected: str
     weight: float = 1.0
+    context: tuple[Message, ...] = ()
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every line
@@ -151,6 +164,8 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
             row[name] = value.as_list()
     if "images" in row:
         row["images"] = [picture_json(picture) for picture in row["images"]]
+    if context := row.pop("context", ()):
+        row["context"] = [{"role": message.role, "text": message.text} for message in context]
     return row
 
 
@@ -193,6 +208,8 @@ def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
             row["box"] = Box(*row["box"])
         if "images" in row:
             row["images"] = tuple(_picture(entry) for entry in row["images"])
+        if "context" in row:
+            row["context"] = tuple(Message(entry["role"], entry["text"]) for entry in row["context"])
         if row.get("size") is not None:
             row["size"] = _size(row["size"])
         for name, allowed in _TYPES[kind].items():

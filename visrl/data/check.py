@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE
-from visrl.data.convert import Reading, dataset_of, format_of, read_format
-from visrl.data.rows import Row
+from visrl.data.convert import Reading, dataset_of, other_format, read_format
+from visrl.data.rows import Row, told_notes
 from visrl.data.sizes import FOLDERS, viscot_path
 from visrl.images import ImageError, names_file, open_image, picture_path
 from visrl.records import Sample
@@ -57,6 +57,7 @@ class Report:
     duplicates: int = 0
     leaks: int = 0
     other_formats: Counter[str] = field(default_factory=Counter)  # which formats unparseable rows have the keys of
+    notes: Counter[str] = field(default_factory=Counter)  # what good rows hold and records have no place for
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, kind: str, text: str) -> None:
@@ -65,7 +66,8 @@ class Report:
             kept.append(text)
 
     def as_json(self) -> dict[str, Any]:
-        return {"rows": self.rows, "good": self.good, "bad": dict(self.bad), "missing_images": self.missing_images}
+        found = {"rows": self.rows, "good": self.good, "bad": dict(self.bad), "missing_images": self.missing_images}
+        return found | ({"notes": dict(self.notes)} if self.notes else {})
 
 
 def check(
@@ -87,10 +89,11 @@ def check(
             if row.fault:
                 report.bad[row.fault] += 1
                 report.note(row.fault, f"{path}, row {row.number}: {row.reason}")
-                if row.fault == "unparseable" and (other := format_of(row.raw)) not in (None, source):
+                if row.fault == "unparseable" and (other := other_format(row.raw, source, path, reading)):
                     report.other_formats[other] += 1
             else:
                 report.good += 1
+                report.notes.update(row.notes)
             _find_duplicate(report, row, path, seen_rows)
             for ref in _pictures(row):
                 key = hash(ref)
@@ -175,6 +178,7 @@ def as_text(report: Report, root: Path | None) -> str:
                 lines.append(f"    and {count - len(shown):,} more; `visrl data convert` lists all in OUT.bad.jsonl")
     for other, count in report.other_formats.most_common():
         lines.append(f"  {count:,} of them have the keys of {other}: read them with --from {other}")
+    lines += told_notes(report.notes)
     found = {"duplicates": report.duplicates, "leaks": report.leaks, **report.unusable}
     for kind, count in found.items():
         if count:

@@ -73,6 +73,7 @@ def convert(
     """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
     from visrl.data.convert import Reading, Selection
     from visrl.data.convert import convert as run
+    from visrl.data.rows import told_notes
     from visrl.data.sizes import Sizes
 
     given = {
@@ -108,6 +109,8 @@ def convert(
         print(f"left out {summary.left_out:,} by --skip and --take")
     for path, count in summary.written.items():
         print(f"wrote {count:,} rows to {path}")
+    for line in told_notes(summary.notes):
+        print(line)
     if summary.bad:
         faults = ", ".join(f"{count:,} {fault}" for fault, count in summary.bad.most_common())
         print(f"listed {sum(summary.bad.values()):,} bad rows in {out}.bad.jsonl: {faults}")

@@ -18,12 +18,13 @@ from typing import Any
 from visrl.box import Size
 from visrl.codecs import BoxSpace
 from visrl.data.hf import ParquetWriter, read_hf
+from visrl.data.info import Entry, find_entry
 from visrl.data.native import parse_visrl, pool_row, visrl_row
 from visrl.data.refcoco import parse_refcoco, refcoco_row
-from visrl.data.rows import Row, RowFault, Writer, read_rows
-from visrl.data.sharegpt import Entry, find_entry, read_sharegpt
+from visrl.data.rows import Parse, Row, RowFault, Writer, parsed_row, read_rows
+from visrl.data.sharegpt import parse_sharegpt, read_sharegpt
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
-from visrl.data.sizes import Sizes
+from visrl.data.sizes import Sizes, with_size
 from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
 from visrl.manifest import hold
 from visrl.records import Preference, RecordError, Sample
@@ -31,6 +32,14 @@ from visrl.records import Preference, RecordError, Sample
 SOURCES = ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl", "hf")
 TARGETS = (*SOURCES, "viscot-sft1", "viscot-sft2", "rl-pool")
 _AS_IT_STOOD = Sample("", "", "", "")  # stands for a bad row that is written back
+# What users call formats that are read under another name.
+_CALLED = {
+    "llava": "sharegpt", "alpaca": "sharegpt", "llama-factory": "sharegpt", "llamafactory": "sharegpt",
+    "ms-swift": "sharegpt", "swift": "sharegpt", "openai": "sharegpt", "parquet": "hf", "arrow": "hf",
+    "json": "visrl", "jsonl": "visrl",
+}  # fmt: skip
+# Faults of rows whose form is right.
+_UNDERSTOOD = ("inverted", "outside", "empty", "disagree", "no_size")
 _SHAREGPT = ("sharegpt", "viscot-sft1", "viscot-sft2")
 
 
@@ -68,6 +77,7 @@ class Summary:
     written: dict[str, int] = field(default_factory=dict)
     left_out: int = 0
     bad: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)  # what good rows hold and records have no place for
 
 
 def read_format(name: str, path: str, reading: Reading) -> Iterator[Row]:
@@ -76,19 +86,41 @@ def read_format(name: str, path: str, reading: Reading) -> Iterator[Row]:
     Raises:
         RecordError: the file is not there or damaged, or there is no such format.
     """
-    if name == "viscot":
-        return read_rows(path, lambda raw, number: parse_viscot(raw, number, reading.sizes, reading.boxes))
+    if name == "hf":
+        return read_hf(path, split=reading.split, columns=dict(reading.columns), sizes=reading.sizes)
     if name == "sharegpt":
         return read_sharegpt(find_entry(path, reading.dataset), reading.sizes, reading.box_space)
-    if name == "hf":
-        return read_hf(path, split=reading.split, columns=dict(reading.columns))
-    if name == "viscot-meta":
-        return read_rows(path, lambda raw, number: parse_meta(raw, number, reading.boxes))
-    parsers = {"viscot-detection": parse_detection, "refcoco": parse_refcoco}
-    parse = parse_visrl if name == "visrl" else parsers.get(name)
-    if parse is None:
-        raise RecordError(f"no format {name!r}; the formats are {', '.join(SOURCES)}")
-    return read_rows(path, parse)
+    return read_rows(path, _parser(name, path, reading))
+
+
+def _parser(name: str, path: str, reading: Reading) -> Parse:
+    """What makes records of a row in the format `name`, one of lines or lists of JSON.
+
+    Raises:
+        RecordError: there is no such format.
+    """
+    if name == "sharegpt":
+        entry = Entry(Path(path).stem, Path(path), columns={})
+        return lambda raw, number: parse_sharegpt(raw, number, entry, reading.sizes, reading.box_space)
+    parsers: dict[str, Parse] = {
+        "visrl": lambda raw, number: parse_visrl(with_size(raw, reading.sizes), number),
+        "viscot": lambda raw, number: parse_viscot(raw, number, reading.sizes, reading.boxes),
+        "viscot-meta": lambda raw, number: parse_meta(raw, number, reading.boxes),
+        "viscot-detection": parse_detection,
+        "refcoco": parse_refcoco,
+    }
+    if name not in parsers:
+        near = f"; rows of {name} are read with --from {_CALLED[name]}" if name in _CALLED else ""
+        raise RecordError(f"no format {name!r}; the formats are {', '.join(SOURCES)}{near}")
+    return parsers[name]
+
+
+def other_format(raw: Any, source: str, path: str, reading: Reading) -> str | None:
+    """The format under which a row that cannot be read as `source` is understood: tried, not guessed by its keys."""
+    for name in ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl"):
+        if name != source and parsed_row(raw, 1, _parser(name, path, reading)).fault in ("", *_UNDERSTOOD):
+            return name
+    return None
 
 
 def convert(
@@ -162,6 +194,7 @@ def _selected(
             dataset = dataset_of(row)
             places[dataset] += 1
             if selection.takes(dataset, places[dataset] - 1):
+                summary.notes.update(row.notes)
                 yield path, row
             else:
                 summary.left_out += 1
@@ -207,8 +240,8 @@ def format_of(raw: Any) -> str | None:
     """The format that a kept row came from, by its keys."""
     if not isinstance(raw, dict):
         return None
-    if {"image", "conversations"} <= set(raw):
-        return "viscot"
+    if {"image", "conversations"} <= set(raw) and isinstance(raw["image"], list) and "###" in str(raw["image"][1:]):
+        return "viscot"  # LLaVA's own rows have the same keys, and one path
     if {"bboxs", "question"} <= set(raw):
         return "viscot-meta"
     if {"img_path", "expression"} <= set(raw):
@@ -285,7 +318,7 @@ class _Files:
 
     def write(self, raw: Any, image: str) -> None:
         if self.target == "sharegpt" and isinstance(raw, dict):
-            self.reply_columns |= {"chosen", "rejected", "chosen_step", "rejected_step"} & set(raw)
+            self.reply_columns |= {"chosen", "rejected", "chosen_step", "rejected_step", "weight"} & set(raw)
         second = self.validation > 0 and share_of(self.seed, image) < self.validation
         self.writers[second].write(raw)
 

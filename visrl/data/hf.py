@@ -1,47 +1,153 @@
 """Hugging Face data sets: parquet files, folders that `datasets` saved, and data sets of the hub as a stream.
 
-Columns are those of our own JSONL; `columns` says which of theirs they are. Pictures kept as bytes become data URLs.
+Columns are those of our own JSONL, or what they are commonly called; `columns` says which of theirs they are where that
+does not find them. Pictures kept as bytes become data URLs, which `convert` writes as files.
 """
 
 from __future__ import annotations
 
 import base64
+import datetime
+import decimal
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from visrl.data.native import parse_visrl
-from visrl.data.rows import Row, parsed_row
+from visrl.data.rows import Parsed, Row, RowFault, parsed_row
+from visrl.data.sizes import Sizes, with_size
 from visrl.records import RecordError
 
 BATCH = 1000  # rows written at a time
 
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tiff"}
 _KEYS = ("id", "image", "question", "answer", "box", "bbox", "width", "height", "size", "source", "split", "raw")
+# What the columns that a row cannot be without are commonly called, in the order they are looked for.
+_CALLED = {
+    "image": ("image", "images"),
+    "question": ("question", "problem", "query"),
+    "answer": ("answer", "answers", "response", "solution"),
+}
+_CONVERSATIONS = {"messages", "conversations", "conversation", "instruction"}
+_VOTED = "the most frequent of several answers is taken, the first of equally frequent ones"
 
 
-def read_hf(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Iterator[Row]:
+def is_hf(path: str | os.PathLike[str]) -> bool:
+    """Whether a parquet file lies at `path`, or a folder of such files or one that `datasets` saved."""
+    path = Path(path)
+    if path.is_dir():
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        return saved or next(path.rglob("*.parquet"), None) is not None
+    return path.suffix == ".parquet" and path.is_file()
+
+
+def read_hf(
+    source: str | os.PathLike[str], *, split: str = "train", columns: dict[str, str] | None = None,
+    sizes: Sizes | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """The rows of a data set: a parquet file, a folder, or `owner/name` on the hub, streamed.
 
     Raises:
-        RecordError: nothing there, no such split, or a named column that does not exist.
+        RecordError: nothing there, no such split, a named column that does not exist, or damaged data.
     """
     data = _open(source, split)
-    theirs = {key: key for key in _KEYS} | (columns or {})
-    absent = [theirs[key] for key in ("image", "question") if theirs[key] not in (data.column_names or [theirs[key]])]
-    if absent:
-        have = ", ".join(data.column_names)
-        raise RecordError(f"{source} has no column {absent[0]!r}; it has {have}: name yours with --columns image=…")
-    for number, values in enumerate(data, start=1):
-        raw = {ours: _plain(values[name]) for ours, name in theirs.items() if values.get(name) is not None}
-        if isinstance(raw.get("raw"), str):
+    theirs = _columns(source, data, columns or {})
+    sizes = sizes or Sizes()
+
+    def parse(values: Any, number: int) -> Parsed:
+        raw, notes = _as_ours(values, theirs)
+        return Parsed(parse_visrl(with_size(raw, sizes), number), notes)
+
+    for number, values in enumerate(_rows(source, data), start=1):
+        yield parsed_row(values, number, parse)
+
+
+def raw_rows(source: str | os.PathLike[str], split: str = "train") -> Iterator[dict[str, Any]]:
+    """The rows of a data set as plain JSON values, under their own column names.
+
+    Raises:
+        RecordError: as `read_hf`.
+    """
+    return _rows(source, _open(source, split))
+
+
+def _rows(source: str | os.PathLike[str], data: Any) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        for values in data:
+            yield {name: plain_value(value) for name, value in values.items()}
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise RecordError(f"{source} is damaged: {str(error)[:300]}") from error
+
+
+def _columns(source: str | os.PathLike[str], data: Any, given: dict[str, str]) -> dict[str, str]:
+    """Which of the data set's columns holds what of ours."""
+    have = data.column_names
+    if have is None:
+        return {key: key for key in _KEYS} | given
+    theirs = {key: key for key in _KEYS if key in have}
+    for key, names in _CALLED.items():
+        found = next((name for name in names if name in have), None)
+        if found is not None:
+            theirs.setdefault(key, found)
+    theirs |= given
+    for key in ("image", "question"):
+        if theirs.get(key, key) not in have:
+            hint = "name yours with --columns image=…"
+            if key == "question" and (kind := sorted(_CONVERSATIONS & set(have))):
+                hint = f"with {kind[0]!r} it holds conversations: read them with --from sharegpt"
+            raise RecordError(f"{source} has no column {theirs.get(key, key)!r}; it has {', '.join(have)}: {hint}")
+    return theirs
+
+
+def _as_ours(values: dict[str, Any], theirs: dict[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The row under our names; columns of its own are kept in `raw`, pictures aside.
+
+    Raises:
+        RowFault: no picture or several where one is wanted, answers of another form, or a `raw` that is no JSON.
+    """
+    raw = {ours: values[name] for ours, name in theirs.items() if values.get(name) is not None}
+    notes: list[str] = []
+    image = raw.get("image")
+    if isinstance(image, list):
+        if len(image) != 1:
+            what = f"holds {len(image)} pictures; a sample is about one" if image else "holds no picture"
+            raise RowFault("several_pictures" if image else "no_picture", f"{theirs['image']!r} {what}")
+        raw["image"] = image[0]
+    if isinstance(raw.get("answer"), (list, dict)):
+        answers = _answers(raw["answer"], theirs["answer"])
+        raw["answer"] = Counter(answers).most_common(1)[0][0]  # in the order they were seen where equally frequent
+        notes += [_VOTED] * (len(set(answers)) > 1)
+    own = {name: value for name, value in values.items() if name not in theirs.values() and value is not None}
+    pictures = [name for name, value in own.items() if "data:image/" in str(value)[:200]]
+    notes += [f"the column {name!r} holds pictures of its own and is passed by" for name in pictures]
+    kept = {name: value for name, value in own.items() if name not in pictures}
+    if isinstance(raw.get("raw"), str):
+        try:
             raw["raw"] = json.loads(raw["raw"])
-        yield parsed_row(raw, number, parse_visrl)
+        except (ValueError, RecursionError) as error:
+            raise RowFault("unparseable", f"{theirs['raw']!r} is not JSON: {error}") from error
+    elif "raw" not in raw and kept:
+        raw["raw"] = kept | ({"answers": values[theirs["answer"]]} if notes[:1] == [_VOTED] else {})
+    return raw, tuple(notes)
 
 
-def _open(source: str, split: str) -> Any:
+def _answers(value: Any, column: str) -> list[str]:
+    """Several answers to a question: a list of texts, or of objects with `answer`, or an object of such lists."""
+    if isinstance(value, dict):
+        value = value.get("answer", value.get("text"))
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
+    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
+        raise RowFault("unparseable", f"{column!r} must be an answer or a list of answers, it is {str(value)[:60]}")
+    return [str(answer) for answer in answers]
+
+
+def _open(source: str | os.PathLike[str], split: str) -> Any:
+    source = str(source)
     path = Path(source)
     if not path.exists() and (path.suffix or path.is_absolute() or len(path.parts) > 2 or source.startswith(".")):
         raise RecordError(f"no data at {source} (a data set of the hub is named owner/name)")
@@ -67,20 +173,41 @@ def _open(source: str, split: str) -> Any:
             raise
         raise RecordError(f"{source} cannot be read as a data set: {error}") from error
     for name, feature in (data.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
+        if (undecoded := _undecoded(feature)) != feature:
+            data = data.cast_column(name, undecoded)
     return data
 
 
-def _plain(value: Any) -> Any:
-    """A column's value as JSON: pictures as references, the first of several pictures."""
-    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        return _data_url(value["bytes"]) if value["bytes"] is not None else value["path"]
-    if isinstance(value, bytes):
-        return _data_url(value)
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "bytes" in value[0]:
-        return _plain(value[0])
-    return value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+def _undecoded(feature: Any) -> Any:
+    """The feature with pictures, sounds and videos in it, however deep, left as their bytes."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        length = {"length": feature.length} if isinstance(feature, datasets.List) else {}
+        return type(feature)(_undecoded(feature.feature), **length)
+    kinds = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video", "Pdf") if hasattr(datasets, name))
+    return type(feature)(decode=False) if isinstance(feature, kinds) else feature
+
+
+def plain_value(value: Any) -> Any:
+    """A column's value as JSON has it: pictures as references, dates and decimal numbers as their text."""
+    if isinstance(value, dict):
+        if set(value) == {"bytes", "path"}:
+            return _data_url(value["bytes"]) if value["bytes"] is not None else value["path"]
+        return {str(key): plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(inner) for inner in value]
+    if isinstance(value, (bytes, bytearray)):
+        return _data_url(bytes(value))
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    return format(value, "f") if isinstance(value, decimal.Decimal) else str(value)
 
 
 def _data_url(data: bytes) -> str:

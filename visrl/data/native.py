@@ -15,7 +15,7 @@ from typing import Any
 from visrl.box import Box, BoxError, Size, corner_fault
 from visrl.data.rows import RowFault, check_text, four_numbers, get_size, get_text
 from visrl.prompts import IMAGE
-from visrl.records import Picture, Preference, Sample, to_json
+from visrl.records import Message, Picture, Preference, Sample, to_json
 
 _SAMPLE_KEYS = {field.name for field in fields(Sample)} - {"repeat"}  # which is where a row stands, not what it says
 _PREFERENCE_KEYS = {field.name for field in fields(Preference)}
@@ -125,8 +125,9 @@ def _preference(raw: dict[str, Any], number: int) -> Preference:
     if type(weight) not in (int, float) or not 0 <= weight < 1e6:
         raise RowFault("unparseable", f"'weight' must be a number from 0, not {str(weight)[:60]}")
     pictures = parse_pictures(raw.get("images"), None, "images")
-    check_shown(prompt, pictures)
-    return Preference(_name(raw, number), step, prompt, pictures, chosen, rejected, weight)
+    context = _context(raw.get("context", []))
+    check_shown("\n".join([*(message.text for message in context), prompt]), pictures)
+    return Preference(_name(raw, number), step, prompt, pictures, chosen, rejected, weight, context)
 
 
 def check_shown(prompt: str, pictures: tuple[Picture, ...]) -> None:
@@ -139,9 +140,21 @@ def check_shown(prompt: str, pictures: tuple[Picture, ...]) -> None:
         raise RowFault("no_picture", "a preference needs a picture")
     whole, *crops = pictures
     if whole.crop is not None or any(one.crop is None or one.ref != whole.ref for one in crops):
-        raise RowFault("unparseable", "'images' must be a whole picture, and after it crops of the same")
+        raise RowFault("several_pictures", "'images' must be a whole picture, and after it crops of the same")
     if prompt.count(IMAGE) != len(pictures):
-        raise RowFault("unparseable", f"{prompt.count(IMAGE)} {IMAGE} marks in 'prompt' but {len(pictures)} pictures")
+        raise RowFault("unparseable", f"{prompt.count(IMAGE)} {IMAGE} marks in the prompt but {len(pictures)} pictures")
+
+
+def _context(values: Any) -> tuple[Message, ...]:
+    """The conversation before a prompt: a system message or none, then user and assistant by turns."""
+    if not isinstance(values, list):
+        raise RowFault("unparseable", "'context' must be a list of {role, text}")
+    messages = tuple(Message(get_text(value, "role"), get_text(value, "text")) for value in values)  # type: ignore[arg-type]
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    wanted = ["user", "assistant"] * (len(turns) // 2)
+    if [message.role for message in turns] != wanted:
+        raise RowFault("role", "'context' must be a system message or none, then turns of user and assistant")
+    return messages
 
 
 def _sample(raw: dict[str, Any], number: int) -> Sample:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from visrl.box import BoxError
+from visrl.prompts import IMAGE
 from visrl.records import Preference, RecordError, Sample, json_line
 
 CHUNK = 1 << 20  # characters read at a time from a JSON list
@@ -37,17 +39,33 @@ class BadLine(str):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a data file: `records` where it is good, else `fault` and `reason`. Rows are numbered from 1."""
+    """One row of a data file: `records` where it is good, else `fault` and `reason`. Rows are numbered from 1.
+
+    `notes` name what a good row holds and its records have no place for; equal sentences are counted together.
+    """
 
     number: int
     raw: Any
     records: tuple[Sample | Preference, ...] = ()
     fault: str = ""
     reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Parsed(NamedTuple):
+    """What a row gives: its records, and notes on what is left out."""
+
+    records: tuple[Sample | Preference, ...]
+    notes: tuple[str, ...] = ()
+
+
+def told_notes(notes: Counter[str]) -> list[str]:
+    """Notes of many rows, a line each."""
+    return [f"in {count:,} {'row' if count == 1 else 'rows'} {note}" for note, count in notes.most_common()]
 
 
 _DECODER = json.JSONDecoder()
-Parse = Callable[[Any, int], tuple[Sample | Preference, ...]]
+Parse = Callable[[Any, int], tuple[Sample | Preference, ...] | Parsed]
 
 
 def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[Row]:
@@ -65,12 +83,24 @@ def parsed_row(raw: Any, number: int, parse: Parse) -> Row:
     if isinstance(raw, BadLine):
         return Row(number, raw, fault="unparseable", reason=_why_not_json(raw))
     try:
-        return Row(number, raw, parse(raw, number))
+        parsed = parse(raw, number)
+        records, notes = parsed if isinstance(parsed, Parsed) else (parsed, ())
+        for record in records:
+            if isinstance(record, Sample):
+                _refuse_marks(record)
+        return Row(number, raw, records, notes=notes)
     except RowFault as error:
         return Row(number, raw, fault=error.fault, reason=str(error))
     except BoxError as error:
         fault = "unparseable" if error.fault in _BOX_TEXT_FAULTS else error.fault
         return Row(number, raw, fault=fault, reason=str(error))
+
+
+def _refuse_marks(sample: Sample) -> None:
+    """A prompt marks the places of its pictures itself: a mark in a question or an answer would stand for another."""
+    for key, text in (("question", sample.question), ("answer", sample.answer)):
+        if IMAGE in text:
+            raise RowFault("unparseable", f"the {key} holds an {IMAGE} mark: {text[:60]!r}")
 
 
 def json_items(path: str | os.PathLike[str]) -> Iterator[Any]:

@@ -1,154 +1,75 @@
-"""ShareGPT with `dataset_info.json`, as LLaMA-Factory and the reference write it: SFT sets and rankings, in and out.
+"""Rows of other tools as records of ours: LLaMA-Factory's, ms-swift's and LLaVA's SFT sets and rankings.
 
-An entry of `dataset_info.json` names a file's columns and, for ours, its `box_space`: whether three-decimal boxes are
-fractions of the image or of Visual-CoT's padded square. Knows no other format.
+Each question of a conversation about one picture is a sample of its own; a ranking is a preference over the last reply,
+with the conversation before it as its prompt. How a row is read is `dialogs`' matter, what an entry says `info`'s.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
-from visrl.data.native import parse_pictures
-from visrl.data.rows import Row, RowFault, check_text, four_numbers, get_text, read_rows
+from visrl.data.dialogs import CHOSEN_CROP, MESSAGES, Dialog, Turn, parse_dialog
+from visrl.data.grounding import filled_turns
+from visrl.data.info import Entry
+from visrl.data.native import check_shown
+from visrl.data.rows import Parsed, Row, RowFault, check_text, four_numbers, parsed_row, read_rows
 from visrl.data.sizes import Sizes
-from visrl.data.viscot import bare_question
+from visrl.data.viscot import bare_question, without_marks
 from visrl.prompts import IMAGE
-from visrl.records import Picture, Preference, RecordError, Sample, Step
+from visrl.records import Message, Picture, Preference, RecordError, Sample, Step
 
-INFO = "dataset_info.json"
-_SFT_COLUMNS = {"messages": "conversations", "images": "images"}
-STEP_COLUMNS = {name: name for name in ("chosen", "rejected", "chosen_step", "rejected_step")}
-# Our own column: the chosen box in fractions, where its text is not three decimals (a family's own way of writing).
-CHOSEN_CROP = "chosen_crop"
-_TAGS = {
-    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": "system",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What `dataset_info.json` says of one data set. `box_space` is None where nothing is said."""
-
-    name: str
-    path: Path
-    ranking: bool = False
-    columns: dict[str, str] = field(default_factory=lambda: dict(_SFT_COLUMNS))
-    tags: dict[str, str] = field(default_factory=lambda: dict(_TAGS))
-    box_space: BoxSpace | None = None
-
-    def column(self, name: str) -> str:
-        return self.columns.get(name, "")
-
-
-def read_info(folder: str | os.PathLike[str]) -> dict[str, Entry]:
-    """The data sets of a folder's `dataset_info.json`, by name; entries of formats other than ShareGPT are left out.
-
-    Raises:
-        RecordError: no such file, no JSON object, or an entry that cannot be used; the message names it.
-    """
-    path = Path(folder) / INFO
-    try:
-        info = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise RecordError(f"no {path} ({error.strerror}): it names the data sets of this folder") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise RecordError(f"{path} must hold an object of data sets by name")
-    entries = {}
-    for name, value in info.items():
-        if (
-            isinstance(value, dict)
-            and value.get("formatting") == "sharegpt"
-            and isinstance(value.get("file_name"), str)
-        ):
-            entries[name] = _entry(name, value, path)
-    return entries
-
-
-def find_entry(path: str | os.PathLike[str], name: str | None = None) -> Entry:
-    """The entry for a data file, from the `dataset_info.json` beside it; the usual columns where there is none.
-
-    `path` may be the folder and `name` the data set's. Of several entries for one file that with most columns is taken.
-
-    Raises:
-        RecordError: no data set of that name, with the names there are.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    entries = read_info(folder) if (folder / INFO).is_file() else {}
-    if name is not None:
-        if name not in entries:
-            raise RecordError(
-                f"{folder / INFO} has no data set {name!r}; it has: {', '.join(sorted(entries)) or 'none'}"
-            )
-        return entries[name]
-    if path.is_dir():
-        raise RecordError(f"{path} is a folder: name one of its data sets: {', '.join(sorted(entries)) or 'none'}")
-    of_file = [entry for entry in entries.values() if entry.path == path]
-    return max(of_file, key=lambda entry: len(entry.columns), default=Entry(path.stem, path, columns={}))
+_ALONE = "each question of several turns is a sample of its own, asked without the turns before it"
+_SYSTEM = "the system message is left out: a sample is asked with the prompt of visrl alone"
 
 
 def read_sharegpt(entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None) -> Iterator[Row]:
-    """The rows of a data set; rankings become preferences, the others samples."""
-    space = entry.box_space or box_space
-    return read_rows(entry.path, lambda raw, number: parse_sharegpt(raw, number, entry, sizes, space))
-
-
-def parse_sharegpt(
-    raw: Any, number: int, entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None
-) -> tuple[Sample | Preference, ...]:
-    """The records of one row: one sample, one preference, or the two preferences of a step-level item.
+    """The rows of a data set; rankings become preferences, the others samples.
 
     Raises:
-        RowFault, BoxError: the row's form, or a chosen box that is none.
+        RecordError: the file is not there, damaged, or of a kind that is not read.
     """
-    if not isinstance(raw, dict):
-        raise RowFault("unparseable", f"a row must be a JSON object, this is {type(raw).__name__}")
-    entry = entry if entry.columns else _usual(entry, raw)
-    turns = _turns(raw, entry)
-    pictures = parse_pictures(raw.get(entry.column("images"), []), raw.get("size"), entry.column("images"))
-    marks = sum(text.count(IMAGE) for _, text in turns)
-    if marks != len(pictures):
-        raise RowFault("unparseable", f"{marks} {IMAGE} marks but {len(pictures)} pictures")
-    if not pictures:
-        raise RowFault("no_picture", "the row has no picture")
+    space = entry.box_space or box_space
+
+    def parse(raw: Any, number: int) -> Parsed:
+        return parse_sharegpt(raw, number, entry, sizes, space)
+
+    if entry.path.suffix == ".parquet" or entry.path.is_dir():
+        from visrl.data.hf import raw_rows
+
+        rows: Iterable[Row] = (parsed_row(raw, n, parse) for n, raw in enumerate(raw_rows(entry.path), start=1))
+    elif entry.path.suffix in (".csv", ".tsv", ".arrow", ".txt"):
+        raise RecordError(
+            f"{entry.path}: {entry.path.suffix} files are not read; write it as .json, .jsonl or .parquet"
+        )
+    else:
+        rows = read_rows(entry.path, parse)
+    yield from rows
+
+
+def parse_sharegpt(raw: Any, number: int, entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None) -> Parsed:
+    """The records of one row: a sample for each question, one preference, or the two preferences of a step-level item.
+
+    Raises:
+        RowFault, BoxError: the row's form, what no record has a place for, or a chosen box that is none.
+    """
+    dialog = parse_dialog(raw, entry)
     name = str(raw.get("id", f"{entry.name}/row-{number}"))
     check_text(name, "id")
-    if entry.ranking:
-        return _preferences(raw, name, turns, pictures, entry, sizes, box_space)
-    return (_sample(raw, name, turns, pictures, entry, sizes, box_space),)
-
-
-def _usual(entry: Entry, raw: dict[str, Any]) -> Entry:
-    """The columns of a row that no `dataset_info.json` describes, by the names in common use."""
-    messages = "messages" if "messages" in raw else "conversations"
-    ranking = "chosen" in raw or "chosen_step" in raw
-    columns = {"messages": messages, "images": "images"}
-    columns |= {name: name for name in STEP_COLUMNS if ranking and name in raw}
-    tags = dict(_TAGS)
-    if messages == "messages":
-        tags |= {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    return Entry(entry.name, entry.path, ranking, columns, tags, entry.box_space)
-
-
-def _turns(raw: dict[str, Any], entry: Entry) -> list[tuple[str, str]]:
-    """(role tag, text) of each message."""
-    turns = raw.get(entry.column("messages"))
-    if not isinstance(turns, list) or not turns:
-        raise RowFault("unparseable", f"{entry.column('messages')!r} must be a list of messages")
-    return [_turn(turn, entry) for turn in turns]
-
-
-def _turn(turn: Any, entry: Entry) -> tuple[str, str]:
-    return get_text(turn, entry.tags["role_tag"]), get_text(turn, entry.tags["content_tag"])
+    turns, boxes = filled_turns(dialog, raw.get("objects"), sizes)
+    if dialog.is_ranking:
+        return Parsed(_preferences(raw, name, dialog, sizes, box_space), dialog.notes)
+    if dialog.weight != 1:
+        raise RowFault("weight", "'weight' is read in rankings; every sample counts the same")
+    samples = list(_samples(name, turns, dialog.pictures, boxes, entry, sizes, box_space))
+    # The conversation is not kept with each of its questions: a long one would be written as often as it has turns.
+    kept = raw if len(samples) == 1 else {key: value for key, value in raw.items() if key not in MESSAGES}
+    samples = [replace(sample, raw=kept) for sample in samples]
+    notes = (*dialog.notes, *[_SYSTEM] * bool(dialog.system), *[_ALONE] * (len(samples) > 1))
+    return Parsed(tuple(samples), notes)
 
 
 def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
@@ -157,58 +78,118 @@ def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
     return BOX_SPACES[space].parse(text, size, size)
 
 
-def _sample(
-    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: tuple[Picture, ...], entry: Entry,
+# --- Samples ----------------------------------------------------------------------------------------------------------
+
+
+def _samples(
+    name: str, turns: tuple[Turn, ...], pictures: tuple[Picture, ...], boxes: dict[int, Box], entry: Entry,
     sizes: Sizes, space: BoxSpace | None,
-) -> Sample:  # fmt: skip
-    """An SFT row as a sample: round 1 answers with a box, round 2 shows the crop and answers the question."""
-    asked = [text for role, text in turns if role == entry.tags["user_tag"]]
-    said = [text for role, text in turns if role == entry.tags["assistant_tag"]]
-    if not asked or not said:
-        raise RowFault("unparseable", "a row must hold a question and an answer")
-    whole = pictures[0]
-    box = next((picture.crop for picture in pictures if picture.crop), None)
-    answer = said[-1]
-    if space is not None and box is None and bare_question(asked[0]) != asked[0].replace(IMAGE, "").strip():
-        box = read_box(said[0], whole, sizes, space)  # the question asked for a box, so the first reply is one
-        answer = said[-1] if len(said) > 1 else ""
-    return Sample(name, whole.ref, bare_question(asked[0]), answer, box, entry.name, raw, whole.size)
+) -> Iterator[Sample]:  # fmt: skip
+    """A sample for each question. A crop shown after a box, or beside the picture, is the box of its question."""
+    wholes, shown = _wholes(turns, pictures)
+    several = sum(1 for place in range(0, len(turns), 2) if not _continues(turns, shown, place)) > 1
+    for place in range(0, len(turns), 2):
+        if _continues(turns, shown, place):
+            continue
+        asked, said, whole = turns[place].text, turns[place + 1].text, wholes[place]
+        box = next((picture.crop for picture in shown[place] if picture.crop), None) or boxes.get(place + 1)
+        answer = "" if place + 1 in boxes else said
+        if box is None and _asks_for_box(asked, said, space):
+            if space is None:
+                raise RowFault(
+                    "no_box_space",
+                    "the question asks for a box, and nothing says what its numbers are fractions of: "
+                    'give "box_space" in dataset_info.json, or --box-space image or padded_square',
+                )
+            box, answer = read_box(said, whole, sizes, space), ""
+        if not answer and place + 2 < len(turns) and _continues(turns, shown, place + 2):
+            crop = next((picture.crop for picture in shown[place + 2] if picture.crop), None)
+            box, answer = crop or box, turns[place + 3].text
+        own = f"{name}/{place // 2 + 1}" if several else name
+        question = bare_question(asked)
+        if not question.strip():
+            raise RowFault("unparseable", f"turn {place + 1} holds no question")
+        yield Sample(own, whole.ref, question, answer, box, entry.name, None, whole.size)
+
+
+def _continues(turns: tuple[Turn, ...], shown: list[tuple[Picture, ...]], place: int) -> bool:
+    """Whether the question at `place` is the one before it again, now with the crop of the box that it was answered
+    with: Visual-CoT's second round."""
+    if place == 0:
+        return False
+    return any(picture.crop for picture in shown[place]) or not without_marks(turns[place].text).strip()
+
+
+def _wholes(turns: tuple[Turn, ...], pictures: tuple[Picture, ...]) -> tuple[list[Picture], list[tuple[Picture, ...]]]:
+    """For each turn the picture that its question is about, and the pictures that it shows.
+
+    Raises:
+        RowFault: a question about several pictures, or one that may be about another one's.
+    """
+    left = list(pictures)
+    shown = []
+    for turn in turns:
+        count = turn.text.count(IMAGE)
+        shown.append(tuple(left[:count]))
+        del left[:count]
+    wholes: list[Picture] = []
+    for place, seen in enumerate(shown):
+        own = [picture for picture in seen if picture.crop is None]
+        if len(own) > 1:
+            raise RowFault("several_pictures", f"turn {place + 1} shows {len(own)} pictures; a sample is about one")
+        wholes.append(own[0] if own else wholes[-1] if wholes else seen[0] if seen else pictures[0])
+        if any(picture.ref != wholes[-1].ref for picture in seen):
+            raise RowFault("several_pictures", f"turn {place + 1} shows a crop of another picture than its own")
+    if wholes[0].crop is not None:
+        raise RowFault("several_pictures", "the first picture is a crop; the whole picture goes before it")
+    if len({whole.ref for whole in wholes}) > 1:
+        without = [place for place in range(0, len(turns), 2) if not any(p.crop is None for p in shown[place])]
+        if without:
+            raise RowFault(
+                "several_pictures",
+                f"turn {without[0] + 1} may be about any of the pictures before it; a sample is about one",
+            )
+    return wholes, shown
+
+
+def _asks_for_box(asked: str, said: str, space: BoxSpace | None) -> bool:
+    """Whether a reply is a box: the question asks for one in our words, or the set says what its boxes are and the
+    reply is nothing else."""
+    in_words = bare_question(asked) != without_marks(asked)
+    if space is None:
+        return in_words and _is_box(said)
+    return in_words or (said.strip().startswith("[") and said.strip().endswith("]") and _is_box(said))
+
+
+# --- Preferences ------------------------------------------------------------------------------------------------------
 
 
 def _preferences(
-    raw: dict[str, Any], name: str, turns: list[tuple[str, str]], pictures: tuple[Picture, ...], entry: Entry,
-    sizes: Sizes, space: BoxSpace | None,
-) -> tuple[Preference, ...]:  # fmt: skip
+    raw: dict[str, Any], name: str, dialog: Dialog, sizes: Sizes, space: BoxSpace | None
+) -> tuple[Preference, ...]:
     """The preferences of a ranking row. Boxes with no named `box_space` are of the image, as the authors crop them."""
-    prompt = turns[-1][1]
-    chosen, rejected = (_reply(raw, entry, column) for column in ("chosen", "rejected"))
-    if not (entry.column("chosen_step") and raw.get(entry.column("chosen_step")) is not None):
-        if chosen is None or rejected is None:
-            raise RowFault("unparseable", "a ranking needs a chosen and a rejected reply")
-        step: Step = "box" if _is_box(chosen) and _is_box(rejected) else "answer"
-        return (Preference(name, step, prompt, pictures, chosen, rejected),)
-    box, worse = (_reply(raw, entry, column) for column in ("chosen_step", "rejected_step"))
-    if box is None or worse is None:
-        raise RowFault("unparseable", "a ranking of boxes needs both chosen_step and rejected_step")
-    whole = pictures[0]
-    rows = [Preference(name, "box", prompt, (whole,), box, worse)]
-    if chosen is not None and rejected is not None:
-        # Both answers see the crop of the chosen box, as in the objective of stage 2.
-        given = raw.get(CHOSEN_CROP)
-        chosen_box = Box(*four_numbers(given, CHOSEN_CROP)) if given else read_box(box, whole, sizes, space or "image")
-        crop = Picture(whole.ref, chosen_box, whole.size)
-        rows.append(Preference(name, "answer", f"{prompt}\n{IMAGE}", (whole, crop), chosen, rejected))
+    *before, last = dialog.turns
+    said = [*[Turn("system", dialog.system)] * bool(dialog.system), *before]
+    context = tuple(Message(turn.role, turn.text) for turn in said)
+    whole, pictures, prompt, weight = dialog.pictures[0], dialog.pictures, last.text, dialog.weight
+    rows = []
+    if dialog.chosen_step is not None and dialog.rejected_step is not None:
+        if len(pictures) > 1:
+            raise RowFault("several_pictures", "a step-level item shows one picture: the crop is the chosen box's")
+        boxes = (dialog.chosen_step, dialog.rejected_step)
+        rows.append(Preference(name, "box", prompt, pictures, *boxes, weight, context))
+    if dialog.chosen is not None and dialog.rejected is not None:
+        step: Step = "box" if not rows and _is_box(dialog.chosen) and _is_box(dialog.rejected) else "answer"
+        if dialog.chosen_step is not None:
+            # Both answers see the crop of the chosen box, as in the objective of stage 2.
+            given = raw.get(CHOSEN_CROP)
+            crop = Box(*four_numbers(given, CHOSEN_CROP)) if given else None
+            crop = crop or read_box(dialog.chosen_step, whole, sizes, space or "image")
+            prompt, pictures = f"{prompt}\n{IMAGE}", (whole, Picture(whole.ref, crop, whole.size))
+        rows.append(Preference(name, step, prompt, pictures, dialog.chosen, dialog.rejected, weight, context))
+    for row in rows:
+        check_shown("\n".join([*(message.text for message in context), row.prompt]), row.images)
     return tuple(rows)
-
-
-def _reply(raw: dict[str, Any], entry: Entry, column: str) -> str | None:
-    value = raw.get(entry.column(column))
-    if value is None:
-        return None
-    if isinstance(value, str):
-        check_text(value, column)
-        return value
-    return _turn(value, entry)[1]
 
 
 def _is_box(text: str) -> bool:
@@ -217,24 +198,3 @@ def _is_box(text: str) -> bool:
     except BoxError:
         return False
     return True
-
-
-def _entry(name: str, value: dict[str, Any], path: Path) -> Entry:
-    columns, tags = value.get("columns", {}), value.get("tags", {})
-    texts = [
-        *(columns.values() if isinstance(columns, dict) else [1]),
-        *(tags.values() if isinstance(tags, dict) else [1]),
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise RecordError(f"{path}: 'columns' and 'tags' of {name!r} must map names to names")
-    space = value.get("box_space")
-    if space is not None and space not in BOX_SPACES:
-        raise RecordError(f"{path}: box_space of {name!r} must be one of {', '.join(BOX_SPACES)}, not {space!r}")
-    return Entry(
-        name,
-        path.parent / value["file_name"],
-        bool(value.get("ranking", False)),
-        _SFT_COLUMNS | columns,
-        _TAGS | tags,
-        space,
-    )

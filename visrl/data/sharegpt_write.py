@@ -11,8 +11,9 @@ from typing import Any
 
 from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
+from visrl.data.dialogs import CHOSEN_CROP
+from visrl.data.info import INFO, STEP_COLUMNS, Entry
 from visrl.data.rows import RowFault
-from visrl.data.sharegpt import CHOSEN_CROP, INFO, STEP_COLUMNS, Entry
 from visrl.data.viscot import need_answer, need_box
 from visrl.manifest import hold
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
@@ -56,10 +57,14 @@ def ranking_row(preferences: Sequence[Preference]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": first.id,
         "images": [picture_json(replace(picture, size=None)) for picture in first.images],
-        "conversations": [{"from": "human", "value": first.prompt}],
+        "conversations": [*_context(first), {"from": "human", "value": first.prompt}],
     }
     if first.images[0].size is not None:
         row["size"] = list(first.images[0].size)
+    if len({(preference.weight, preference.context) for preference in preferences}) > 1:
+        raise RowFault("form", f"the steps of {first.id} differ in weight or context; a ranking row has one of each")
+    if first.weight != 1:
+        row["weight"] = first.weight
     box, answer = steps.get("box"), steps.get("answer")
     if box is not None:
         row |= {"chosen_step": _said(box.chosen), "rejected_step": _said(box.rejected)}
@@ -104,7 +109,7 @@ def entry_json(
     if stage == 1:
         columns |= {"chosen": "chosen_step", "rejected": "rejected_step"}
     else:
-        columns |= {name: name for name in STEP_COLUMNS if name in ranking}
+        columns |= {name: name for name in (*STEP_COLUMNS, "weight") if name in ranking}
     entry: dict[str, Any] = {
         "file_name": file_name,
         "formatting": "sharegpt",
@@ -123,6 +128,11 @@ def _row(name: str, prompt: str, reply: str, pictures: list[Picture], size: Size
         "conversations": [{"from": "human", "value": prompt}, _said(reply)],
     }
     return row if size is None else row | {"size": list(size)}
+
+
+def _context(preference: Preference) -> list[dict[str, str]]:
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": speakers[message.role], "value": message.text} for message in preference.context]
 
 
 def _said(text: str) -> dict[str, str]:

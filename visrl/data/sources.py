@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast, get_args
 
-from visrl.data.named import is_named, named_preferences, named_samples
+from visrl.data.info import find_entry
+from visrl.data.named import check_names, is_named, named_preferences, named_samples
 from visrl.data.native import parse_visrl
 from visrl.data.rows import read_rows
 from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
-from visrl.data.sharegpt import find_entry
 from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample
 
@@ -42,6 +42,7 @@ def read_samples(
     if is_named(spec, dataset_dir):
         return told_apart(named_samples(spec, dataset_dir, image_root))
     if not Path(spec).is_file():
+        check_names(spec, dataset_dir)
         raise RecordError(
             f"no data {spec!r}: give a JSONL file of samples, a name in {dataset_dir}/dataset_info.json, "
             "or scenes:POOL/START+COUNT"
@@ -90,6 +91,7 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
     if is_named(spec, dataset_dir):
         return named_preferences(spec, dataset_dir, image_root)
     if not Path(spec).is_file():
+        check_names(spec, dataset_dir)
         raise RecordError(
             f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in "
             f"{dataset_dir}/dataset_info.json"

@@ -18,6 +18,10 @@ from visrl.records import Sample
 
 _PIXEL = r"\s*(-?[0-9]{1,9}(?:\.[0-9]{1,18})?)\s*"
 _PIXELS = re.compile(rf"\[{_PIXEL},{_PIXEL},{_PIXEL},{_PIXEL}\]")
+# Marks of pictures: before a text with a line break or blanks after each, after it with blanks before, and inside it.
+_MARK_FIRST = re.compile(rf"\A\s*(?:{IMAGE}(?:\r?\n|[ \t]*))+")
+_MARK_LAST = re.compile(rf"(?:\s*{IMAGE})+\s*\Z")
+_MARK_INSIDE = re.compile(IMAGE)
 _TEXT = BOX_SPACES["padded_square"]
 _HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
 Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
@@ -249,10 +253,15 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def bare_question(prompt: str) -> str:
-    """The question in a prompt, without picture marks and without the sentence that asks for a box."""
-    question = prompt.replace(IMAGE, "").strip()
+    """The question in a prompt to the letter, without picture marks and without the sentence that asks for a box."""
+    question = without_marks(prompt)
     for sentence in (BOX_SENTENCE, FOCUS_SENTENCE):
         head, found, tail = question.rpartition(sentence)
         if found and not tail.strip():
-            return head.strip()
+            return head.removesuffix("\n").removesuffix(" ")
     return question
+
+
+def without_marks(prompt: str) -> str:
+    """A prompt without the marks of its pictures, and without the line breaks or blanks that set them apart."""
+    return _MARK_INSIDE.sub("", _MARK_LAST.sub("", _MARK_FIRST.sub("", prompt)))

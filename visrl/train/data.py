@@ -252,6 +252,6 @@ def preference_row(encoder: Encoder, preference: Preference, root: str | Path | 
     whole_picture, *details = preference.images
     whole = open_view(whole_picture, root)
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
-    talk = Conversation((Message("user", preference.prompt),), tuple(views))
+    talk = Conversation((*preference.context, Message("user", preference.prompt)), tuple(views))
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
     return Row(f"{preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
