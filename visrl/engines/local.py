@@ -19,15 +19,19 @@ from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
-from visrl.models.attention import use_tree_attention
+from visrl.models.attention import attending_trees
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.families import join_pictures
+from visrl.models.families import cache_argument, join_pictures
 from visrl.models.load import load_encoder, load_model
+from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
 
 
 class LocalEngine:
-    """Draws texts from a model in this process. Not thread-safe: feed it from one thread."""
+    """Draws texts from a model in this process. Not thread-safe: feed it from one thread.
+
+    The model stays what it is to everybody else: attention and modes are an engine's own for the length of a call.
+    """
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder, *, name: str = "local", batch_size: int = 64) -> None:
         self.model = model
@@ -36,7 +40,7 @@ class LocalEngine:
         self.batch_size = batch_size  # trees (questions) computed side by side
         self.prefilled_tokens = 0  # counted for benchmarks
         self._forest: Forest | None = None
-        use_tree_attention(model)
+        self._cache_argument = cache_argument(model)
 
     @staticmethod
     def load(
@@ -87,19 +91,15 @@ class LocalEngine:
         """One completion per row. `on_token(row, read)` is told of every token, `read()` being the row's text so far,
         and stops the row by False.
         """
-        training = self.model.training
-        self.model.eval()
         done: dict[int, Completion] = {}
         groups = list(by_picture(dict(enumerate(rows))).values())
-        try:
+        with evaluating(self.model):
             for start in range(0, len(groups), self.batch_size):
                 numbers = [n for members in groups[start : start + self.batch_size] for n in members]
                 drawing = self.begin(on_token)
                 done |= drawing.add({n: rows[n] for n in numbers})
                 while len(drawing):
                     done |= drawing.step()
-        finally:
-            self.model.train(training)
         return [done[n] for n in range(len(rows))]
 
     def begin(self, on_token: OnToken | None = None) -> Drawing:
@@ -202,15 +202,16 @@ class LocalEngine:
         if views:
             joined = join_pictures(self.encoder.family, [view.pictures for view in views])
             pictures = {name: tensor.to(device) for name, tensor in joined.items()}
-        return self.model(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask)[:, None].to(device),
-            position_ids=position_ids[0] if len(position_ids) == 1 else position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(columns, device=device),
-            **pictures,
-        ).logits.float()
+        with attending_trees(self.model):
+            return self.model(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask)[:, None].to(device),
+                position_ids=position_ids[0] if len(position_ids) == 1 else position_ids,
+                use_cache=True,
+                logits_to_keep=torch.tensor(columns, device=device),
+                **{self._cache_argument: cache},
+                **pictures,
+            ).logits.float()
 
 
 class CachedDrawing(Drawing):

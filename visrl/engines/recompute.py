@@ -14,6 +14,7 @@ import torch
 
 from visrl.conversation import Completion
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
+from visrl.models.attention import attending_trees
 from visrl.models.encode import Encoder, TokenPath
 from visrl.train.forward import kept_logits
 from visrl.train.pack import TIGHT_BUCKET, pack
@@ -67,4 +68,5 @@ def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenP
     # Of the responses' rows in order, a later one of a branch takes an earlier one's place.
     for row, branch in zip(packed.row, packed.branch.tolist(), strict=True):
         last[order[branch]] = row
-    return kept_logits(model, packed)[last].float()
+    with attending_trees(model):
+        return kept_logits(model, packed)[last].float()

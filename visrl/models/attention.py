@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -158,11 +161,39 @@ for name in KINDS.values():
 
 
 def use_tree_attention(model: nn.Module, kind: str = "dense") -> None:
-    """Let the language model of `model` attend inside bins; the vision tower keeps its own attention.
+    """Let the language model of `model` attend inside bins from now on; the vision tower keeps its own attention.
 
-    `kind` is one of `KINDS`, or "auto": blocks of queries on a CPU, FlexAttention on a GPU. All give the same.
+    `kind` is one of `KINDS`, or "auto": blocks of queries on a CPU, FlexAttention on a GPU. All give the same. For a
+    model that is trained: gradient checkpointing computes layers again, long after a forward pass has returned.
     """
     if kind == "auto":
         kind = "flex" if torch.cuda.is_available() else "blocks"
     config: Any = language_model(model).config
     config._attn_implementation = KINDS[kind]
+
+
+@contextmanager
+def attending_trees(model: nn.Module, kind: str = "dense") -> Iterator[None]:
+    """`use_tree_attention` for the calls within, without a backward pass; the model's own attention is back afterwards.
+
+    One thread at a time is in here with a model, so that none takes another's setting for the model's own.
+    """
+    decoder = language_model(model)
+    with _lock_of(decoder):
+        config: Any = decoder.config
+        own = config._attn_implementation
+        use_tree_attention(model, kind)
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
+
+
+def _lock_of(module: nn.Module) -> threading.RLock:
+    """The lock of a module, which one thread may take several times."""
+    with _locks_lock:
+        return _locks.setdefault(module, threading.RLock())
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_lock = threading.Lock()

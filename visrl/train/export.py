@@ -96,8 +96,8 @@ def _probe(encoder: Any) -> Any:
 
 @torch.no_grad()
 def _logps(model: torch.nn.Module, packed: Any) -> torch.Tensor:
-    from visrl.models.attention import use_tree_attention
+    from visrl.models.attention import attending_trees
     from visrl.train.forward import token_logps
 
-    use_tree_attention(model)
-    return token_logps(model, packed)
+    with attending_trees(model):
+        return token_logps(model, packed)

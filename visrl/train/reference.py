@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from visrl.images import names_file, picture_path
 from visrl.manifest import PACKAGES, hash_files, package_versions
+from visrl.models.modes import evaluating
 from visrl.progress import progress
 from visrl.records import write_text
 from visrl.train.features import FeatureCache
@@ -55,20 +56,17 @@ def reference_logps(
         stored = json.loads(cache.read_text(encoding="utf-8"))
         if stored.get("key") == key:
             return stored["logps"]
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     logps: dict[str, float] = {}
     count = len(items)  # type: ignore[arg-type]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    with whole_weights(model):
+    with whole_weights(model), evaluating(model):
         for members, _ in progress(dealt(batches), "reference log-probabilities", units="batches"):
             batch: Batch = collator([items[n] for n in members])["batch"]
             if features is not None:
                 features.fill(batch.packed, device)
             sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
             logps.update({f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)})
-    model.train(training)
     logps = gathered(logps)
     if state.is_main_process:
         write_text(cache, json.dumps({"key": key, "logps": logps}))

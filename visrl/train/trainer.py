@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
+from visrl.models.modes import evaluating
 from visrl.records import Sample
 from visrl.train import losses
 from visrl.train.batches import PictureSampler
@@ -197,16 +197,14 @@ class VisrlTrainer(Trainer):
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         model, since_log, validation = self.model_wrapped, self._watched, Watched()
-        was_training = model.training
-        model.eval()
         size, count = self.args.eval_batch_size, len(self.validation)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        for members, counts in dealt(batches):
-            inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
-            self._watched = validation if counts else Watched()
-            self._watched.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
+        with evaluating(model):
+            for members, counts in dealt(batches):
+                inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
+                self._watched = validation if counts else Watched()
+                self._watched.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
         self._watched = since_log
-        model.train(was_training)
         return {f"eval_{name}": value for name, value in validation.means().items()}
 
     def _roll_out(self) -> dict[str, float]:
@@ -217,7 +215,6 @@ class VisrlTrainer(Trainer):
         engine = LocalEngine(policy, self.encoder)
         rule, root = self.encoder.settings.crop_rule, self.visrl_config.image_root
         rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root)
-        use_tree_attention(policy, self.visrl_config.attention)  # the engine has set its own
         return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
