@@ -162,6 +162,11 @@ def claim_folder(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bo
     return False
 
 
+def release_folder(folder: str | os.PathLike[str]) -> None:
+    """Give a claim back, where the work that began came to nothing that is worth keeping."""
+    (Path(folder) / STARTED).unlink(missing_ok=True)
+
+
 def is_complete(folder: str | os.PathLike[str], identity: dict[str, Any]) -> bool:
     """Whether the work that `identity` describes is complete in `folder`; claims nothing.
 

@@ -14,6 +14,7 @@ USER_ERRORS = {
     "visrl.box": "BoxError",
     "visrl.config": "ConfigError",
     "visrl.engines.client": "EndpointError",
+    "visrl.failures": "FailedRun",
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",
     "visrl.models.encode": "PromptError",

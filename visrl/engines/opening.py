@@ -15,6 +15,7 @@ from pydantic import Field
 
 from visrl.codecs import CODECS
 from visrl.config import Config, ConfigError, OneOrMore
+from visrl.failures import MAX_FAILED
 from visrl.models.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ class PolicyConfig(Config):
     """Requests to servers at once."""
     request_timeout_s: float = Field(120.0, gt=0)
     request_attempts: int = Field(6, ge=1)
+    max_failed: float = Field(MAX_FAILED, ge=0, le=1)
+    """The share of what is asked for that may fail. A run of which more failed, or everything, ends with status 1."""
     image_max_pixels: int | None = Field(None, ge=28 * 28)
     crop_max_pixels: int | None = Field(None, ge=28 * 28)
     trust_remote_code: bool = False
 
 
 # Keys that change where and how patiently the policy is asked, and not what comes of it.
-PATIENCE = frozenset({"policy_url", "concurrency", "request_timeout_s", "request_attempts"})
+PATIENCE = frozenset({"policy_url", "concurrency", "request_timeout_s", "request_attempts", "max_failed"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from visrl.failures import MAX_FAILED, Tally
 from visrl.prompts import JUDGE_TOKENS
 from visrl.verbs import Verbs
 
@@ -93,6 +94,9 @@ def judge(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="The most a judge may write; raise it for one that thinks aloud first.")
     ] = JUDGE_TOKENS,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="The share that may fail; beyond it the command ends with status 1.")
+    ] = MAX_FAILED,
 ) -> None:
     """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
     from visrl.engines.client import Client, Endpoint
@@ -109,7 +113,11 @@ def judge(
             judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
     finally:
         client.close()
-    failed = sum(one.error is not None for one in judged)
+    tally = Tally("judgements", max_failed)
+    tally.count(one.error for one in judged)
+    if tally.is_hopeless():
+        raise tally.refuse(f"the judgements are kept in {out}")
+    failed = tally.failed
     unread = sum(one.error is None and one.score is None for one in judged)
     typer.echo(f"{len(judged)} answers judged: {failed} failed, {unread} replies that could not be read")
     if len(asked) < len(rows):

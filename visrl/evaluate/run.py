@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visrl import manifest
 from visrl.box import CropRule
 from visrl.config import ConfigError
 from visrl.engines.opening import PATIENCE, opened_policy, policy_settings, reached
@@ -28,7 +29,8 @@ from visrl.evaluate.benchmarks import (
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, SCORES, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
-from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, write_manifest
+from visrl.failures import Tally, is_failure
+from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from visrl.protocols import LookProtocol
 
 JOURNAL = "journal.jsonl"
+FAILED = "failed.jsonl"  # what failed in a run of which too much did
 Row = dict[str, Any]
 
 
@@ -68,7 +71,8 @@ def _evaluate(config: EvalConfig) -> Path:
     rows, rule = _answers(config, protocol, questions, identity)
     rows, judged = _judged(config, rows)
     write_records(config.output_dir / NAME, rows)
-    (config.output_dir / JOURNAL).unlink(missing_ok=True)
+    for name in (JOURNAL, FAILED):
+        (config.output_dir / name).unlink(missing_ok=True)
     facts = {
         "benchmark": config.benchmark,
         "model": config.policy_served_name or config.model_name_or_path,
@@ -164,6 +168,8 @@ def _answers(
     from visrl.progress import progress
 
     known = _known_rows(config)
+    tally = Tally("questions", config.max_failed)
+    tally.count(_failure(row, config) for row in known.values())
     parts = [questions[start : start + config.batch_size] for start in range(0, len(questions), config.batch_size)]
     waiting = [part for part in parts if not all(_key(question) in known for question in part)]
     settings = policy_settings(config)
@@ -177,8 +183,35 @@ def _answers(
                 for part in progress(waiting, "eval", units="parts"):
                     rows = _ask(opened.policy, part, protocol, config, rule)
                     journal.append(rows)
+                    tally.count(_failure(row, config) for row in rows if key_of(row) not in known)
                     known.update((key_of(row), row) for row in rows)
+                    if tally.is_hopeless(len(questions)):
+                        break
+    if tally.is_hopeless(len(questions)):
+        raise tally.refuse(_set_aside(config, list(known.values())))
     return [known[_key(question)] for question in questions], rule
+
+
+def _failure(row: Row, config: EvalConfig) -> str | None:
+    """Why a question failed; None where it did not, or where its missing picture was allowed."""
+    error = row["error"]
+    if not is_failure(error) or (config.allow_missing_pictures and error.startswith("picture:")):
+        return None
+    return str(error)
+
+
+def _set_aside(config: EvalConfig, rows: Sequence[Row]) -> str:
+    """Keep the sound rows of a run of which too much failed, so that the next one asks the others; what is kept."""
+    folder = config.output_dir
+    sound = [row for row in rows if _failure(row, config) is None]
+    failed = [row for row in rows if _failure(row, config) is not None]
+    write_records(folder / FAILED, failed)
+    write_records(folder / JOURNAL, sound)
+    for name in (NAME, SCORES, manifest.NAME):
+        (folder / name).unlink(missing_ok=True)
+    if not sound:
+        release_folder(folder)  # another config may have it
+    return f"{len(sound):,} answers are kept, and what failed lies in {folder / FAILED}"
 
 
 def _known_rows(config: EvalConfig) -> dict[tuple[str, str], Row]:
@@ -263,6 +296,10 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
     with _judge(config, judge) as ask_all:
         print(f"{judge} judges {len(asked):,} answers → {file}")
         judgements = judge_all(asked, ask_all, judge, file, max_tokens=config.judge_max_tokens)
+    tally = Tally("judgements", config.max_failed)
+    tally.count(one.error for one in judgements)
+    if tally.is_hopeless():
+        raise tally.refuse(f"the answers are kept in {config.output_dir} and the judgements in {file}")
     counts = {
         "judged": len(judgements),
         "judge_failed": sum(one.error is not None for one in judgements),

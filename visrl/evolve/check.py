@@ -15,10 +15,11 @@ from typing import Any
 
 from visrl.box import Box
 from visrl.conversation import seed_of
-from visrl.evolve.critic import Critic, count_verdicts
+from visrl.evolve.critic import Critic, count_verdicts, critic_failure
 from visrl.evolve.diversity import random_box_apart
 from visrl.evolve.generate import GenerateConfig, open_players, questions_of, told
 from visrl.evolve.pairs import FilterSettings
+from visrl.failures import MAX_FAILED, Tally
 from visrl.records import Sample, Trajectory, Verdict
 
 RULE = FilterSettings()  # the paper's thresholds of a win and a loss
@@ -46,15 +47,21 @@ def check_critic(config: GenerateConfig, count: int) -> dict[str, Any]:
     """
     samples = questions_of(config, with_box=True)[:count]
     with open_players(config, samples) as play:
-        result = measure_critic(play.critic, samples, config.seed)
+        result = measure_critic(play.critic, samples, config.seed, config.max_failed)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     Path(config.output_dir, "check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(check_lines(result)))
     return result
 
 
-def measure_critic(critic: Critic, samples: Sequence[Sample], seed: int = 0) -> dict[str, Any]:
-    """What `critic` makes of right and wrong answers, and of true and random boxes where the samples have true ones."""
+def measure_critic(
+    critic: Critic, samples: Sequence[Sample], seed: int = 0, max_failed: float = MAX_FAILED
+) -> dict[str, Any]:
+    """What `critic` makes of right and wrong answers, and of true and random boxes where the samples have true ones.
+
+    Raises:
+        FailedRun: it gave no reply about more than the share `max_failed`.
+    """
     asked: list[tuple[Sample, Trajectory]] = []
     for number, sample in enumerate(samples):
         box = sample.box or WHOLE
@@ -66,6 +73,10 @@ def measure_critic(critic: Critic, samples: Sequence[Sample], seed: int = 0) -> 
         if apart is not None:
             asked.append((sample, _tried(sample, 2, apart, sample.answer)))
     verdicts = critic.judge([sample for sample, _ in asked], [tried for _, tried in asked])
+    tally = Tally("verdicts", max_failed)
+    tally.count(map(critic_failure, verdicts))
+    if tally.is_hopeless():
+        raise tally.refuse("nothing was written")
     known = {sample.id for sample in samples if sample.box is not None}
     true_boxes = [v.box_score for v in verdicts if v.branch == 0 and v.sample_id in known]
     return {

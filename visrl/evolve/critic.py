@@ -202,6 +202,12 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
     return +counts
 
 
+def critic_failure(verdict: Verdict) -> str | None:
+    """Why a model critic gave no reply about a trajectory, where it gave none; an unread reply is no failure."""
+    told = _read_raw(verdict.raw) or {}
+    return next((str(one["error"]) for one in told.values() if one and one["error"] is not None), None)
+
+
 def _told(opinion: Opinion) -> dict[str, object]:
     return {"replies": opinion.replies, "error": opinion.error}
 

@@ -17,11 +17,21 @@ from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
 from visrl.data.sources import hash_source, read_samples
-from visrl.evolve.critic import count_verdicts
+from visrl.evolve.again import PREFIX, SetAside, clear_aside, set_aside
+from visrl.evolve.critic import count_verdicts, critic_failure
 from visrl.evolve.diversity import TRIGGER
 from visrl.evolve.players import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
 from visrl.evolve.rollout import RolloutSettings, roll_out
-from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
+from visrl.failures import Tally, is_failure
+from visrl.manifest import (
+    claim_folder,
+    hash_checkpoint,
+    hold,
+    is_complete,
+    read_manifest,
+    release_folder,
+    write_manifest,
+)
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
@@ -74,40 +84,16 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def _generate(config: GenerateConfig) -> Path:
-    from visrl.progress import progress
-
     started = time.time()
     samples = questions_of(config)
     identity = generation_identity(config, samples)
-    if claim_folder(config.output_dir, identity):
+    if is_complete(config.output_dir, identity):
         print(f"{config.output_dir} is already complete")
         return config.output_dir
     parts = shard_of(batches(samples, config.batch_size), config.shard)
-    tried, judged = config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS
-    per_sample = 2 * config.rounds
-    kept, seen = (keep_whole_batches(path, parts, per_sample) for path in (tried, judged))
-    if kept:
-        print(f"going on after {kept} of {len(parts)} batches")
-    counts: Counter[str] = Counter()
-    with open_players(config, samples) as play, Journal(tried) as tries, Journal(judged) as verdicts:
-        settings = rollout_settings(config, play)
-        earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
-        for number, part in enumerate(progress(parts, "generate", units="batches")):
-            rolled: Sequence[Trajectory]
-            if number < kept:
-                rolled = list(islice(earlier, len(part) * per_sample))
-                _check_same(tried, part, rolled, per_sample)
-            else:
-                rolled = roll_out(play.policy, part, settings, config.image_root)
-                tries.append(rolled)
-            if number < seen:
-                said = list(islice(earlier_verdicts, len(rolled)))
-            else:
-                by_id = {sample.id: sample for sample in part}
-                said = play.critic.judge([by_id[t.sample_id] for t in rolled], rolled)
-                verdicts.append(said)
-            counts.update(count_trajectories(rolled))
-            counts.update(count_verdicts(said))
+    with open_players(config, samples) as play:  # claims nothing where they cannot be opened
+        claim_folder(config.output_dir, identity)
+        counts = _work_off(config, parts, play)
         facts = {
             "questions": sum(map(len, parts)),
             "trajectories": counts["sampled"] + counts["random"],
@@ -121,10 +107,67 @@ def _generate(config: GenerateConfig) -> Path:
         }
     parents = {"model": identity["model"], "dataset": identity["data"]}
     write_manifest(config.output_dir, verb="generate", config=identity, parents=parents, **facts)
+    clear_aside(config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS)
     print(f"{facts['questions']} questions, {facts['trajectories']} trajectories: {told(counts)} → {config.output_dir}")
     for role, ended in play.requests.items():
         print(f"requests to the {role}: {told(Counter(ended))}")
     return config.output_dir
+
+
+def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: Players) -> Counter[str]:
+    """Write what the folder lacks of the trajectories and verdicts of all parts; the counts of all of them.
+
+    Raises:
+        FailedRun: more failed than `max_failed` allows, or everything.
+    """
+    from visrl.progress import progress
+
+    tried, judged = config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS
+    per_sample = 2 * config.rounds
+    kept, seen = (keep_whole_batches(path, parts, per_sample) for path in (tried, judged))
+    if kept:
+        print(f"going on after {kept} of {len(parts)} batches")
+    counts: Counter[str] = Counter()
+    tallies = Tally("trajectories", config.max_failed), Tally("verdicts", config.max_failed)
+    total = sum(map(len, parts)) * per_sample
+    again = SetAside(Trajectory, tried, lambda t: is_failure(t.error))
+    again_verdicts = SetAside(Verdict, judged, lambda v: critic_failure(v) is not None)
+    with Journal(tried) as tries, Journal(judged) as verdicts:
+        settings = rollout_settings(config, play)
+        earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
+        for number, part in enumerate(progress(parts, "generate", units="batches")):
+            size = len(part) * per_sample
+            sound, sound_verdicts = again.batch(size), again_verdicts.batch(size)
+            rolled: Sequence[Trajectory]
+            if number < kept:
+                rolled = list(islice(earlier, size))
+                _check_same(tried, part, rolled, per_sample)
+            else:
+                rolled = sound or roll_out(play.policy, part, settings, config.image_root)
+                _check_same(tried, part, rolled, per_sample)
+                tries.append(rolled)
+            if number < seen:
+                said = list(islice(earlier_verdicts, len(rolled)))
+            elif rolled == sound and sound_verdicts:
+                said = sound_verdicts
+                verdicts.append(said)
+            else:
+                by_id = {sample.id: sample for sample in part}
+                said = play.critic.judge([by_id[t.sample_id] for t in rolled], rolled)
+                verdicts.append(said)
+            counts.update(count_trajectories(rolled))
+            counts.update(count_verdicts(said))
+            tallies[0].count(t.error if is_failure(t.error) else None for t in rolled)
+            tallies[1].count(critic_failure(v) for t, v in zip(rolled, said, strict=True) if t.answer is not None)
+            if any(tally.is_hopeless(total) for tally in tallies):
+                break
+    for tally in tallies:
+        if tally.is_hopeless(total) or tally.is_hopeless():
+            set_aside(judged, tried)
+            if tallies[0].failed == tallies[0].seen:
+                release_folder(config.output_dir)  # nothing is worth keeping: another config may have the folder
+            raise tally.refuse(f"its files are kept as {PREFIX}{TRAJECTORIES} and {PREFIX}{VERDICTS}")
+    return counts
 
 
 def read_questions(
