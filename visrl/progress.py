@@ -1,7 +1,8 @@
-"""Progress of long work: a bar on a terminal, plain lines with time left elsewhere."""
+"""What long work says meanwhile: a bar on a terminal, plain lines with time left elsewhere, and notes."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,3 +27,9 @@ def progress(things: Sequence[Thing], what: str, *, units: str = "items") -> Ite
             print(f"{what}: {number} of {len(things)} {units}, about {left:.0f} s left", file=sys.stderr, flush=True)
             last = now
         yield thing
+
+
+def note(text: str) -> None:
+    """Say something that the user should know, beside a verb's output; one of several processes says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)

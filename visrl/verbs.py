@@ -18,7 +18,7 @@ USER_ERRORS = {
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",
     "visrl.models.encode": "PromptError",
-    "visrl.models.load": "CheckpointError",
+    "visrl.models.folder": "CheckpointError",
     "visrl.records": "RecordError",
     "visrl.report.files": "ReportError",
     "visrl.train.processes": "ProcessError",

@@ -19,10 +19,11 @@ from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, Sampling
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
+from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import attending_trees
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.families import cache_argument, join_pictures
-from visrl.models.load import load_encoder, load_model
+from visrl.models.load import load_encoder, load_model, note_dtype, reading
 from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
 
@@ -52,19 +53,22 @@ class LocalEngine:
         settings: ModelSettings | None = None,
         trust_remote_code: bool = False,
     ) -> LocalEngine:
-        """The engine of a checkpoint, on a GPU in bf16 where there is one.
+        """The engine of a checkpoint, with an adapter merged into it where one is given; on a GPU in bf16 where there
+        is one.
 
         Raises:
             CheckpointError: nothing there that can be loaded.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        given = read_adapter(adapter) if adapter is not None else None
         encoder = load_encoder(path, settings, trust_remote_code=trust_remote_code)
-        model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+        model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        note_dtype(path, dtype)
+        with reading(path, f"the model cannot be put on {device}"):
+            model = model.to(device).eval()
+        if given is not None:
+            model = merge_adapter(model, given, path).eval()
         return LocalEngine(model, encoder, name=str(path))
 
     @property

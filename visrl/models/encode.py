@@ -64,6 +64,7 @@ class Encoder:
         self.settings = settings
         self.family: Family = family_of(config)
         self.codec: Codec = CODECS[settings.codec]
+        self.chat_template = _chat_template(processor) or self.family.chat_template
         self.image_mark = processor.image_token  # what a rendered prompt holds in a picture's place
         self.image_token_id = processor.image_token_ids[0]  # what one feature of a picture replaces
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
@@ -187,21 +188,12 @@ class Encoder:
         Raises:
             PromptError: a message holds one of the model's control tokens.
         """
-        messages = []
         for message in conversation.messages:
             # The mark of a picture may itself be a token of the model; the text around it may hold none.
             if any(token in part for part in message.text.split(IMAGE) for token in self._control):
                 raise PromptError(f"the text {message.text[:80]!r} holds a control token of the model; take it out")
-            content: list[dict[str, str]] = []
-            for number, text in enumerate(message.text.split(IMAGE)):
-                if number:
-                    content.append({"type": "image"})
-                if text:
-                    content.append({"type": "text", "text": text})
-            messages.append({"role": message.role, "content": content})
-        template = self.processor.chat_template or self.family.chat_template
         text = self.processor.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            as_messages(conversation), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
         return text if text.startswith(self._bos) else self._bos + text
 
@@ -233,6 +225,32 @@ class Encoder:
         if len(parts) != len(views) + 1:
             raise PromptError(f"{len(parts) - 1} image tokens for {len(views)} pictures")
         return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
+
+
+def as_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """A conversation in the form that chat templates take."""
+    return [{"role": message.role, "content": _parts(message.text)} for message in conversation.messages]
+
+
+def _parts(said: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(said.split(IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _chat_template(processor: Any) -> str | None:
+    """The template of the processor or else of the tokenizer, where fine-tuned folders often keep it."""
+    for owner in (processor, processor.tokenizer):
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, dict):  # several by name
+            template = template.get("default")
+        if template:
+            return template
+    return None
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
 from visrl.models.encode import Encoder
+from visrl.models.families import FAMILIES, family_of
+from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
+from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
+from visrl.progress import note
 
 # Width and height of the pictures on which boxes must survive before a checkpoint is used: no aspect ratio alike.
 TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
-
-
-class CheckpointError(ValueError):
-    """A folder or name that holds no model this program can load; the message says what is missing."""
+MOST_SIDE, MOST_PIXELS = 8192, 100_000_000  # of a picture as a processor makes it
+PACKED = 16  # at most so many weights in a number of a quantised file
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def load_encoder(
     path: str | Path, settings: ModelSettings | None = None, *, trust_remote_code: bool = False
 ) -> Encoder:
-    """The encoder of a checkpoint, once known boxes have gone through its text and back (see `check_boxes`).
+    """The encoder of a checkpoint, once both prompts were rendered (see `check_prompts`) and known boxes have gone
+    through its text and back (see `check_boxes`).
 
     Raises:
-        CheckpointError: no processor there, or one with which boxes would be cropped elsewhere than they were meant.
+        CheckpointError: an unknown family, no processor or template there, or a processor with which boxes would be
+            cropped elsewhere than they were meant.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    settings = settings or ModelSettings.load(path)
+    with reading(path, "no processor can be loaded"):
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with reading(path, "no prompt can be made"):
+        check_processor(processor, config)
+        check_sizes(processor.image_processor.to_dict(), family_of(config).pixel_limits)
+        encoder = Encoder(processor, config, settings)
+        check_prompts(encoder)
+    with reading(path, "boxes cannot be trusted here"):
+        check_boxes(encoder)
+    return encoder
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint, of a family that is known here.
+
+    Raises:
+        CheckpointError: nothing there, a damaged config, or another family.
     """
     check_folder(path)
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if Path(path).is_dir():  # read by ourselves first: what transformers does not know is told by its name
+        check_family(path, read_object(Path(path) / "config.json").get("model_type"))
+    with reading(path, "its config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: no processor can be loaded ({_first_line(error)})") from error
-    encoder = Encoder(processor, config, settings or ModelSettings.load(path))
-    try:
-        check_boxes(encoder)
-    except BoxError as error:
-        raise CheckpointError(f"{path}: boxes cannot be trusted here: {error}") from error
-    return encoder
+    check_family(path, config.model_type)
+    return config
+
+
+def check_family(path: str | Path, model_type: Any) -> None:
+    """Refuse a family that this program does not know.
+
+    Raises:
+        CheckpointError: names it, and those that are known.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{path}: the model type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
+        )
+
+
+def check_sizes(values: Any, in_pixels: bool, key: str = "") -> None:
+    """Refuse a picture processor that would make pictures larger than any memory. With `in_pixels` the limits of a
+    size are numbers of pixels, of which the largest only bounds.
+
+    Raises:
+        CheckpointError: names the number.
+    """
+    if isinstance(values, dict | list):
+        named = values.items() if isinstance(values, dict) else ((key, value) for value in values)
+        for name, value in named:
+            check_sizes(value, in_pixels, name)
+    elif isinstance(values, int | float):
+        limit = {"shortest_edge": MOST_PIXELS, "longest_edge": math.inf}.get(key, MOST_SIDE) if in_pixels else MOST_SIDE
+        if abs(values) > limit:
+            raise CheckpointError(f"the picture processor's {key} is {values}, which no memory holds")
 
 
 def check_boxes(encoder: Encoder) -> None:
@@ -69,42 +121,130 @@ def check_boxes(encoder: Encoder) -> None:
 def load_model(
     path: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False, **options: Any
 ) -> torch.nn.Module:
-    """The model of a checkpoint, safetensors only.
+    """The model of a checkpoint, from safetensors only, every weight of it read and a number.
 
     Raises:
-        CheckpointError: no folder, no config, or weights that cannot be read.
+        CheckpointError: no folder, no config, another family, or weights that cannot be read, are missing, of another
+            shape, or no numbers.
     """
-    check_folder(path)
-    try:
-        return AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, **options
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    check_weights(path, config)
+    with reading(path, "the weights cannot be loaded"), quiet():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the weights cannot be loaded ({_first_line(error)})") from error
+    model, found = loaded
+    _check_found(path, found)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes may hold only a part, or nothing yet
+        check_finite(f"{path}: the weights", model.state_dict())
+    return model
 
 
-def check_folder(path: str | Path) -> None:
-    """Refuse early and clearly what is no checkpoint folder; names of a hub pass, loading will tell.
+def check_weights(path: str | Path, config: Any) -> None:
+    """Hold a folder's weights, by their headers, against the model that its config describes, before memory is taken.
 
     Raises:
-        CheckpointError: a local path without a model in it, or a folder that holds an adapter only.
+        CheckpointError: files that are missing or damaged, or a model far larger than what they hold.
     """
-    folder = Path(path)
-    if not folder.exists():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1 or "/" not in str(path):
-            raise CheckpointError(f"no model at {path}: there is no such folder")
+    weights = read_weights(path)
+    if weights is None:
         return
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8-sig")).get(
-            "base_model_name_or_path"
-        )
-        raise CheckpointError(
-            f"{path} holds an adapter without its base model; set model_name_or_path={base} and "
-            f"adapter_name_or_path={path}, or merge it first with `visrl export`"
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path} is no model folder: it has no config.json")
+    told = f"{path}: config.json does not belong to these weights: it describes"
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None))):
+        layers = getattr(part, "num_hidden_layers", None) or getattr(part, "depth", None) or 0
+        if isinstance(layers, int) and layers > weights.tensors:
+            raise CheckpointError(f"{told} {layers} layers, they hold {weights.tensors} tensors")
+    with reading(path, "no model can be made of its config.json"), torch.device("meta"), quiet():
+        wanted = sum(weight.numel() for weight in AutoModelForImageTextToText.from_config(config).parameters())
+    packed = PACKED if getattr(config, "quantization_config", None) else 1
+    if wanted > 2 * packed * weights.numbers:  # what lacks less is told tensor by tensor
+        raise CheckpointError(f"{told} {wanted:,} numbers, they hold {weights.numbers:,}")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _check_found(path: str | Path, found: dict[str, Any]) -> None:
+    """Refuse weights of which the model did not get all; say which were left over."""
+    faults = []
+    if missing := sorted(found["missing_keys"]):
+        faults.append(f"{len(missing)} of the model's weights are not there: {some(missing)}")
+    if other := sorted((name, tuple(was), tuple(is_)) for name, was, is_ in found["mismatched_keys"]):
+        shapes = [f"{name} is {list(was)}, not {list(is_)}" for name, was, is_ in other]
+        faults.append(f"{len(other)} have another shape: {some(shapes)}")
+    faults += [first_line(ValueError(message)) for message in found["error_msgs"]]
+    if faults:
+        raise CheckpointError(f"{path}: the weights do not fit the model: {'; '.join(faults)}")
+    if left := sorted(found["unexpected_keys"]):
+        note(f"{path}: {len(left)} tensors have no place in the model and are not used: {some(left)}")
+
+
+def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are not numbers, such as a training that diverged leaves.
+
+    Raises:
+        CheckpointError: counts and names them.
+    """
+    bad = [name for name, tensor in tensors.items() if not _finite(tensor)]
+    if bad:
+        raise CheckpointError(f"{what} are not numbers (NaN or infinite) in {len(bad)} tensors: {some(bad)}")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.element_size() == 1:
+        return True
+    low, high = tensor.aminmax()  # NaN goes through both; no copy is made
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def note_dtype(path: str | Path, dtype: torch.dtype) -> None:
+    """Say in a line where a checkpoint is used in another type than it was written in."""
+    weights = read_weights(path)
+    written = DTYPES.get(weights.dtype) if weights else None
+    if written is not None and written != dtype:
+        note(f"{path}: written as {_name(written)}, used as {_name(dtype)}; numbers differ a little from training's")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a library makes of a damaged file into one sentence.
+
+    Files of a checkpoint are read by code that is not ours, which trusts them: any exception can come of a wrong one
+    (tokenizers raises bare `Exception`). The first error stays attached as the cause.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        told = str(error)
+        raise error if told.startswith(str(path)) else CheckpointError(f"{path}: {told}") from error
+    except BoxError as error:
+        raise CheckpointError(f"{path}: {what}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back transformers' table of what did not fit and its bars: we say it, or refuse it, in a sentence."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

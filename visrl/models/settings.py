@@ -10,8 +10,12 @@ from typing import Any, get_args
 from visrl.box import CropRule
 from visrl.codecs import CODECS
 from visrl.config import ConfigError
+from visrl.models.folder import CheckpointError, read_object
 
 NAME = "visrl.json"
+LIMITS = ("image_min_pixels", "image_max_pixels", "crop_min_pixels", "crop_max_pixels")
+# More pixels than any picture has, and than any picture can be enlarged to; larger numbers are slips.
+MOST_PIXELS, LARGEST_MINIMUM = 10**9, 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +23,7 @@ class ModelSettings:
     """Pixel limits of the whole picture and of crops (None: the processor's own), the crop rule and the box codec.
 
     Raises:
-        ConfigError: no such crop rule or codec.
+        ConfigError: no such crop rule or codec, or a limit that is no number of pixels.
     """
 
     image_min_pixels: int | None = None
@@ -31,8 +35,13 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         for key, value, known in (("crop_rule", self.crop_rule, get_args(CropRule)), ("codec", self.codec, CODECS)):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise ConfigError(f"a checkpoint's {key} must be one of {', '.join(known)}, not {value!r}")
+        for key in LIMITS:
+            value = getattr(self, key)
+            most = MOST_PIXELS if key.endswith("max_pixels") else LARGEST_MINIMUM
+            if value is not None and not (type(value) is int and 1 <= value <= most):
+                raise ConfigError(f"a checkpoint's {key} must be a number of pixels up to {most:,}, not {value!r}")
 
     def save(self, folder: str | Path) -> None:
         """Write these settings into a checkpoint's folder."""
@@ -41,14 +50,25 @@ class ModelSettings:
 
     @staticmethod
     def load(folder: str | Path) -> ModelSettings:
-        """The settings in a checkpoint's folder, or the defaults where it has none (a model from elsewhere)."""
+        """The settings in a checkpoint's folder, or the defaults where it has none (a model from elsewhere).
+
+        Raises:
+            ConfigError: a file that is damaged, or says what this release does not know.
+        """
         path = Path(folder, NAME)
         if not path.is_file():
             return ModelSettings()
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-        return ModelSettings(
-            **{field.name: values[field.name] for field in fields(ModelSettings) if field.name in values}
-        )
+        try:
+            values = read_object(path)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        known = {field.name for field in fields(ModelSettings)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{path} holds keys that are not known here: {', '.join(unknown)}")
+        try:
+            return ModelSettings(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def other_rule(self, rule: CropRule) -> str | None:
         """What to say before work under `rule` where this checkpoint crops by another one, else None."""

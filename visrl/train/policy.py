@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from visrl.config import ConfigError
+from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.families import FAMILIES, base_model, language_model, projector, vision_tower
 from visrl.models.load import load_model
@@ -21,16 +22,15 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
 
     Raises:
         ConfigError: keys that do not go together, or what they ask for is not installed.
-        CheckpointError: no model at `model_name_or_path`.
+        CheckpointError: no model at `model_name_or_path`, or an adapter that does not fit it.
     """
     options: dict[str, Any] = {"quantization_config": quantization(config)} if config.quantization_bit else {}
+    adapter = read_adapter(config.adapter_name_or_path) if config.adapter_name_or_path else None
     model = load_model(
         config.model_name_or_path, dtype=weight_dtype(config), trust_remote_code=config.trust_remote_code, **options
     )
-    if config.adapter_name_or_path:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, config.adapter_name_or_path).merge_and_unload()
+    if adapter is not None:
+        model = merge_adapter(model, adapter, config.model_name_or_path)
     use_tree_attention(model, config.attention)
     if config.stage == "dpo":
         switch_off_dropout(model)
