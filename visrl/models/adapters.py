@@ -94,6 +94,7 @@ def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -
         note(f"{adapter.folder} was trained with {first} merged into its base, which is merged first")
         model = merge_adapter(model, read_adapter(first), base)
     tensors = _at_home(adapter, model)
+    _check_shared(adapter.folder, tensors, model)
     with reading(adapter.folder, f"the adapter does not fit {base}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints on what is checked here
         wrapped = get_peft_model(model, adapter.config)  # type: ignore[arg-type]
@@ -112,8 +113,8 @@ def changes_nothing(adapter: Adapter) -> bool:
     ones = adapter.config.peft_type == "IA3"
     modules: dict[str, list[bool]] = defaultdict(list)
     for name, tensor in adapter.tensors.items():
-        module, found, _ = re.sub(r"\.(lora|ia3|hada|lokr)_", r"|\1|", name).partition("|")
-        if not found or "magnitude" in name:
+        module, found, factor = _parted(name)
+        if not found or "magnitude" in factor:
             return False
         modules[module].append(not bool((tensor - 1 if ones else tensor).any()))
     return all(any(idle) for idle in modules.values())
@@ -215,6 +216,29 @@ def _check_places(
         raise CheckpointError(
             f"{folder}: the adapter does not fit {base}: {'; '.join(faults)}. Give the model that it was trained on"
         )
+
+
+def _check_shared(folder: Path, tensors: Iterable[str], model: torch.nn.Module) -> None:
+    """Refuse a change to weights that two layers share: merged, it would change both."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            owners[id(weight)].append(name)
+    shared = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    for tensor in tensors:
+        layer, found, _ = _parted(tensor.removeprefix(PREFIX))
+        if found and layer in shared:
+            raise CheckpointError(
+                f"{folder}: the adapter changes {layer}, whose weights are those of "
+                f"{' and '.join(name for name in shared[layer] if name != layer)}, too (tie_word_embeddings); merging "
+                "would change both"
+            )
+
+
+def _parted(name: str) -> tuple[str, bool, str]:
+    """The layer in the name of an adapter's tensor, whether it is a factor of a change to it, and the rest."""
+    found = re.search(r"\.(lora|ia3|hada|lokr)_", name)
+    return (name[: found.start()], True, name[found.start() + 1 :]) if found else (name, False, "")
 
 
 def _at_home(adapter: Adapter, model: torch.nn.Module) -> dict[str, torch.Tensor]:

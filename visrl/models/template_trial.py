@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 SECONDS = 5  # of one core; a template takes a thousandth
 MEMORY = 1_000_000_000  # bytes
@@ -31,7 +31,7 @@ def render(template: str, conversations: list[Any]) -> None:
     class Generation(Extension):
         """The tag with which templates mark what a model said."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
-from visrl.config import Config
-from visrl.manifest import claim_folder, hash_checkpoint, hash_files, hold, write_manifest
-from visrl.models.load import CheckpointError, load_encoder, load_model
+from visrl.config import Config, ConfigError
+from visrl.manifest import NAME as MANIFEST
+from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
+from visrl.models.adapters import Adapter, attach_adapter, read_adapter
+from visrl.models.folder import CheckpointError, first_line
+from visrl.models.load import check_finite, load_encoder, load_model, some
+from visrl.models.settings import NAME as SETTINGS
 from visrl.models.settings import ModelSettings
+
+MOST_APART = 1e-3  # of token log-probabilities, in the same type: rounding stays far below
+STAGE = "unfinished"  # the folder inside the output in which everything is written first
 
 
 class ExportConfig(Config):
@@ -29,58 +40,128 @@ class ExportConfig(Config):
 
 
 def export(config: ExportConfig) -> Path:
-    """Merge, check on a few real prompts, cast last, write; the folder.
+    """Merge, check on a few real prompts, cast last, write, read back; the folder.
 
     Raises:
-        CheckpointError: no model or no adapter at the paths given.
-        ConfigError: pickled weights are asked for.
-        HeldError: another process writes the folder.
+        CheckpointError: no model or no adapter at the paths given, one that does not fit the other, a merged model that
+            deviates from the adapter, or a disk that takes no more. Nothing is called merged, then.
+        ConfigError: pickled weights are asked for, or a folder that holds something else.
+        ManifestError: the folder belongs to other work, or another process writes it.
     """
-    with hold(config.export_dir):
-        return _export(config)
-
-
-def _export(config: ExportConfig) -> Path:
-    from peft import PeftModel
-
-    from visrl.config import ConfigError
-
     if config.export_legacy_format:
         raise ConfigError("export_legacy_format: weights are written as safetensors only")
-    adapter = Path(config.adapter_name_or_path)
-    if not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} holds no adapter (no adapter_config.json)")
+    adapter = read_adapter(config.adapter_name_or_path)
+    out = config.export_dir
+    _check_place(config)
     identity = {
         **config.model_dump(mode="json", exclude={"export_dir"}),
-        "adapter": hash_files(*sorted(adapter.glob("*.safetensors"))),
+        "adapter": hash_files(*sorted(adapter.folder.glob("*.safetensors"))),
     }
-    if claim_folder(config.export_dir, identity):
-        print(f"{config.export_dir} is already complete")
-        return config.export_dir
-    settings_from = adapter if (adapter / "visrl.json").is_file() else config.model_name_or_path
-    settings = ModelSettings.load(settings_from)
+    with hold(out):
+        if is_complete(out, identity):
+            print(f"{out} is already complete")
+        else:
+            _export(config, adapter, identity)
+    return out
+
+
+def _export(config: ExportConfig, adapter: Adapter, identity: dict[str, Any]) -> None:
+    settings = ModelSettings.load(
+        adapter.folder if (adapter.folder / SETTINGS).is_file() else config.model_name_or_path
+    )
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).to(device).eval()
-    adapted = PeftModel.from_pretrained(base, adapter).eval()
     probe = _probe(encoder).to(device)
-    before = _logps(adapted, probe)
+    of_base = _logps(base, probe)
+    adapted = attach_adapter(base, adapter, config.model_name_or_path)
+    of_adapter = _logps(adapted, probe)
     merged = adapted.merge_and_unload()
-    deviation = float((_logps(merged, probe) - before).abs().max())
+    deviation = _largest(_logps(merged, probe) - of_adapter)
+    if not deviation <= MOST_APART:  # NaN is not, either
+        raise CheckpointError(
+            f"{adapter.folder} is not merged: the merged model deviates from the adapter by {deviation:.1e} in token "
+            f"log-probabilities, more than {MOST_APART:.0e}"
+        )
     dtype: torch.dtype = getattr(torch, config.export_dtype)
     merged = merged.to(dtype)
-    after_cast = float((_logps(merged, probe) - before).abs().max())
-    merged.save_pretrained(config.export_dir, max_shard_size=f"{config.export_size}GB")
-    encoder.processor.save_pretrained(config.export_dir)
-    settings.save(config.export_dir)
-    facts: dict[str, Any] = {"max_logp_deviation": deviation, f"max_logp_deviation_{config.export_dtype}": after_cast}
+    check_finite(f"as {config.export_dtype} the merged weights", merged.state_dict())
     parents = {"adapter": identity["adapter"], "model": hash_checkpoint(config.model_name_or_path)}
-    write_manifest(config.export_dir, verb="export", config=identity, parents=parents, **facts)
+    out = config.export_dir
+    with _staged(out) as stage:
+        merged.save_pretrained(stage, max_shard_size=f"{config.export_size}GB")
+        encoder.processor.save_pretrained(stage)
+        settings.save(stage)
+        written = load_model(stage, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device).eval()
+        _check_written(out, written, merged)
+        facts: dict[str, Any] = {
+            "max_logp_change": _largest(of_adapter - of_base),
+            "max_logp_deviation": deviation,
+            f"max_logp_deviation_{config.export_dtype}": _largest(_logps(written, probe) - of_adapter),
+        }
+        claim_folder(out, identity)
+        for file in sorted(stage.iterdir()):
+            file.replace(out / file.name)
+    write_manifest(out, verb="export", config=identity, parents=parents, **facts)
     print(
-        f"merged; token log-probabilities deviate by at most {deviation:.1e} in fp32 and "
-        f"{after_cast:.1e} as {config.export_dtype} → {config.export_dir}"
+        f"merged; token log-probabilities move by at most {facts['max_logp_change']:.1e}, and deviate by at most "
+        f"{deviation:.1e} in fp32 and {facts[f'max_logp_deviation_{config.export_dtype}']:.1e} as "
+        f"{config.export_dtype} → {out}"
     )
-    return config.export_dir
+
+
+def _check_place(config: ExportConfig) -> None:
+    """Refuse to write over what is not an export's.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    out = config.export_dir
+    for key in ("model_name_or_path", "adapter_name_or_path"):
+        if out.resolve() == Path(getattr(config, key)).resolve():
+            raise ConfigError(f"export_dir: {out} is {key} itself; give another folder")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"export_dir: {out} is a file; give a folder")
+    ours = out.is_dir() and any((out / name).is_file() for name in (STARTED, MANIFEST))
+    if out.is_dir() and not ours and any(entry.name != STAGE for entry in out.iterdir()):
+        raise ConfigError(f"export_dir: {out} holds other files; give a new folder")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder inside `out` to write into; gone afterwards, whatever happens.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk.
+    """
+    stage = out / STAGE
+    new = not out.exists()
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} cannot be written ({first_line(error)}); nothing is merged there") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if new and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _check_written(out: Path, written: torch.nn.Module, merged: torch.nn.Module) -> None:
+    """What is read back must be what was written: tied weights of which an adapter changed one are not.
+
+    Raises:
+        CheckpointError: counts and names the tensors that differ.
+    """
+    found = written.state_dict()
+    differ = [name for name, tensor in merged.state_dict().items() if not torch.equal(found[name], tensor)]
+    if differ:
+        raise CheckpointError(f"{out}: {len(differ)} tensors are read back otherwise than merged: {some(differ)}")
+
+
+def _largest(differences: torch.Tensor) -> float:
+    return float(differences.abs().max())
 
 
 def _probe(encoder: Any) -> Any:
