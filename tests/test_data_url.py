@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import time
@@ -13,7 +14,7 @@ from PIL import Image
 from visrl.data_url import DataUrlError, read_data_url
 from visrl.images import ImageError, open_image
 from visrl.serve.errors import RequestError
-from visrl.serve.pictures import Fetcher, open_pictures
+from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.schemas import ImageUrl, Limits
 
 COLOUR = (10, 120, 200)
@@ -65,7 +66,7 @@ UNREADABLE = {
 
 
 def in_a_request(url: str) -> Image.Image:
-    return open_pictures([ImageUrl(url=url)], Limits(), Fetcher())[0].image
+    return asyncio.run(Opener(Limits(), Fetcher()).open([ImageUrl(url=url)]))[0].image
 
 
 @pytest.mark.parametrize("read", [open_image, in_a_request])

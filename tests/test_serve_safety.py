@@ -20,10 +20,9 @@ from serve_help import NAME, body, data_url, get, known, left_open, picture, pic
 from waiting import PATIENCE_S, wait_until
 
 from visrl.config import ConfigError
-from visrl.serve.app import DECODERS
 from visrl.serve.commands import ServeConfig, serve
 from visrl.serve.errors import RequestError
-from visrl.serve.pictures import Fetcher, is_public
+from visrl.serve.pictures import FETCHERS, Fetcher, is_public
 from visrl.serve.safety import Budget, is_local_name
 from visrl.serve.schemas import Limits
 
@@ -443,13 +442,13 @@ def test_clients_that_leave_do_not_have_more_pictures_opened_at_once() -> None:
 
     asked = body(pictures=["http://pictures.example/a.png"])
     with known(fetcher=Fetcher(frozenset({"pictures.example"}), resolve)) as (url, _, metrics):
-        for number in range(DECODERS + 3):
+        for number in range(FETCHERS + 3):
             with left_open(url, asked):
                 wait_until(lambda: metrics.in_flight == 1)
-                wait_until(lambda: len(opening) == min(number + 1, DECODERS))  # noqa: B023 (called at once)
+                wait_until(lambda: len(opening) == min(number + 1, FETCHERS))  # noqa: B023 (called at once)
                 time.sleep(0.05)  # for one more to be opened, were there a place
             wait_until(lambda: metrics.in_flight == 0)
-        assert len(opening) == DECODERS
+        assert len(opening) == FETCHERS
         go_on.set()
         assert post(url, body()).status_code == 200  # and what they asked for keeps nobody waiting
-    assert len(opening) == DECODERS
+    assert len(opening) == FETCHERS

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from visrl.serve.batching import Backend
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
-from visrl.serve.pictures import Fetcher, open_pictures
+from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.rows import Row
 from visrl.serve.safety import Application, Budget, Gate
 from visrl.serve.schemas import (
@@ -45,7 +44,6 @@ from visrl.serve.schemas import (
 )
 
 PAGE = Path(__file__).parent / "page"
-DECODERS = 2  # pictures opened at once: each may need its limit of pixels twice over while it is decoded
 SHORT_BODY = 64_000  # bytes that are read in the event loop: a few milliseconds at worst
 SCENES = 1000  # that the page draws from
 SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already
@@ -73,11 +71,11 @@ class Settings:
     created: int = 0
 
 
-def create_app(backend: Backend, settings: Settings, metrics: Metrics) -> Application:
-    """The whole application, behind its gate."""
+def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: Opener | None = None) -> Application:
+    """The whole application, behind its gate. `opener` is to be closed by who made it; by default there is one."""
     # The generated documentation pages load scripts from elsewhere; docs/SERVING.md is the documentation.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    server = _Server(backend, settings, metrics)
+    server = _Server(backend, settings, metrics, opener or Opener(settings.limits, settings.fetcher))
     metrics.ready = lambda: backend.state == "ready"
     app.get("/health")(server.health)
     app.get("/metrics")(server.show_metrics)
@@ -110,11 +108,9 @@ async def _not_found(request: Request, error: Exception) -> Response:
 class _Server:
     """The routes of one application."""
 
-    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
-        self.backend, self.settings, self.metrics = backend, settings, metrics
+    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics, opener: Opener) -> None:
+        self.backend, self.settings, self.metrics, self.opener = backend, settings, metrics, opener
         self.pixels = Budget(settings.limits.held_pixels, "pictures")
-        # Threads of their own: one whose client has left still holds its place until its pictures are open.
-        self.decoders = ThreadPoolExecutor(DECODERS, "decoder")
         self.scenes = _Scenes()
 
     async def health(self) -> Response:
@@ -184,11 +180,8 @@ class _Server:
 
     async def _answer(self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any]] | None) -> list[Choice]:
         """All choices of a request; `chunks` is told of their parts as they come."""
-        limits = self.settings.limits
         with ExitStack() as held:
-            views = await asyncio.get_running_loop().run_in_executor(
-                self.decoders, open_pictures, asked.pictures(), limits, self.settings.fetcher
-            )
+            views = await self.opener.open(asked.pictures())
             distinct = {view.key: view.image for view in views}.values()
             held.enter_context(self.pixels.hold(sum(image.width * image.height for image in distinct)))
             conversation = to_conversation(asked, views)

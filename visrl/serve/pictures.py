@@ -7,27 +7,28 @@ checked, and redirects are not followed. Nothing here knows about models.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hashlib
 import http.client
-import io
 import ipaddress
 import re
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from PIL import Image
+
 from visrl.conversation import View
-from visrl.data_url import DataUrlError, is_data_url, read_data_url
-from visrl.images import ImageError, decode_image
+from visrl.data_url import is_data_url
+from visrl.serve.decoders import Decoders
 from visrl.serve.errors import RequestError
 from visrl.serve.schemas import ImageUrl, Limits
 
-# Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FETCH_S = 10.0
+FETCHERS = 2  # pictures fetched at once
 # The characters of RFC 3986 alone: a backslash, blank or control character is read differently by different parsers.
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?(/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*)?", re.IGNORECASE)
 # IANA's registries of special-purpose addresses. Tables of our own: what `ipaddress` knows changes with Python.
@@ -165,35 +166,49 @@ class _PinnedConnection(http.client.HTTPConnection):
                 self._held.shutdown(socket.SHUT_RDWR)
 
 
-def open_pictures(pictures: Sequence[ImageUrl], limits: Limits, fetcher: Fetcher) -> list[View]:
-    """The views of a request's pictures; equal bytes are one view. Blocking: call it in a thread.
+class Opener:
+    """Opens the pictures of requests, one after another for each."""
 
-    Raises:
-        RequestError: 400 with the number of the picture and what is wrong with it.
-    """
-    views: list[View] = []
-    for number, picture in enumerate(pictures, start=1):
-        data = _read(picture.url, number, limits, fetcher)
-        is_crop = picture.detail == "low"
-        key = f"{hashlib.blake2b(data, digest_size=16).hexdigest()}{'-crop' if is_crop else ''}"
-        same = next((view for view in views if view.key == key), None)
-        if same is not None:
-            views.append(same)
-            continue
-        try:
-            image = decode_image(io.BytesIO(data), f"picture {number}", limits.picture_pixels, FORMATS)
-        except ImageError as error:
-            raise RequestError(400, str(error)) from error
-        views.append(View(key, image, is_crop))
-    return views
+    def __init__(self, limits: Limits, fetcher: Fetcher) -> None:
+        self.limits, self.fetcher = limits, fetcher
+        self.decoders = Decoders()
+        # Threads of their own: one whose client has left still holds its place until its host has answered.
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
 
+    async def open(self, pictures: Sequence[ImageUrl]) -> list[View]:
+        """The views of a request's pictures; equal bytes are one view. What they were sent as is dropped.
 
-def _read(url: str, number: int, limits: Limits, fetcher: Fetcher) -> bytes:
-    if is_data_url(url):
-        try:
-            return read_data_url(url, limits.body_bytes)
-        except DataUrlError as error:
-            raise RequestError(400, f"picture {number} {error}") from error
-    if url[:7].lower() == "http://" or url[:8].lower() == "https://":
-        return fetcher.fetch(url, limits.body_bytes)
-    raise RequestError(400, f"picture {number} must be a data URL (data:image/png;base64,…); paths are not read")
+        Raises:
+            RequestError: 400 with the number of the picture and what is wrong with it.
+        """
+        opened: dict[str, tuple[str, Image.Image]] = {}  # by URL
+        views: dict[str, View] = {}
+        keys = []
+        for number, picture in enumerate(pictures, start=1):
+            if picture.url not in opened:
+                data = await self._data(picture.url, number)
+                opened[picture.url] = await self.decoders.open(
+                    data, f"picture {number}", self.limits.picture_pixels, self.limits.body_bytes
+                )
+            key, image = opened[picture.url]
+            is_crop = picture.detail == "low"
+            key = f"{key}{'-crop' if is_crop else ''}"
+            views.setdefault(key, View(key, image, is_crop))
+            keys.append(key)
+        for picture in pictures:
+            picture.url = ""
+        return [views[key] for key in keys]
+
+    async def _data(self, url: str, number: int) -> str | bytes:
+        if is_data_url(url):
+            return url
+        if url[:7].lower() == "http://" or url[:8].lower() == "https://":
+            return await asyncio.get_running_loop().run_in_executor(
+                self._fetchers, self.fetcher.fetch, url, self.limits.body_bytes
+            )
+        raise RequestError(400, f"picture {number} must be a data URL (data:image/png;base64,…); paths are not read")
+
+    def close(self) -> None:
+        """Give up what is being opened."""
+        self.decoders.close()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)

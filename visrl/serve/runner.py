@@ -21,7 +21,7 @@ from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend
 from visrl.serve.commands import SHUTDOWN_S, ServeConfig, make_backend
 from visrl.serve.metrics import Metrics
-from visrl.serve.pictures import Fetcher
+from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.safety import Application, is_local_name
 
 MOST_CONNECTIONS = 1024
@@ -56,9 +56,12 @@ def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
     if not settings.only_local_names and config.api_key is None:
         print(f"Warning: {config.host} is reachable from elsewhere and no API_KEY is set.", file=sys.stderr)
     backend.start()
+    opener = Opener(settings.limits, settings.fetcher)
+    opener.decoders.warm()
     try:
-        asyncio.run(_serve(sockets, config, create_app(backend, settings, metrics), backend))
+        asyncio.run(_serve(sockets, config, create_app(backend, settings, metrics, opener), backend))
     finally:
+        opener.close()
         died = backend.state == "stopped"
         backend.stop()
     if died:
