@@ -201,7 +201,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     (tmp_path / "runs" / "iter0").mkdir(parents=True)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ReportError, match=r"holds no summary\.json, log\.jsonl, eval or iter0; give the folder"):
+    with pytest.raises(ReportError, match=r"holds no summary\.json, iter0, log\.jsonl or scores\.json; give"):
         write_report(tmp_path)  # a folder of runs, or a data set's, is none
     assert not (tmp_path / "report.html").exists()
     (tmp_path / "summary.json").write_text("{")

@@ -65,7 +65,16 @@ def _fault(row: Any) -> str | None:
         value = row[name]
         if value is not None and not (isinstance(value, (bool, int, float)) and 0 <= value <= 1):
             return f"{name} is {value!r}; it must be null or lie between 0 and 1"
-    return None
+    return next((fault for name in ("box", "true_box") if (fault := _box_fault(name, row.get(name)))), None)
+
+
+def _box_fault(name: str, value: Any) -> str | None:
+    try:
+        if value is None or (isinstance(value, list) and len(value) == 4 and Box(*value)):
+            return None
+        return f"{name} is {str(value)[:80]}; it must be null or four fractions of the picture"
+    except (TypeError, ValueError) as error:
+        return f"{name} is {str(value)[:80]}: {error}"
 
 
 def result_row(

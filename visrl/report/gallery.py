@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from PIL import Image
 
 from visrl.box import Box, CropRule, iou
 from visrl.images import ImageError, crop, open_image
+from visrl.records import utf8
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
 from visrl.report.files import Row
-from visrl.report.run import Stage
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
 LONGEST_CROP, CROP_LIMIT = 240, 15_000  # with 36 pictures and two crops each the page stays below 5 MB
+LONGEST_LABEL = 12  # characters of a name that is written on a picture
 
 OUTCOMES = ("wrong → right", "right → wrong", "right both times", "wrong both times")
 
 
+class Answered(Protocol):
+    """What is compared: a checkpoint of a run, or an evaluation. `rows` are its answers by question."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def rows(self) -> dict[str, Row]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class GalleryLook:
-    """What one checkpoint did with a question: its crop as a data URI ("" without a box), answer and IoU."""
+    """What one checkpoint did with a question: its crop as a data URI ("" without a box), answer and IoU.
+
+    `iou` is None where there is no box to compare, or no true one.
+    """
 
     title: str
     crop: str
     answer: str
     correct: bool
-    iou: float
+    iou: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,7 @@ class Exhibit:
     alt: str
     problem: str  # why there is no picture, else ""
     looks: list[GalleryLook]
-    trail: list[tuple[str, bool, float]]  # every checkpoint: title, right or not, IoU
+    trail: list[tuple[str, bool, float | None]]  # every checkpoint: title, right or not, IoU
     outcome: str
     change: float
     disagreement: float
@@ -56,7 +70,7 @@ class Exhibit:
 
 def draw_lot(ids: Iterable[str], count: int = PICTURES) -> list[str]:
     """`count` of the ids, drawn by the hash of the id alone: no box and no answer has a say."""
-    return sorted(ids, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())[:count]
+    return sorted(ids, key=lambda name: hashlib.blake2b(utf8(name), digest_size=8).digest())[:count]
 
 
 def outcome(first: Row, last: Row) -> str:
@@ -67,19 +81,30 @@ def outcome(first: Row, last: Row) -> str:
     return OUTCOMES[0] if after else OUTCOMES[1]
 
 
-def count_outcomes(first: Stage, last: Stage, ids: Iterable[str]) -> dict[str, int]:
+def count_outcomes(first: Answered, last: Answered, ids: Iterable[str]) -> dict[str, int]:
     """How many of the questions have each outcome, all of `OUTCOMES` named."""
     counts = Counter(outcome(first.rows[name], last.rows[name]) for name in ids)
     return {name: counts[name] for name in OUTCOMES}
 
 
-def shared_ids(stages: Iterable[Stage]) -> list[str]:
+def shared_ids(stages: Iterable[Answered]) -> list[str]:
     """The questions that all of the stages answered, in the order of the first."""
     first, *rest = [stage.rows for stage in stages]
     return [name for name in first if all(name in rows for rows in rest)]
 
 
-def exhibits(stages: list[Stage], rule: CropRule, count: int = PICTURES, root: str | None = None) -> list[Exhibit]:
+def comparable(stages: Sequence[Answered]) -> list[Answered]:
+    """Those of `stages` that answered questions of the first one, so many that all have some in common."""
+    chosen: list[Answered] = []
+    for stage in stages:
+        if shared_ids([*chosen, stage]):
+            chosen.append(stage)
+    return chosen
+
+
+def exhibits(
+    stages: Sequence[Answered], rule: CropRule, count: int = PICTURES, root: str | None = None
+) -> list[Exhibit]:
     """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops.
 
     `root` is the folder that pictures are named from.
@@ -87,40 +112,54 @@ def exhibits(stages: list[Stage], rule: CropRule, count: int = PICTURES, root: s
     return [_exhibit(stages, rule, root, name) for name in draw_lot(shared_ids(stages), count)]
 
 
-def _exhibit(stages: list[Stage], rule: CropRule, root: str | None, name: str) -> Exhibit:
+def _exhibit(stages: Sequence[Answered], rule: CropRule, root: str | None, name: str) -> Exhibit:
     ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
     rows = [stage.rows[name] for stage, _ in ends]
-    boxes = [Box(*row["box"]) if row["box"] else None for row in rows]
+    boxes = [Box(*row["box"]) if row.get("box") else None for row in rows]
+    question = str(rows[0].get("question", ""))
     image, problem = _open(rows[0]["image"], root)
     marks = [(Box(*rows[0]["true_box"]), TRUE_COLOUR, "true")] if rows[0].get("true_box") else []
-    labels = ("SFT" if stages[0].name == "sft" else "first", "last")
+    labels = [stage.title if len(stage.title) <= LONGEST_LABEL else place
+              for (stage, _), place in zip(ends, ("first", "last"), strict=False)]  # fmt: skip
     marks += [(box, colour, label) for box, (_, colour), label in zip(boxes, ends, labels, strict=False) if box]
     looks = [
         GalleryLook(
             title=stage.title,
             crop=data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image and box else "",
-            answer=row["prediction"] if row["prediction"] is not None else row["error"] or "no answer",
+            answer=_said(row),
             correct=bool(row["correct"]),
-            iou=row["iou"] or 0.0,
+            iou=row.get("iou"),
         )
         for (stage, _), row, box in zip(ends, rows, boxes, strict=True)
     ]
-    described = [f"{look.title}'s box has IoU {look.iou:.2f}" if box else f"{look.title} gave no box"
-                 for look, box in zip(looks, boxes, strict=True)]  # fmt: skip
+    described = [_described(look, box) for look, box in zip(looks, boxes, strict=True)]
     return Exhibit(
         id=name,
-        kind=rows[0].get("kind", ""),
-        question=rows[0]["question"],
-        answer=rows[0]["answer"],
+        kind=rows[0].get("kind") or rows[0].get("dataset") or "",
+        question=question,
+        answer=str(rows[0].get("answer", "")),
         picture=data_uri(annotate(shrink(image, LONGEST_SIDE), marks), PICTURE_LIMIT) if image else "",
-        alt=f"Picture of the question “{rows[0]['question']}” with the boxes drawn: " + ", ".join(described),
+        alt=f"Picture of the question “{question}” with the boxes drawn: " + ", ".join(described),
         problem=problem,
         looks=looks,
-        trail=[(stage.title, stage.rows[name]["correct"], stage.rows[name]["iou"] or 0.0) for stage in stages],
+        trail=[(stage.title, stage.rows[name]["correct"], stage.rows[name].get("iou")) for stage in stages],
         outcome=outcome(rows[0], rows[-1]),
-        change=looks[-1].iou - looks[0].iou,
+        change=(looks[-1].iou or 0.0) - (looks[0].iou or 0.0),
         disagreement=1 - iou(boxes[0], boxes[-1]) if boxes[0] and boxes[-1] else 1.0,
     )
+
+
+def _said(row: Row) -> str:
+    """What stands for the answer of a row: its text, or why there is none."""
+    if row.get("prediction") is None:
+        return row.get("error") or ("no answer" if "prediction" in row else "a box only")
+    return str(row["prediction"]) or "(an empty reply)"
+
+
+def _described(look: GalleryLook, box: Box | None) -> str:
+    if box is None:
+        return f"{look.title} gave no box"
+    return f"{look.title}'s box" + ("" if look.iou is None else f" has IoU {look.iou:.2f}")
 
 
 def _open(ref: str, root: str | None) -> tuple[Image.Image | None, str]:

@@ -12,7 +12,7 @@ from visrl.records import write_text
 from visrl.report import draw
 from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
 from visrl.report.files import Row
-from visrl.report.gallery import count_outcomes, draw_lot, exhibits, shared_ids
+from visrl.report.gallery import Answered, comparable, count_outcomes, draw_lot, exhibits, shared_ids
 from visrl.report.html import render_page
 from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
@@ -106,7 +106,9 @@ def _kinds(run: Run) -> Row:
 
 def _gallery(run: Run) -> Row:
     """The questions to look at, and how their outcomes compare with those of all questions."""
-    stages = [stage for stage in run.stages if stage.rows]
+    stages: list[Answered] = [stage for stage in run.stages if stage.rows]
+    if not run.stages:
+        stages = comparable([evaluation for evaluation in run.evaluations if evaluation.rows])
     ids = shared_ids(stages) if stages else []
     outcomes = []
     if len(stages) > 1 and ids:
@@ -116,6 +118,7 @@ def _gallery(run: Run) -> Row:
     return {
         "gallery": exhibits(stages, run.crop_rules[-1], root=run.image_root) if ids else [],
         "gallery_total": len(ids),
+        "right_by": "" if run.stages else next((e.right_by for e in run.evaluations if e.rows), ""),
         "outcomes": outcomes,
         "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},
     }

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import CropRule
-from visrl.evaluate.results import SCORES
+from visrl.evaluate.results import NAME as RESULTS
+from visrl.evaluate.results import SCORES, key_of, read_results
 from visrl.evaluate.statistics import interval
 from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
@@ -33,8 +34,12 @@ CONTROLS = {
     "truth": "True box",
 }  # in the order in which they should bound each other
 
-MARKS = ("summary.json", "log.jsonl", "eval", "iter0")  # at the top of every run, from its first step on
+LOOP_MARKS = ("summary.json", "iter0")  # of `visrl demo` and `visrl evolve`, beside the files of `_STAGE_FILE` in eval/
+LOG = "log.jsonl"  # at the top of what `visrl train` writes
 REMEDY = "give the folder that `visrl demo`, `visrl evolve`, `visrl train` or `visrl eval` wrote to"
+# What says of an answer that it is right, the surest first; at 0.5 a judge finds it more right than wrong.
+RIGHT_BY = ("correct", "judge", "exact", "hit")
+_STAGE_FILE = re.compile(r"(?:iter(\d+)-)?(sft|stage\d+)")
 ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
 
 
@@ -96,11 +101,20 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `visrl eval` found: `facts` are its `scores.json`, `scores` its columns, failures counted 0."""
+    """What `visrl eval` found: `facts` are its `scores.json`, `scores` its columns, failures counted 0.
+
+    `rows` are its answers by data set and id, those about a picture; each has `correct`, by the column `right_by`.
+    """
 
     name: str  # of its folder
     facts: Row
     scores: Scores
+    rows: dict[str, Row]
+    right_by: str
+
+    @property
+    def title(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +149,15 @@ def load_run(folder: Path) -> Run:
 
     Raises:
         ReportError: no such folder, one that no run was written to, or a file in it that cannot be read.
+        RecordError: an evaluation's results are none.
     """
     if not folder.is_dir():
         raise ReportError(f"no run at {folder}; {REMEDY}")
     evaluations = _evaluations(folder)
-    is_run = any((folder / mark).exists() for mark in MARKS)
-    if not is_run and not evaluations:
-        raise ReportError(f"{folder} holds no {', '.join(MARKS[:-1])} or {MARKS[-1]}; {REMEDY}")
+    is_loop = any((folder / mark).exists() for mark in LOOP_MARKS) or bool(_stage_files(folder))
+    is_training = (folder / LOG).exists()
+    if not is_loop and not is_training and not evaluations:
+        raise ReportError(f"{folder} holds no {', '.join(LOOP_MARKS)}, {LOG} or {SCORES}; {REMEDY}")
     summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
     run = Run(
@@ -157,8 +173,10 @@ def load_run(folder: Path) -> Run:
     )
     parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
              "training logs": run.curves}  # fmt: skip
-    if is_run:
+    if is_loop:
         run.missing.extend(name for name, part in parts.items() if not part)
+    elif is_training and not (folder / MANIFEST).is_file():
+        run.missing.append("the end of the training")
     return run
 
 
@@ -179,11 +197,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
     """The evaluated checkpoints in the order of training, by the summary where it has them, else by their files."""
     told = {(entry["iteration"] if entry["name"] != "sft" else -1, entry["name"]): entry
             for entry in summary.get("stages", [])}  # fmt: skip
-    files = {}
-    for path in folder.glob("eval/*.jsonl"):
-        found = re.fullmatch(r"(?:iter(\d+)-)?(sft|stage\d+)", path.stem)
-        if found:
-            files[int(found[1] or -1), found[2]] = path
+    files = _stage_files(folder)
     stages = []
     for iteration, name in sorted(told.keys() | files.keys()):
         file, entry = files.get((iteration, name)), told.get((iteration, name))
@@ -195,6 +209,12 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
         count = entry["n"] if entry else len(rows)
         stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {row["id"]: row for row in rows}))
     return stages
+
+
+def _stage_files(folder: Path) -> dict[tuple[int, str], Path]:
+    """The answers of the evaluated checkpoints of a loop, by iteration (-1 before the first) and stage."""
+    found = {path: _STAGE_FILE.fullmatch(path.stem) for path in folder.glob("eval/*.jsonl")}
+    return {(int(match[1] or -1), match[2]): path for path, match in found.items() if match}
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, Row]:
@@ -290,8 +310,16 @@ def _evaluations(folder: Path) -> list[Evaluation]:
             facts = read_object(path)
             counted = {column: entry.get("counted") for column, entry in facts.get("columns", {}).items()}
             scores = _scores(counted, tuple(counted))
-            found.append(Evaluation(path.parent.name, facts, scores))
+            found.append(Evaluation(path.parent.resolve().name, facts, scores, *_answers(path.parent / RESULTS)))
     return found
+
+
+def _answers(path: Path) -> tuple[dict[str, Row], str]:
+    """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
+    rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
+    right_by = next((column for column in RIGHT_BY if any(row.get(column) is not None for row in rows)), RIGHT_BY[0])
+    return {" ".join(key_of(row)): row | {"correct": (row.get(right_by) or 0) >= 0.5 if right_by == "judge"
+                                          else row.get(right_by) == 1} for row in rows}, right_by  # fmt: skip
 
 
 def _natural(text: str) -> list[str | int]:

@@ -106,7 +106,7 @@ def caveats(run: Run) -> list[str]:
     notes = []
     if run.missing:
         notes.append(f"Not in this run folder (yet): {', '.join(run.missing)}. What depends on them is left out.")
-    notes += _file_notes(run) + _step_notes(run) + _order_notes(run)
+    notes += _file_notes(run) + _step_notes(run) + _order_notes(run) + _evaluation_notes(run)
     if len(run.crop_rules) > 1:
         notes.append(f"The parts of this run do not crop alike: {', '.join(run.crop_rules)}.")
     if run.stages:
@@ -131,6 +131,33 @@ def caveats(run: Run) -> list[str]:
             "Reward accuracy, margins and log-probabilities are of the pairs trained on, which can be memorised. "
             "Held-out rollouts are the curve to judge by."
         )
+    return notes
+
+
+def _evaluation_notes(run: Run) -> list[str]:
+    """What of the evaluations failed or could not be read, and what their intervals are of."""
+    notes = []
+    for evaluation in run.evaluations:
+        facts = evaluation.facts
+        told = [
+            (facts.get("failed"), "ended in an error and {count} as wrong"),
+            (facts.get("unparseable"), "had a box text that could not be read and {count} as IoU 0"),
+            (facts.get("bad_truth"), "had no true box to compare with"),
+        ]
+        said = [
+            f"{count(number, 'question')} {what.format(count='counts' if number == 1 else 'count')}"
+            for number, what in told
+            if number
+        ]
+        said += [
+            f"{count(entry['unread'], 'answer')} had no readable score of the judge"
+            for column, entry in facts.get("columns", {}).items()
+            if column == "judge" and entry.get("unread")
+        ]
+        if said:
+            notes.append(f"{evaluation.name}, of {count(facts.get('n', 0), 'question')}: {'; '.join(said)}.")
+    if run.evaluations:
+        notes.append("The intervals of evaluations cover the draw of questions only, and not another seed of training.")
     return notes
 
 

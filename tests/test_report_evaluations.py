@@ -1,0 +1,135 @@
+"""The page of evaluations: answers to look at, what failed counted, and no talk of a run that they are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_report import page_of
+
+from visrl.box import Box
+from visrl.evaluate.results import result_row, summarise
+from visrl.manifest import write_manifest
+from visrl.records import RecordError, Sample, write_records
+from visrl.report.files import ReportError
+from visrl.report.gallery import comparable, draw_lot
+from visrl.report.run import load_run
+
+TRUE = Box(0.1, 0.1, 0.4, 0.4)
+ODD = {
+    "html": "<script>alert('x')</script> & <b>",
+    "right to left": "ما هو الرقم على البطاقة الحمراء؟ \u202e42",
+    "one long word": "x" * 5_000,
+    "half a surrogate": "red \ud83d tag",
+    "controls": "a\0b\x07c\x1b[31m\x85",
+    "emoji": "🏷️ 👩🏽\u200d🔬 7️⃣",
+    "braces": "{{ 7 * 7 }} {% raw %} ${x} `y`",
+    "empty": "",
+}
+
+
+def write_evaluation(folder: Path, rows: list[dict], mode: str = "own") -> Path:
+    """A finished evaluation as `visrl eval` leaves it."""
+    write_records(folder / "results.jsonl", rows)
+    facts = {"benchmark": "samples", "model": "tiny", "mode": mode, **summarise(rows)}
+    (folder / "scores.json").write_text(json.dumps(facts))
+    write_manifest(folder, verb="eval", config={"mode": mode}, parents={})
+    return folder
+
+
+def rows_of(count: int, box: Box | None = TRUE, prediction: str | None = "7", error: str | None = None) -> list[dict]:
+    samples = [Sample(f"{n}", f"scene:test@1/{n}", "Which number?", "7", TRUE, source="scenes") for n in range(count)]
+    return [
+        result_row(one, prediction=prediction, box=box, box_text=str(box) if box else "", error=error)
+        for one in samples
+    ]
+
+
+def test_two_evaluations_are_compared_question_by_question(tmp_path):
+    """One of the folders is called `eval`, as the embedded configs have it: that makes no unfinished run of it."""
+    write_evaluation(tmp_path / "eval", rows_of(5, Box(0.5, 0.5, 0.9, 0.9), "8"))
+    write_evaluation(tmp_path / "eval-truth", rows_of(5), "truth")
+    page = page_of(tmp_path)
+    assert "not finished" not in page.text
+    assert "not there yet" not in page.text
+    assert [attrs["id"] for attrs in page.all("section")] == ["results", "gallery", "notes", "making"]
+    assert len([one for one in page.all("img") if one.get("class") == "picture"]) == 5
+    assert page.text.count("✗ 8") >= 5
+    assert page.text.count("✓ 7") >= 5
+    assert "from eval to eval-truth" in page.text
+    assert "wrong → right 5" in page.text
+
+
+def test_one_evaluation_shows_its_answers_and_counts_what_failed(tmp_path):
+    rows = rows_of(6) + rows_of(9, None, None, "engine: it was away")[6:]
+    rows[4]["image"] = "nowhere/4.png"
+    page = page_of(write_evaluation(tmp_path, rows))
+    assert "3 questions ended in an error and count as wrong" in page.text
+    assert page.text.count("✗ engine: it was away") >= 3
+    assert "no picture at nowhere/4.png" in page.text
+    assert "9 of 9 test questions" in page.text
+
+
+def test_controls_without_boxes_and_questions_without_a_true_one_are_shown(tmp_path):
+    samples = [Sample(str(n), f"scene:test@1/{n}", "Which number?", "7", source="scenes") for n in range(3)]
+    write_evaluation(tmp_path / "a", [result_row(one, prediction="7") for one in samples], "no_box")
+    boxed = [result_row(one, prediction="7", box=TRUE, box_text="[]") for one in samples]
+    write_evaluation(tmp_path / "b", boxed)
+    text = page_of(tmp_path).text
+    assert "no box" in text
+    assert "no IoU" in text
+    assert "3 questions had no true box to compare with" in text
+
+
+def test_evaluations_of_other_questions_are_not_compared(tmp_path):
+    first = write_evaluation(tmp_path / "a", rows_of(2))
+    other = write_evaluation(tmp_path / "b", [row | {"id": f"other-{row['id']}"} for row in rows_of(2)])
+    evaluations = load_run(tmp_path).evaluations
+    assert [one.title for one in comparable(evaluations)] == ["a"]
+    assert "2 of 2 test questions" in page_of(tmp_path).text
+    shutil.rmtree(other)
+    (first / "results.jsonl").unlink()  # scores alone are still worth a table
+    assert [attrs["id"] for attrs in page_of(tmp_path).all("section")] == ["results", "notes", "making"]
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_texts_are_shown_as_text(kind, tmp_path):
+    text = ODD[kind]
+    sample = Sample(f"id {text}", "scene:test@1/0", text, text or "x", TRUE, source=text)
+    row = result_row(sample, prediction=text, box=TRUE, box_text=text)
+    page = page_of(write_evaluation(tmp_path, [row, row | {"id": "2", "error": text or "?", "prediction": None}]))
+    assert not page.open
+    assert len(page.all("script")) == 1  # the page's own
+    shown = {"half a surrogate": "red \\ud83d tag", "empty": "(an empty reply)", "controls": "a\0b\x07c"}.get(
+        kind, text
+    )
+    assert " ".join(shown.split()) in page.text
+
+
+def test_the_lot_takes_names_that_no_file_could_hold():
+    assert sorted(draw_lot(["a\ud800", "b"])) == ["a\ud800", "b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"box": [0, 0, 1]}, "box is .* four fractions"),
+        ({"box": ["a", 0, 1, 1]}, "box is"),
+        ({"true_box": [0, 0, 5, 5]}, "true_box is"),
+        ({"exact": "yes"}, "exact is 'yes'"),
+    ],
+)
+def test_damaged_results_are_named(change, message, tmp_path):
+    write_evaluation(tmp_path, rows_of(2))
+    write_records(tmp_path / "results.jsonl", [rows_of(1)[0] | change])
+    with pytest.raises((ReportError, RecordError), match=rf"results\.jsonl, row 1: {message}"):
+        load_run(tmp_path)
+
+
+def test_a_finished_training_is_no_unfinished_run(tmp_path):
+    write_records(tmp_path / "log.jsonl", [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    assert "the end of the training is not there yet" in page_of(tmp_path).text
+    write_manifest(tmp_path, verb="train", config={}, parents={})
+    assert "not there yet" not in page_of(tmp_path).text
