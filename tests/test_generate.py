@@ -161,11 +161,6 @@ def test_bad_shards_and_other_work_are_refused(whole, tmp_path):
     (tmp_path / "out" / FILES[0]).write_text("".join([*rows[2:], *rows[:2]]))
     with pytest.raises(RecordError, match="trajectories of other questions"):
         generate(config_of(tmp_path / "out"))
-    twice = tmp_path / "twice.jsonl"
-    row = {"id": "a", "image": "scene:preference/0", "question": "Q?", "answer": "1"}
-    twice.write_text(f"{json.dumps(row)}\n" * 2)
-    with pytest.raises(RecordError, match="ids stand for several samples"):
-        generate(config_of(tmp_path / "none", dataset=str(twice)))
 
 
 # --- Behind servers

@@ -17,7 +17,11 @@ from PIL import Image
 from visrl.box import CropRule, Size
 from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
-from visrl.records import Message, Picture
+from visrl.records import Message, Picture, whole_characters
+
+
+class PromptError(ValueError):
+    """A text that cannot be put before a model, such as one that holds the model's control tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,11 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages and their pictures, in the order of their `<image>` marks; the model speaks next."""
+    """Messages and their pictures, in the order of their `<image>` marks; the model speaks next.
+
+    Raises:
+        PromptError: more or fewer marks than pictures, as where a question or a reply holds one.
+    """
 
     messages: tuple[Message, ...]
     views: tuple[View, ...] = ()
@@ -43,7 +51,7 @@ class Conversation:
     def __post_init__(self) -> None:
         marks = sum(message.text.count(IMAGE) for message in self.messages)
         if marks != len(self.views):
-            raise ValueError(f"{marks} {IMAGE} marks but {len(self.views)} pictures in one conversation")
+            raise PromptError(f"{marks} {IMAGE} marks but {len(self.views)} pictures in one conversation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +65,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled text, or the error that took its place."""
+    """One sampled text, or the error that took its place. Half characters, which a server may send, are mended: what
+    is said here is shown to models, sent on and written."""
 
     text: str | None
     tokens: int = 0
     finish_reason: Literal["stop", "length", "error"] = "stop"
     error: str | None = None
     prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, said in (("text", self.text), ("error", self.error)):
+            if said is not None and (mended := whole_characters(said)) != said:
+                object.__setattr__(self, name, mended)
 
 
 class Engine(Protocol):

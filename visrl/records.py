@@ -146,6 +146,11 @@ def place_of(name: str, repeat: int) -> Place:
     return (name, repeat) if repeat else (name,)
 
 
+def place_name(place: Place) -> str:
+    """A place as text, for what is hashed or drawn by lot: the id, where one row has it."""
+    return "\x1f".join(map(str, place))
+
+
 def belongs_to(item: Sequence[Preference], preference: Preference) -> bool:
     """Whether `preference`, the next in its file, is one more step of the last `item`: the same id and picture, and a
     step that the item lacks. Ids may repeat: whatever else has the same one is another item."""

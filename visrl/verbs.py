@@ -13,11 +13,11 @@ from typer.core import TyperGroup
 USER_ERRORS = {
     "visrl.box": "BoxError",
     "visrl.config": "ConfigError",
+    "visrl.conversation": "PromptError",
     "visrl.engines.client": "EndpointError",
     "visrl.failures": "FailedRun",
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",
-    "visrl.models.encode": "PromptError",
     "visrl.models.folder": "CheckpointError",
     "visrl.records": "RecordError",
     "visrl.report.files": "ReportError",

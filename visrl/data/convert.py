@@ -27,7 +27,7 @@ from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranki
 from visrl.data.sizes import Sizes, with_size
 from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
 from visrl.manifest import hold
-from visrl.records import Preference, RecordError, Sample
+from visrl.records import Preference, RecordError, Sample, belongs_to
 
 SOURCES = ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl", "hf")
 TARGETS = (*SOURCES, "viscot-sft1", "viscot-sft2", "rl-pool")
@@ -220,7 +220,7 @@ def _units(
             if not (grouped and isinstance(record, Preference)):
                 yield path, row, (record,)
                 continue
-            if last and group and group[0].id != record.id:
+            if last and group and not belongs_to(group, record):
                 yield *last, group
                 group = ()
             group, last = (*group, record), (path, row)

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from visrl.conversation import Completion, Conversation, Sampling
-from visrl.models.encode import Encoder, PromptError, TokenPath
+from visrl.conversation import Completion, Conversation, PromptError, Sampling
+from visrl.models.encode import Encoder, TokenPath
 
 ReadText = Callable[[], str]
 OnToken = Callable[[int, ReadText], bool]  # told the row and how to read its text so far; False stops the row

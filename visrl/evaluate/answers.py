@@ -5,6 +5,7 @@ They are Visual-CoT's answer files, or what its judge script makes of them. The 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,16 @@ def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset:
         RecordError: an unreadable file, a question that the truth does not hold or that is answered twice.
     """
     rows = read_rows(predictions)
-    known = {} if truth is None else {row["question_id"]: row for row in _benchmark_rows(truth)}
+    known: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate([] if truth is None else _benchmark_rows(truth), start=1):
+        name = _number(row, f"{truth}, row {number}")
+        if known.setdefault(name, row) is not row:
+            raise RecordError(f"{truth}, row {number}: question {name} is there twice; give each its own number")
     results: Rows = []
     seen: set[Any] = set()
     for number, row in enumerate(rows, start=1):
         where = f"{predictions}, row {number}"
-        name = row.get("question_id")
+        name = _number(row, where)
         if name is None or name in seen:
             raise RecordError(f"{where}: {'no question_id' if name is None else f'question {name} is answered twice'}")
         seen.add(name)
@@ -59,13 +64,16 @@ def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judg
     Raises:
         RecordError: a judgement is of another question, reference or answer than the row of its id.
     """
-    said = {(one.dataset, one.id): one for one in judgements}
+    said = {(one.dataset, one.id, one.key): one for one in judgements}  # an id may stand for several answers
+    names = {(one.dataset, one.id) for one in judgements}
+    judges = {one.judge for one in judgements}
     merged: Rows = []
     for row in rows:
         asked = answered(row)
-        one = said.get((asked.dataset, asked.id)) if asked else None
-        if asked and one and one.key != judgement_key(asked, one.judge):
-            raise RecordError(f"the judgement of {one.id} is of another answer than the predictions hold; judge anew")
+        keys = [(asked.dataset, asked.id, judgement_key(asked, judge)) for judge in judges] if asked else []
+        one = next((said[key] for key in keys if key in said), None)
+        if asked and one is None and (asked.dataset, asked.id) in names:
+            raise RecordError(f"the judgement of {asked.id} is of another answer than the predictions hold; judge anew")
         unanswered = 0.0 if asked is None and row.get("unparseable") else None
         ours, published = (one.score, one.published) if one else (unanswered, unanswered)
         merged.append({**row, "judge": ours, "judge_published": published})
@@ -111,6 +119,14 @@ def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: 
     if "score" in row:
         result["judge_published"] = row["score"]
     return result
+
+
+def _number(row: Mapping[str, Any], where: str) -> str | int | None:
+    """The row's `question_id`, None where it has none."""
+    name = row.get("question_id")
+    if name is not None and not isinstance(name, (str, int)):
+        raise RecordError(f"{where}: question_id must be a text or a number, not {json.dumps(name)[:60]}")
+    return name
 
 
 def _benchmark_rows(path: PathLike) -> Rows:

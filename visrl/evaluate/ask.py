@@ -13,10 +13,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from visrl.box import CropRule, crop_window
-from visrl.conversation import View
+from visrl.conversation import PromptError, View, open_view
 from visrl.evaluate.rollouts import greedy_looks
-from visrl.evolve.rollout import Look, Policy
-from visrl.records import Sample
+from visrl.evolve.rollout import Look, Policy, failure
+from visrl.images import ImageError
+from visrl.records import Picture, Sample
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, annotate, shrink
 
 COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
@@ -52,13 +53,15 @@ def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_r
     """Both steps at temperature 0 for every question about the picture `image` (a path, or `scene:POOL/INDEX`).
 
     Raises:
-        ImageError: the picture cannot be opened.
+        ImageError: the picture cannot be opened, or the model takes no such.
     """
     samples = [Sample(str(number), image, question, "") for number, question in enumerate(questions)]
     replies = []
     for sample, look in zip(samples, greedy_looks(policy, samples, crop_rule=crop_rule), strict=True):
-        if not isinstance(look, Look):
+        if isinstance(look, ImageError):
             raise look
+        if isinstance(look, PromptError):  # the other questions can be asked
+            look = Look(sample.question, open_view(Picture(image)), "", None, failure(look))
         replies.append(Reply(model, sample.question, look, crop_rule))
     return replies
 

@@ -6,15 +6,20 @@ Each prints what it read, what it left out and where the result lies. Heavy impo
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from visrl.failures import MAX_FAILED, Tally
 from visrl.prompts import JUDGE_TOKENS
 from visrl.verbs import Verbs
+
+if TYPE_CHECKING:
+    from visrl.evaluate.judge import Judgement
 
 
 class RunUnlessNamed(Verbs):
@@ -132,7 +137,7 @@ def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
     from visrl.evaluate.statistics import agreement
     from visrl.records import RecordError
 
-    first, second = ({(one.dataset, one.id): one for one in read_judgements(path)} for path in (a, b))
+    first, second = (_by_answer(read_judgements(path)) for path in (a, b))
     both = [(first[key], second[key]) for key in first if key in second]
     scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
     if not scores:
@@ -185,6 +190,16 @@ def leaderboard(
 
 
 # --- Pieces -----------------------------------------------------------------------------------------------------------
+
+
+def _by_answer(judgements: Iterable[Judgement]) -> dict[tuple[str, str, int], Judgement]:
+    """Judgements by data set, id, and how many before have both: an id may stand for several answers."""
+    found: dict[tuple[str, str, int], Judgement] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for one in judgements:
+        found[one.dataset, one.id, seen[one.dataset, one.id]] = one
+        seen[one.dataset, one.id] += 1
+    return found
 
 
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:

@@ -30,7 +30,7 @@ def matched_control(control: Control, sample: Sample, seed: int = 0) -> Box:
     width, height = true_box(sample).width, true_box(sample).height
     if control == "center":
         return Box(0.5 - width / 2, 0.5 - height / 2, 0.5 + width / 2, 0.5 + height / 2)
-    rng = np.random.default_rng(seed_of(seed, sample.id, "control"))
+    rng = np.random.default_rng(seed_of(seed, *sample.place, "control"))
     x, y = rng.random() * (1 - width), rng.random() * (1 - height)
     return Box(x, y, x + width, y + height)
 

@@ -23,6 +23,7 @@ from visrl.evaluate.statistics import interval, mean_interval
 from visrl.records import RecordError, Sample, read_jsonl
 
 Row = Mapping[str, Any]
+Key = tuple[str, str, int]  # data set, id, and how many rows before have both
 Reading = Literal["counted", "left_out"]
 
 READINGS: tuple[Reading, ...] = ("counted", "left_out")
@@ -33,16 +34,17 @@ NAME, SCORES = "results.jsonl", "scores.json"  # what `visrl eval` leaves in its
 
 
 def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The result rows of a JSONL file, or of `results.jsonl` in a folder.
+    """The result rows of a JSONL file, or of `results.jsonl` in a folder. An id may stand for several rows where each
+    says by its `repeat` which it is, as `visrl eval` writes them.
 
     Raises:
-        RecordError: no such file, no rows, a row without id or column, a value outside [0, 1], or an id twice.
+        RecordError: no such file, no rows, a row without id or column, a value outside [0, 1], or a question twice.
     """
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise RecordError(f"no results at {file}; make them with `visrl eval` or `visrl eval score --out`")
     rows = list(read_jsonl(file))
-    seen: set[tuple[str, str]] = set()
+    seen: set[Key] = set()
     for number, row in enumerate(rows, start=1):
         fault = _fault(row)
         if fault is None and key_of(row) in seen:
@@ -102,6 +104,7 @@ def result_row(
         "image": sample.image,
         "prediction": prediction,
         "error": None if unparseable else error,
+        **({"repeat": sample.repeat} if sample.repeat else {}),
     }
     if sample.answer:
         row.update(string_scores(prediction, [sample.answer]))
@@ -127,9 +130,9 @@ def dataset_of(row: Row) -> str:
     return str(row.get("dataset") or row.get("kind") or "")
 
 
-def key_of(row: Row) -> tuple[str, str]:
+def key_of(row: Row) -> Key:
     """What names a question within one benchmark: rows of two checkpoints with equal keys are a pair."""
-    return dataset_of(row), str(row["id"])
+    return dataset_of(row), str(row["id"]), row.get("repeat", 0)
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:

@@ -12,13 +12,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from visrl.box import Box, BoxError, CropRule, iou
-from visrl.conversation import Conversation, Sampling, View, open_view
+from visrl.conversation import Conversation, Sampling, View
 from visrl.evaluate.controls import WHOLE, matched_control, published_control, true_box
 from visrl.evaluate.metrics import exact_match
-from visrl.evolve.rollout import Look, Policy, answer_all, hear, look_at
-from visrl.images import ImageError
+from visrl.evolve.rollout import Look, Policy, Refusal, answer_all, begin, failure, hear, look_at
 from visrl.protocols import VISRL, LookProtocol, plain_conversation
-from visrl.records import Picture, Sample
+from visrl.records import Sample, place_name
 
 # "no_box" is one turn of picture and question; "no_crop" is the second step, shown the whole picture for a crop.
 Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
@@ -38,40 +37,33 @@ def greedy_looks(
     crop_rule: CropRule = "exact",
     root: str | Path | None = None,
     seed: int = 0,
-) -> list[Look | ImageError]:
-    """Both steps at temperature 0, in the order of `samples`; a picture that cannot be opened is its error.
+) -> list[Look | Refusal]:
+    """Both steps at temperature 0, in the order of `samples`; what cannot be asked about is its error (see `begin`).
 
     A control's box takes the place of step 1; where there can be none, the look holds the error.
     """
     policy.forget()  # as in `roll_out`
-    opened = [_open(sample, root) for sample in samples]
-    pairs = [(s, whole) for s, whole in zip(samples, opened, strict=True) if isinstance(whole, View)]
+    ask = plain_conversation if mode == "no_box" else protocol.focus
+    begun = [begin(policy, sample, ask, root) for sample in samples]
+    pairs = [(sample, *start) for sample, start in zip(samples, begun, strict=True) if isinstance(start, tuple)]
+    talks = [talk for _, _, talk in pairs]
     if mode == "own":
-        talks = [protocol.focus(sample.question, whole) for sample, whole in pairs]
         texts = _greedy(policy, talks, protocol.box_tokens)
-        looks = [look_at(policy, s.question, w, text) for (s, w), text in zip(pairs, texts, strict=True)]
+        looks = [look_at(policy, s.question, w, text) for (s, w, _), text in zip(pairs, texts, strict=True)]
     elif mode == "no_box":
-        looks = [Look(sample.question, whole, "", None) for sample, whole in pairs]
-        talks = [plain_conversation(look.question, look.whole) for look in looks]
+        looks = [Look(sample.question, whole, "", None) for sample, whole, _ in pairs]
         for look, completion in zip(looks, _greedy(policy, talks, protocol.answer_tokens), strict=True):
             hear(look, completion)
     else:
-        looks = [_control_look(policy, sample, whole, mode, protocol, seed) for sample, whole in pairs]
+        looks = [_control_look(policy, sample, whole, mode, protocol, seed) for sample, whole, _ in pairs]
     if protocol.answer is not None and mode != "no_box":
         answer_all(policy, looks, Sampling(max_tokens=protocol.answer_tokens), crop_rule, protocol)
     done = iter(looks)
-    return [next(done) if isinstance(whole, View) else whole for whole in opened]
+    return [next(done) if isinstance(start, tuple) else start for start in begun]
 
 
 def _greedy(policy: Policy, talks: Sequence[Conversation], tokens: int) -> list[Any]:
     return [drawn[0] for drawn in policy.complete(talks, Sampling(max_tokens=tokens), [[0]] * len(talks))]
-
-
-def _open(sample: Sample, root: str | Path | None) -> View | ImageError:
-    try:
-        return open_view(Picture(sample.image, size=sample.size), root)
-    except ImageError as error:
-        return error
 
 
 def _control_look(policy: Policy, sample: Sample, whole: View, mode: Mode, protocol: LookProtocol, seed: int) -> Look:
@@ -95,7 +87,7 @@ def control_box(sample: Sample, whole: View, mode: Mode, protocol: LookProtocol 
     if mode == "random" or mode == "center":
         if protocol is VISRL:
             return matched_control(mode, sample, seed)
-        return published_control(mode, whole.size, f"{sample.source}/{sample.id}", seed)
+        return published_control(mode, whole.size, f"{sample.source}/{place_name(sample.place)}", seed)
     assert mode == "no_crop", mode
     return WHOLE
 
@@ -121,9 +113,9 @@ def evaluate_samples(
     return rows
 
 
-def eval_row(sample: Sample, look: Look | ImageError, mode: Mode) -> EvalRow:
+def eval_row(sample: Sample, look: Look | Refusal, mode: Mode) -> EvalRow:
     """The record of one question: a look without a box counts IoU 0 and a wrong answer, with its error kept."""
-    found = None if isinstance(look, ImageError) else look
+    found = look if isinstance(look, Look) else None
     box, answer = (found.box, found.answer) if found else (None, None)
     return {
         "id": sample.id,
@@ -138,7 +130,8 @@ def eval_row(sample: Sample, look: Look | ImageError, mode: Mode) -> EvalRow:
         "prediction": answer,
         "correct": answer is not None and exact_match(answer, [sample.answer]) == 1.0,
         "iou": iou(box, sample.box) if box and sample.box else (0.0 if sample.box else None),
-        "error": found.error if found else f"picture: {look}",
+        "error": look.error if isinstance(look, Look) else failure(look),
+        **({"repeat": sample.repeat} if sample.repeat else {}),
     }
 
 

@@ -27,7 +27,7 @@ from visrl.evaluate.benchmarks import (
     read_benchmark,
 )
 from visrl.evaluate.config import EvalConfig
-from visrl.evaluate.results import NAME, SCORES, key_of, result_row, summarise
+from visrl.evaluate.results import NAME, SCORES, Key, key_of, result_row, summarise
 from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
@@ -35,8 +35,7 @@ from visrl.records import Journal, RecordError, read_jsonl, write_records, write
 
 if TYPE_CHECKING:
     from visrl.evaluate.judge import AskAll
-    from visrl.evolve.rollout import Look, Policy
-    from visrl.images import ImageError
+    from visrl.evolve.rollout import Look, Policy, Refusal
     from visrl.protocols import LookProtocol
 
 JOURNAL = "journal.jsonl"
@@ -214,7 +213,7 @@ def _set_aside(config: EvalConfig, rows: Sequence[Row]) -> str:
     return f"{len(sound):,} answers are kept, and what failed lies in {folder / FAILED}"
 
 
-def _known_rows(config: EvalConfig) -> dict[tuple[str, str], Row]:
+def _known_rows(config: EvalConfig) -> dict[Key, Row]:
     """The rows of an earlier, stopped or complete run; without the failed ones where those are to be asked again."""
     journal, done = config.output_dir / JOURNAL, config.output_dir / NAME
     rows: list[Row] = list(read_jsonl(done)) if done.is_file() else []
@@ -224,8 +223,8 @@ def _known_rows(config: EvalConfig) -> dict[tuple[str, str], Row]:
     return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
 
 
-def _key(question: Question) -> tuple[str, str]:
-    return question.sample.source, question.sample.id
+def _key(question: Question) -> Key:
+    return question.sample.source, question.sample.id, question.sample.repeat
 
 
 def _ask(
@@ -244,14 +243,13 @@ def _ask(
     return [_row(policy, question, look, config.mode) for question, look in zip(part, looks, strict=True)]
 
 
-def _row(policy: Policy, question: Question, look: Look | ImageError, mode: Mode) -> Row:
+def _row(policy: Policy, question: Question, look: Look | Refusal, mode: Mode) -> Row:
     """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
     from visrl.evaluate.detection import published_hit
-    from visrl.evolve.rollout import Look
+    from visrl.evolve.rollout import Look, failure
 
     if not isinstance(look, Look):
-        failed = f"picture: {look}"
-        row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failed)
+        row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failure(look))
         return row if question.truth is None else row | {"hit_published": None}
     looked = mode not in ("no_box", "no_crop")
     row = result_row(

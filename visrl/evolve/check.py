@@ -69,7 +69,7 @@ def measure_critic(
         other = _another_answer(samples, number)
         if other is not None:
             asked.append((sample, _tried(sample, 1, box, other)))
-        apart = sample.box and random_box_apart(sample.box, sample.box, seed_of(seed, sample.id, "check"))
+        apart = sample.box and random_box_apart(sample.box, sample.box, seed_of(seed, *sample.place, "check"))
         if apart is not None:
             asked.append((sample, _tried(sample, 2, apart, sample.answer)))
     verdicts = critic.judge([sample for sample, _ in asked], [tried for _, tried in asked])
@@ -77,8 +77,8 @@ def measure_critic(
     tally.count(map(critic_failure, verdicts))
     if tally.is_hopeless():
         raise tally.refuse("nothing was written")
-    known = {sample.id for sample in samples if sample.box is not None}
-    true_boxes = [v.box_score for v in verdicts if v.branch == 0 and v.sample_id in known]
+    known = {sample.place for sample in samples if sample.box is not None}
+    true_boxes = [v.box_score for v in verdicts if v.branch == 0 and v.place in known]
     return {
         "critic": critic.name,
         "questions": len(samples),
@@ -133,7 +133,7 @@ def _answers(verdicts: Sequence[Verdict], branch: int) -> list[float | None]:
 
 
 def _tried(sample: Sample, branch: int, box: Box, answer: str) -> Trajectory:
-    return Trajectory(sample.id, 0, branch, "", box, "sampled", answer, "check", 0)
+    return Trajectory(sample.id, 0, branch, "", box, "sampled", answer, "check", 0, None, sample.repeat)
 
 
 def _another_answer(samples: Sequence[Sample], number: int) -> str | None:

@@ -55,10 +55,10 @@ class SceneOracle:
         return [self._judge(*pair) for pair in zip(samples, trajectories, strict=True)]
 
     def _judge(self, sample: Sample, trajectory: Trajectory) -> Verdict:
-        key = (trajectory.sample_id, trajectory.round, trajectory.branch)
         if trajectory.box is None or trajectory.answer is None:
-            return Verdict(*key, None, None, trajectory.error or "nothing to judge")
-        return Verdict(*key, self.box_score(sample, trajectory.box), exact_match(trajectory.answer, [sample.answer]))
+            return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
+        box, answer = self.box_score(sample, trajectory.box), exact_match(trajectory.answer, [sample.answer])
+        return _verdict(trajectory, box, answer)
 
     def box_score(self, sample: Sample, box: Box) -> float:
         """How well the crop of `box` lets the question be answered, in [0, 1].
@@ -79,6 +79,10 @@ class SceneOracle:
         return _share(tag.content, window) * legible * (0.5 + 0.5 * _share(tag.box, window))
 
 
+def _verdict(tried: Trajectory, box: float | None, answer: float | None, raw: str = "") -> Verdict:
+    return Verdict(tried.sample_id, tried.round, tried.branch, box, answer, raw, tried.repeat)
+
+
 def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
     """The share of `part` that lies inside `window`."""
     width = min(part[2], window[2]) - max(part[0], window[0])
@@ -88,7 +92,7 @@ def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
 
 # --- Models as critics ------------------------------------------------------------------------------------------------
 
-Key = tuple[str, ...]  # what is judged: the same crop or answer of the same question is asked about once a batch
+Key = tuple[str | int, ...]  # what is judged: the same crop or answer of the same question is asked about once a batch
 
 
 @dataclass(slots=True)
@@ -169,13 +173,12 @@ class ModelCritic:
         return opinions
 
     def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[Key, Opinion]) -> Verdict:
-        key = (trajectory.sample_id, trajectory.round, trajectory.branch)
         if trajectory.box is None or trajectory.answer is None:
-            return Verdict(*key, None, None, trajectory.error or "nothing to judge")
+            return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
         box_key, answer_key = _keys(sample, trajectory.box, trajectory.answer)
         box, answer = opinions.get(box_key), opinions[answer_key]
         raw = {"box": box and _told(box), "answer": _told(answer)}
-        return Verdict(*key, box.score if box else None, answer.score, json.dumps(raw, ensure_ascii=False))
+        return _verdict(trajectory, box.score if box else None, answer.score, json.dumps(raw, ensure_ascii=False))
 
 
 def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
@@ -219,7 +222,7 @@ def _read_raw(raw: str) -> dict[str, dict[str, list[str]] | None] | None:
 
 def _keys(sample: Sample, box: Box, answer: str) -> tuple[Key, Key]:
     corners = ",".join(f"{value:.6f}" for value in box.as_list())
-    return (sample.id, "box", corners), (sample.id, "answer", answer)
+    return (*sample.place, "box", corners), (*sample.place, "answer", answer)
 
 
 def _about(prompt: str, view: View) -> Conversation:

@@ -16,7 +16,7 @@ from visrl.data.sources import hash_source
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
 from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
-from visrl.records import Record, RecordError, Trajectory, Verdict, read_records, write_records
+from visrl.records import Place, Record, RecordError, Trajectory, Verdict, read_records, write_records
 
 PREFERENCES, PAGE = "preferences.jsonl", "pairs.html"
 GOOD_IOU = 0.5  # the paper's table calls a box positive above this IoU with the true one
@@ -80,7 +80,7 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     }
     done = claim_folder(config.output_dir, identity)
     with_boxes = read_questions(**source, with_box=True)
-    truth = {sample.id: sample.box for sample in with_boxes if sample.box is not None}
+    truth = {sample.place: sample.box for sample in with_boxes if sample.box is not None}
     # What becomes a preference has never seen a true box.
     samples = [replace(sample, box=None) for sample in with_boxes]
     result = make_pairs(samples, _all(Trajectory, files[0]), _all(Verdict, files[1]), config.filter_settings())
@@ -100,7 +100,7 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     return counts
 
 
-def count_pairs(result: Filtered, truth: dict[str, Box]) -> dict[str, Any]:
+def count_pairs(result: Filtered, truth: dict[Place, Box]) -> dict[str, Any]:
     """Questions, kept pairs, drops by reason, and how the kept boxes stand to the true ones where those are known."""
     return {
         "questions": result.questions,
@@ -110,10 +110,10 @@ def count_pairs(result: Filtered, truth: dict[str, Box]) -> dict[str, Any]:
     }
 
 
-def count_kinds(pairs: Sequence[Pair], truth: dict[str, Box]) -> dict[str, int]:
+def count_kinds(pairs: Sequence[Pair], truth: dict[Place, Box]) -> dict[str, int]:
     """How many pairs are WP-LP, WP-LN, WN-LP and WN-LN; empty where no true box of a pair is known."""
-    known = [pair for pair in pairs if pair.sample.id in truth]
-    counts = Counter(kind_of(pair, truth[pair.sample.id]) for pair in known)
+    known = [pair for pair in pairs if pair.sample.place in truth]
+    counts = Counter(kind_of(pair, truth[pair.sample.place]) for pair in known)
     return {kind: counts[kind] for kind in KINDS} if known else {}
 
 

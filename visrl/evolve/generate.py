@@ -152,8 +152,7 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: P
                 said = sound_verdicts
                 verdicts.append(said)
             else:
-                by_id = {sample.id: sample for sample in part}
-                said = play.critic.judge([by_id[t.sample_id] for t in rolled], rolled)
+                said = play.critic.judge([sample for sample in part for _ in range(per_sample)], rolled)
                 verdicts.append(said)
             counts.update(count_trajectories(rolled))
             counts.update(count_verdicts(said))
@@ -182,17 +181,12 @@ def read_questions(
     """The samples of a data set (see `visrl.data.sources`), `skip` passed by and at most `limit` taken.
 
     Raises:
-        RecordError: none, or two with one id: their trajectories could not be told apart.
+        RecordError: none.
     """
     samples = read_samples(dataset, with_box=with_box, dataset_dir=dataset_dir, image_root=image_root)
     chosen = samples[skip : None if limit is None else skip + limit]
     if not chosen:
         raise RecordError(f"{dataset} has {len(samples)} samples, and skip_samples={skip} leaves none")
-    twice = [name for name, count in Counter(sample.id for sample in chosen).items() if count > 1]
-    if twice:
-        raise RecordError(
-            f"{dataset}: {len(twice)} ids stand for several samples, {twice[0]!r} first; give each its own"
-        )
     return chosen
 
 
@@ -337,8 +331,8 @@ def _line_ends(lines: BinaryIO, count: int) -> Iterator[int]:
 
 
 def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], per_sample: int) -> None:
-    wanted = [sample.id for sample in part for _ in range(per_sample)]
-    found = [trajectory.sample_id for trajectory in rolled]
+    wanted = [sample.place for sample in part for _ in range(per_sample)]
+    found = [trajectory.place for trajectory in rolled]
     if found != wanted:
         raise RecordError(f"{path} holds trajectories of other questions; remove it or give another output folder")
 

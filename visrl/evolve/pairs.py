@@ -12,7 +12,7 @@ from itertools import groupby, zip_longest
 from typing import Literal
 
 from visrl.prompts import answer_prompt, focus_prompt
-from visrl.records import Picture, Preference, RecordError, Sample, Trajectory, Verdict
+from visrl.records import Picture, Place, Preference, RecordError, Sample, Trajectory, Verdict
 
 Rule = Literal["paper", "released"]
 Judged = tuple[Trajectory, Verdict]
@@ -82,32 +82,33 @@ def make_pairs(
     Raises:
         RecordError: a trajectory without its verdict, a question twice, or one that is not among the samples.
     """
-    waiting = {sample.id: sample for sample in samples}
+    waiting = {sample.place: sample for sample in samples}
     result = Filtered()
-    for name, judged in groupby(_matched(trajectories, verdicts), key=lambda pair: pair[0].sample_id):
-        if name not in waiting:
+    for place, judged in groupby(_matched(trajectories, verdicts), key=lambda pair: pair[0].place):
+        if place not in waiting:
             raise RecordError(
-                f"question {name!r} has trajectories in two places, or is not in the data set; give each shard once, "
-                "and the dataset that was generated from"
+                f"question {place[0]!r} has trajectories in two places, or is not in the data set; give each shard "
+                "once, and the dataset that was generated from"
             )
-        _settle(result, waiting.pop(name), list(judged), settings)
+        _settle(result, waiting.pop(place), list(judged), settings)
     result.missed += [Miss(sample, "not_generated", ()) for sample in waiting.values()]
     return result
 
 
 def _matched(trajectories: Iterable[Trajectory], verdicts: Iterable[Verdict]) -> Iterator[Judged]:
     for trajectory, verdict in zip_longest(trajectories, verdicts):
-        if trajectory is None or verdict is None or _place(trajectory) != _place(verdict):
-            one = _place(trajectory or verdict)
+        if trajectory is None or verdict is None or _turn(trajectory) != _turn(verdict):
+            one = trajectory or verdict
             raise RecordError(
-                f"trajectories and verdicts differ from question {one[0]!r}, round {one[1]}, branch {one[2]} on; "
+                f"trajectories and verdicts differ from question {one.sample_id!r}, round {one.round}, branch "
+                f"{one.branch} on; "
                 "let `visrl generate` finish, and join both files of the shards in the same order"
             )
         yield trajectory, verdict
 
 
-def _place(record: Trajectory | Verdict) -> tuple[str, int, int]:
-    return record.sample_id, record.round, record.branch
+def _turn(record: Trajectory | Verdict) -> tuple[Place, int, int]:
+    return record.place, record.round, record.branch
 
 
 def _settle(result: Filtered, sample: Sample, judged: list[Judged], settings: FilterSettings) -> None:

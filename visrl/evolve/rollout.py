@@ -7,7 +7,7 @@ text is a reply: a wrong one. What a model thinks aloud is no part of one. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from visrl.conversation import (
     Completion,
     Conversation,
     Engine,
+    PromptError,
     Sampling,
     View,
     crop_view,
@@ -28,11 +29,13 @@ from visrl.conversation import (
 from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.images import ImageError
 from visrl.protocols import VISRL, LookProtocol
-from visrl.records import Origin, Picture, Sample, Trajectory
+from visrl.records import Origin, Picture, Place, Sample, Trajectory
 from visrl.replies import spoken
 
 MAX_BOX_TOKENS = VISRL.box_tokens
 MAX_ANSWER_TOKENS = VISRL.answer_tokens
+
+Refusal = ImageError | PromptError  # why a question cannot be asked
 
 
 class Policy(Engine, Protocol):
@@ -97,19 +100,41 @@ def look_at(policy: Policy, question: str, whole: View, completion: Completion) 
         return Look(question, whole, text, None, f"box: {error}{cut}")
 
 
+def begin(
+    policy: Policy, sample: Sample, ask: Callable[[str, View], Conversation], root: str | Path | None = None
+) -> tuple[View, Conversation] | Refusal:
+    """The picture of a question and the conversation that `ask` opens about it; or the error in their place, where the
+    picture cannot be used or the question not be put to the model."""
+    try:
+        whole = open_view(Picture(sample.image, size=sample.size), root)
+        policy.processed_size(whole.size)
+        return whole, ask(sample.question, whole)
+    except (ImageError, PromptError) as error:
+        return error
+
+
+def failure(refused: Refusal) -> str:
+    """What the record of a question says that could not be asked."""
+    return f"{'picture' if isinstance(refused, ImageError) else 'prompt'}: {refused}"
+
+
 def answer_all(
     policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule, protocol: LookProtocol = VISRL
 ) -> None:
     """Answer every look that has a box, from the crop of that box; fills in `answer` or `error`."""
-    ready = [look for look in looks if look.box is not None]
-    talks: list[Conversation] = []
     answer = protocol.answer
     assert answer is not None  # a protocol that asks for boxes only has nothing to answer
-    for look in ready:
+    ready: list[tuple[Look, Conversation]] = []
+    for look in looks:
+        if look.box is None:
+            continue
         look.detail = crop_view(look.whole, Picture(look.whole.key, look.box), crop_rule)
-        talks.append(answer(look.question, look.whole, look.text, look.detail))
-    answers = policy.complete(talks, sampling, [[look.seed] for look in ready])
-    for look, (completion,) in zip(ready, answers, strict=True):
+        try:
+            ready.append((look, answer(look.question, look.whole, look.text, look.detail)))
+        except PromptError as error:  # what the policy wrote may hold anything
+            look.error = failure(error)
+    answers = policy.complete([talk for _, talk in ready], sampling, [[look.seed] for look, _ in ready])
+    for (look, _), (completion,) in zip(ready, answers, strict=True):
         hear(look, completion)
 
 
@@ -128,47 +153,44 @@ def roll_out(
     when or with which others it is asked.
     """
     policy.forget()  # what a batch computes, and how much it keeps, shall depend on its members alone
-    trajectories: dict[str, list[Trajectory]] = {sample.id: [] for sample in samples}
-    opened: list[tuple[Sample, View]] = []
-    for sample in samples:
-        try:
-            opened.append((sample, open_view(Picture(sample.image, size=sample.size), root)))
-        except ImageError as error:
-            trajectories[sample.id] = [
-                _failed(sample, r, b, policy.name, f"picture: {error}") for r, b in _branches(settings)
-            ]
-    talks = [focus_conversation(sample.question, whole) for sample, whole in opened]
-    seeds = [[seed_of(settings.seed, s.id, r, b, "box") for r, b in _branches(settings)] for s, _ in opened]
+    branches = [(r, b) for r in range(settings.rounds) for b in (0, 1)]
+    starts = [begin(policy, sample, focus_conversation, root) for sample in samples]
+    opened = [(sample, *start) for sample, start in zip(samples, starts, strict=True) if isinstance(start, tuple)]
+    seeds = [[seed_of(settings.seed, *sample.place, r, b, "box") for r, b in branches] for sample, _, _ in opened]
     sampling = Sampling(settings.temperature, settings.top_p, MAX_BOX_TOKENS)
-    completions = policy.complete(talks, sampling, seeds)
+    completions = policy.complete([talk for _, _, talk in opened], sampling, seeds)
     looks: list[list[Look]] = []
-    for (sample, whole), drawn in zip(opened, completions, strict=True):
+    for (sample, whole, _), drawn in zip(opened, completions, strict=True):
         own = [look_at(policy, sample.question, whole, completion) for completion in drawn]
         if settings.diversity:
             for r in range(settings.rounds):
-                _diversify(policy, own[2 * r], own[2 * r + 1], settings, sample.id, r)
-        for look, (r, b) in zip(own, _branches(settings), strict=True):
-            look.seed = seed_of(settings.seed, sample.id, r, b, "answer")
+                _diversify(policy, own[2 * r], own[2 * r + 1], settings, sample.place, r)
+        for look, (r, b) in zip(own, branches, strict=True):
+            look.seed = seed_of(settings.seed, *sample.place, r, b, "answer")
         looks.append(own)
     sampling = Sampling(settings.temperature, settings.top_p, MAX_ANSWER_TOKENS)
     answer_all(policy, [look for own in looks for look in own], sampling, settings.crop_rule)
-    for (sample, _), own in zip(opened, looks, strict=True):
-        trajectories[sample.id] = [
+    rolled = iter(looks)
+    trajectories: list[Trajectory] = []
+    for sample, start in zip(samples, starts, strict=True):
+        if not isinstance(start, tuple):
+            trajectories += [_failed(sample, r, b, policy.name, failure(start)) for r, b in branches]
+            continue
+        trajectories += [
             Trajectory(
-                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error
+                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error,
+                sample.repeat,
             )
-            for look, (r, b) in zip(own, _branches(settings), strict=True)
-        ]
-    return [trajectory for sample in samples for trajectory in trajectories[sample.id]]
+            for look, (r, b) in zip(next(rolled), branches, strict=True)
+        ]  # fmt: skip
+    return trajectories
 
 
-def _diversify(
-    policy: Policy, first: Look, second: Look, settings: RolloutSettings, sample_id: str, round_: int
-) -> None:
+def _diversify(policy: Policy, first: Look, second: Look, settings: RolloutSettings, place: Place, round_: int) -> None:
     """Replace the second box of a round where it says the same as the first; its text comes from the codec, too."""
     if first.box is None or second.box is None or not needs_replacing(first.box, second.box, settings.trigger):
         return
-    box = random_box_apart(first.box, second.box, seed_of(settings.seed, sample_id, round_, 1, "random"))
+    box = random_box_apart(first.box, second.box, seed_of(settings.seed, *place, round_, 1, "random"))
     second.origin = "random"
     if box is None:
         second.box, second.text, second.error = None, "", "no_room"
@@ -181,9 +203,5 @@ def _diversify(
         second.box, second.error = None, f"no_room: {error}"
 
 
-def _branches(settings: RolloutSettings) -> list[tuple[int, int]]:
-    return [(r, b) for r in range(settings.rounds) for b in (0, 1)]
-
-
 def _failed(sample: Sample, round_: int, branch: int, engine: str, error: str) -> Trajectory:
-    return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, error)
+    return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, error, sample.repeat)

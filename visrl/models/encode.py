@@ -17,16 +17,12 @@ from PIL import Image
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
-from visrl.conversation import Conversation, View
+from visrl.conversation import Conversation, PromptError, View
 from visrl.models.families import Family, Grid, Pictures, family_of
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 
 CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
-
-
-class PromptError(ValueError):
-    """A text that cannot be put before a model, such as one that holds the model's control tokens."""
 
 
 @dataclass(frozen=True, slots=True)

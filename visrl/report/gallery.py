@@ -134,7 +134,7 @@ def _exhibit(stages: Sequence[Answered], rule: CropRule, root: str | None, name:
     ]
     described = [_described(look, box) for look, box in zip(looks, boxes, strict=True)]
     return Exhibit(
-        id=name,
+        id=str(rows[0]["id"]),
         kind=rows[0].get("kind") or rows[0].get("dataset") or "",
         question=question,
         answer=str(rows[0].get("answer", "")),

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from visrl.box import Box, iou
 from visrl.images import ImageError, open_image
-from visrl.records import write_text
+from visrl.records import place_name, write_text
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
 from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
 from visrl.report.html import render_page
 
 if TYPE_CHECKING:
     from visrl.evolve.pairs import Filtered, Judged
-    from visrl.records import Sample
+    from visrl.records import Place, Sample
 
 WINNER_COLOUR, LOSER_COLOUR = LAST_COLOUR, FIRST_COLOUR
 
@@ -46,18 +46,22 @@ class Card:
     tries: list[Try]
 
 
-def write_page(path: Path, result: Filtered, truth: dict[str, Box], count: int, root: str | None = None) -> None:
+def write_page(path: Path, result: Filtered, truth: dict[Place, Box], count: int, root: str | None = None) -> None:
     """Write one self-contained page of `count` kept and `count` dropped questions, drawn by the hash of their ids."""
-    kept = {pair.sample.id: (pair.sample, "", (pair.winner, pair.loser), ("winner", "loser")) for pair in result.pairs}
+    kept = {
+        place_name(pair.sample.place): (pair.sample, "", (pair.winner, pair.loser), ("winner", "loser"))
+        for pair in result.pairs
+    }
     dropped = {
-        miss.sample.id: (miss.sample, miss.reason, miss.tries, ("best", "worst")) for miss in result.missed
-    }  # fmt: skip
+        place_name(miss.sample.place): (miss.sample, miss.reason, miss.tries, ("best", "worst"))
+        for miss in result.missed
+    }
     page = render_page(
         "pairs.html",
         questions=result.questions,
-        kept=[_card(*kept[name], truth.get(name), root) for name in draw_lot(kept, count)],
+        kept=[_card(*kept[name], truth.get(kept[name][0].place), root) for name in draw_lot(kept, count)],
         kept_count=result.kept,
-        dropped=[_card(*dropped[name], truth.get(name), root) for name in draw_lot(dropped, count)],
+        dropped=[_card(*dropped[name], truth.get(dropped[name][0].place), root) for name in draw_lot(dropped, count)],
         reasons=result.dropped.most_common(),
         colours={"winner": WINNER_COLOUR, "loser": LOSER_COLOUR, "true": TRUE_COLOUR},
         truth_known=bool(truth),

@@ -14,11 +14,11 @@ from typing import Any
 
 from visrl.box import CropRule
 from visrl.evaluate.results import NAME as RESULTS
-from visrl.evaluate.results import SCORES, key_of, read_results
+from visrl.evaluate.results import SCORES, dataset_of, read_results
 from visrl.evaluate.statistics import interval
 from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
-from visrl.records import Verdict, from_json
+from visrl.records import Verdict, from_json, place_name, place_of
 from visrl.report.files import ReportError, Row, read_object, read_rows
 
 MEASURES = {
@@ -57,7 +57,7 @@ Scores = dict[str, Score]  # by measure; a measure that does not apply is absent
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A checkpoint that was evaluated. `rows` are its answers by question id, empty where the file is not there."""
+    """A checkpoint that was evaluated. `rows` are its answers by question, empty where the file is not there."""
 
     name: str
     iteration: int
@@ -207,7 +207,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
         scores = _scores(entry) if entry else measure_rows(rows)
         by_kind = entry.get("by_kind", {}) if entry else _by_kind(rows)
         count = entry["n"] if entry else len(rows)
-        stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {row["id"]: row for row in rows}))
+        stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {_name(row): row for row in rows}))
     return stages
 
 
@@ -215,6 +215,11 @@ def _stage_files(folder: Path) -> dict[tuple[int, str], Path]:
     """The answers of the evaluated checkpoints of a loop, by iteration (-1 before the first) and stage."""
     found = {path: _STAGE_FILE.fullmatch(path.stem) for path in folder.glob("eval/*.jsonl")}
     return {(int(match[1] or -1), match[2]): path for path, match in found.items() if match}
+
+
+def _name(row: Row) -> str:
+    """What tells a question from the others of its run: its id, and where several rows have that, which of them."""
+    return place_name(place_of(str(row["id"]), row.get("repeat", 0)))
 
 
 def _by_kind(rows: Sequence[Row]) -> dict[str, Row]:
@@ -282,7 +287,7 @@ def _tally(folder: Path) -> dict[str, Any]:
     tries = tries or []
     judged = count_verdicts(from_json(Verdict, row) for row in verdicts or [])
     return {
-        "questions": len({row["sample_id"] for row in tries}),
+        "questions": len({(row["sample_id"], row.get("repeat")) for row in tries}),
         "kept": None if preferences is None else len({row["id"] for row in preferences}),
         "tries": len(tries),
         "random_boxes": sum(row["origin"] == "random" for row in tries),
@@ -318,8 +323,9 @@ def _answers(path: Path) -> tuple[dict[str, Row], str]:
     """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
     rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
     right_by = next((column for column in RIGHT_BY if any(row.get(column) is not None for row in rows)), RIGHT_BY[0])
-    return {" ".join(key_of(row)): row | {"correct": (row.get(right_by) or 0) >= 0.5 if right_by == "judge"
-                                          else row.get(right_by) == 1} for row in rows}, right_by  # fmt: skip
+    enough = 0.5 if right_by == "judge" else 1
+    named = {" ".join(part for part in (dataset_of(row), _name(row)) if part): row for row in rows}
+    return {name: row | {"correct": (row.get(right_by) or 0) >= enough} for name, row in named.items()}, right_by
 
 
 def _natural(text: str) -> list[str | int]:

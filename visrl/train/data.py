@@ -27,7 +27,7 @@ from visrl.conversation import (
 )
 from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.models.encode import Encoder
-from visrl.records import Picture, Preference, RecordError, Sample
+from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
 from visrl.train.items import Item, Role, Row
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ class SftSamples(Dataset[Item]):
 
 
 class Preferences(Dataset[Item]):
-    """Preference rows grouped into items: both rows of a question share a step.
+    """Preference rows grouped into items: both rows of a question, which follow each other in the file (`belongs_to`),
+    share a step.
 
     With `mismatched` (KTO) each row also holds a response of the next item that has a row of its step: by turns the
     chosen and the rejected one, as both kinds are outputs of the data.
@@ -188,14 +189,19 @@ class Preferences(Dataset[Item]):
         root: str | Path | None = None,
         mismatched: bool = False,
     ) -> None:
-        groups: dict[str, list[Preference]] = {}
+        items: list[list[Preference]] = []
         for preference in preferences:
-            if stage == 2 or preference.step == "box":
-                groups.setdefault(preference.id, []).append(preference)
+            if items and belongs_to(items[-1], preference):
+                items[-1].append(preference)
+            else:
+                items.append([preference])
+        # Numbered before anything is left out: an item's name says which it is, whoever else has its id.
+        named = ((f"item {n}, {item[0].id}", item) for n, item in enumerate(items, start=1))
+        wanted = ((name, [one for one in item if stage == 2 or one.step == "box"]) for name, item in named)
         self.mismatched = mismatched
         self.encoder = encoder
         self.root = root
-        self.groups = list(groups.items())
+        self.groups = [(name, item) for name, item in wanted if item]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -206,7 +212,7 @@ class Preferences(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         name, preferences = self.groups[index]
-        rows = [preference_row(self.encoder, preference, self.root) for preference in preferences]
+        rows = [preference_row(self.encoder, preference, self.root, name) for preference in preferences]
         if self.mismatched:
             rows = [self._with_mismatched(index, row) for row in rows]
         return Item(name, tuple(rows))
@@ -247,11 +253,14 @@ def part_of(dataset: Items, members: Sequence[int]) -> Items:
     return part
 
 
-def preference_row(encoder: Encoder, preference: Preference, root: str | Path | None = None) -> Row:
-    """The row of one preference: its prompt and pictures with the chosen and the rejected response."""
+def preference_row(
+    encoder: Encoder, preference: Preference, root: str | Path | None = None, item: str | None = None
+) -> Row:
+    """The row of one preference: its prompt and pictures with the chosen and the rejected response. `item` is the name
+    of its item where it belongs to a data set, whose ids may repeat."""
     whole_picture, *details = preference.images
     whole = open_view(whole_picture, root)
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
     talk = Conversation((*preference.context, Message("user", preference.prompt)), tuple(views))
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
-    return Row(f"{preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
+    return Row(f"{item or preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)

@@ -26,7 +26,7 @@ from visrl.train.processes import dealt, gathered, whole_weights
 
 def reference_key(parts: dict[str, Any]) -> str:
     """The key of a cache: a hash over what `parts` says of weights, rows, pictures and settings, and over versions."""
-    everything = {**parts, "versions": package_versions(PACKAGES)}
+    everything = {**parts, "names": "by place", "versions": package_versions(PACKAGES)}
     return hashlib.blake2b(json.dumps(everything, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -66,7 +66,10 @@ def reference_logps(
             if features is not None:
                 features.fill(batch.packed, device)
             sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
-            logps.update({f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)})
+            named = {f"{b.row}/{b.role}": value for b, value in zip(batch.branches, sums, strict=True)}
+            assert len(named) == len(sums), "two responses of one name"
+            assert not named.keys() & logps.keys(), "two responses of one name"
+            logps |= named
     logps = gathered(logps)
     if state.is_main_process:
         write_text(cache, json.dumps({"key": key, "logps": logps}))

@@ -110,7 +110,7 @@ def train_here(config: TrainConfig) -> None:
     if arguments.process_index == 0:
         claim_folder(out, identity)
     say(_told(config, arguments, dataset, validation))
-    reference = {}
+    reference = None
     if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
         items: list[Any] = [part for part in (dataset, validation) if part is not None]
         shown = hash_pictures((picture for part in items for picture in part.pictures()), config.image_root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
 from visrl.models.modes import evaluating
-from visrl.records import Sample
+from visrl.records import RecordError, Sample
 from visrl.train import losses
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
@@ -34,7 +34,8 @@ AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over
 class VisrlTrainer(Trainer):
     """Feeds packed batches through the model's own forward and a pure loss; the loop is transformers'.
 
-    `validation` are items on which the loss is evaluated, `rollouts` samples on which the policy is.
+    `validation` are items on which the loss is evaluated, `rollouts` samples on which the policy is. `reference` holds
+    the log-probabilities of the reference by row and role; None where the loss asks for none.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss normalises over the whole accumulated batch
@@ -53,7 +54,7 @@ class VisrlTrainer(Trainer):
         super().__init__(eval_dataset=validation or list(rollouts) or None, **kwargs)
         self.visrl_config = visrl_config
         self.encoder = encoder
-        self.reference = reference or {}
+        self.reference = reference
         self.features = features
         self.validation = validation
         self.rollouts = rollouts
@@ -135,9 +136,7 @@ class VisrlTrainer(Trainer):
         """Weighted loss of every row, to be divided by items."""
         config, device = self.visrl_config, logps.sums.device
         chosen, rejected = select(batch.branches, "chosen", device), select(batch.branches, "rejected", device)
-        reference = torch.tensor(
-            [self.reference.get(f"{b.row}/{b.role}", 0.0) for b in batch.branches], device=device, dtype=torch.float32
-        )
+        reference = torch.tensor(reference_of(batch.branches, self.reference), device=device, dtype=torch.float32)
         scale = logps.counts if config.pref_loss in AVERAGED else torch.ones_like(logps.counts)
         policy, reference = logps.sums / scale, reference / scale
         rows = [batch.branches[n] for n in chosen.tolist()]
@@ -244,6 +243,21 @@ class Watched:
             name: sum(sums.get(name, 0.0) for sums, _ in parts) / sum(counts.get(name, 0) for _, counts in parts)
             for name in names
         }
+
+
+def reference_of(branches: Sequence[Branch], reference: Mapping[str, float] | None) -> list[float]:
+    """The reference log-probability of each branch, by row and role; zeros for a loss that asks for no reference.
+
+    Raises:
+        RecordError: one is not known. It is never taken for 0, which would say that the reference is certain.
+    """
+    if reference is None:
+        return [0.0] * len(branches)
+    names = [f"{branch.row}/{branch.role}" for branch in branches]
+    missing = next((name for name in names if name not in reference), None)
+    if missing is not None:
+        raise RecordError(f"no reference log-probability of {missing}; remove reference.json and start again")
+    return [reference[name] for name in names]
 
 
 def preference_loss(
