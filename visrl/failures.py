@@ -1,7 +1,7 @@
 """When a run is no success: too large a share of what it asked for failed. One rule for every verb that asks models.
 
 A failure is what the software, a server or a file did not give: no reply, no picture. A reply that is wrong, a box that
-cannot be read, or a control for which there is no true box is a result.
+cannot be read, a control for which there is no true box, or a row that this model cannot be shown is a result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_FAILED = 0.1  # the default of the key `max_failed`: the share that may fail in a run that counts as a success
-_RESULTS = ("box", "no_room", "control")  # first words of errors that are results (see evolve/rollout.py)
+_RESULTS = ("box", "no_room", "control", "prompt")  # first words of errors that are results (see evolve/rollout.py)
 
 
 class FailedRun(RuntimeError):
