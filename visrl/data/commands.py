@@ -109,6 +109,9 @@ def convert(
         print(f"left out {summary.left_out:,} by --skip and --take")
     for path, count in summary.written.items():
         print(f"wrote {count:,} rows to {path}")
+    if summary.picture_folder is not None:
+        folder = summary.picture_folder
+        print(f"wrote {summary.pictures:,} pictures to {folder}; the rows name them from {folder.parent} (image_root)")
     for line in told_notes(summary.notes):
         print(line)
     if summary.bad:

@@ -17,9 +17,10 @@ from typing import Any
 
 from visrl.box import Size
 from visrl.codecs import BoxSpace
-from visrl.data.hf import ParquetWriter, read_hf
+from visrl.data.hf import ParquetWriter, is_hf, read_hf
 from visrl.data.info import Entry, find_entry
 from visrl.data.native import parse_visrl, pool_row, visrl_row
+from visrl.data.picture_files import PictureFiles
 from visrl.data.refcoco import parse_refcoco, refcoco_row
 from visrl.data.rows import Parse, Row, RowFault, Writer, parsed_row, read_rows
 from visrl.data.sharegpt import parse_sharegpt, read_sharegpt
@@ -78,6 +79,8 @@ class Summary:
     left_out: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)  # what good rows hold and records have no place for
+    pictures: int = 0  # written as files
+    picture_folder: Path | None = None
 
 
 def read_format(name: str, path: str, reading: Reading) -> Iterator[Row]:
@@ -156,7 +159,7 @@ def convert(
     same = source == target and target != "hf"  # parquet has typed columns, which a bad row may not fit
     like = find_entry(inputs[0], reading.dataset) if source == target == "sharegpt" else None
     to_row = _target_row(target, reading.sizes, box_space)
-    files = _Files(Path(out), target, validation, seed)
+    files = _Files(Path(out), target, validation, seed, pictures=any(map(is_hf, inputs)) or source == "hf")
     summary = Summary()
     with files:
         rows = _selected(source, inputs, reading, selection or Selection(), summary, progress)
@@ -172,6 +175,8 @@ def convert(
                 files.list_bad(path, row, error.fault, str(error), summary)
     files.describe(box_space, like)
     summary.written = files.counts()
+    if files.pictures is not None and files.pictures.count:
+        summary.pictures, summary.picture_folder = files.pictures.count, files.pictures.folder
     return summary
 
 
@@ -293,12 +298,14 @@ def _image(row: Row) -> str:
 class _Files:
     """The output, its validation part, and the list of bad rows."""
 
-    def __init__(self, out: Path, target: str, validation: float, seed: int) -> None:
+    def __init__(self, out: Path, target: str, validation: float, seed: int, pictures: bool) -> None:
         self.out, self.target, self.validation, self.seed = out, target, validation, seed
         self.bad_path = Path(f"{out}.bad.jsonl")
         self.outs = [out, out.with_name(f"{out.stem}.val{out.suffix}")] if validation else [out]
         self.reply_columns: set[str] = set()
         self.bad: Writer | None = None
+        # Pictures in the rows of a parquet file become files; those in the data URLs of other rows stay as they stood.
+        self.pictures = PictureFiles(out) if pictures else None
 
     def __enter__(self) -> _Files:
         self.writers: list[Writer | ParquetWriter] = []
@@ -308,6 +315,8 @@ class _Files:
                 writer: Writer | ParquetWriter = ParquetWriter(path) if self.target == "hf" else Writer(path)
                 self.writers.append(writer)
                 stack.push(writer)
+            if self.pictures is not None:
+                stack.enter_context(self.pictures)
             self.stack = stack.pop_all()
         return self
 
@@ -320,13 +329,18 @@ class _Files:
         if self.target == "sharegpt" and isinstance(raw, dict):
             self.reply_columns |= {"chosen", "rejected", "chosen_step", "rejected_step", "weight"} & set(raw)
         second = self.validation > 0 and share_of(self.seed, image) < self.validation
-        self.writers[second].write(raw)
+        self.writers[second].write(self._placed(raw))
+
+    def _placed(self, raw: Any) -> Any:
+        return raw if self.pictures is None else self.pictures.placed(raw)
 
     def list_bad(self, path: str, row: Row, fault: str, reason: str, summary: Summary) -> None:
         if self.bad is None:
             self.bad = self.stack.enter_context(Writer(self.bad_path))
         summary.bad[fault] += 1
-        self.bad.write({"file": path, "row": row.number, "fault": fault, "reason": reason, "raw": row.raw})
+        self.bad.write(
+            {"file": path, "row": row.number, "fault": fault, "reason": reason, "raw": self._placed(row.raw)}
+        )
 
     def describe(self, box_space: BoxSpace, like: Entry | None) -> None:
         """Name the files in `dataset_info.json`; a copy is described as its original is, or as little."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.data.native import parse_visrl
-from visrl.data.rows import Parsed, Row, RowFault, parsed_row
+from visrl.data.rows import Parsed, Row, RowFault, json_value, parsed_row
 from visrl.data.sizes import Sizes, with_size
 from visrl.records import RecordError
 
@@ -118,21 +118,22 @@ def _as_ours(values: dict[str, Any], theirs: dict[str, str]) -> tuple[dict[str, 
             what = f"holds {len(image)} pictures; a sample is about one" if image else "holds no picture"
             raise RowFault("several_pictures" if image else "no_picture", f"{theirs['image']!r} {what}")
         raw["image"] = image[0]
+    own = {name: value for name, value in values.items() if name not in theirs.values() and value is not None}
     if isinstance(raw.get("answer"), (list, dict)):
         answers = _answers(raw["answer"], theirs["answer"])
+        own |= {theirs["answer"]: raw["answer"]} if len(answers) > 1 else {}
         raw["answer"] = Counter(answers).most_common(1)[0][0]  # in the order they were seen where equally frequent
         notes += [_VOTED] * (len(set(answers)) > 1)
-    own = {name: value for name, value in values.items() if name not in theirs.values() and value is not None}
     pictures = [name for name, value in own.items() if "data:image/" in str(value)[:200]]
     notes += [f"the column {name!r} holds pictures of its own and is passed by" for name in pictures]
     kept = {name: value for name, value in own.items() if name not in pictures}
     if isinstance(raw.get("raw"), str):
         try:
-            raw["raw"] = json.loads(raw["raw"])
-        except (ValueError, RecursionError) as error:
+            raw["raw"] = json_value(raw["raw"])
+        except ValueError as error:
             raise RowFault("unparseable", f"{theirs['raw']!r} is not JSON: {error}") from error
     elif "raw" not in raw and kept:
-        raw["raw"] = kept | ({"answers": values[theirs["answer"]]} if notes[:1] == [_VOTED] else {})
+        raw["raw"] = kept
     return raw, tuple(notes)
 
 

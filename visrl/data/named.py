@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from visrl.data.info import INFO, Entry, find_entry, read_info
+from visrl.data.hf import read_hf
+from visrl.data.info import INFO, find_entry, read_info
 from visrl.data.rows import Row, told_notes
 from visrl.data.sharegpt import read_sharegpt
 from visrl.data.sizes import Sizes
@@ -57,19 +58,21 @@ def named_samples(
         VisrlWarning: some rows cannot be read; how many, and the first reason.
     """
     answered: list[Sample] = []
-    boxes: dict[tuple[str, str], Sample] = {}  # round 1: where to look, and no answer
+    boxes: dict[tuple[str, str], list[Sample]] = {}  # round 1: where to look, and no answer
     for record in _records(name, folder, images):
         if not isinstance(record, Sample):
             raise RecordError(f"{name} holds preferences; warm-up needs questions with boxes and answers")
         if record.answer:
             answered.append(record)
         else:
-            boxes.setdefault((record.image, record.question), record)
+            boxes.setdefault((record.image, record.question), []).append(record)
     samples = []
     for record in answered:
-        of_round_1 = boxes.pop((record.image, record.question), None)
-        samples.append(replace(record, box=record.box or of_round_1.box) if of_round_1 else record)
-    return samples + list(boxes.values())
+        of_round_1 = boxes.get((record.image, record.question))
+        samples.append(replace(record, box=record.box or of_round_1.pop(0).box) if of_round_1 else record)
+        if of_round_1 and record.box:
+            of_round_1.pop(0)
+    return samples + [record for alike in boxes.values() for record in alike]
 
 
 def named_preferences(
@@ -87,45 +90,57 @@ def named_preferences(
     return preferences
 
 
+def hf_samples(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> list[Sample]:
+    """The samples of a parquet file, or of a folder that `datasets` saved.
+
+    Raises, warns: as `named_samples`.
+    """
+    rows = read_hf(path, sizes=Sizes(images=images))
+    return [record for record in _taken(rows, path, f"--from hf {path}") if isinstance(record, Sample)]
+
+
 def _records(
     name: str, folder: str | os.PathLike[str], images: str | os.PathLike[str] | None
 ) -> Iterator[Sample | Preference]:
-    parts = [part.strip() for part in name.split(",")]
-    found = 0
-    for entry in [find_entry(folder, part) for part in parts]:
-        good, bad = 0, Counter[str]()
-        first = Row(0, None)
-        notes = Counter[str]()
-        for row in read_sharegpt(entry, Sizes(images=images)):
-            good += not row.fault
-            notes.update(row.notes)
-            if row.fault:
-                first = first if bad else row
-                bad[row.fault] += 1
-            yield from row.records
-        found += good
-        _tell(entry, good, bad, first, notes, alone=len(parts) == 1)
+    entries = [find_entry(folder, part.strip()) for part in name.split(",")]
+    found = False
+    for entry in entries:
+        rows = read_sharegpt(entry, Sizes(images=images))
+        options = f"--from sharegpt --dataset {entry.name} {entry.path.parent}"
+        for record in _taken(rows, entry.path, options, beside=entry.name if len(entries) > 1 else ""):
+            found = True
+            yield record
     if not found:
-        raise RecordError(f"{name}: none of these data sets holds a question about a picture")
+        raise RecordError(f"{name}: no question about a picture is in it")
 
 
-def _tell(entry: Entry, good: int, bad: Counter[str], first: Row, notes: Counter[str], alone: bool) -> None:
-    """Say what of a data set is left out, and why.
+def _taken(
+    rows: Iterable[Row], path: str | os.PathLike[str], options: str, beside: str = ""
+) -> Iterator[Sample | Preference]:
+    """The records of good rows; what of the others and of columns is left out is said at the end, in warnings.
+
+    `beside` is the name of a set that is used together with others: where it holds no picture at all it is left out.
 
     Raises:
-        RecordError: nothing of it can be read; but a set of texts alone, beside others, is left out with a warning.
+        RecordError: no row can be read.
     """
+    good, bad, first = 0, Counter[str](), Row(0, None)
+    notes = Counter[str]()
+    for row in rows:
+        good += not row.fault
+        notes.update(row.notes)
+        if row.fault:
+            first = first if bad else row
+            bad[row.fault] += 1
+        yield from row.records
     for line in told_notes(notes):
-        warnings.warn(f"{entry.path}: {line}", VisrlWarning, stacklevel=4)
-    if not bad:
-        return
-    if not good and not alone and set(bad) == {"no_picture"}:
-        what = f"{entry.name} is left out: none of its {bad.total():,} rows has a picture"
-        warnings.warn(what, VisrlWarning, stacklevel=4)
-        return
-    share = f"{bad.total():,} of {good + bad.total():,} rows cannot be read"
-    what = f"{entry.path}: {share}; row {first.number}: {first.reason}"
-    if not good:
-        raise RecordError(what)
-    lists = f"`visrl data check --from sharegpt --dataset {entry.name} {entry.path.parent}` lists them all"
-    warnings.warn(f"{what} ({lists})", VisrlWarning, stacklevel=4)
+        warnings.warn(f"{path}: {line}", VisrlWarning, stacklevel=4)
+    if beside and not good and set(bad) == {"no_picture"}:
+        left_out = f"{beside} is left out: none of its {bad.total():,} rows has a picture"
+        warnings.warn(left_out, VisrlWarning, stacklevel=4)
+    elif bad:
+        share = f"{bad.total():,} of {good + bad.total():,} rows cannot be read"
+        what = f"{path}: {share}; row {first.number}: {first.reason}"
+        if not good:
+            raise RecordError(what)
+        warnings.warn(f"{what} (`visrl data check {options}` lists them all)", VisrlWarning, stacklevel=4)

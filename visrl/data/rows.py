@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from visrl.records import Preference, RecordError, Sample, json_line
 
 CHUNK = 1 << 20  # characters read at a time from a JSON list
 MAX_ROW = 1 << 24  # characters: a row longer than this is taken for damage, not read into memory
+
+MAX_DEPTH = 200  # lists and objects in each other; what works on rows may call itself twice for each
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # a whole string, so that brackets in it do not count
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_DEEP = f"it is nested too deeply: more than {MAX_DEPTH} lists and objects in each other"
 
 # Faults that are a row's form; "inverted", "outside" and "empty" are a box's.
 _BOX_TEXT_FAULTS = {"no_box", "count", "not_a_number", "more_than_one"}
@@ -141,23 +147,43 @@ def _line_value(line: str) -> Any:
     try:
         if not line.isascii():
             line.encode()
-        return _DECODER.decode(line)
-    except (ValueError, RecursionError):  # UnicodeEncodeError and JSONDecodeError are ValueErrors
+        return json_value(line)
+    except ValueError:  # UnicodeEncodeError and JSONDecodeError are ValueErrors
         return BadLine(line.rstrip("\n"))
+
+
+def json_value(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than `MAX_DEPTH`.
+    """
+    if _is_deep(text):
+        raise ValueError(_DEEP)
+    return _DECODER.decode(text)
+
+
+def _is_deep(text: str) -> bool:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth += _STEPS.get(found[0], 0)
+        if depth > MAX_DEPTH:
+            return True
+    return False
 
 
 def _why_not_json(line: str) -> str:
     try:
         line.encode()
-        json.loads(line)
+        json_value(line)
     except UnicodeEncodeError:
         return "the line is not UTF-8"
     except json.JSONDecodeError as error:
         return f"the line is not JSON: {error.msg} at character {error.pos + 1}"
     except ValueError as error:
         return f"the line is not JSON: {error}"
-    except RecursionError:
-        return "the line is not JSON: it is nested too deeply"
     return "the line is not JSON"
 
 
@@ -178,7 +204,7 @@ def _list_items(file: IO[str], path: str) -> Iterator[Any]:
             number += 1
         if text[place + 1 :].strip() or file.read(CHUNK).strip():
             raise ValueError("something follows the end of the list")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise RecordError(f"{path}, row {number}: {what}; nothing from here on can be read: mend the file") from error
 
@@ -203,15 +229,31 @@ def _next_value(file: IO[str], text: str, place: int) -> tuple[Any, str, int]:
             value, end = _DECODER.raw_decode(text, place)
             # What follows a number may be more of it: `1` of `1.5`.
             if end < len(text) and (not isinstance(value, (int, float)) or text[end] in " \t\r\n,]"):
-                return value, text, end
+                row = text[place:end]
+                return (BadLine(row) if _is_deep(row) else value), text, end
         except json.JSONDecodeError as error:
             problem = error
+        except RecursionError:
+            whole = _end_of(text, place)
+            if whole is not None:
+                return BadLine(text[place:whole]), text, whole
+            problem = json.JSONDecodeError(_DEEP, "", 0)
         if len(text) - place > MAX_ROW:
             raise problem or ValueError(f"a row of more than {MAX_ROW:,} characters")
         more = file.read(max(CHUNK, len(text) - place))
         if not more:
             raise problem or ValueError("the list has no end")
         text, place = text[place:] + more, 0
+
+
+def _end_of(text: str, place: int) -> int | None:
+    """Where the list or object that starts at `place` ends, found without reading what is in it."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, place):
+        depth += _STEPS.get(found[0], 0)
+        if depth == 0:
+            return found.end()
+    return None
 
 
 class Writer:

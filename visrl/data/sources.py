@@ -2,7 +2,8 @@
 
 `scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS:KIND,KIND/START+COUNT`
 those of at most TAGS tags with questions of these kinds alone, either part left out where it does not matter; a name in
-`dataset_dir/dataset_info.json` is that data set; anything else is a path to JSONL records.
+`dataset_dir/dataset_info.json` is that data set; a parquet file, or a folder that `datasets` saved, is read by its
+columns; anything else is a path to JSONL records.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast, get_args
 
+from visrl.data.convert import Reading, other_format
+from visrl.data.hf import is_hf
 from visrl.data.info import find_entry
-from visrl.data.named import check_names, is_named, named_preferences, named_samples
+from visrl.data.named import check_names, hf_samples, is_named, named_preferences, named_samples
 from visrl.data.native import parse_visrl
-from visrl.data.rows import read_rows
+from visrl.data.rows import Row, read_rows
 from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
+from visrl.data.sizes import Sizes, with_size
 from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample
 
@@ -41,13 +45,15 @@ def read_samples(
         return _drawn_samples(spec, with_box)
     if is_named(spec, dataset_dir):
         return told_apart(named_samples(spec, dataset_dir, image_root))
+    if is_hf(spec):
+        return told_apart(hf_samples(spec, image_root))
     if not Path(spec).is_file():
         check_names(spec, dataset_dir)
         raise RecordError(
-            f"no data {spec!r}: give a JSONL file of samples, a name in {dataset_dir}/dataset_info.json, "
+            f"no data {spec!r}: give a JSONL or parquet file of samples, a name in {dataset_dir}/dataset_info.json, "
             "or scenes:POOL/START+COUNT"
         )
-    return told_apart(_own_records(Sample, spec))
+    return told_apart(_own_records(Sample, spec, image_root))
 
 
 def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
@@ -90,16 +96,20 @@ def read_preferences(spec: str, *, dataset_dir: str = "data", image_root: str | 
     """
     if is_named(spec, dataset_dir):
         return named_preferences(spec, dataset_dir, image_root)
+    if is_hf(spec):
+        raise RecordError(
+            f"{spec} is parquet, which holds samples; preferences are read as JSONL or as a named data set"
+        )
     if not Path(spec).is_file():
         check_names(spec, dataset_dir)
         raise RecordError(
             f"no data {spec!r}: give the preferences.jsonl of `visrl filter`, or a name in "
             f"{dataset_dir}/dataset_info.json"
         )
-    return _own_records(Preference, spec)
+    return _own_records(Preference, spec, image_root)
 
 
-def _own_records(kind: type[Kept], path: str) -> list[Kept]:
+def _own_records(kind: type[Kept], path: str, image_root: str | None) -> list[Kept]:
     """The records of a file of ours, by the reader of `visrl data check`: what it calls good is taken.
 
     Raises:
@@ -107,7 +117,8 @@ def _own_records(kind: type[Kept], path: str) -> list[Kept]:
     """
     records: list[Kept] = []
     first, bad = "", 0
-    for row in read_rows(path, parse_visrl):
+    sizes = Sizes(images=image_root)
+    for row in read_rows(path, lambda raw, number: parse_visrl(with_size(raw, sizes), number)):
         fault = row.reason
         for record in row.records:
             if isinstance(record, kind):
@@ -115,12 +126,21 @@ def _own_records(kind: type[Kept], path: str) -> list[Kept]:
             else:
                 fault = f"it is a {type(record).__name__}, and {kind.__name__}s are wanted here"
         if fault:
-            first = first or f"{path}, row {row.number}: not a {kind.__name__}: {fault}"
+            first = first or f"{path}, row {row.number}: not a {kind.__name__}: {fault}{_hint(row, path)}"
             bad += 1
     if bad:
         more = f"; so are {bad - 1:,} more (`visrl data check --from visrl {path}` counts them all)" if bad > 1 else ""
         raise RecordError(f"{first}{more}")
     return records
+
+
+def _hint(row: Row, path: str) -> str:
+    """What to do with a file whose first bad row is understood under another format."""
+    other = other_format(row.raw, "visrl", path, Reading()) if row.fault else None
+    if other is None:
+        return ""
+    name = ", or name it in dataset_info.json" if other == "sharegpt" else ""
+    return f"; it has the keys of {other}: `visrl data convert --from {other} --to visrl {path} OUT.jsonl`{name}"
 
 
 def hash_source(spec: str, dataset_dir: str = "data") -> str:
@@ -132,4 +152,5 @@ def hash_source(spec: str, dataset_dir: str = "data") -> str:
         files = [find_entry(dataset_dir, part.strip()).path for part in spec.split(",")]
     else:
         files = [Path(spec)]
-    return hash_files(*files) if all(file.is_file() for file in files) else spec
+    known = all(file.is_file() or is_hf(file) for file in files)
+    return hash_files(*files) if known else spec
