@@ -146,6 +146,30 @@ PREFERENCE = {
     "rejected": "y",
     "weight": 0.5,
 }
+GROUNDING_ROW = {
+    "messages": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "<image>Find the <ref-object>"},
+        {"role": "assistant", "content": "<bbox>"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "x"},
+    ],
+    "images": ["cot/gqa/0.jpg"],
+    "objects": {"ref": ["dog"], "bbox": [[0.1, 0.1, 0.5, 0.5]], "bbox_type": "norm1", "image_id": [0]},
+}
+SWIFT_RANKING = {"messages": GROUNDING_ROW["messages"][3:], "images": "a.jpg", "rejected_response": "y", "weight": 0.5}
+OTHER_TOOLS = [
+    GROUNDING_ROW,
+    SWIFT_RANKING,
+    {"messages": SWIFT_RANKING["messages"], "image": "a.jpg", "rejected_messages": SWIFT_RANKING["messages"]},
+    {"query": "q", "response": "r", "history": [["<image>a", "b"]], "system": "s", "images": ["a.jpg"]},
+    {"id": 3, "image": "a.jpg", "conversations": [said("<image>\nq", "human"), said("x")], "width": 9, "height": 9},
+    {"conversation": [{"human": "<image>q", "assistant": "x"}], "images": ["a.jpg"], "label": 3, "tools": ""},
+    STEP_ROW | {"conversations": [said("<image>a", "human"), said("b"), said("c", "human")]},
+]
+ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "h", "images": "images"}
+ALPACA = Entry("t", None, False, ALPACA_COLUMNS, formatting="alpaca")  # type: ignore[arg-type]
+ALPACA_ROW = {"instruction": "<image>q", "input": "i", "output": "o", "h": [["a", "b"]], "images": ["a.jpg"]}
 PARSERS = [
     (lambda raw, number: parse_viscot(raw, number, SIZES), viscot(0, *good_boxes(1)[0])),
     (parse_meta, meta(1, [[1, 2, 30, 40], [5, 5, 50, 50.5]], (100, 80))),
@@ -156,6 +180,8 @@ PARSERS = [
     (parse_visrl, PREFERENCE),
     (lambda raw, number: parse_sharegpt(raw, number, RANKING, SIZES, "image"), STEP_ROW),
     (lambda raw, number: parse_sharegpt(raw, number, SFT, SIZES, "padded_square"), SFT_ROW),
+    *((lambda raw, number: parse_sharegpt(raw, number, SFT, SIZES, "image"), row) for row in OTHER_TOOLS),
+    (lambda raw, number: parse_sharegpt(raw, number, ALPACA, SIZES, "image"), ALPACA_ROW),
 ]
 STRANGE = [
     None, True, 0, -1, 10**40, 1e300, float("nan"), float("inf"), "", "x", "[0.1, 0.2]", "\ud800", [], {}, [[]], [None],
