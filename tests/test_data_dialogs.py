@@ -434,3 +434,23 @@ def test_a_question_is_kept_to_the_letter(tmp_path):
     turns = [f"<image>\n{question} {SENTENCE}" for question in ("Who is it? ", "Who?\n")]
     raw = [{"images": ["a.jpg"], "conversations": told(turn, "[0.1, 0.1, 0.3, 0.3]")} for turn in turns]
     assert [row.records[0].question for row in rows_of(tmp_path, *raw, box_space="image")] == ["Who is it? ", "Who?\n"]
+
+
+def test_pictures_of_a_named_set_are_looked_for_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "data" / "shown").mkdir(parents=True)
+    Image.new("RGB", (200, 100)).save(tmp_path / "data" / "shown" / "a.png")
+    rows = [grounding([[20, 10, 60, 50]]) | {"images": ["shown/a.png"]}, RANKED | {"images": ["shown/a.png"]}]
+    sets = {}
+    for name, row in zip(("sft", "rl"), rows, strict=True):
+        write_lines(tmp_path / "data" / f"{name}.jsonl", [row])
+        columns = {"messages": "messages" if name == "sft" else "conversations"}
+        sets[name] = {"file_name": f"{name}.jsonl", "formatting": "sharegpt", "columns": columns}
+    sets["rl"] |= {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    sets["sft"]["tags"] = tags
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(sets))
+    monkeypatch.chdir(tmp_path)
+    (sample,) = named_samples("sft", "data")
+    assert (sample.image, sample.box.x1) == ("data/shown/a.png", 0.3)
+    assert named_preferences("rl", "data")[0].images[0].ref == "data/shown/a.png"
+    assert named_samples("sft", "data", tmp_path / "data")[0].image == "shown/a.png"

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from visrl.data.hf import read_hf
@@ -14,6 +15,7 @@ from visrl.data.info import INFO, find_entry, read_info
 from visrl.data.rows import Row, told_notes
 from visrl.data.sharegpt import read_sharegpt
 from visrl.data.sizes import Sizes
+from visrl.images import names_file, picture_path
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
 
 
@@ -95,8 +97,10 @@ def hf_samples(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
 
     Raises, warns: as `named_samples`.
     """
-    rows = read_hf(path, sizes=Sizes(images=images))
-    return [record for record in _taken(rows, path, f"--from hf {path}") if isinstance(record, Sample)]
+    folder = Path(path).parent
+    rows = read_hf(path, sizes=Sizes(images=images or folder))
+    records = _placed(_taken(rows, path, f"--from hf {path}"), folder, images)
+    return [record for record in records if isinstance(record, Sample)]
 
 
 def _records(
@@ -105,13 +109,35 @@ def _records(
     entries = [find_entry(folder, part.strip()) for part in name.split(",")]
     found = False
     for entry in entries:
-        rows = read_sharegpt(entry, Sizes(images=images))
+        rows = read_sharegpt(entry, Sizes(images=images or folder))
         options = f"--from sharegpt --dataset {entry.name} {entry.path.parent}"
-        for record in _taken(rows, entry.path, options, beside=entry.name if len(entries) > 1 else ""):
+        beside = entry.name if len(entries) > 1 else ""
+        for record in _placed(_taken(rows, entry.path, options, beside), folder, images):
             found = True
             yield record
     if not found:
         raise RecordError(f"{name}: no question about a picture is in it")
+
+
+def _placed(
+    records: Iterable[Sample | Preference], folder: str | os.PathLike[str], images: str | os.PathLike[str] | None
+) -> Iterator[Sample | Preference]:
+    """The records with their pictures looked for beside the data where no folder of pictures is given, and none lies at
+    the path as it stands: other tools name pictures from the folder of the data set."""
+    if images is not None:
+        yield from records
+        return
+
+    @lru_cache(maxsize=10_000)
+    def found(ref: str) -> str:
+        beside = picture_path(ref, folder) if names_file(ref) and picture_path(ref) is None else None
+        return ref if beside is None else str(beside)
+
+    for record in records:
+        if isinstance(record, Sample):
+            yield replace(record, image=found(record.image))
+        else:
+            yield replace(record, images=tuple(replace(each, ref=found(each.ref)) for each in record.images))
 
 
 def _taken(
