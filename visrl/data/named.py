@@ -130,7 +130,7 @@ def _placed(
 
     @lru_cache(maxsize=10_000)
     def found(ref: str) -> str:
-        beside = picture_path(ref, folder) if names_file(ref) and picture_path(ref) is None else None
+        beside = picture_path(ref, Path(folder)) if names_file(ref) and picture_path(ref) is None else None
         return ref if beside is None else str(beside)
 
     for record in records:
