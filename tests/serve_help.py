@@ -26,6 +26,7 @@ from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend, Batcher, Loaded, OnToken
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
+from visrl.serve.runner import http_config
 
 NAME = "known"
 
@@ -130,9 +131,7 @@ def two_steps(conversation: Conversation) -> str:
 def serving(backend: Backend, metrics: Metrics, wait: bool = True, **settings: Any) -> Iterator[str]:
     """The address of a real server with this backend."""
     app = create_app(backend, Settings(**{"name": NAME} | settings), metrics)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="warning", lifespan="off", timeout_graceful_shutdown=PATIENCE_S)
-    )
+    server = uvicorn.Server(http_config(app, port=0, timeout_graceful_shutdown=PATIENCE_S))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     backend.start()
     thread.start()

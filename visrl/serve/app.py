@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from visrl.conversation import Conversation, Sampling, View
 from visrl.data.scenes import draw, make_scene, questions_of
 from visrl.engines.endpoint import data_url
 from visrl.serve.batching import Backend
+from visrl.serve.connections import Held
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.rows import Row
-from visrl.serve.safety import Application, Budget, Gate
+from visrl.serve.safety import HELD, Budget, Gate
 from visrl.serve.schemas import (
     FOCUS_SUFFIX,
     WHOLE_SUFFIX,
@@ -71,7 +72,7 @@ class Settings:
     created: int = 0
 
 
-def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: Opener | None = None) -> Application:
+def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: Opener | None = None) -> Gate:
     """The whole application, behind its gate. `opener` is to be closed by who made it; by default there is one."""
     # The generated documentation pages load scripts from elsewhere; docs/SERVING.md is the documentation.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -139,9 +140,7 @@ class _Server:
         return Response(await self.scenes.one(), media_type="application/json")
 
     async def chat(self, request: Request) -> Response:
-        body = await request.body()
-        given = (body, self.settings.limits, self.backend.is_passed_on)
-        asked = read_request(*given) if len(body) < SHORT_BODY else await asyncio.to_thread(read_request, *given)
+        asked = await self._read(request)
         name = self.settings.name
         if asked.model.removesuffix(asked.suffix) != name:
             known = f"{name}, {name}{FOCUS_SUFFIX} and {name}{WHOLE_SUFFIX}"
@@ -152,10 +151,16 @@ class _Server:
             to_question(asked)  # refused before any work is done
         if asked.stream:
             return await self._begin_stream(asked, request)
-        choices = await self._timely(self._answer(asked, None), request)
+        choices = await self._timely(self._answer(asked, None, request.scope[HELD]), request)
         if choices is None:
             return Response(status_code=499)  # nobody is there to read it
-        return JSONResponse(Reply.begin(asked.model).whole(choices))
+        return await _whole_reply(Reply.begin(asked.model), choices)
+
+    async def _read(self, request: Request) -> ChatRequest:
+        # Not by `request.body()`, which would keep the bytes as long as the request.
+        body = (await request.receive())["body"]
+        given = (body, self.settings.limits, self.backend.is_passed_on)
+        return read_request(*given) if len(body) < SHORT_BODY else await asyncio.to_thread(read_request, *given)
 
     async def _timely(self, work: Coroutine[Any, Any, list[Choice]], request: Request) -> list[Choice] | None:
         """The result of `work`, or None where the client left first, which cancels it.
@@ -178,15 +183,21 @@ class _Server:
             # The places it holds are given back before the next request is looked at.
             await asyncio.gather(task, left, return_exceptions=True)
 
-    async def _answer(self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any]] | None) -> list[Choice]:
-        """All choices of a request; `chunks` is told of their parts as they come."""
+    async def _answer(
+        self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any]] | None, kept: Held
+    ) -> list[Choice]:
+        """All choices of a request; `chunks` is told of their parts as they come.
+
+        `kept` counts the bytes of the body, until its pictures are open, and those of the crops until they are sent.
+        """
         with ExitStack() as held:
             views = await self.opener.open(asked.pictures())
+            kept.free()
             distinct = {view.key: view.image for view in views}.values()
             held.enter_context(self.pixels.hold(sum(image.width * image.height for image in distinct)))
             conversation = to_conversation(asked, views)
             jobs = [
-                asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks))
+                asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks, kept))
                 for index, seed in enumerate(asked.seeds())
             ]
             try:
@@ -206,6 +217,7 @@ class _Server:
         index: int,
         seed: int,
         chunks: asyncio.Queue[dict[str, Any]] | None,
+        kept: Held,
     ) -> Choice:
         sent, first = 0, {"role": "assistant"}
 
@@ -214,6 +226,10 @@ class _Server:
             if chunks is not None:
                 delta, first = first | delta, {}
                 chunks.put_nowait({"index": index, "delta": delta, "finish_reason": finish_reason})
+
+        def tell_focus(focus: dict[str, Any]) -> None:
+            kept.add(len(focus["crop"]))
+            tell({"focus": focus})
 
         def tell_text(text: str) -> None:
             nonlocal sent
@@ -233,9 +249,9 @@ class _Server:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], row)
         elif asked.suffix:
             question = to_question(asked)
-            choice = await answer_with_focus(
-                self.backend, question, views[0], row, lambda focus: tell({"focus": focus})
-            )
+            choice = await answer_with_focus(self.backend, question, views[0], row, tell_focus)
+            if chunks is not None:
+                choice = replace(choice, focus=None)  # it is told, and kept no longer
         else:
             choice = await answer_plainly(self.backend, row)
         tell_text(choice.text)
@@ -261,20 +277,20 @@ class _Server:
         begun = False
         reply = Reply.begin(asked.model)
         chunks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        work = asyncio.ensure_future(self._timely(self._answer(asked, chunks), request))
+        work = asyncio.ensure_future(self._timely(self._answer(asked, chunks, request.scope[HELD]), request))
         try:
             while True:
                 waiting = asyncio.ensure_future(chunks.get())
                 await asyncio.wait({waiting, work}, return_when="FIRST_COMPLETED")
                 if waiting.done():
                     begun = True
-                    yield event(reply.chunk(**waiting.result()))
+                    yield await _event(reply, waiting.result())
                     continue
                 waiting.cancel()
                 break
             while not chunks.empty():
                 begun = True
-                yield event(reply.chunk(**chunks.get_nowait()))
+                yield await _event(reply, chunks.get_nowait())
             choices = await work
             if choices is None:
                 return
@@ -288,6 +304,27 @@ class _Server:
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
+
+
+async def _event(reply: Reply, chunk: dict[str, Any]) -> bytes:
+    """One piece of a streamed reply; one with a crop is large, and written in a thread."""
+    if "focus" in chunk["delta"]:
+        return await asyncio.to_thread(lambda: event(reply.chunk(**chunk)))
+    return event(reply.chunk(**chunk))
+
+
+async def _whole_reply(reply: Reply, choices: list[Choice]) -> Response:
+    """The reply to a request that does not stream; one with crops is written and sent choice by choice."""
+    if all(choice.focus is None for choice in choices):
+        return JSONResponse(reply.whole(choices))
+    pieces = await asyncio.to_thread(lambda: deque(reply.pieces(choices)))
+    length = sum(map(len, pieces))
+
+    async def sent() -> AsyncIterator[bytes]:
+        while pieces:
+            yield pieces.popleft()
+
+    return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": str(length)})
 
 
 class _Scenes:

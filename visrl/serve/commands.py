@@ -66,6 +66,8 @@ class ServeConfig(Config):
     max_tokens_limit: int = Field(4096, ge=1)
     max_choices: int = Field(16, ge=1)
     max_waiting: int = Field(512, ge=1)
+    max_connections: int = Field(512, ge=1)
+    """Beyond these the connection that keeps the server waiting longest makes room."""
     request_timeout_s: float = Field(120.0, gt=0)
 
     def with_environment(self, environment: Mapping[str, str]) -> ServeConfig:
@@ -102,6 +104,7 @@ class ServeConfig(Config):
             choices=self.max_choices,
             request_s=self.request_timeout_s,
             waiting_rows=self.max_waiting,
+            connections=self.max_connections,
         )
 
 

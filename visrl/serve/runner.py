@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import uvicorn
 
@@ -20,12 +21,13 @@ from visrl.conversation import Sampling
 from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend
 from visrl.serve.commands import SHUTDOWN_S, ServeConfig, make_backend
+from visrl.serve.connections import protocol_of
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, Opener
-from visrl.serve.safety import Application, is_local_name
+from visrl.serve.safety import Gate, is_local_name
 
-MOST_CONNECTIONS = 1024
 BACKLOG = 1024
+OWN_FILES = 512
 
 
 def run_server(config: ServeConfig) -> None:
@@ -42,6 +44,7 @@ def run_server(config: ServeConfig) -> None:
 
 
 def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
+    _allow_files(2 * config.max_connections)
     metrics = Metrics()
     backend = make_backend(config, metrics)
     settings = Settings(
@@ -68,6 +71,17 @@ def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
         raise ConfigError("the engine ended with an error of its own (see above), and the server with it")
     if backend.failure is not None:
         raise ConfigError(f"{config.model_name_or_path} cannot be served: {backend.failure}") from backend.failure
+
+
+def _allow_files(connections: int) -> None:
+    """Have this process open as many files as it may have connections, and some of its own."""
+    with suppress(ImportError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + OWN_FILES
+        if soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -114,18 +128,24 @@ def _signals_end_nothing_else() -> Iterator[None]:
             signal.signal(asked, handler)
 
 
-async def _serve(sockets: list[socket.socket], config: ServeConfig, app: Application, backend: Backend) -> None:
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-        )
-    )
+def http_config(app: Gate, **options: Any) -> uvicorn.Config:
+    """How the application is served; `options` are uvicorn's."""
+    given: dict[str, Any] = {
+        "http": protocol_of(app.connections),
+        "ws": "none",
+        "lifespan": "off",
+        "proxy_headers": False,  # a caller must not be able to pass for another
+        "log_level": "error",  # every stranger's malformed request would be a line
+        "access_log": False,
+        "server_header": False,
+        "limit_concurrency": 2 * app.limits.connections,  # a backstop: `Connections` makes room before
+        "timeout_graceful_shutdown": SHUTDOWN_S,
+    }
+    return uvicorn.Config(app, **given | options)  # type: ignore[arg-type]
+
+
+async def _serve(sockets: list[socket.socket], config: ServeConfig, app: Gate, backend: Backend) -> None:
+    server = uvicorn.Server(http_config(app))
     watch = asyncio.ensure_future(_watch(server, sockets, config, backend))
     try:
         await server.serve(sockets)

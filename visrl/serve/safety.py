@@ -11,9 +11,10 @@ import ipaddress
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from visrl.serve.connections import Connection, Connections, Held
 from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
 from visrl.serve.schemas import Limits
@@ -23,10 +24,12 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-BODY_S = 30.0  # how long a body may take to arrive
+PIECE = 65_536  # bytes of a reply handed over at once: the next only when these are on their way
+FRAMING = 10  # a body may come with its length over this more in the marks of its chunks
 OPEN_PATHS = {"/", "/health", "/page/page.js", "/page/page.css", "/page/icon.svg"}  # no key: nothing to steal there
 
 
+HELD = "visrl.held"  # where in a request's scope its `Held` is
 VALUE_MARKS = (b",", b"[", b"{")  # one stands before each value of a JSON text, and none in base64
 
 
@@ -68,7 +71,7 @@ class Gate:
         self.app, self.limits, self.metrics = app, limits, metrics
         self.key = api_key.encode() if api_key else None
         self.only_local_names = only_local_names
-        self.bodies = Budget(limits.held_bytes, "bytes")
+        self.connections = Connections(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -76,32 +79,31 @@ class Gate:
             return
         if scope["type"] != "http":  # no route speaks anything else; a refused handshake closes it
             return
-        start, status = time.monotonic(), 0
-
-        async def counting_send(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        start = time.monotonic()
+        connection = self.connections.of(scope)
+        held = Held(self.connections, connection)
+        sender = _Sender(send, connection, self.limits)
+        scope[HELD] = held
         self.metrics.begin()
+        connection.begin()
         try:
-            await self._admit(scope, receive, counting_send)
+            await self._admit(scope, receive, sender, connection, held)
         finally:
-            self.metrics.end(scope["path"], status, time.monotonic() - start)
+            held.free()
+            connection.end()
+            self.metrics.end(scope["path"], sender.status, time.monotonic() - start)
 
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with ExitStack() as held:
-            try:
-                receive = await self._check(scope, receive, held)
-            except RequestError as error:
-                await refuse(send, error)
-                return
-            except ClientLeft:
-                return
-            await self.app(scope, receive, send)
+    async def _admit(self, scope: Scope, receive: Receive, send: Send, connection: Connection, held: Held) -> None:
+        try:
+            receive = await self._check(scope, receive, connection, held)
+        except RequestError as error:
+            await refuse(send, error)
+            return
+        except ClientLeft:
+            return
+        await self.app(scope, receive, send)
 
-    async def _check(self, scope: Scope, receive: Receive, held: ExitStack) -> Receive:
+    async def _check(self, scope: Scope, receive: Receive, connection: Connection, held: Held) -> Receive:
         """What the application shall receive from, once caller and body are in order."""
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
         self._check_host(headers.get("host", b""))
@@ -110,11 +112,11 @@ class Gate:
         if scope["method"] != "POST":
             return receive
         size = self._check_body(headers)
-        held.enter_context(self.bodies.hold(size))
+        connection.waits_since = time.monotonic()
         try:
-            body = await asyncio.wait_for(self._read(receive, size), BODY_S)
-        except TimeoutError as error:
-            raise RequestError(408, f"the body took longer than {BODY_S:g} s") from error
+            body = await self._read(receive, size, connection, held)
+        finally:
+            connection.waits_since = None
         return _replay(body, receive)
 
     def _check_host(self, host: bytes) -> None:
@@ -141,17 +143,22 @@ class Gate:
             raise RequestError(413, f"the body is larger than the {self.limits.body_bytes:,} bytes allowed")
         return int(stated)
 
-    async def _read(self, receive: Receive, size: int) -> bytes:
-        """The body.
+    async def _read(self, receive: Receive, size: int, connection: Connection, held: Held) -> bytes:
+        """The body, held as it comes.
 
         Raises:
             ClientLeft: before it was whole.
-            RequestError: 413 where it is longer than it may be, 400 where it holds more values than a request has,
-                told as they come: reading and checking JSON costs time and memory for each of them.
+            RequestError: 408 where it comes too slowly, 413 where it is longer than it may be or comes in crumbs, 400
+                where it holds more values than a request has: JSON costs time and memory for each of them.
         """
         parts, length, values = [], 0, 0
+        start, framed = time.monotonic(), connection.received
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout(self._left(start, length)):
+                    message = await receive()
+            except TimeoutError as error:
+                raise RequestError(408, "the body comes too slowly") from error
             if message["type"] == "http.disconnect":
                 raise ClientLeft
             part = message.get("body", b"")
@@ -161,21 +168,62 @@ class Gate:
             values += sum(map(part.count, VALUE_MARKS))
             if values > self.limits.values:
                 raise RequestError(400, f"the body holds more than {self.limits.values:,} values")
+            if connection.received - framed > PIECE * 8 + length + length // FRAMING:
+                raise RequestError(413, "the body comes in chunks that are too small: their marks are more than it is")
+            held.add(len(part))
             parts.append(part)
             if not message.get("more_body"):
                 return b"".join(parts)
 
+    def _left(self, start: float, length: int) -> float:
+        """Seconds until the next part of a body must have come."""
+        limits = self.limits
+        return start + min(limits.body_s, limits.slow_body_s + length / limits.body_rate) - time.monotonic()
+
+
+class _Sender:
+    """A `send` that hands a reply over piece by piece, and ends the connection of who does not take them."""
+
+    def __init__(self, send: Send, connection: Connection, limits: Limits) -> None:
+        self._send, self._connection, self._limits = send, connection, limits
+        self._waited = 0.0
+        self.status = 0
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        body = message.get("body", b"")
+        if len(body) <= PIECE:
+            await self._hand_over(message)
+            return
+        more = message.get("more_body", False)
+        for start in range(0, len(body), PIECE):
+            end = start + PIECE
+            await self._hand_over(dict(message, body=body[start:end], more_body=more or end < len(body)))
+
+    async def _hand_over(self, message: MutableMapping[str, Any]) -> None:
+        start = time.monotonic()
+        # A reply is read within the time of a request, and never stands still for long.
+        patience = max(0.0, min(self._limits.write_s, self._limits.request_s - self._waited))
+        timer = asyncio.get_running_loop().call_later(patience, self._connection.abort)
+        self._connection.waits_since = start
+        try:
+            await self._send(message)
+        finally:
+            timer.cancel()
+            self._connection.waits_since = None
+            self._waited += time.monotonic() - start
+
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body once and then tells what the connection does."""
-    given = False
+    bodies = [body]  # emptied as it is given, so that it is kept no longer than who takes it keeps it
+    del body
 
     async def again() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        return await receive()
 
     return again
 
@@ -188,7 +236,7 @@ async def refuse(send: Send, error: RequestError) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(error.retry_after_s).encode()))
-    if error.status in (408, 413):
+    if error.status in (408, 413, 429):
         headers.append((b"connection", b"close"))  # what is left of the body shall not be read as a new request
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

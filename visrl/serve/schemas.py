@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -48,7 +48,13 @@ class Limits:
     stops: int = 8
     request_s: float = 120.0
     waiting_rows: int = 512
-    held_bytes: int = 400_000_000  # bodies of all requests in work
+    connections: int = 512
+    idle_s: float = 15.0  # how long a connection may be without a whole request
+    body_s: float = 30.0  # how long a body may take to arrive,
+    slow_body_s: float = 5.0  # of which so long, and a second for every
+    body_rate: int = 16_000  # bytes that came
+    write_s: float = 20.0  # how long a client may take no more of its reply
+    held_bytes: int = 400_000_000  # of bodies that came and replies that are not sent
     held_pixels: int = 250_000_000  # opened pictures of all requests in work: 750 MB
 
 
@@ -286,13 +292,16 @@ class Reply:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply to a request that does not stream."""
-        rows = []
-        for index, choice in enumerate(choices):
-            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-            if choice.focus is not None:
-                message["focus"] = choice.focus
-            rows.append({"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None})
+        rows = [_row(index, choice) for index, choice in enumerate(choices)]
         return self._head("chat.completion") | {"choices": rows, "usage": usage(choices)}
+
+    def pieces(self, choices: list[Choice]) -> Iterator[bytes]:
+        """`whole` as JSON, a choice at a time: all of it at once would lie in memory several times over."""
+        head = json.dumps(self._head("chat.completion") | {"usage": usage(choices)})
+        yield head[:-1].encode() + b', "choices": ['
+        for index, choice in enumerate(choices):
+            yield (", " if index else "").encode() + json.dumps(_row(index, choice)).encode()
+        yield b"]}"
 
     def chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         """One piece of one choice."""
@@ -302,6 +311,13 @@ class Reply:
     def last_chunk(self, choices: list[Choice]) -> dict[str, Any]:
         """The chunk with the usage, for who asked for it."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)}
+
+
+def _row(index: int, choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.focus is not None:
+        message["focus"] = choice.focus
+    return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}
 
 
 def usage(choices: list[Choice]) -> dict[str, int]:
