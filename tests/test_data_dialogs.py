@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from visrl.box import Box
 from visrl.cli import app
+from visrl.conversation import PromptError
 from visrl.data.convert import Reading, convert, read_format
 from visrl.data.named import named_preferences, named_samples
 from visrl.data.rows import json_items
@@ -338,6 +339,9 @@ def test_a_conversation_is_the_prompt_in_training(tmp_path):
     assert len(row.conversation.views) == 1
     rendered = encoder.render(row.conversation)
     assert rendered.index("Be brief.") < rendered.index("What hangs there?") < rendered.index("And the red one?")
+    encoder.chat_template = encoder.chat_template.replace("messages %}", "messages if message['role'] != 'system' %}")
+    with pytest.raises(PromptError, match="leaves out what the system says before the question: 'Be brief"):
+        preference_row(encoder, record_of(tmp_path, RANKED | {"system": "Be brief."}), tmp_path)
 
 
 # --- Entries of dataset_info.json -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from visrl.config import ConfigError
 from visrl.conversation import (
     Conversation,
     Message,
+    PromptError,
     View,
     answer_conversation,
     crop_view,
@@ -27,6 +28,7 @@ from visrl.conversation import (
 )
 from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.models.encode import Encoder
+from visrl.prompts import IMAGE
 from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
 from visrl.train.items import Item, Role, Row
 
@@ -262,5 +264,22 @@ def preference_row(
     whole = open_view(whole_picture, root)
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
     talk = Conversation((*preference.context, Message("user", preference.prompt)), tuple(views))
+    if preference.context:
+        _check_kept(encoder, talk)
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
     return Row(f"{item or preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
+
+
+def _check_kept(encoder: Encoder, talk: Conversation) -> None:
+    """That the model's chat template shows the whole conversation: some leave out system messages or earlier turns.
+
+    Raises:
+        PromptError: it does not; the message says what is left out.
+    """
+    shown = encoder.render(talk)
+    for message in talk.messages:
+        if any(part.strip() not in shown for part in message.text.split(IMAGE)):
+            raise PromptError(
+                f"the model's chat template leaves out what the {message.role} says before the question: "
+                f"{message.text[:60]!r}; take it out of the data, or train another model"
+            )
