@@ -26,8 +26,8 @@ from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
 from visrl.engines.local import LocalEngine
+from visrl.engines.opening import model_settings, open_encoder
 from visrl.evolve.rollout import RolloutSettings, roll_out
-from visrl.models.settings import ModelSettings
 from visrl.models.tiny import CHECKPOINT
 from visrl.models.tiny.make import make_tiny
 from visrl.records import Picture
@@ -58,7 +58,7 @@ def local(checkpoint: Path) -> LocalEngine:
 
 @pytest.fixture
 def endpoint(server: tuple[str, Metrics], local: LocalEngine) -> Iterator[EndpointEngine]:
-    engine = EndpointEngine(Endpoint((f"{server[0]}/v1",), "tiny", concurrency=16), local.codec, local.processed_size)
+    engine = EndpointEngine(Endpoint((f"{server[0]}/v1",), "tiny", concurrency=16), local.codec, local.encoder)
     engine.check()
     yield engine
     engine.close()
@@ -185,15 +185,21 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
-    config = ServeConfig(model_name_or_path="m", infer_backend="vllm", vllm_args=["--dtype", "bfloat16"])
-    command = vllm_command(config, ModelSettings(image_max_pixels=512 * 512), 8123)
-    assert command[:3] == ["vllm", "serve", "m"]
+    config = ServeConfig(
+        model_name_or_path=str(checkpoint), infer_backend="vllm", vllm_args=["--dtype", "bfloat16"],
+        image_max_pixels=512 * 512, crop_max_pixels=700 * 700,
+    )  # fmt: skip
+    encoder = open_encoder(config, model_settings(config))
+    command = vllm_command(config, encoder, 8123)
+    assert command[:3] == ["vllm", "serve", str(checkpoint)]
     assert command[command.index("--port") + 1] == "8123"
-    assert json.loads(command[command.index("--mm-processor-kwargs") + 1]) == {"max_pixels": 512 * 512}
+    told = json.loads(command[command.index("--mm-processor-kwargs") + 1])
+    # Both kinds of pictures pass between the limits: the server is told the larger of the two.
+    assert (set(told), told["size"]["longest_edge"]) == ({"size"}, 700 * 700)
     assert command[-2:] == ["--dtype", "bfloat16"]
     assert "--trust-remote-code" not in command
     with pytest.raises(ConfigError, match="visrl export"):
-        vllm_command(config.model_copy(update={"adapter_name_or_path": "a"}), ModelSettings(), 1)
+        open_encoder(config.model_copy(update={"adapter_name_or_path": "a"}), encoder.settings)
 
 
 @pytest.mark.slow

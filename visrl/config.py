@@ -13,6 +13,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from visrl.redact import without_secrets
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the key and the remedy."""
@@ -116,7 +118,7 @@ def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> A
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise ConfigError(f"{where}: {key} must be given") from error
-        raise ConfigError(f"{where}: {key}: {first['msg']} (got {first['input']!r})") from error
+        raise ConfigError(f"{where}: {key}: {first['msg']} (got {without_secrets(first['input'])!r})") from error
 
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +24,34 @@ USER_ERRORS = {
     "visrl.report.files": "ReportError",
     "visrl.train.processes": "ProcessError",
 }
+
+
+# How requests to a server are put, for verbs of the command line that take no config (see `RequestConfig`).
+MaxTokensKey = Annotated[
+    str | None, typer.Option(help="What the limit of tokens is called: max_tokens, or max_completion_tokens.")
+]
+OmitField = Annotated[
+    list[str] | None, typer.Option(help="Not sent, where a server refuses it: temperature, top_p, seed; may repeat.")
+]
+ExtraBody = Annotated[str | None, typer.Option(help="A JSON object that is added to every request.")]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option(help="The environment variable with the key; by default OPENAI_API_KEY.")
+]
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The JSON object in an option's text.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if value is not None and not isinstance(value, dict):
+        raise typer.BadParameter(f"{option} takes a JSON object like '{{\"top_k\": 1}}'")
+    return value
 
 
 class Verbs(TyperGroup):

@@ -7,39 +7,38 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
-from visrl.conversation import Completion, Conversation, Sampling, View
+from visrl.conversation import Completion, Conversation, Message, Sampling, View
 from visrl.engines.client import Ask, Client, Endpoint
 from visrl.prompts import IMAGE
 
+if TYPE_CHECKING:
+    from visrl.models.encode import Encoder
+
 OWNER = "visrl"  # what our own server names as the owner of its models
+TRIAL, TRIAL_SIDE, TRIAL_TOKENS = "Say one word.", 56, 16
 CROP_DETAIL = "low"  # how a crop is marked for our own server, which then keeps it under the crops' pixel limit
 
 
 class EndpointEngine:
     """An `Engine` over one or many servers.
 
-    `codec` and `processed_size` say how the served model writes boxes; `processed_size` maps a picture's size, and
-    whether it is a crop, to the size that the server's processor gives it (it matters only to families that write
-    absolute pixels).
+    `codec` says how the served model writes boxes. `encoder` is that of its checkpoint, where there is one here:
+    pictures are sent as its processor sizes them, so that no limit of a server's own comes between (a server has one
+    for all pictures, and a crop's is another than a whole one's).
     """
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        codec: Codec = CODECS["visrl"],
-        processed_size: Callable[[Size, bool], Size] = lambda size, is_crop: size,
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, codec: Codec = CODECS["visrl"], encoder: Encoder | None = None) -> None:
         self.client = Client(endpoint)
         self.name = f"endpoint:{endpoint.model}"
         self.codec = codec
-        self._processed_size = processed_size
+        self._encoder = encoder
         self._mark_crops = False
 
     def check(self) -> None:
@@ -49,11 +48,14 @@ class EndpointEngine:
             EndpointError: the first server that does not, with the remedy.
         """
         # Other servers read `detail` in their own ways (OpenAI's makes the picture small), so only ours is told.
-        self._mark_crops = self.client.check() == {OWNER}
+        owners = self.client.check()
+        self._mark_crops = owners == {OWNER}
+        if not self._mark_crops:  # ours has said by its list that it speaks the protocol, pictures and all
+            self.client.try_out(trial())
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the server's processor gives a picture of `size`."""
-        return self._processed_size(size, is_crop)
+        return self._encoder.processed_size(size, is_crop) if self._encoder else size
 
     def complete(
         self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]
@@ -65,8 +67,22 @@ class EndpointEngine:
         """
         if len(seeds) != len(conversations):
             raise ValueError(f"{len(conversations)} conversations but {len(seeds)} lists of seeds")
-        replies = iter(self.client.ask_all(self._asks(conversations, sampling, seeds)))
-        return [[next(replies) for _ in own] for own in seeds]
+        faults = [self._fault(conversation) for conversation in conversations]
+        sound = [(talk, own) for talk, own, fault in zip(conversations, seeds, faults, strict=True) if fault is None]
+        replies = iter(self.client.ask_all(self._asks(sound, sampling)))
+        return [
+            [next(replies) if fault is None else Completion(None, finish_reason="error", error=fault) for _ in own]
+            for own, fault in zip(seeds, faults, strict=True)
+        ]
+
+    def _fault(self, conversation: Conversation) -> str | None:
+        """Why a conversation cannot be put: a picture that the model's processor refuses."""
+        try:
+            for view in conversation.views:
+                self.processed_size(view.size, view.is_crop)
+        except ValueError as error:
+            return f"the model's processor refuses a picture: {error}"
+        return None
 
     def forget(self) -> None:
         """Nothing: what a server keeps is its own."""
@@ -74,16 +90,27 @@ class EndpointEngine:
     def close(self) -> None:
         self.client.close()
 
-    def _asks(
-        self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> Iterable[Ask]:
+    def _asks(self, conversations: Sequence[tuple[Conversation, Sequence[int]]], sampling: Sampling) -> Iterable[Ask]:
         urls: dict[str, str] = {}
-        for conversation, own in zip(conversations, seeds, strict=True):
+        for conversation, own in conversations:
             # The questions of one picture usually follow each other: what the last one encoded is used again.
-            urls = {view.key: urls.get(view.key) or data_url(view.image) for view in conversation.views}
+            urls = {view.key: urls.get(view.key) or sized_url(view, self._encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
                 yield Ask(messages, sampling, seed)
+
+
+def sized_url(view: View, encoder: Encoder | None) -> str:
+    """The picture of a view as a data URL, as the processor of `encoder` sizes it; as it is without one."""
+    return data_url(view.image if encoder is None else encoder.sized(view))
+
+
+def trial(with_picture: bool = True) -> Ask:
+    """A small question that any server of a model can answer, about a picture or about nothing."""
+    view = View("trial", Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "grey"))
+    text = f"{IMAGE}\n{TRIAL}" if with_picture else TRIAL
+    talk = Conversation((Message("user", text),), (view,) if with_picture else ())
+    return Ask(to_messages(talk, {view.key: data_url(view.image)}), Sampling(max_tokens=TRIAL_TOKENS), seed=0)
 
 
 def to_messages(conversation: Conversation, urls: dict[str, str], mark_crops: bool = False) -> list[dict[str, Any]]:

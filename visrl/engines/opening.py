@@ -1,52 +1,95 @@
-"""The policy that a config names: a checkpoint in this process, or a model behind OpenAI-compatible servers.
+"""ONE way to open a model: a checkpoint in this process, or one behind OpenAI-compatible servers, for every verb.
 
+Policy, critic, judge, server and `ask` open theirs here, so that pictures are sized, and boxes read, by one setting.
 The config imports no torch, so that it can be refused at once; engines are imported when they are opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from visrl.codecs import CODECS
 from visrl.config import Config, ConfigError, OneOrMore
+from visrl.engines.addresses import server_address
 from visrl.failures import MAX_FAILED
 from visrl.models.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from visrl.engines.client import Endpoint
     from visrl.engines.endpoint import EndpointEngine
+    from visrl.engines.local import LocalEngine
     from visrl.evolve.rollout import Policy
     from visrl.models.encode import Encoder
 
 
-class PolicyConfig(Config):
-    """The keys that say which model is asked, where it runs, and how patiently servers are treated."""
+def _addresses(urls: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(server_address, urls))
+
+
+ServerUrl = Annotated[str, AfterValidator(server_address)]
+ServerUrls = Annotated[OneOrMore[str], AfterValidator(_addresses)]
+
+
+class RequestConfig(Config):
+    """The keys that say how requests to one model's servers are put: the same for policy, critic, judge and `ask`."""
+
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Added to every request: `top_k`, `chat_template_kwargs`, other things of one kind of server."""
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the limit of tokens is called; newer models of OpenAI take `max_completion_tokens` only."""
+    omit_fields: OneOrMore[Literal["temperature", "top_p", "seed"]] = ()
+    """Not sent, for servers that refuse them; they draw by their own default then."""
+    thinking_tokens: int = Field(0, ge=0)
+    """Room for what a model thinks aloud, beside the tokens of the reply itself."""
+    api_key_env: str = Field("OPENAI_API_KEY", min_length=1)
+    """The environment variable that holds the key of these servers. The key itself is in no file."""
+
+    def given(self) -> list[str]:
+        """The names of the keys of `RequestConfig` that differ from their defaults."""
+        return [name for name in RequestConfig.model_fields if getattr(self, name) != getattr(_DEFAULTS, name)]
+
+
+_DEFAULTS = RequestConfig()
+
+
+def request_of(config: RequestConfig) -> RequestConfig:
+    """The part of a larger config that says how requests are put."""
+    return RequestConfig(**{name: getattr(config, name) for name in RequestConfig.model_fields})
+
+
+class ModelConfig(Config):
+    """The keys that say which checkpoint it is and how it looks at pictures: the same wherever it is opened."""
 
     model_name_or_path: str
-    """The policy: a checkpoint folder or hub name. Its processor says how boxes are written, wherever it runs."""
+    """A checkpoint folder or hub name. Its processor says how boxes are written, wherever the model runs."""
     adapter_name_or_path: str | None = None
-    policy_url: OneOrMore[str] = ()
+    """A LoRA adapter that is merged into the model as it is loaded."""
+    image_max_pixels: int | None = Field(None, ge=28 * 28)
+    crop_max_pixels: int | None = Field(None, ge=28 * 28)
+    trust_remote_code: bool = False
+
+
+class PolicyConfig(ModelConfig, RequestConfig):
+    """The keys that say which model is asked, where it runs, and how patiently servers are treated."""
+
+    policy_url: ServerUrls = ()
     """Servers of the policy, each up to `/v1`; none: it runs in this process."""
     policy_served_name: str | None = None
     """The name under which they serve it; by default `model_name_or_path`."""
     codec: str | None = None
     """How boxes are written, over what the checkpoint says. With it, `model_name_or_path` may be a server's name."""
-    extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Added to every request to the policy's servers: `top_k`, `chat_template_kwargs`, other things of one kind."""
     concurrency: int = Field(32, ge=1)
     """Requests to servers at once."""
     request_timeout_s: float = Field(120.0, gt=0)
     request_attempts: int = Field(6, ge=1)
     max_failed: float = Field(MAX_FAILED, ge=0, le=1)
     """The share of what is asked for that may fail. A run of which more failed, or everything, ends with status 1."""
-    image_max_pixels: int | None = Field(None, ge=28 * 28)
-    crop_max_pixels: int | None = Field(None, ge=28 * 28)
-    trust_remote_code: bool = False
 
 
 # Keys that change where and how patiently the policy is asked, and not what comes of it.
@@ -61,15 +104,65 @@ class OpenedPolicy:
     settings: ModelSettings
 
 
-def policy_settings(config: PolicyConfig) -> ModelSettings:
-    """How the policy looks at pictures and writes boxes: what its folder says, and what the config says over it.
+def model_settings(config: ModelConfig, codec: str | None = None) -> ModelSettings:
+    """How a model looks at pictures and writes boxes: what its folder says, and what the config says over it.
 
     Raises:
         ConfigError: no such codec.
     """
     return ModelSettings.load(config.model_name_or_path).with_given(
-        image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels, codec=config.codec
+        image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels, codec=codec
     )
+
+
+def policy_settings(config: PolicyConfig) -> ModelSettings:
+    """`model_settings` of the policy.
+
+    Raises:
+        ConfigError: no such codec.
+    """
+    return model_settings(config, config.codec)
+
+
+def open_local(config: ModelConfig, settings: ModelSettings, device: str | None = None) -> LocalEngine:
+    """The model of a config in this process, looking at pictures as `settings` say.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    from visrl.engines.local import LocalEngine
+
+    return LocalEngine.load(
+        config.model_name_or_path,
+        device,
+        adapter=config.adapter_name_or_path,
+        settings=settings,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def open_encoder(config: ModelConfig, settings: ModelSettings) -> Encoder:
+    """What sizes pictures and reads boxes as the model of a config does, whose weights are a server's.
+
+    Raises:
+        ConfigError: an adapter, which a server cannot be given.
+        CheckpointError: its processor cannot be loaded.
+    """
+    from visrl.models.load import load_encoder
+
+    if config.adapter_name_or_path:
+        raise ConfigError("adapter_name_or_path: servers serve merged models; merge it first with `visrl export`")
+    return load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+
+
+def refuse_unused(request: RequestConfig, where: str, url_key: str) -> None:
+    """Refuse keys about requests where none are sent.
+
+    Raises:
+        ConfigError: some are set; the message names them.
+    """
+    if names := request.given():
+        raise ConfigError(f"{where}{', '.join(names)}: only servers are told that; set {url_key}, or leave it out")
 
 
 @contextmanager
@@ -83,22 +176,27 @@ def opened_policy(config: PolicyConfig) -> Iterator[OpenedPolicy]:
     """
     settings = policy_settings(config)
     if not config.policy_url:
-        from visrl.engines.local import LocalEngine
-
-        local = LocalEngine.load(
-            config.model_name_or_path,
-            adapter=config.adapter_name_or_path,
-            settings=settings,
-            trust_remote_code=config.trust_remote_code,
-        )
-        yield OpenedPolicy(local, settings)
+        refuse_unused(request_of(config), "", "policy_url")
+        yield OpenedPolicy(open_local(config, settings), settings)
         return
-    if config.adapter_name_or_path:
-        raise ConfigError("adapter_name_or_path: servers serve merged models; merge it first with `visrl export`")
     name = config.policy_served_name or config.model_name_or_path
     encoder = _encoder(config, settings)
-    with reached(config, config.policy_url, name, encoder, settings.codec, config.extra_body) as engine:
+    with reached(config, config.policy_url, name, config, encoder, settings.codec) as engine:
         yield OpenedPolicy(engine, settings)
+
+
+def endpoint_of(config: PolicyConfig, urls: Sequence[str], name: str, request: RequestConfig) -> Endpoint:
+    """Where the model `name` is asked, how, and as patiently as a config says."""
+    from visrl.engines.client import Endpoint
+
+    return Endpoint(
+        tuple(urls),
+        name,
+        concurrency=config.concurrency,
+        timeout_s=config.request_timeout_s,
+        attempts=config.request_attempts,
+        **request_of(request).model_dump(),
+    )
 
 
 @contextmanager
@@ -106,31 +204,19 @@ def reached(
     config: PolicyConfig,
     urls: Sequence[str],
     name: str,
+    request: RequestConfig,
     encoder: Encoder | None = None,
     codec: str = "visrl",
-    extra_body: Mapping[str, Any] | None = None,
 ) -> Iterator[EndpointEngine]:
     """The model `name` behind servers that answer and serve it; `encoder` or `codec` says how it writes boxes.
 
     Raises:
         EndpointError: the first server that does not.
     """
-    from visrl.engines.client import Endpoint
     from visrl.engines.endpoint import EndpointEngine
 
-    endpoint = Endpoint(
-        tuple(urls),
-        name,
-        concurrency=config.concurrency,
-        timeout_s=config.request_timeout_s,
-        attempts=config.request_attempts,
-        extra_body=dict(extra_body or {}),
-    )
-    engine = (
-        EndpointEngine(endpoint, encoder.codec, encoder.processed_size)
-        if encoder
-        else EndpointEngine(endpoint, CODECS[codec])
-    )
+    endpoint = endpoint_of(config, urls, name, request)
+    engine = EndpointEngine(endpoint, encoder.codec if encoder else CODECS[codec], encoder)
     try:
         engine.check()
         yield engine
@@ -140,10 +226,10 @@ def reached(
 
 def _encoder(config: PolicyConfig, settings: ModelSettings) -> Encoder | None:
     """What sizes pictures as the served model does; None where the config only names the codec of a server's model."""
-    from visrl.models.load import load_encoder
-
     if config.codec is None or Path(config.model_name_or_path).is_dir():
-        return load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+        return open_encoder(config, settings)
+    if config.adapter_name_or_path:
+        raise ConfigError("adapter_name_or_path: servers serve merged models; merge it first with `visrl export`")
     if CODECS[config.codec].in_processed_pixels:
         raise ConfigError(
             f"codec: {config.codec} writes pixels as the model's processor sized them; set model_name_or_path to the "

@@ -19,6 +19,8 @@ from pathlib import Path
 import httpx
 
 from visrl.engines.client import Client, Endpoint, EndpointError
+from visrl.redact import hidden
+from visrl.replies import whole_text
 
 START_S = 900.0  # a large model may take this long to load
 POLL_S = 1.0
@@ -105,6 +107,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.stdin.close()
 
 
+def _tail(log: Path, lines: int = 12, most: int = 4_000) -> str:
+    """The last lines of a log, each with a bar before it."""
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+        text = hidden(whole_text(file.read().decode("utf-8", "replace")))
+    return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:]) or "  | (nothing)"
+
+
 @contextmanager
 def served(command: Sequence[str], port: int, name: str, log: Path, start_s: float = START_S) -> Iterator[str]:
     """The address of the model `name` behind `command`, a server on `port`, healthy; it is stopped at the end.
@@ -119,7 +129,7 @@ def served(command: Sequence[str], port: int, name: str, log: Path, start_s: flo
         try:
             wait_until_served(client, process, start_s=start_s)
         except EndpointError as error:
-            raise EndpointError(f"{command[0]}: {error}; {log} holds what it said") from error
+            raise EndpointError(f"{command[0]}: {error}; {log} ends with:\n{_tail(log)}") from error
         yield url
     finally:
         client.close()

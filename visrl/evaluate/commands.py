@@ -16,7 +16,7 @@ import typer
 
 from visrl.failures import MAX_FAILED, Tally
 from visrl.prompts import JUDGE_TOKENS
-from visrl.verbs import Verbs
+from visrl.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs, json_object
 
 if TYPE_CHECKING:
     from visrl.evaluate.judge import Judgement
@@ -99,19 +99,41 @@ def judge(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="The most a judge may write; raise it for one that thinks aloud first.")
     ] = JUDGE_TOKENS,
+    max_tokens_key: MaxTokensKey = None,
+    omit_field: OmitField = None,
+    extra_body: ExtraBody = None,
+    api_key_env: ApiKeyEnv = None,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="The share that may fail; beyond it the command ends with status 1.")
     ] = MAX_FAILED,
 ) -> None:
-    """Ask a judge about every answer, with the published prompt. The key is read from OPENAI_API_KEY."""
+    """Ask a judge about every answer, with the published prompt."""
+    from visrl.config import build_config
     from visrl.engines.client import Client, Endpoint
+    from visrl.engines.opening import RequestConfig
     from visrl.evaluate.answers import answered
     from visrl.evaluate.judge import client_asker, judge_all
     from visrl.manifest import hold
 
     rows, _ = _answer_rows(predictions, truth)
     asked = [one for one in map(answered, rows) if one is not None]
-    client = Client(Endpoint(tuple(base_url), model, concurrency=concurrency, timeout_s=timeout, attempts=attempts))
+    said = {
+        "max_tokens_key": max_tokens_key,
+        "omit_fields": omit_field,
+        "extra_body": json_object(extra_body, "--extra-body"),
+        "api_key_env": api_key_env,
+    }
+    request = build_config(RequestConfig, {key: value for key, value in said.items() if value}, "visrl eval judge")
+    client = Client(
+        Endpoint(
+            tuple(base_url),
+            model,
+            concurrency=concurrency,
+            timeout_s=timeout,
+            attempts=attempts,
+            **request.model_dump(),
+        )
+    )
     try:
         ask_all = client_asker(client)
         with hold(out), typer.progressbar(length=len(asked), label=f"{model} judges") as bar:

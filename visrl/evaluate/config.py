@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from visrl.box import CropRule
-from visrl.config import OneOrMore
-from visrl.engines.opening import PolicyConfig
+from visrl.engines.opening import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
 from visrl.evaluate.benchmarks import Benchmark
 from visrl.evaluate.rollouts import Mode
 from visrl.prompts import JUDGE_TOKENS
@@ -48,7 +47,9 @@ class EvalConfig(PolicyConfig):
 
     judge_model_name_or_path: str | None = None
     """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
-    judge_url: OneOrMore[str] = ()
+    judge_url: ServerUrls = ()
+    judge_request: RequestConfig = Field(default_factory=RequestConfig)
+    """How requests to the judge's servers are put: `{max_tokens_key: …, extra_body: …}`, as for the policy."""
     judge_max_tokens: int = Field(JUDGE_TOKENS, ge=1)
     """The most that a judge may write; raise it for one that thinks aloud first."""
 
@@ -56,6 +57,8 @@ class EvalConfig(PolicyConfig):
     def _together(self) -> EvalConfig:
         if self.judge_url and not self.judge_model_name_or_path:
             raise ValueError("judge_url needs judge_model_name_or_path, the judge's name there")
+        if not self.judge_url:
+            refuse_unused(self.judge_request, "judge_request: ", "judge_url")
         if self.benchmark in ("viscot-detection", "refcoco"):
             if self.mode != "own":
                 raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")

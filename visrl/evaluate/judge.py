@@ -154,9 +154,10 @@ def client_asker(client: Client) -> AskAll:
     Raises:
         EndpointError: a server that does not answer or serves another model.
     """
-    from visrl.engines.endpoint import OWNER
+    from visrl.engines.endpoint import OWNER, trial
 
     if client.check() != {OWNER}:
+        client.try_out(trial(with_picture=False))
         return client.ask_all
 
     def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from visrl import manifest
 from visrl.box import CropRule
 from visrl.config import ConfigError
-from visrl.engines.opening import PATIENCE, opened_policy, policy_settings, reached
+from visrl.engines.opening import (
+    PATIENCE,
+    ModelConfig,
+    endpoint_of,
+    model_settings,
+    open_local,
+    opened_policy,
+    policy_settings,
+)
 from visrl.evaluate.benchmarks import (
     Question,
     incomplete,
@@ -32,6 +40,7 @@ from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
+from visrl.redact import without_secrets
 
 if TYPE_CHECKING:
     from visrl.evaluate.judge import AskAll
@@ -149,7 +158,7 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Qu
         digest.update(json.dumps(told, ensure_ascii=True).encode())
     adapter = config.adapter_name_or_path
     return {
-        **kept,
+        **without_secrets(kept),
         "protocol": protocol.name,
         "questions": digest.hexdigest(),
         "weights": hash_checkpoint(config.model_name_or_path),
@@ -312,12 +321,16 @@ def _judge(config: EvalConfig, name: str) -> Iterator[AskAll]:
     from visrl.evaluate.judge import client_asker, engine_asker
 
     if config.judge_url:
-        with reached(config, config.judge_url, name) as engine:
-            yield client_asker(engine.client)
-        return
-    from visrl.engines.local import LocalEngine
+        from visrl.engines.client import Client
 
-    yield engine_asker(LocalEngine.load(name))
+        client = Client(endpoint_of(config, config.judge_url, name, config.judge_request))
+        try:
+            yield client_asker(client)
+        finally:
+            client.close()
+        return
+    judge = ModelConfig(model_name_or_path=name)
+    yield engine_asker(open_local(judge, model_settings(judge)))
 
 
 def _scored(config: EvalConfig, rows: Sequence[Row]) -> dict[str, Any]:

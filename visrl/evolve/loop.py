@@ -13,6 +13,7 @@ from pydantic import Field
 
 from visrl.config import Config, ConfigError, OneOrMore, build_config, read_yaml
 from visrl.data.scenes import Kind
+from visrl.engines.opening import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
 from visrl.evolve.generate import (
@@ -26,6 +27,7 @@ from visrl.evolve.players import NOT_IDENTITY, critic_name
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
+from visrl.redact import without_secrets
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
@@ -152,7 +154,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
-    identity = config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"})
+    identity = without_secrets(config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"}))
     identity["model"] = hash_checkpoint(config.model_name_or_path)
     if shard is not None:  # several machines work in this folder: each holds its own shard's
         claim_folder(config.output_dir, identity)
@@ -160,7 +162,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
         return None
     with hold(config.output_dir):
         claim_folder(config.output_dir, identity)
-        return _run(config, "evolve", shown=config.model_dump(mode="json"))
+        return _run(config, "evolve", shown=without_secrets(config.model_dump(mode="json")))
 
 
 def _check_train_config(config: EvolveConfig) -> None:
@@ -279,8 +281,8 @@ def _generation(config: EvolveConfig, iteration: int, policy: str) -> GenerateCo
         "max_samples": config.questions,
         "output_dir": config.output_dir / f"iter{iteration}" / "generate",
     }
-    if iteration and not config.server:
-        values["policy_url"] = ()
+    if iteration and not config.server:  # policy_url serves the first policy only
+        values |= {"policy_url": (), **RequestConfig().model_dump()}
     return GenerateConfig(**values)
 
 

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from visrl.box import CropRule
-from visrl.config import ConfigError, OneOrMore
-from visrl.engines.opening import PATIENCE, PolicyConfig, opened_policy, reached
+from visrl.config import ConfigError
+from visrl.engines.opening import (
+    PATIENCE,
+    ModelConfig,
+    PolicyConfig,
+    RequestConfig,
+    ServerUrls,
+    open_local,
+    opened_policy,
+    reached,
+    refuse_unused,
+)
 from visrl.manifest import read_manifest
 from visrl.records import Sample
 
@@ -34,8 +44,10 @@ class PlayersConfig(PolicyConfig):
     """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model."""
     critic_model_name_or_path: str | None = None
     """By default the original base model (the paper's choice): what the policy was first trained from."""
-    critic_url: OneOrMore[str] = ()
+    critic_url: ServerUrls = ()
     critic_served_name: str | None = None
+    critic_request: RequestConfig = Field(default_factory=RequestConfig)
+    """How requests to the critic's servers are put: `{max_tokens_key: …, extra_body: …}`, as above for the policy."""
     critic_attempts: int = Field(3, ge=1)
     """How often a critic is asked until its reply can be read: first greedily, then with sampling."""
     critic_max_tokens: int = Field(64, ge=1)
@@ -144,11 +156,15 @@ def _open_critic(
     from visrl.models.settings import ModelSettings
 
     name = critic_name(config, samples)
+    if not config.critic_url:
+        refuse_unused(config.critic_request, "critic_request: ", "critic_url")
     if name == "oracle":
         return SceneOracle(lambda size: policy.processed_size(size, is_crop=True), rule)
     engine: Engine
     if config.critic_url:
-        engine = servers["critic"] = stack.enter_context(reached(config, config.critic_url, name))
+        engine = servers["critic"] = stack.enter_context(
+            reached(config, config.critic_url, name, config.critic_request)
+        )
     elif name == config.model_name_or_path and not config.adapter_name_or_path and isinstance(policy, LocalEngine):
         engine = policy
     else:
@@ -156,7 +172,8 @@ def _open_critic(
         limits = ("image_min_pixels", "image_max_pixels", "crop_min_pixels", "crop_max_pixels")
         own = ModelSettings.load(name)
         missing = {key: getattr(settings, key) for key in limits if getattr(own, key) is None}
-        engine = LocalEngine.load(name, settings=own.with_given(**missing), trust_remote_code=config.trust_remote_code)
+        model = ModelConfig(model_name_or_path=name, trust_remote_code=config.trust_remote_code)
+        engine = open_local(model, own.with_given(**missing))
     return ModelCritic(
         engine,
         crop_rule=rule,

@@ -78,7 +78,7 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
     Raises:
         ConfigError: a limit of pixels that the command does not pass on, or passes on and nobody has set.
     """
-    from visrl.engines.opening import policy_settings
+    from visrl.engines.opening import open_encoder, policy_settings
 
     settings = policy_settings(asked)
     if server.server == "vllm":
@@ -89,7 +89,7 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
             model_name_or_path=asked.model_name_or_path, vllm_model=SERVED_NAME, max_images=2,
             vllm_args=server.server_args, trust_remote_code=asked.trust_remote_code,
         )  # fmt: skip
-        return vllm_command(serve, settings, port)
+        return vllm_command(serve, open_encoder(asked, settings), port)
     assert server.server is not None
     words = [*server.server, *server.server_args]
     values: dict[str, object] = {"model": asked.model_name_or_path, "name": SERVED_NAME, "port": port}

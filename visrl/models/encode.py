@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
@@ -134,6 +135,34 @@ class Encoder:
             limits["longest_edge"],
         )
         return width, height
+
+    def sized(self, view: View) -> Image.Image:
+        """The picture of a view as the processor resizes it, for one that will do the rest elsewhere.
+
+        A picture of this size passes the same processor unchanged, whatever larger limits it has there.
+        """
+        if not self.family.pixel_limits:
+            return _at_most(
+                view.image, self.settings.crop_max_pixels if view.is_crop else self.settings.image_max_pixels
+            )
+        width, height = self.processed_size(view.size, view.is_crop)
+        if (width, height) == view.size:
+            return view.image
+        kind = InterpolationMode[Image.Resampling(self.processor.image_processor.resample).name]
+        pixels = torch.from_numpy(np.array(view.image)).permute(2, 0, 1)
+        resized = resize(pixels, [height, width], interpolation=kind, antialias=True)
+        return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
+
+    def bounds(self) -> dict[str, int] | None:
+        """The limits of pixels, as a processor takes them, within which both whole pictures and crops lie; None where
+        the processor takes none."""
+        if not self.family.pixel_limits:
+            return None
+        whole, crop = self._limits(False), self._limits(True)
+        return {
+            "shortest_edge": min(whole["shortest_edge"], crop["shortest_edge"]),
+            "longest_edge": max(whole["longest_edge"], crop["longest_edge"]),
+        }
 
     def _limits(self, is_crop: bool) -> dict[str, int]:
         own = self.processor.image_processor.size

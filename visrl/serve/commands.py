@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from visrl.config import Config, ConfigError
+from visrl.config import ConfigError
+from visrl.engines.opening import ModelConfig, RequestConfig, ServerUrl, refuse_unused, request_of
 
 if TYPE_CHECKING:
     from visrl.serve.batching import Backend, Loaded
@@ -23,35 +24,31 @@ PLAIN_KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 
 
-class ServeConfig(Config):
-    """What `visrl api` takes; the variables API_HOST, API_PORT, API_KEY and API_MODEL_NAME win over the file."""
+class ServeConfig(ModelConfig, RequestConfig):
+    """What `visrl api` takes; the variables API_HOST, API_PORT, API_KEY and API_MODEL_NAME win over the file.
 
-    model_name_or_path: str
-    """A checkpoint folder."""
-    adapter_name_or_path: str | None = None
-    """A LoRA adapter that is merged into the model as it is loaded."""
+    The keys of requests (`extra_body` and its like) are of those to the server behind this one.
+    """
+
     template: str | None = None
     """Accepted for configs of the reference; the checkpoint's own chat template is used."""
     infer_backend: Literal["huggingface", "vllm"] = "huggingface"
     """"huggingface" runs the model in this process; "vllm" asks the server at `vllm_url`, or starts one."""
-    trust_remote_code: bool = False
-    """Run code that comes with a checkpoint. Refused unless `allow_remote_code` says that you mean it."""
     allow_remote_code: bool = False
+    """Beside `trust_remote_code`: run code that comes with a checkpoint on a server for others."""
     served_model_name: str | None = None
     """The name that clients ask for; by default the folder's."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, lt=65536)
     api_key: str | None = Field(None, min_length=1)
     device: str | None = None
-    image_max_pixels: int | None = Field(None, ge=28 * 28)
-    crop_max_pixels: int | None = Field(None, ge=28 * 28)
     temperature: float = Field(0.0, ge=0, le=2)
     """Used where a request names none; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
     max_batch: int = Field(64, ge=1)
     """Rows computed together."""
-    vllm_url: str | None = None
+    vllm_url: ServerUrl | None = None
     """A running vLLM (or any OpenAI-compatible) server up to `/v1`; without it one is started."""
     vllm_model: str | None = None
     """The name under which that server serves the model; by default `model_name_or_path`."""
@@ -131,20 +128,11 @@ def serve(config: ServeConfig) -> None:
 
 def load_local(config: ServeConfig) -> Loaded:
     """The in-process engine of the config's checkpoint."""
-    from visrl.engines.local import LocalEngine
-    from visrl.models.settings import ModelSettings
+    from visrl.engines.opening import model_settings, open_local
     from visrl.serve.batching import Loaded
 
-    settings = ModelSettings.load(config.model_name_or_path).with_given(
-        image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels
-    )
-    engine = LocalEngine.load(
-        config.model_name_or_path,
-        config.device,
-        adapter=config.adapter_name_or_path,
-        settings=settings,
-        trust_remote_code=config.trust_remote_code,
-    )
+    settings = model_settings(config)
+    engine = open_local(config, settings, config.device)
     engine.encoder.cache_bytes = KEPT_BYTES
     return Loaded(engine, settings.crop_rule)
 
@@ -157,4 +145,5 @@ def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
         from visrl.serve.upstream import Upstream
 
         return Upstream(config, metrics)
+    refuse_unused(request_of(config), "", "infer_backend: vllm")
     return Batcher(lambda: load_local(config), metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)

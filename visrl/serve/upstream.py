@@ -6,49 +6,41 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import threading
-from typing import Any
-
-import openai
+from contextlib import aclosing
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.config import ConfigError
 from visrl.conversation import Completion
-from visrl.engines.client import Client, Endpoint, EndpointError
-from visrl.engines.endpoint import OWNER, data_url, to_messages
+from visrl.engines.client import Ask, Client, Endpoint, EndpointError
+from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial
+from visrl.engines.opening import model_settings, open_encoder, request_of
 from visrl.engines.process import free_port, start, stop, wait_until_served
+from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
-from visrl.models.load import CheckpointError, load_encoder
-from visrl.models.settings import ModelSettings
+from visrl.models.load import CheckpointError
 from visrl.serve.batching import State
 from visrl.serve.commands import ServeConfig
-from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
+from visrl.serve.schemas import RequestError
+
+STREAM_BYTES = 64_000_000  # of one stream, which spends some hundred bytes on a token
 
 
-def vllm_command(config: ServeConfig, settings: ModelSettings, port: int) -> list[str]:
+def vllm_command(config: ServeConfig, encoder: Encoder, port: int) -> list[str]:
     """The command line that serves the config's model with vLLM on a local port.
 
-    Raises:
-        ConfigError: an adapter, which must be merged first.
+    vLLM knows one limit for all pictures. They come to it in the sizes that `encoder` gives wholes and crops, so that
+    its limits need only leave both alone.
     """
     command = ["vllm", "serve", config.model_name_or_path, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", config.vllm_model or config.model_name_or_path]
     command += ["--limit-mm-per-prompt", json.dumps({"image": config.max_images})]
-    # vLLM knows one limit for all pictures; crops are smaller than their whole by nature.
-    pixels = {
-        "min_pixels": settings.image_min_pixels,
-        "max_pixels": config.image_max_pixels or settings.image_max_pixels,
-    }
-    given = {key: value for key, value in pixels.items() if value}
-    if given:
-        command += ["--mm-processor-kwargs", json.dumps(given)]
-    if config.adapter_name_or_path:
-        raise ConfigError("the vllm backend serves merged models; merge the adapter first with `visrl export`")
+    if (bounds := encoder.bounds()) is not None:
+        command += ["--mm-processor-kwargs", json.dumps({"size": bounds})]
     if config.trust_remote_code:
         command.append("--trust-remote-code")
     return command + config.vllm_args
@@ -67,7 +59,7 @@ class Upstream:
         self._failure: Exception | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._url = config.vllm_url or ""
-        self._api: openai.AsyncOpenAI | None = None
+        self._client: Client | None = None
         self._mark_crops = False
         self._in_work = 0
         self._stopping = threading.Event()
@@ -113,31 +105,36 @@ class Upstream:
     def _begin(self) -> None:
         try:
             # How boxes are written and pictures sized is the checkpoint's; its weights are the other server's.
-            settings = ModelSettings.load(self._config.model_name_or_path)
-            self._encoder = load_encoder(
-                self._config.model_name_or_path, settings, trust_remote_code=self._config.trust_remote_code
-            )
+            self._encoder = open_encoder(self._config, model_settings(self._config))
             if not self._url:
-                self._start_vllm(settings)
+                self._start_vllm(self._encoder)
             self._wait_until_served()
         except (EndpointError, ConfigError, CheckpointError, OSError) as error:
             self._failure = error
             if self._state == "loading":
                 self._state = "failed"
 
-    def _start_vllm(self, settings: ModelSettings) -> None:
+    def _start_vllm(self, encoder: Encoder) -> None:
         port = free_port()
-        self._process = start(vllm_command(self._config, settings, port))
+        self._process = start(vllm_command(self._config, encoder, port))
         self._url = f"http://127.0.0.1:{port}/v1"
 
     def _wait_until_served(self) -> None:
-        """Ask until the server answers; one that is not ours is asked once."""
-        client = Client(Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s))
+        """Ask until the server answers; one that is not ours is asked once, and put a small question."""
+        client = self._new_client()
         try:
             self._mark_crops = wait_until_served(client, self._process, self._stopping) == {OWNER}
+            if not self._mark_crops:
+                client.try_out(trial())
+            self._url = client.first.url  # where `/v1` was forgotten, it has been found
             self._state = "ready" if self._state == "loading" else self._state
         finally:
             client.close()
+
+    def _new_client(self) -> Client:
+        request = request_of(self._config).model_dump()
+        endpoint = Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s, **request)
+        return Client(endpoint, most_bytes=STREAM_BYTES)
 
     async def submit(self, row: Row) -> Completion:
         """The completion of one row; cancelling this closes the stream, which frees the slot there.
@@ -155,49 +152,32 @@ class Upstream:
         except asyncio.CancelledError:
             self._metrics.cancelled += 1
             raise
-        except openai.APIStatusError as error:
-            status = error.status_code if error.status_code in (400, 413, 422, 429) else 502
-            raise RequestError(status, f"the model's server answered {error.status_code}: {error.message}") from error
-        except (openai.APIError, ValueError) as error:
-            raise RequestError(502, f"the model's server failed: {error}") from error
+        except StreamError as error:
+            raise RequestError(error.status, str(error)) from error
         finally:
             self._in_work -= 1
 
     async def _stream(self, row: Row) -> Completion:
-        if self._api is None:  # made in the loop that uses it
-            key = os.environ.get("OPENAI_API_KEY") or "none"
-            self._api = openai.AsyncOpenAI(base_url=self._url, api_key=key, max_retries=0)
-        urls = {
-            view.key: await asyncio.to_thread(data_url, view.image)
-            for view in {view.key: view for view in row.conversation.views}.values()
-        }
-        messages: Any = to_messages(row.conversation, urls, self._mark_crops)
-        stream = await self._api.chat.completions.create(
-            model=self._model,
-            messages=messages,
-            temperature=row.sampling.temperature,
-            top_p=row.sampling.top_p,
-            max_tokens=row.sampling.max_tokens,
-            seed=row.seed,
-            stop=list(row.stops) or openai.omit,
-            extra_body=dict(row.passed) or None,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        text, reason, prompt_tokens, tokens = "", "stop", 0, 0
+        if self._client is None:  # made in the loop that uses it
+            self._client = self._new_client()
         try:
-            async for chunk in stream:
-                if chunk.usage is not None:
-                    prompt_tokens, tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-                if not chunk.choices:
-                    continue
-                text += chunk.choices[0].delta.content or ""
-                reason = chunk.choices[0].finish_reason or reason
+            urls = {
+                view.key: await asyncio.to_thread(sized_url, view, self._encoder)
+                for view in {view.key: view for view in row.conversation.views}.values()
+            }
+        except ValueError as error:
+            raise RequestError(400, f"the model's processor refuses a picture: {error}") from error
+        ask = Ask(to_messages(row.conversation, urls, self._mark_crops), row.sampling, row.seed)
+        more = {**row.passed, **({"stop": list(row.stops)} if row.stops else {})}
+        text, reason, counts = "", "stop", (0, 0)
+        async with aclosing(stream(self._client, ask, more)) as pieces:
+            async for piece in pieces:
+                text += piece.text
+                reason = piece.reason or reason
+                counts = piece.counts or counts
                 go_on, visible = row.see(text)
                 if visible is not None and row.on_text is not None:
                     row.on_text(visible)
                 if not go_on:
                     break
-        finally:
-            await stream.close()
-        return Completion(text, tokens, "length" if reason == "length" else "stop", prompt_tokens=prompt_tokens)
+        return Completion(text, counts[0], "length" if reason == "length" else "stop", prompt_tokens=counts[1])

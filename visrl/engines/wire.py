@@ -1,0 +1,127 @@
+"""What OpenAI-compatible servers send, taken apart without trust: no field is of the type it should be until looked at.
+
+Whole replies and pieces of streams are read by the same functions, behind the client and behind our own server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from visrl.conversation import Completion
+from visrl.replies import whole_text
+
+
+def read_reply(reply: Any, most_characters: int) -> Completion:
+    """The completion in a reply, taken apart without trust in any field.
+
+    What a reasoning model thought (`reasoning_content`, parts that are no text) is no part of it. A refusal in the
+    model's own words is its text. A reply without a word is "".
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(reply, dict):
+        raise ValueError(f"a reply must be a JSON object, not {type(reply).__name__}")
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not choices:
+        fault = reply.get("error")
+        raise ValueError(f"an error in place of choices: {fault_of(fault)}" if fault else "it has no choices")
+    choice = choices[0] if isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise ValueError("the first choice holds no message")
+    reason = choice.get("finish_reason")
+    text = text_of_content(message.get("content"))
+    if text is None and isinstance(message.get("refusal"), str):
+        text = whole_text(message["refusal"])
+    if text is None and reason == "content_filter":
+        raise ValueError("the server's content filter withheld the reply")
+    if text is None and message.get("content") is None and reason is not None:
+        text = ""  # the protocol's way to say that the model ended without a word (a reasoning model cut short)
+    if text is None:
+        raise ValueError("the first choice holds no text")
+    if len(text) > most_characters:
+        raise ValueError(f"a reply of {len(text):,} characters, far beyond the tokens asked for")
+    tokens, prompt_tokens = counts_of(reply.get("usage"))
+    return Completion(text, tokens, finish(reason), prompt_tokens=prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one piece of a stream adds: text, why the reply ended (None: it has not), and counts of tokens, reply first.
+
+    `of_choice` is false for what tells of no choice, such as the last piece of counts.
+    """
+
+    text: str
+    reason: Literal["stop", "length"] | None = None
+    counts: tuple[int, int] | None = None
+    of_choice: bool = True
+
+
+def read_piece(chunk: Any) -> Piece:
+    """What a chunk of a stream adds to the first choice.
+
+    Raises:
+        ValueError: it is an error in place of a chunk, or none.
+    """
+    if not isinstance(chunk, dict):
+        raise ValueError(f"a chunk must be a JSON object, not {type(chunk).__name__}")
+    if chunk.get("error"):
+        raise ValueError(f"an error in place of a chunk: {fault_of(chunk['error'])}")
+    counts = counts_of(chunk["usage"]) if isinstance(chunk.get("usage"), dict) else None
+    choices = chunk.get("choices")
+    if choices is None or choices == []:
+        return Piece("", counts=counts, of_choice=False)
+    if not isinstance(choices, list) or not isinstance(choices[0], dict):
+        raise ValueError("a chunk's choices are no list of objects")
+    choice = choices[0]
+    if choice.get("index") not in (None, 0):
+        return Piece("", counts=counts, of_choice=False)
+    delta = choice.get("delta", choice.get("message"))
+    if delta is not None and not isinstance(delta, dict):
+        raise ValueError("a chunk's delta is no object")
+    content = (delta or {}).get("content")
+    text = text_of_content(content)
+    if text is None and content is not None:
+        raise ValueError("a chunk's content is no text")
+    if text is None and isinstance((delta or {}).get("refusal"), str):
+        text = whole_text((delta or {})["refusal"])
+    reason = choice.get("finish_reason")
+    if reason in ("error", "abort"):
+        raise ValueError(f"the server ended the reply with {reason!r}")
+    return Piece(text or "", None if reason is None else finish(reason), counts)
+
+
+def text_of_content(content: Any) -> str | None:
+    """The text of a message's content, given whole or in parts; None where there is none."""
+    if isinstance(content, list):
+        parts = [
+            part for part in content if isinstance(part, dict) and part.get("type") in (None, "text", "output_text")
+        ]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        content = "".join(texts) if texts or not content else None
+    return whole_text(content) if isinstance(content, str) else None
+
+
+def counts_of(usage: Any) -> tuple[int, int]:
+    """The tokens of reply and prompt that a server counted; 0 for what it does not say."""
+    told = usage if isinstance(usage, dict) else {}
+    counts = (told.get(name) for name in ("completion_tokens", "prompt_tokens"))
+    reply, prompt = (
+        count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**53 else 0
+        for count in counts
+    )
+    return reply, prompt
+
+
+def finish(reason: Any) -> Literal["stop", "length"]:
+    """Why a text ended: at its limit, or, for whatever reason a server names, by itself."""
+    return "length" if reason in ("length", "max_tokens") else "stop"
+
+
+def fault_of(error: Any) -> str:
+    """The sentence in the protocol's error object, or whatever stands in its place."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(str(message or error).split())[:200]
