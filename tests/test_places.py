@@ -173,11 +173,11 @@ def test_preferences_that_follow_each_other_are_one_item_and_ids_may_repeat(tmp_
     write_records(tmp_path / "p.jsonl", ROWS)
     made = Preferences(None, read_preferences(str(tmp_path / "p.jsonl")), stage=2)  # type: ignore[arg-type]
     assert [(name, [one.step for one in item]) for name, item in made.groups] == [
-        ("item 1, a", ["box", "answer"]),
-        ("item 2, a", ["box", "answer"]),
-        ("item 3, a", ["box"]),
-        ("item 4, b", ["answer", "box"]),
-        ("item 5, a", ["box"]),
+        ("item 1, row a", ["box", "answer"]),
+        ("item 2, row a", ["box", "answer"]),
+        ("item 3, row a", ["box"]),
+        ("item 4, row b", ["answer", "box"]),
+        ("item 5, row a", ["box"]),
     ]
     boxes = Preferences(None, read_preferences(str(tmp_path / "p.jsonl")), stage=1)  # type: ignore[arg-type]
     assert [one.step for _, item in boxes.groups for one in item] == ["box"] * 5

@@ -207,12 +207,12 @@ def test_rows_that_cannot_be_used_stop_training_or_are_left_out_and_counted(tiny
     capsys.readouterr()
     train(config(tiny, tmp_path / "b", **given, dry_run=True))
     told = capsys.readouterr().out
-    assert "1 items over cutoff_len: training would stop at them" in told
-    assert "1 items whose picture cannot be opened" in told
+    assert "1 rows over cutoff_len: training would stop at them" in told
+    assert "1 rows whose picture cannot be opened" in told
     assert "gone.png" in told
     assert not (tmp_path / "b").exists()
     out = train(config(tiny, tmp_path / "c", **given, drop_unusable=True))
-    assert "1 items over cutoff_len: left out" in capsys.readouterr().out
+    assert "1 rows over cutoff_len: left out" in capsys.readouterr().out
     assert read_manifest(out)["items"] == 3
 
 

@@ -44,6 +44,7 @@ class Statistics:
     picture_tokens: list[int] = field(default_factory=list)
     crop_tokens: list[int] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
+    refused: int = 0  # pictures and crops among those whose tokens were counted that the model does not take
 
     def measures(self) -> dict[str, list[float] | list[int]]:
         """Every measure that has values, by its name and unit."""
@@ -108,6 +109,8 @@ def as_table(found: Statistics) -> str:
     head = f"{found.rows:,} rows, {found.bad:,} bad, {len(found.questions_of):,} pictures"
     lines = [head + (f", {found.preferences:,} preferences" if found.preferences else "")]
     lines += [f"  {source or '(no name)'}: {count:,}" for source, count in found.by_source.most_common()]
+    if found.refused:
+        lines.append(f"  {found.refused:,} of the pictures and crops drawn by lot are none that the model takes")
     measures = found.measures()
     if measures:
         shares = "".join(f"{_share_name(share):>10}" for share in QUANTILES)
@@ -145,25 +148,38 @@ def _add(found: Statistics, sample: Sample, reading: Reading) -> None:
 
 def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, encoder: Encoder) -> None:
     """Tokens of picture, crop and text, as training would spend them. A picture's tokens depend on its size only."""
-    known: dict[tuple[Size, bool], int] = {}
+    known: dict[tuple[Size, bool], int | None] = {}
     for sample in samples:
         text = f"{sample.question}\n{sample.answer}"
         found.text_tokens.append(len(encoder.tokenizer(text, add_special_tokens=False).input_ids))
         size = sample.size or reading.sizes.annotated(sample.image) or _size(sample.image, reading.sizes.images)
         if size is None:
             continue
-        found.picture_tokens.append(_picture_tokens(size, False, encoder, known))
+        found.refused += not _add_count(found.picture_tokens, _picture_tokens(size, False, encoder, known))
         if sample.box is not None:
             left, top, right, bottom = crop_window(sample.box, size, encoder.settings.crop_rule)
-            found.crop_tokens.append(_picture_tokens((right - left, bottom - top), True, encoder, known))
+            crop = _picture_tokens((right - left, bottom - top), True, encoder, known)
+            found.refused += not _add_count(found.crop_tokens, crop)
 
 
-def _picture_tokens(size: Size, is_crop: bool, encoder: Encoder, known: dict[tuple[Size, bool], int]) -> int:
-    from visrl.conversation import View
+def _add_count(counts: list[int], tokens: int | None) -> bool:
+    """Add a count of tokens that is known; whether it is."""
+    if tokens is not None:
+        counts.append(tokens)
+    return tokens is not None
+
+
+def _picture_tokens(
+    size: Size, is_crop: bool, encoder: Encoder, known: dict[tuple[Size, bool], int | None]
+) -> int | None:
+    from visrl.conversation import PromptError, View
 
     if (size, is_crop) not in known:
         blank = View(f"blank {size} {is_crop}", Image.new("RGB", size), is_crop)
-        known[size, is_crop] = encoder.encode_views([blank])[0].tokens
+        try:
+            known[size, is_crop] = encoder.encode_views([blank])[0].tokens
+        except PromptError:
+            known[size, is_crop] = None
     return known[size, is_crop]
 
 

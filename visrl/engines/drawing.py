@@ -82,7 +82,7 @@ class Drawing(ABC):
             talk = row.conversation
             try:
                 if id(talk) not in known:
-                    known[id(talk)] = self.encoder.encode(talk, [None])[0]
+                    known[id(talk)] = self.encoder.encode(talk, [None], max_tokens=self.encoder.max_tokens)[0]
                 texts[number] = Text.of(row, known[id(talk)])
             except PromptError as error:
                 failed[number] = Completion(None, finish_reason="error", error=str(error))

@@ -8,6 +8,7 @@ computes nothing but its crops. Greedy texts equal those of the model's plain `g
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 
 from visrl.box import Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, Conversation, Sampling
+from visrl.conversation import Completion, Conversation, PromptError, Sampling
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
 from visrl.models.adapters import merge_adapter, read_adapter
@@ -26,6 +27,8 @@ from visrl.models.families import cache_argument, join_pictures
 from visrl.models.load import load_encoder, load_model, note_dtype, reading
 from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
+
+LONG_TEXT = 4096  # characters
 
 
 class LocalEngine:
@@ -97,9 +100,12 @@ class LocalEngine:
         """
         done: dict[int, Completion] = {}
         groups = list(by_picture(dict(enumerate(rows))).values())
+        long = [members for members in groups if any(_is_long(rows[n].conversation) for n in members)]
+        short = [members for members in groups if members not in long]
+        batches = [short[start : start + self.batch_size] for start in range(0, len(short), self.batch_size)]
         with evaluating(self.model):
-            for start in range(0, len(groups), self.batch_size):
-                numbers = [n for members in groups[start : start + self.batch_size] for n in members]
+            for batch in [*batches, *([members] for members in long)]:
+                numbers = [n for members in batch for n in members]
                 drawing = self.begin(on_token)
                 done |= drawing.add({n: rows[n] for n in numbers})
                 while len(drawing):
@@ -218,6 +224,11 @@ class LocalEngine:
             ).logits.float()
 
 
+def _is_long(conversation: Conversation) -> bool:
+    """Whether a conversation is drawn by itself: every mask of a batch is as large as that of its longest text."""
+    return sum(len(message.text) for message in conversation.messages) > LONG_TEXT
+
+
 class CachedDrawing(Drawing):
     """Texts whose keys and values are kept; all samples of a picture are drawn side by side in one row of the cache."""
 
@@ -231,7 +242,8 @@ class CachedDrawing(Drawing):
     def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
         for alone in (True, False):
             talks = [row.conversation for row in rows.values() if (len(row.conversation.views) == 1) == alone]
-            self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
+            with suppress(PromptError):  # `read` makes each ready by itself then, and says which cannot be
+                self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
         texts, failed = self.read(rows)
         if not texts:
             return failed

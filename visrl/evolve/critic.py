@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from visrl.box import Box, CropRule, Size, crop_window
-from visrl.conversation import Conversation, Engine, Message, Sampling, View, crop_view, open_view, seed_of
+from visrl.conversation import Conversation, Engine, Message, PromptError, Sampling, View, crop_view, open_view, seed_of
 from visrl.data.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 from visrl.evaluate.metrics import exact_match
 from visrl.evaluate.scores import read_score
+from visrl.images import ImageError
 from visrl.prompts import IMAGE, critic_answer_prompt, critic_box_prompt
 from visrl.records import Picture, RecordError, Sample, Trajectory, Verdict
 
@@ -132,25 +133,35 @@ class ModelCritic:
         self.seed = seed
 
     def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        wholes: dict[str, View] = {}
+        wholes: dict[Picture, View] = {}
         talks: dict[Key, Conversation] = {}
+        refused: dict[Key, Opinion] = {}
         for sample, trajectory in zip(samples, trajectories, strict=True):
             if trajectory.box is None or trajectory.answer is None:
                 continue
-            if sample.image not in wholes:
-                wholes[sample.image] = open_view(Picture(sample.image, size=sample.size), self.root)
-            whole = wholes[sample.image]
-            box, answer = _keys(sample, trajectory.box, trajectory.answer)
-            if self.score_boxes and box not in talks:
-                part = crop_view(whole, Picture(sample.image, trajectory.box), self.crop_rule)
-                talks[box] = _about(critic_box_prompt(sample.question, sample.answer), part)
-            if answer not in talks:
-                # What a policy wrote may hold anything, the mark of a picture too.
-                said = trajectory.answer.replace(IMAGE, "")
-                asked = critic_answer_prompt(sample.question, sample.answer, said)
-                talks[answer] = _about(asked, whole)
-        opinions = self._ask(talks)
+            keys = _keys(sample, trajectory.box, trajectory.answer)
+            try:
+                self._put(keys, sample, trajectory.box, trajectory.answer, wholes, talks)
+            except (ImageError, PromptError) as error:  # one that cannot be shown stops no other
+                refused |= dict.fromkeys(keys, Opinion(error=str(error)))
+        opinions = self._ask(talks) | refused
         return [self._verdict(*pair, opinions) for pair in zip(samples, trajectories, strict=True)]
+
+    def _put(
+        self, keys: tuple[Key, Key], sample: Sample, box: Box, answer: str, wholes: dict[Picture, View],
+        talks: dict[Key, Conversation],
+    ) -> None:  # fmt: skip
+        """Put what is to be asked about one trajectory into `talks`, where it is not there yet."""
+        picture = Picture(sample.image, size=sample.size)
+        if picture not in wholes:
+            wholes[picture] = open_view(picture, self.root)
+        if self.score_boxes and keys[0] not in talks:
+            part = crop_view(wholes[picture], Picture(sample.image, box), self.crop_rule)
+            talks[keys[0]] = _about(critic_box_prompt(sample.question, sample.answer), part)
+        if keys[1] not in talks:
+            # What a policy wrote may hold anything, the mark of a picture too.
+            asked = critic_answer_prompt(sample.question, sample.answer, answer.replace(IMAGE, ""))
+            talks[keys[1]] = _about(asked, wholes[picture])
 
     def _ask(self, talks: dict[Key, Conversation]) -> dict[Key, Opinion]:
         opinions = {key: Opinion() for key in talks}

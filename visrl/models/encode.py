@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -22,7 +24,10 @@ from visrl.conversation import Conversation, PromptError, View
 from visrl.models.families import Family, Grid, Pictures, family_of
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
+from visrl.records import whole_characters
 
+MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
+LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
 CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
 
 
@@ -69,6 +74,8 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
         # Tokens of box text may be said again, as the published protocol does; they can forge nothing.
         own = self.tokenizer.get_added_vocab()
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_tokens = min(context or MAX_TOKENS, MAX_TOKENS)  # of a prompt that is to be answered
         self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
         self.cache_bytes = CACHE_BYTES
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
@@ -82,6 +89,9 @@ class Encoder:
         """The views, preprocessed in one batch; those seen lately come from a cache. May be called from any thread.
 
         `alone` says whether a prompt shows one picture only, which some families cut otherwise than one among several.
+
+        Raises:
+            PromptError: the model's processor takes no picture of this form; no picture is prepared then.
         """
         mark = "" if alone or not self.family.alone_differs else "#among"
         wanted = {view.key + mark: view for view in views}
@@ -89,6 +99,9 @@ class Encoder:
             known = {key: self._views[key] for key in wanted if key in self._views}
         for is_crop in (False, True):
             group = {key: view for key, view in wanted.items() if key not in known and view.is_crop == is_crop}
+            for view in group.values():
+                with _refusing(view):
+                    self.processed_size(view.size, is_crop)
             if group and self.family.pixel_limits:
                 known |= self._preprocess(group, self._limits(is_crop))
             elif group:
@@ -120,20 +133,22 @@ class Encoder:
             self._kept_bytes = 0
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
-        """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it."""
+        """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it.
+
+        Raises:
+            PromptError: the processor takes no such picture, as one that is far too thin.
+        """
         if not self.family.pixel_limits:
             return size
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         limits = self._limits(is_crop)
         processor = self.processor.image_processor
-        height, width = smart_resize(
-            size[1],
-            size[0],
-            processor.patch_size * processor.merge_size,
-            limits["shortest_edge"],
-            limits["longest_edge"],
-        )
+        merged = processor.patch_size * processor.merge_size
+        try:
+            height, width = smart_resize(size[1], size[0], merged, limits["shortest_edge"], limits["longest_edge"])
+        except ValueError as error:
+            raise PromptError(f"a picture of {size[0]} × {size[1]} px: the model's processor says {error}") from error
         return width, height
 
     def sized(self, view: View) -> Image.Image:
@@ -199,7 +214,8 @@ class Encoder:
         for key, view in views.items():
             image = _at_most(view.image, limit)
             shown = [image] if alone else [image, image]
-            processed, placeholders = self.processor._process_images([shown], **options)
+            with _refusing(view):
+                processed, placeholders = self.processor._process_images([shown], **options)
             count = placeholders[0].count(self.image_token)
             inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
             encoded[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
@@ -211,27 +227,52 @@ class Encoder:
         """The prompt as text, with one image token per picture, up to where the model speaks.
 
         Raises:
-            PromptError: a message holds one of the model's control tokens.
+            PromptError: a message holds one of the model's control tokens or half a character, or the chat template
+                refuses the conversation.
         """
         for message in conversation.messages:
             # The mark of a picture may itself be a token of the model; the text around it may hold none.
-            if any(token in part for part in message.text.split(IMAGE) for token in self._control):
-                raise PromptError(f"the text {message.text[:80]!r} holds a control token of the model; take it out")
-        text = self.processor.apply_chat_template(
-            as_messages(conversation), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-        )
+            for part in message.text.split(IMAGE):
+                self._check_text(part)
+        try:
+            text = self.processor.apply_chat_template(
+                as_messages(conversation), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
         return text if text.startswith(self._bos) else self._bos + text
 
-    def encode(self, conversation: Conversation, responses: Sequence[str | None]) -> list[TokenPath]:
+    def _check_text(self, text: str) -> None:
+        if any(token in text for token in self._control):
+            raise PromptError(f"the text {text[:80]!r} holds a control token of the model; take it out")
+        if whole_characters(text) != text:
+            raise PromptError(f"the text {text[:80]!r} holds half a character (a lone surrogate); take it out")
+
+    def encode(
+        self, conversation: Conversation, responses: Sequence[str | None], *, max_tokens: int | None = None
+    ) -> list[TokenPath]:
         """One path per response, whole paths tokenised; a response of None gives the prompt alone.
 
         A path with a response ends with the end of turn. The response starts where its tokens first differ from the
         prompt's, wherever a tokeniser merges across the edge.
+
+        Raises:
+            PromptError: what `render` raises, of responses too; a picture that the model's processor does not take; a
+                path longer than `max_tokens`, before anything of its size is allocated.
         """
+        for response in responses:
+            self._check_text(response or "")
         views = self.encode_views(conversation.views, alone=len(conversation.views) == 1)
         prompt = self._expand(self.render(conversation), views)
         texts = [prompt] + [prompt + response + self.end_of_turn for response in responses if response is not None]
-        tokenised = [np.array(ids, dtype=np.int64) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        if max_tokens is not None and (longest := max(map(len, texts))) > LONGEST_TOKEN * max_tokens:
+            raise PromptError(f"a text of {longest:,} characters; the model is shown at most {max_tokens:,} tokens")
+        tokenised = [
+            np.array(ids, dtype=np.int64)
+            for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        ]
+        if max_tokens is not None and (longest := max(map(len, tokenised))) > max_tokens:
+            raise PromptError(f"a text of {longest:,} tokens; the model is shown at most {max_tokens:,}")
         prompt_ids, answered = tokenised[0], iter(tokenised[1:])
         paths = []
         for response in responses:
@@ -250,6 +291,16 @@ class Encoder:
         if len(parts) != len(views) + 1:
             raise PromptError(f"{len(parts) - 1} image tokens for {len(views)} pictures")
         return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
+
+
+@contextmanager
+def _refusing(view: View) -> Iterator[None]:
+    """What a processor says against a picture, as an error that names the picture."""
+    try:
+        yield
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        what = error if isinstance(error, PromptError) else f"{view.size[0]} × {view.size[1]} px: {error}"
+        raise PromptError(f"{view.key[:80]}: {what}") from error
 
 
 def as_messages(conversation: Conversation) -> list[dict[str, Any]]:

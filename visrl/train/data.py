@@ -29,6 +29,7 @@ from visrl.conversation import (
 from visrl.data.scenes import close_up, find_question, scene_samples
 from visrl.models.encode import Encoder
 from visrl.prompts import IMAGE
+from visrl.protocols import plain_conversation
 from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
 from visrl.train.items import Item, Role, Row
 
@@ -117,32 +118,38 @@ def sft_rows(
     root: str | Path | None = None,
     detail: Box | None = None,
 ) -> list[Row]:
-    """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer).
+    """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer). One
+    without a box gives (image, question → answer), asked in the one turn of the evaluation's mode `no_box`: the prompts
+    of the two steps ask for a box first, and what answers them without one would unlearn to look.
 
     "point" gives (image, question → first corner of the box, in tenths): a curriculum's way to where before how large.
     The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
     another box in its place (a curriculum's close-up).
 
     Raises:
-        ValueError: the sample has no box.
+        ImageError, PromptError: the picture cannot be opened, or the row not be shown to the model.
     """
-    if sample.box is None:
-        raise ValueError(f"sample {sample.id} has no box: warm-up needs samples with boxes")
+    name = f"row {sample.id}"
+    if sample.box is None and not sample.answer:
+        raise PromptError(f"{name} has neither a box nor an answer: there is nothing to learn from it")
     whole = open_view(Picture(sample.image, size=sample.size), root)
+    if sample.box is None:
+        talk = plain_conversation(sample.question, whole)
+        return [Row(f"{name}/answer", "answer", talk, (("target", sample.answer),))] if "read" in tasks else []
     processed = encoder.processed_size(whole.size)
     text = encoder.codec.format(sample.box, whole.size, processed)
+    said = encoder.codec.parse(text, whole.size, processed)
     rows = []
     if "locate" in tasks:
         talk = focus_conversation(sample.question, whole)
-        rows.append(Row(f"{sample.id}/box", "box", talk, (("target", text),)))
+        rows.append(Row(f"{name}/box", "box", talk, (("target", text),)))
     if "point" in tasks:
         corner = _on_grid(sample.box, 10)
         talk = focus_conversation(sample.question, whole)
-        rows.append(Row(f"{sample.id}/point", "box", talk, (("target", f"[{corner.x0:.1f}, {corner.y0:.1f}]"),)))
+        rows.append(Row(f"{name}/point", "box", talk, (("target", f"[{corner.x0:.1f}, {corner.y0:.1f}]"),)))
     if "read" in tasks and sample.answer:
-        box = detail or encoder.codec.parse(text, whole.size, processed)
-        talk = answer_conversation(sample.question, whole, crop_of(whole, box, encoder))
-        rows.append(Row(f"{sample.id}/answer", "answer", talk, (("target", sample.answer),)))
+        talk = answer_conversation(sample.question, whole, crop_of(whole, detail or said, encoder))
+        rows.append(Row(f"{name}/answer", "answer", talk, (("target", sample.answer),)))
     return rows
 
 
@@ -152,7 +159,7 @@ def crop_of(whole: View, box: Box, encoder: Encoder) -> View:
 
 
 class SftSamples(Dataset[Item]):
-    """Samples with boxes, those of one picture together: box and answer rows of all its questions are one item."""
+    """Samples, those of one picture together: the rows of all its questions are one item."""
 
     def __init__(self, encoder: Encoder, samples: Sequence[Sample], root: str | Path | None = None) -> None:
         groups: dict[str, list[Sample]] = {}
@@ -169,9 +176,17 @@ class SftSamples(Dataset[Item]):
         """The picture of each item."""
         return [image for image, _ in self.groups]
 
+    def without_box(self) -> int:
+        """How many samples have no box: they are trained as answers alone."""
+        return sum(sample.box is None for _, samples in self.groups for sample in samples)
+
     def __getitem__(self, index: int) -> Item:
-        image, samples = self.groups[index]
-        return Item(image, tuple(row for sample in samples for row in sft_rows(self.encoder, sample, root=self.root)))
+        return self.item(index, self.groups[index][1])
+
+    def item(self, index: int, samples: Sequence[Sample]) -> Item:
+        """Item `index` with these of its samples."""
+        rows = (row for sample in samples for row in sft_rows(self.encoder, sample, root=self.root))
+        return Item(self.groups[index][0], tuple(rows))
 
 
 class Preferences(Dataset[Item]):
@@ -198,7 +213,7 @@ class Preferences(Dataset[Item]):
             else:
                 items.append([preference])
         # Numbered before anything is left out: an item's name says which it is, whoever else has its id.
-        named = ((f"item {n}, {item[0].id}", item) for n, item in enumerate(items, start=1))
+        named = ((f"item {n}, row {item[0].id}", item) for n, item in enumerate(items, start=1))
         wanted = ((name, [one for one in item if stage == 2 or one.step == "box"]) for name, item in named)
         self.mismatched = mismatched
         self.encoder = encoder
@@ -213,7 +228,11 @@ class Preferences(Dataset[Item]):
         return [preferences[0].images[0].ref for _, preferences in self.groups]
 
     def __getitem__(self, index: int) -> Item:
-        name, preferences = self.groups[index]
+        return self.item(index, self.groups[index][1])
+
+    def item(self, index: int, preferences: Sequence[Preference]) -> Item:
+        """Item `index` with these of its preferences."""
+        name = self.groups[index][0]
         rows = [preference_row(self.encoder, preference, self.root, name) for preference in preferences]
         if self.mismatched:
             rows = [self._with_mismatched(index, row) for row in rows]
@@ -225,7 +244,7 @@ class Preferences(Dataset[Item]):
                 if other.step == row.step:
                     response = other.rejected if index % 2 else other.chosen
                     return replace(row, responses=(*row.responses, ("mismatched", response)))
-        raise RecordError(f"row {row.key}: KTO needs a second item with a row of its step, and there is none")
+        raise RecordError(f"{row.key}: KTO needs a second item with a row of its step, and there is none")
 
 
 Items = TypeVar("Items", bound="SftSamples | Preferences")
@@ -267,7 +286,8 @@ def preference_row(
     if preference.context:
         _check_kept(encoder, talk)
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
-    return Row(f"{item or preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
+    name = item or f"row {preference.id}"
+    return Row(f"{name}/{preference.step}", preference.step, talk, responses, preference.weight)
 
 
 def _check_kept(encoder: Encoder, talk: Conversation) -> None:

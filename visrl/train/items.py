@@ -6,12 +6,13 @@ An item is what belongs together in one optimisation step: the rows of one quest
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from visrl.conversation import Conversation
+from visrl.conversation import Conversation, PromptError
 from visrl.models.encode import Encoder, TokenPath
 from visrl.records import RecordError, Step
 from visrl.train.pack import BUCKET, Packed, pack
@@ -59,12 +60,23 @@ class Batch:
     targets: int
 
 
+class TooLong(RecordError):
+    """A sequence over `cutoff_len`."""
+
+
 def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPath], list[Branch]]:
-    """The token paths of an item's responses and what each is."""
+    """The token paths of an item's responses and what each is.
+
+    Raises:
+        PromptError: a row that the model cannot be shown; the message names it.
+    """
     paths: list[TokenPath] = []
     branches: list[Branch] = []
     for row in item.rows:
-        paths += encoder.encode(row.conversation, [text for _, text in row.responses])
+        try:
+            paths += encoder.encode(row.conversation, [text for _, text in row.responses])
+        except PromptError as error:
+            raise PromptError(f"{row.key}: {error}") from error
         branches += [Branch(number, row.key, row.step, role, row.weight) for role, _ in row.responses]
     return paths, branches
 
@@ -73,7 +85,8 @@ class Collator:
     """Items → `Batch`. Items that show the same picture share its tokens.
 
     Raises:
-        RecordError: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
+        TooLong: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
+        PromptError: a row that the model cannot be shown.
     """
 
     def __init__(
@@ -86,7 +99,8 @@ class Collator:
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
         # All pictures of a batch go through the image processor together.
-        self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
+        with suppress(PromptError):  # the row that shows a picture which cannot be used is named below
+            self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
         by_picture: dict[str, tuple[list[TokenPath], list[Branch]]] = {}
         for number, item in enumerate(items):
             views = item.rows[0].conversation.views
@@ -105,8 +119,8 @@ class Collator:
         """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features."""
         for path, branch in zip(paths, branches, strict=True):
             if self.cutoff is not None and len(path.ids) > self.cutoff:
-                raise RecordError(
-                    f"row {branch.row}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
+                raise TooLong(
+                    f"{branch.row}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
                     f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
                 )
 

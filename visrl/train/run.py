@@ -98,6 +98,11 @@ def train_here(config: TrainConfig) -> None:
         if validation is not None:
             to_validate, validation = survey(validation, collator)
             say(f"to validate on: {to_validate.told(config.drop_unusable)}")
+    for part in (dataset, validation):
+        if isinstance(part, SftSamples) and (count := part.without_box()):
+            say(f"{count:,} questions have no box: what is learned of them is the answer to the whole picture")
+        if part is not None and not len(part):  # type: ignore[arg-type]
+            raise ConfigError(f"dataset: {config.dataset} holds no row for {_stage(config)} that can be used")
     model = prepare_model(config).to(arguments.device)
     limit = int(config.feature_cache_gb * 1e9)
     features = None if sharded(arguments) else open_features(model, encoder.family, limit)

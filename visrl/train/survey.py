@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,27 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainingArguments
 
+from visrl.conversation import PromptError
 from visrl.images import ImageError
 from visrl.progress import progress
-from visrl.records import RecordError
 from visrl.train.arguments import training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum, part_of
-from visrl.train.items import Collator
+from visrl.train.data import Curriculum, Preferences
+from visrl.train.items import Collator, TooLong
 from visrl.train.memory import peak_memory
+from visrl.train.pack import Packed
 from visrl.train.processes import processes_wanted
 from visrl.train.reference import reference_logps
 from visrl.train.trainer import VisrlTrainer
 
 NAMED = 3  # reasons told of each kind of drop
+KINDS: dict[str, type[ValueError]] = {
+    "over cutoff_len": TooLong,
+    "whose picture cannot be opened": ImageError,
+    "that this model cannot be shown": PromptError,
+}
+UNUSABLE = tuple(KINDS.values())
 
 
 @dataclass
@@ -35,7 +43,17 @@ class Survey:
 
     tokens: list[int] = field(default_factory=list)
     separate: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # kind → what was wrong with each
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # kind → what was wrong with each row
+
+    @property
+    def rows(self) -> int:
+        """How many rows were dropped."""
+        return sum(map(len, self.dropped.values()))
+
+    def add(self, packed: Packed) -> None:
+        """Count an item."""
+        self.tokens.append(packed.tokens)
+        self.separate += packed.naive_tokens
 
     def told(self, dropping: bool) -> str:
         """Counts, in a few lines."""
@@ -46,34 +64,69 @@ class Survey:
         ]
         for kind, reasons in self.dropped.items():
             what = "left out" if dropping else "training would stop at them (drop_unusable=true leaves them out)"
-            lines.append(f"{len(reasons)} items {kind}: {what}")
+            lines.append(f"{len(reasons)} rows {kind}: {what}")
             lines += [f"  {reason}" for reason in reasons[:NAMED]]
             lines += [f"  … and {len(reasons) - NAMED} more"] * (len(reasons) > NAMED)
         return "\n".join(lines)
 
 
 def survey(dataset: Any, collator: Collator) -> tuple[Survey, Any]:
-    """Encode every item of `dataset` as training would; what was found, and the part of it that can be used.
+    """Encode every item of `dataset` as training would; what was found, and the part of it that can be used: of an item
+    with a row that cannot, the others.
 
     A curriculum cannot leave anything out: its scenes are drawn, and each is as good as the next.
     """
-    found = Survey()
-    usable = []
+    if isinstance(dataset, Curriculum):
+        found = Survey()
+        for number in progress(range(len(dataset)), "reading items"):
+            found.add(collator([dataset[number]])["batch"].packed)
+        return found, dataset
+    dropped = Survey()
+    if not (isinstance(dataset, Preferences) and dataset.mismatched):
+        found, part = _one_pass(dataset, collator, dropped)
+        return replace(found, dropped=dropped.dropped), part
+    part = copy(dataset)
+    part.mismatched = False  # a row is not to blame for the response of another that it is shown with
+    found, part = _one_pass(part, collator, dropped)
+    part.mismatched = True
+    while True:  # whatever leaves changes whose response another row is shown with
+        count = dropped.rows
+        found, part = _one_pass(part, collator, dropped)
+        if dropped.rows == count:
+            return replace(found, dropped=dropped.dropped), part
+
+
+def _one_pass(dataset: Any, collator: Collator, dropped: Survey) -> tuple[Survey, Any]:
+    """What the items of `dataset` are, and those that can be used; what cannot is added to `dropped`."""
+    found, groups = Survey(), []
     for number in progress(range(len(dataset)), "reading items"):
+        name, records = dataset.groups[number]
         try:
             packed = collator([dataset[number]])["batch"].packed
-        except RecordError as error:
-            found.dropped.setdefault("over cutoff_len", []).append(str(error))
-            continue
-        except ImageError as error:
-            found.dropped.setdefault("whose picture cannot be opened", []).append(str(error))
-            continue
-        usable.append(number)
-        found.tokens.append(packed.tokens)
-        found.separate += packed.naive_tokens
-    if len(usable) < len(dataset) and not isinstance(dataset, Curriculum):
-        return found, part_of(dataset, usable)
-    return found, dataset
+        except UNUSABLE:
+            records = _usable(dataset, number, collator, dropped)
+            if not records:
+                continue
+            packed = collator([dataset.item(number, records)])["batch"].packed
+        found.add(packed)
+        groups.append((name, records))
+    part = copy(dataset)
+    part.groups = groups
+    return found, part
+
+
+def _usable(dataset: Any, number: int, collator: Collator, dropped: Survey) -> list[Any]:
+    """The rows of an item that can be used, each tried by itself; the others are added to `dropped`."""
+    usable = []
+    for record in dataset.groups[number][1]:
+        try:
+            collator([dataset.item(number, [record])])
+        except UNUSABLE as error:
+            kind = next(kind for kind, fault in KINDS.items() if isinstance(error, fault))
+            dropped.dropped.setdefault(kind, []).append(str(error))
+        else:
+            usable.append(record)
+    return usable
 
 
 def rehearse(dataset: Any, found: Survey, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
