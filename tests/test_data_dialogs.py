@@ -407,6 +407,20 @@ def test_what_check_calls_good_training_takes_and_says_the_same_of_the_rest(tmp_
         assert len(named_preferences("set", tmp_path)) == 1
 
 
+def test_check_looks_at_every_picture_of_a_row(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    raw = {"images": ["a.png", "b.png"], "messages": said("<image>\nA?", "1", "<image>\nB?", "2")}
+    path = write_lines(tmp_path / "a.jsonl", [raw])
+    text = CliRunner().invoke(app, ["data", "check", "--from", "sharegpt", "--images", str(tmp_path), path]).stdout
+    assert "2 pictures, 1 missing" in text
+
+
+def test_a_copy_of_an_alpaca_set_is_described_as_one(tmp_path):
+    rows_of(tmp_path, {"instruction": "<image>A?", "output": "1", "images": ["a.jpg"]}, entry={})
+    convert("sharegpt", "sharegpt", [str(tmp_path / "rows.jsonl")], str(tmp_path / "copy.jsonl"))
+    assert [sample.answer for sample in named_samples("copy", tmp_path)] == ["1"]
+
+
 # --- Hints ------------------------------------------------------------------------------------------------------------
 
 

@@ -146,8 +146,21 @@ def test_a_box_in_pixels_is_read_with_the_size_of_its_picture(tmp_path):
     assert rows(path, sizes=Sizes(images=tmp_path))[0].records[0].size == (30, 40)
     own = write_lines(tmp_path / "own.jsonl", [{"image": "a.png", "question": "A?", "answer": "1", "bbox": box[0]}])
     assert read_samples(own, image_root=str(tmp_path))[0].box.x1 == 0.5
-    with pytest.raises(RecordError, match="is not known: give"):
+    with pytest.raises(RecordError, match="is not known: no picture"):
         read_samples(own)
+
+
+def test_several_answers_of_our_own_rows_are_voted_on_and_kept(tmp_path):
+    answers = [["two", "2", "2"], [{"answer": "x"}, {"answer": "x"}], [None]]
+    raw = [{"image": "a.jpg", "question": "A?", "answers": several} for several in answers]
+    path = write_lines(tmp_path / "own.jsonl", [*raw, {"image": "a.jpg", "question": "A?", "answer": ["yes", "no"]}])
+    found = list(read_format("visrl", path, Reading()))
+    assert [row.records[0].answer if row.records else row.fault for row in found] == ["2", "x", "unparseable", "yes"]
+    assert [bool(row.notes) for row in found] == [True, False, False, True]
+    assert [row.records[0].raw["answers"] for row in found if row.records] == [*answers[:2], ["yes", "no"]]
+    with pytest.warns(VisrlWarning, match="in 1 row the most frequent of several answers is taken"):
+        (sample,) = read_samples(write_lines(tmp_path / "one.jsonl", raw[:1]))
+    assert sample.answer == "2"
 
 
 def test_a_converted_set_names_files_and_holds_no_picture_itself(tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE
+from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE, Size
 from visrl.data.convert import Reading, dataset_of, other_format, read_format
 from visrl.data.rows import Row, told_notes
 from visrl.data.sizes import FOLDERS, viscot_path
@@ -95,13 +95,13 @@ def check(
                 report.good += 1
                 report.notes.update(row.notes)
             _find_duplicate(report, row, path, seen_rows)
-            for ref in _pictures(row):
+            for ref, size in _pictures(row):
                 key = hash(ref)
                 split = _split(row, path)
                 if key not in splits:
                     splits[key] = split
                     report.pictures += 1
-                    _look_at(report, row, ref, reading.sizes.images)
+                    _look_at(report, row, ref, size, reading.sizes.images)
                 elif splits[key] != split and key not in leaked:
                     leaked.add(key)
                     report.leaks += 1
@@ -120,8 +120,8 @@ def _find_duplicate(report: Report, row: Row, path: str, seen: set[int]) -> None
         seen.add(key)
 
 
-def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
-    """Open a picture once: is it there, whole, and of a shape that a model can take?"""
+def _look_at(report: Report, row: Row, ref: str, size: Size | None, root: Path | None) -> None:
+    """Open a picture once: is it there, whole, of its annotated `size` and of a shape that a model can take?"""
     if root is None:
         return
     if names_file(ref) and picture_path(ref, root) is None:
@@ -129,9 +129,8 @@ def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
         report.missing[_origin(row, ref)] += 1
         report.note("missing", ref)
         return
-    record = row.records[0] if row.records else None
     try:
-        width, height = open_image(ref, root, record.size if isinstance(record, Sample) else None).size
+        width, height = open_image(ref, root, size).size
     except ImageError as error:
         report.unusable["unreadable"] += 1
         report.note("unreadable", str(error))
@@ -141,19 +140,20 @@ def _look_at(report: Report, row: Row, ref: str, root: Path | None) -> None:
         report.note("absurd", f"{ref} is {width} × {height}: too small or too thin for the models' processors")
 
 
-def _pictures(row: Row) -> Iterator[str]:
-    """The pictures of a row, of a bad one as far as it says so."""
-    if row.records:
-        record = row.records[0]
-        yield record.image if isinstance(record, Sample) else record.images[0].ref
-        return
-    if not isinstance(row.raw, dict):
+def _pictures(row: Row) -> Iterator[tuple[str, Size | None]]:
+    """The pictures of a row with their annotated sizes, of a bad one as far as it says so."""
+    for record in row.records:
+        if isinstance(record, Sample):
+            yield record.image, record.size
+        else:
+            yield record.images[0].ref, record.images[0].size
+    if row.records or not isinstance(row.raw, dict):
         return
     value = row.raw.get("image", row.raw.get("img_path", row.raw.get("images")))
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
-        yield viscot_path(dataset_of(row), value) if "bboxs" in row.raw else value
+        yield viscot_path(dataset_of(row), value) if "bboxs" in row.raw else value, None
 
 
 def _split(row: Row, path: str) -> str:

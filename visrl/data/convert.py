@@ -19,13 +19,14 @@ from visrl.box import Size
 from visrl.codecs import BoxSpace
 from visrl.data.hf import ParquetWriter, is_hf, read_hf
 from visrl.data.info import Entry, find_entry
-from visrl.data.native import parse_visrl, pool_row, visrl_row
+from visrl.data.native import pool_row, visrl_row
+from visrl.data.own import parse_own
 from visrl.data.picture_files import PictureFiles
 from visrl.data.refcoco import parse_refcoco, refcoco_row
 from visrl.data.rows import Parse, Row, RowFault, Writer, parsed_row, read_rows
 from visrl.data.sharegpt import parse_sharegpt, read_sharegpt
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
-from visrl.data.sizes import Sizes, with_size
+from visrl.data.sizes import Sizes
 from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
 from visrl.manifest import hold
 from visrl.records import Preference, RecordError, Sample, belongs_to
@@ -106,7 +107,7 @@ def _parser(name: str, path: str, reading: Reading) -> Parse:
         entry = Entry(Path(path).stem, Path(path), columns={})
         return lambda raw, number: parse_sharegpt(raw, number, entry, reading.sizes, reading.box_space)
     parsers: dict[str, Parse] = {
-        "visrl": lambda raw, number: parse_visrl(with_size(raw, reading.sizes), number),
+        "visrl": lambda raw, number: parse_own(raw, number, reading.sizes),
         "viscot": lambda raw, number: parse_viscot(raw, number, reading.sizes, reading.boxes),
         "viscot-meta": lambda raw, number: parse_meta(raw, number, reading.boxes),
         "viscot-detection": parse_detection,

@@ -11,14 +11,14 @@ import datetime
 import decimal
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from visrl.data.native import parse_visrl
+from visrl.data.own import VOTED, one_answer, with_size
 from visrl.data.rows import Parsed, Row, RowFault, json_value, parsed_row
-from visrl.data.sizes import Sizes, with_size
+from visrl.data.sizes import Sizes
 from visrl.records import RecordError
 
 BATCH = 1000  # rows written at a time
@@ -32,7 +32,6 @@ _CALLED = {
     "answer": ("answer", "answers", "response", "solution"),
 }
 _CONVERSATIONS = {"messages", "conversations", "conversation", "instruction"}
-_VOTED = "the most frequent of several answers is taken, the first of equally frequent ones"
 
 
 def is_hf(path: str | os.PathLike[str]) -> bool:
@@ -97,7 +96,7 @@ def _columns(source: str | os.PathLike[str], data: Any, given: dict[str, str]) -
     theirs |= given
     for key in ("image", "question"):
         if theirs.get(key, key) not in have:
-            hint = "name yours with --columns image=…"
+            hint = "name yours: `visrl data convert --from hf --columns image=COLUMN …`"
             if key == "question" and (kind := sorted(_CONVERSATIONS & set(have))):
                 hint = f"with {kind[0]!r} it holds conversations: read them with --from sharegpt"
             raise RecordError(f"{source} has no column {theirs.get(key, key)!r}; it has {', '.join(have)}: {hint}")
@@ -120,10 +119,9 @@ def _as_ours(values: dict[str, Any], theirs: dict[str, str]) -> tuple[dict[str, 
         raw["image"] = image[0]
     own = {name: value for name, value in values.items() if name not in theirs.values() and value is not None}
     if isinstance(raw.get("answer"), (list, dict)):
-        answers = _answers(raw["answer"], theirs["answer"])
-        own |= {theirs["answer"]: raw["answer"]} if len(answers) > 1 else {}
-        raw["answer"] = Counter(answers).most_common(1)[0][0]  # in the order they were seen where equally frequent
-        notes += [_VOTED] * (len(set(answers)) > 1)
+        own[theirs["answer"]] = raw["answer"]
+        raw["answer"], differ = one_answer(raw["answer"], theirs["answer"])
+        notes += [VOTED] * differ
     pictures = [name for name, value in own.items() if "data:image/" in str(value)[:200]]
     notes += [f"the column {name!r} holds pictures of its own and is passed by" for name in pictures]
     kept = {name: value for name, value in own.items() if name not in pictures}
@@ -135,16 +133,6 @@ def _as_ours(values: dict[str, Any], theirs: dict[str, str]) -> tuple[dict[str, 
     elif "raw" not in raw and kept:
         raw["raw"] = kept
     return raw, tuple(notes)
-
-
-def _answers(value: Any, column: str) -> list[str]:
-    """Several answers to a question: a list of texts, or of objects with `answer`, or an object of such lists."""
-    if isinstance(value, dict):
-        value = value.get("answer", value.get("text"))
-    answers = [one.get("answer") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
-    if not answers or not all(isinstance(answer, (str, int, float)) for answer in answers):
-        raise RowFault("unparseable", f"{column!r} must be an answer or a list of answers, it is {str(value)[:60]}")
-    return [str(answer) for answer in answers]
 
 
 def _open(source: str | os.PathLike[str], split: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -99,7 +100,7 @@ def hf_samples(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
     """
     folder = Path(path).parent
     rows = read_hf(path, sizes=Sizes(images=images or folder))
-    records = _placed(_taken(rows, path, f"--from hf {path}"), folder, images)
+    records = _placed(_taken(rows, path, f"--from hf {shlex.quote(str(path))}"), folder, images)
     return [record for record in records if isinstance(record, Sample)]
 
 
@@ -110,7 +111,7 @@ def _records(
     found = False
     for entry in entries:
         rows = read_sharegpt(entry, Sizes(images=images or folder))
-        options = f"--from sharegpt --dataset {entry.name} {entry.path.parent}"
+        options = f"--from sharegpt --dataset {shlex.quote(entry.name)} {shlex.quote(str(entry.path.parent))}"
         beside = entry.name if len(entries) > 1 else ""
         for record in _placed(_taken(rows, entry.path, options, beside), folder, images):
             found = True
@@ -169,4 +170,4 @@ def _taken(
         what = f"{path}: {share}; row {first.number}: {first.reason}"
         if not good:
             raise RecordError(what)
-        warnings.warn(f"{what} (`visrl data check {options}` lists them all)", VisrlWarning, stacklevel=4)
+        warnings.warn(f"{what} (`visrl data check {options}` counts them all)", VisrlWarning, stacklevel=4)

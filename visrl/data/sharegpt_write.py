@@ -93,7 +93,7 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
 
 def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:
     """The description of a file that holds the rows of `entry` as they stood."""
-    described: dict[str, Any] = {"file_name": file_name, "formatting": "sharegpt", "columns": dict(entry.columns)}
+    described: dict[str, Any] = {"file_name": file_name, "formatting": entry.formatting, "columns": dict(entry.columns)}
     if entry.ranking:
         described["ranking"] = True
     if entry.box_space:

@@ -82,16 +82,3 @@ class Sizes:
                 raise RecordError(
                     f"{path}, row {number}: {error}; --sizes takes detection or metadata JSONL with width and height"
                 ) from error
-
-
-def with_size(raw: Any, sizes: Sizes) -> Any:
-    """A row of ours whose box in pixels says no size, with that of its picture.
-
-    Raises:
-        RowFault: "no_size", where the picture cannot be looked at.
-    """
-    if not isinstance(raw, dict) or raw.get("bbox") is None or not isinstance(raw.get("image"), str):
-        return raw
-    if any(raw.get(key) is not None for key in ("size", "width", "height")):
-        return raw
-    return raw | {"size": list(sizes.of(raw["image"]))}

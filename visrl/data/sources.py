@@ -9,6 +9,9 @@ columns; anything else is a path to JSONL records.
 from __future__ import annotations
 
 import re
+import shlex
+import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast, get_args
@@ -17,12 +20,12 @@ from visrl.data.convert import Reading, other_format
 from visrl.data.hf import is_hf
 from visrl.data.info import find_entry
 from visrl.data.named import check_names, hf_samples, is_named, named_preferences, named_samples
-from visrl.data.native import parse_visrl
-from visrl.data.rows import Row, read_rows
+from visrl.data.own import parse_own
+from visrl.data.rows import Row, read_rows, told_notes
 from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
-from visrl.data.sizes import Sizes, with_size
+from visrl.data.sizes import Sizes
 from visrl.manifest import hash_files
-from visrl.records import Preference, RecordError, Sample
+from visrl.records import Preference, RecordError, Sample, VisrlWarning
 
 _SCENES = re.compile(
     r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"
@@ -117,8 +120,10 @@ def _own_records(kind: type[Kept], path: str, image_root: str | None) -> list[Ke
     """
     records: list[Kept] = []
     first, bad = "", 0
-    sizes = Sizes(images=image_root)
-    for row in read_rows(path, lambda raw, number: parse_visrl(with_size(raw, sizes), number)):
+    sizes = Sizes(images=image_root or ".")
+    notes = Counter[str]()
+    for row in read_rows(path, lambda raw, number: parse_own(raw, number, sizes)):
+        notes.update(row.notes)
         fault = row.reason
         for record in row.records:
             if isinstance(record, kind):
@@ -129,8 +134,10 @@ def _own_records(kind: type[Kept], path: str, image_root: str | None) -> list[Ke
             first = first or f"{path}, row {row.number}: not a {kind.__name__}: {fault}{_hint(row, path)}"
             bad += 1
     if bad:
-        more = f"; so are {bad - 1:,} more (`visrl data check --from visrl {path}` counts them all)" if bad > 1 else ""
-        raise RecordError(f"{first}{more}")
+        lists = f"`visrl data check --from visrl {shlex.quote(path)}` counts them all"
+        raise RecordError(f"{first}; so are {bad - 1:,} more ({lists})" if bad > 1 else first)
+    for line in told_notes(notes):
+        warnings.warn(f"{path}: {line}", VisrlWarning, stacklevel=3)
     return records
 
 
@@ -140,7 +147,8 @@ def _hint(row: Row, path: str) -> str:
     if other is None:
         return ""
     name = ", or name it in dataset_info.json" if other == "sharegpt" else ""
-    return f"; it has the keys of {other}: `visrl data convert --from {other} --to visrl {path} OUT.jsonl`{name}"
+    command = f"visrl data convert --from {other} --to visrl {shlex.quote(path)} OUT.jsonl"
+    return f"; it has the keys of {other}: `{command}`{name}"
 
 
 def hash_source(spec: str, dataset_dir: str = "data") -> str:
