@@ -70,6 +70,10 @@ def test_one_evaluation_shows_its_answers_and_counts_what_failed(tmp_path):
     assert page.text.count("✗ engine: it was away") >= 3
     assert "no picture at nowhere/4.png" in page.text
     assert "9 of 9 test questions" in page.text
+    everything = rows_of(3, None, None, "engine: it was away")
+    page = page_of(write_evaluation(tmp_path / "all", everything))
+    assert "✓ engine" not in page.text
+    assert "✗ engine" in page.text
 
 
 def test_controls_without_boxes_and_questions_without_a_true_one_are_shown(tmp_path):
@@ -126,6 +130,40 @@ def test_damaged_results_are_named(change, message, tmp_path):
     write_records(tmp_path / "results.jsonl", [rows_of(1)[0] | change])
     with pytest.raises((ReportError, RecordError), match=rf"results\.jsonl, row 1: {message}"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scores.json", {"columns": None}, "columns: "),
+        ("scores.json", {"n": "many"}, "n: "),
+        (
+            "scores.json",
+            {"columns": {"exact": {"counted": {"mean": 1.0, "low": None, "high": 1.0}}}},
+            "exact.counted.low",
+        ),
+        ("scores.json", [1], "no JSON object"),
+        ("manifest.json", {"config": None}, "config: "),
+        ("summary.json", {"stages": [{"name": "sft"}]}, "no 'stages.0.answer_accuracy'"),
+        ("summary.json", {"seconds_by_step": []}, "seconds_by_step: "),
+        ("log.jsonl", {"step": {}}, "row 1: step: "),
+    ],
+)
+def test_damaged_files_of_a_run_are_named_with_the_key(name, value, message, tmp_path):
+    write_evaluation(tmp_path, rows_of(2))
+    (tmp_path / name).write_text(json.dumps(value) + "\n")
+    with pytest.raises(ReportError) as caught:
+        load_run(tmp_path)
+    assert f"{tmp_path / name}" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_what_went_wrong_in_a_training_is_counted_and_the_rest_drawn(tmp_path):
+    losses = [1.0, float("nan"), float("inf"), 0.5]
+    write_records(tmp_path / "log.jsonl", [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)])
+    page = page_of(tmp_path)
+    assert "2 values in the log of training are not finite, and not drawn" in page.text
+    assert len(page.all("svg")) == 1
 
 
 def test_a_finished_training_is_no_unfinished_run(tmp_path):

@@ -166,6 +166,11 @@ def curve_figures(curves: Sequence[Curve]) -> list[Drawing]:
         return [drawing for title, series in PANELS if (drawing := _panel(curves, title, series))]
 
 
+def is_drawn(value: Any) -> bool:
+    """Whether a value of a training log is a number that a curve can go through."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # not NaN either
+
+
 # --- Pieces ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +189,7 @@ def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str
         axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
                   fontsize=10, color=INKS["muted"])  # fmt: skip
         for key, name, ink, dashed in series:
-            points = [(start + row["step"], float(row[key])) for row in curve.rows if row.get(key) is not None]
+            points = [(start + row["step"], float(row[key])) for row in curve.rows if is_drawn(row.get(key))]
             if points:
                 _line(axes, np.array(points), ink, dashed, None if name in words else name)
                 words.setdefault(name, []).extend((points[0][1], points[-1][1]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from visrl.records import RecordError, read_jsonl
+from visrl.report.shapes import Shape, fault
 
 Row = dict[str, Any]
 
@@ -16,11 +16,11 @@ class ReportError(ValueError):
     """A run folder that no report can be made of; the message names file and remedy."""
 
 
-def read_rows(path: Path, needs: Sequence[str] = ()) -> list[Row]:
-    """The objects of a JSONL file, each holding the keys `needs`; an unfinished last line is left out.
+def read_rows(path: Path, shape: type[Shape]) -> list[Row]:
+    """The objects of a JSONL file, each of the shape given; an unfinished last line is left out.
 
     Raises:
-        ReportError: another line is not JSON, no object, or without one of the keys.
+        ReportError: another line is not JSON, or not of that shape.
     """
     rows: list[Row] = []
     try:
@@ -31,22 +31,23 @@ def read_rows(path: Path, needs: Sequence[str] = ()) -> list[Row]:
         if path.read_bytes().endswith(b"\n"):
             raise ReportError(str(error)) from error
     for number, row in enumerate(rows, start=1):
-        absent = [key for key in needs if key not in row] if isinstance(row, dict) else ["object"]
-        if absent:
-            raise ReportError(f"{path}, row {number}: no {absent[0]!r}; run the step that writes this file again")
+        wrong = fault(row, shape)
+        if wrong is not None:
+            raise ReportError(f"{path}, row {number}: {wrong}; run the step that writes this file again")
     return rows
 
 
-def read_object(path: Path) -> Row:
-    """The object of a JSON file.
+def read_object(path: Path, shape: type[Shape]) -> Row:
+    """The object of a JSON file, of the shape given.
 
     Raises:
-        ReportError: it is not JSON, or no object.
+        ReportError: it is not JSON, or not of that shape.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+        value: Row = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON ({error}); remove it and run the step that writes it again") from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} must hold a JSON object; remove it and run the step that writes it again")
+    wrong = "no JSON object" if not isinstance(value, dict) else fault(value, shape)
+    if wrong is not None:
+        raise ReportError(f"{path}: {wrong}; remove it and run the step that writes it again")
     return value

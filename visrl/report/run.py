@@ -20,6 +20,16 @@ from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
 from visrl.records import Verdict, from_json, place_name, place_of
 from visrl.report.files import ReportError, Row, read_object, read_rows
+from visrl.report.shapes import (
+    AnswerShape,
+    EvaluationShape,
+    LogShape,
+    ManifestShape,
+    PairShape,
+    Shape,
+    SummaryShape,
+    TryShape,
+)
 
 MEASURES = {
     "answer_accuracy": "Answers right",
@@ -40,7 +50,6 @@ REMEDY = "give the folder that `visrl demo`, `visrl evolve`, `visrl train` or `v
 # What says of an answer that it is right, the surest first; at 0.5 a judge finds it more right than wrong.
 RIGHT_BY = ("correct", "judge", "exact", "hit")
 _STAGE_FILE = re.compile(r"(?:iter(\d+)-)?(sft|stage\d+)")
-ANSWER_KEYS = ("id", "question", "answer", "image", "box", "prediction", "correct", "iou")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,7 @@ def load_run(folder: Path) -> Run:
     is_training = (folder / LOG).exists()
     if not is_loop and not is_training and not evaluations:
         raise ReportError(f"{folder} holds no {', '.join(LOOP_MARKS)}, {LOG} or {SCORES}; {REMEDY}")
-    summary = read_object(folder / "summary.json") if (folder / "summary.json").is_file() else {}
+    summary = read_object(folder / "summary.json", SummaryShape) if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
     run = Run(
         folder=folder,
@@ -168,7 +177,10 @@ def load_run(folder: Path) -> Run:
         pairs=_pairs(folder, summary),
         curves=_curves(folder),
         evaluations=evaluations,
-        manifests={str(path.parent.relative_to(folder)): read_object(path) for path in sorted(folder.rglob(MANIFEST))},
+        manifests={
+            str(path.parent.relative_to(folder)): read_object(path, ManifestShape)
+            for path in sorted(folder.rglob(MANIFEST))
+        },
         missing=[],
     )
     parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
@@ -201,7 +213,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
     stages = []
     for iteration, name in sorted(told.keys() | files.keys()):
         file, entry = files.get((iteration, name)), told.get((iteration, name))
-        rows = read_rows(file, ANSWER_KEYS) if file else []
+        rows = read_rows(file, AnswerShape) if file else []
         if entry is None and not rows:
             continue
         scores = _scores(entry) if entry else measure_rows(rows)
@@ -245,7 +257,7 @@ def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, 
         if stage and not told:
             file = "sft" if stage[0].name == "sft" else f"iter{stage[0].iteration}-{stage[0].name}"
             paths = {name: folder / "eval" / f"{file}.{name}.jsonl" for name in CONTROLS}
-            told = {name: measure_rows(read_rows(path, ANSWER_KEYS)) for name, path in paths.items() if path.is_file()}
+            told = {name: measure_rows(read_rows(path, AnswerShape)) for name, path in paths.items() if path.is_file()}
         if told and stage:
             told["own"] = stage[0].scores
             found[which] = {name: told[name] for name in CONTROLS if told.get(name)}
@@ -278,12 +290,12 @@ def _pairs(folder: Path, summary: Row) -> list[Pairs]:
 
 def _tally(folder: Path) -> dict[str, Any]:
     """Counts over the records of one iteration, for what the summary does not say."""
-    files = {
-        folder / "generate/trajectories.jsonl": ("sample_id", "origin", "error"),
-        folder / "generate/verdicts.jsonl": ("sample_id", "round", "branch", "box_score", "answer_score"),
-        folder / "filter/preferences.jsonl": ("id",),
+    files: dict[Path, type[Shape]] = {
+        folder / "generate/trajectories.jsonl": TryShape,
+        folder / "generate/verdicts.jsonl": Shape,  # the records' own reader looks at them
+        folder / "filter/preferences.jsonl": PairShape,
     }
-    tries, verdicts, preferences = (read_rows(path, keys) if path.is_file() else None for path, keys in files.items())
+    tries, verdicts, preferences = (read_rows(path, shape) if path.is_file() else None for path, shape in files.items())
     tries = tries or []
     judged = count_verdicts(from_json(Verdict, row) for row in verdicts or [])
     return {
@@ -300,7 +312,7 @@ def _curves(folder: Path) -> list[Curve]:
     """The training logs of the run, in the order of training; a plain training folder has one, at its top."""
     found = []
     for path in sorted(folder.rglob("log.jsonl"), key=lambda path: _natural(str(path.relative_to(folder)))):
-        rows = [row for row in read_rows(path) if "step" in row]
+        rows = [row for row in read_rows(path, LogShape) if row.get("step") is not None]
         parts = [re.sub(r"^(iter|stage)(\d+)$", r"\1 \2", part) for part in path.relative_to(folder).parts[:-1]]
         if rows:
             found.append(Curve(", ".join(parts) or "training", rows))
@@ -312,7 +324,7 @@ def _evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for path in [folder / SCORES, *sorted(folder.glob(f"*/{SCORES}"))]:
         if path.is_file():
-            facts = read_object(path)
+            facts = read_object(path, EvaluationShape)
             counted = {column: entry.get("counted") for column, entry in facts.get("columns", {}).items()}
             scores = _scores(counted, tuple(counted))
             found.append(Evaluation(path.parent.resolve().name, facts, scores, *_answers(path.parent / RESULTS)))
@@ -322,10 +334,15 @@ def _evaluations(folder: Path) -> list[Evaluation]:
 def _answers(path: Path) -> tuple[dict[str, Row], str]:
     """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
     rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
-    right_by = next((column for column in RIGHT_BY if any(row.get(column) is not None for row in rows)), RIGHT_BY[0])
-    enough = 0.5 if right_by == "judge" else 1
+    present = [column for column in RIGHT_BY if any(column in row for row in rows)] or [RIGHT_BY[0]]
+    right_by = next((column for column in present if any(row.get(column) is not None for row in rows)), present[0])
     named = {" ".join(part for part in (dataset_of(row), _name(row)) if part): row for row in rows}
-    return {name: row | {"correct": (row.get(right_by) or 0) >= enough} for name, row in named.items()}, right_by
+    return {name: row | {"correct": _is_right(row, right_by)} for name, row in named.items()}, right_by
+
+
+def _is_right(row: Row, column: str) -> bool:
+    value = row.get(column)
+    return row.get("error") is None and value is not None and value >= (0.5 if column == "judge" else 1)
 
 
 def _natural(text: str) -> list[str | int]:

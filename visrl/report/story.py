@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Literal
 
 from visrl.evaluate.statistics import paired
@@ -126,6 +127,10 @@ def caveats(run: Run) -> list[str]:
         notes.append(
             f"{count(unread, 'score')} of the critic could not be read and count neither for nor against a try."
         )
+    for curve in run.curves:
+        lost = sum(isinstance(value, float) and not isfinite(value) for row in curve.rows for value in row.values())
+        if lost:
+            notes.append(f"{count(lost, 'value')} in the log of {curve.title} are not finite, and not drawn.")
     if run.curves:
         notes.append(
             "Reward accuracy, margins and log-probabilities are of the pairs trained on, which can be memorised. "

@@ -1,0 +1,143 @@
+"""What the files of a run must hold for a report to be made of them, beyond being JSON. Other keys are welcome.
+
+Shapes are looked at and not copied: who reads the files goes on with the rows and objects as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+
+from visrl.box import Box
+
+
+def _is_box(value: list[FiniteFloat]) -> list[float]:
+    if len(value) != 4:
+        raise ValueError("not four fractions of the picture")
+    Box(*value)
+    return value
+
+
+BoxList = Annotated[list[FiniteFloat], AfterValidator(_is_box)]
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="allow", coerce_numbers_to_str=False)
+
+
+class ScoreShape(Shape):
+    mean: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class ScoresShape(Shape):
+    """The three measures of a checkpoint or a control."""
+
+    answer_accuracy: ScoreShape | None = None
+    box_iou: ScoreShape | None = None
+    box_accuracy_50: ScoreShape | None = None
+
+
+class KindShape(Shape):
+    n: NonNegativeInt
+    answer_accuracy: FiniteFloat | None = None
+    box_iou: FiniteFloat | None = None
+
+
+class StageShape(ScoresShape):
+    name: str
+    iteration: NonNegativeInt
+    n: NonNegativeInt
+    answer_accuracy: ScoreShape
+    by_kind: dict[str, KindShape] = {}
+
+
+class PairsShape(Shape):
+    iteration: NonNegativeInt
+    questions: NonNegativeInt = 0
+    kept: NonNegativeInt | None = None
+    trajectories: NonNegativeInt | None = None
+    dropped_by_reason: dict[str, NonNegativeInt] = {}
+
+
+class SummaryShape(Shape):
+    """`summary.json`, which `visrl demo` and `visrl evolve` write."""
+
+    stages: list[StageShape] = []
+    controls: dict[str, ScoresShape] = {}
+    controls_last: dict[str, ScoresShape] = {}
+    pairs: list[PairsShape] = []
+    seconds: FiniteFloat = 0
+    seconds_by_step: dict[str, FiniteFloat] = {}
+    peak_rss_mb: FiniteFloat = 0
+    versions: dict[str, Any] = {}
+
+
+class ColumnShape(Shape):
+    counted: ScoreShape | None = None
+    unread: NonNegativeInt = 0
+
+
+class EvaluationShape(Shape):
+    """`scores.json`, which `visrl eval` writes."""
+
+    n: NonNegativeInt = 0
+    failed: NonNegativeInt = 0
+    unparseable: NonNegativeInt = 0
+    bad_truth: NonNegativeInt = 0
+    columns: dict[str, ColumnShape] = {}
+
+
+class ManifestShape(Shape):
+    verb: str = ""
+    config: dict[str, Any] = {}
+    image_root: str | None = None
+
+
+class AnswerShape(Shape):
+    """A line of `eval/CHECKPOINT.jsonl`."""
+
+    id: str | int
+    question: str
+    answer: str
+    image: str
+    box: BoxList | None
+    true_box: BoxList | None = None
+    prediction: str | None
+    correct: bool
+    iou: FiniteFloat | None
+    kind: str = ""
+    repeat: NonNegativeInt = 0
+    error: str | None = None
+
+
+class TryShape(Shape):
+    sample_id: str | int
+    origin: str
+    error: str | None
+
+
+class PairShape(Shape):
+    id: str | int
+
+
+class LogShape(Shape):
+    """A line of a training log: numbers, some of them not finite where a training went wrong."""
+
+    __pydantic_extra__: dict[str, float | str | bool | list[Any] | dict[str, Any] | None]
+    step: NonNegativeInt | None = None
+
+
+def fault(value: Any, shape: type[Shape]) -> str | None:
+    """What keeps `value` from being of this shape, None where nothing does."""
+    try:
+        TypeAdapter(shape).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            return f"no {place!r}"
+        return f"{place or 'it'}: {first['msg'].removeprefix('Value error, ')} (it holds {str(first['input'])[:60]!r})"
+    return None
