@@ -94,7 +94,7 @@ def test_an_evaluation_that_failed_is_tried_again_where_it_failed(tmp_path):
 
 
 def test_an_evaluation_that_cannot_become_a_success_stops_at_once_and_gives_the_folder_back(tmp_path):
-    with serving(failing_for("Question")) as server, pytest.raises(FailedRun, match=r"2 of 2 questions failed \(all\)"):
+    with serving(failing_for("Question")) as server, pytest.raises(FailedRun, match=r"4 of 4 questions failed \(all\)"):
         evaluate(eval_config(tmp_path, server.url))
     with serving(sound) as server:
         evaluate(eval_config(tmp_path, server.url, mode="center", request_attempts=2))  # another config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -125,18 +126,34 @@ def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def ask(
-    questions: Annotated[list[str], typer.Argument(help="one or more questions about the picture")],
+    questions: Annotated[
+        list[str],
+        typer.Argument(help="one or more questions about the picture; key=value is a key of `visrl eval`'s policy"),
+    ],
     model: Annotated[str, typer.Option(help="a checkpoint folder")],
     image: Annotated[str, typer.Option(help="a picture's path, or scene:POOL/INDEX for a drawn one")],
     compare: Annotated[
         list[str] | None, typer.Option(help="another checkpoint beside it; may be given several times")
     ] = None,
+    policy_url: Annotated[
+        list[str] | None, typer.Option(help="a server of --model up to /v1, in place of loading it here; may repeat")
+    ] = None,
     out: Annotated[Path, typer.Option(help="the picture with boxes, crops and answers")] = Path("ask.png"),
 ) -> None:
-    """Ask about a picture: where each checkpoint looks, what it sees there and what it answers."""
+    """Ask about a picture: where each checkpoint looks, what it sees there and what it answers.
+
+    `policy_url=http://…/v1` (or --policy-url) asks a server, `policy_served_name`, `codec` and the others go with it.
+    """
+    from visrl.engines.opening import PolicyConfig
     from visrl.evaluate.ask import ask_models
 
-    ask_models([model, *(compare or [])], image, questions, out)
+    given = [text for text in questions if text.partition("=")[0].strip() in PolicyConfig.known_keys() and "=" in text]
+    asked = [text for text in questions if text not in given]
+    if not asked:
+        raise typer.BadParameter("ask a question about the picture", param_hint="QUESTIONS")
+    if policy_url:
+        given.append(f"policy_url={json.dumps(policy_url)}")
+    ask_models([model, *(compare or [])], image, asked, out, given)
 
 
 @app.command()

@@ -5,10 +5,12 @@ The picture shows where each looked, what it saw there, and what it answered. Sc
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,9 +18,13 @@ from visrl.box import CropRule, crop_window
 from visrl.conversation import PromptError, View, open_view
 from visrl.evaluate.rollouts import greedy_looks
 from visrl.evolve.rollout import Look, Policy, failure
+from visrl.failures import FailedRun, Tally, is_failure
 from visrl.images import ImageError
 from visrl.records import Picture, Sample
 from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, annotate, shrink
+
+if TYPE_CHECKING:
+    from visrl.engines.opening import PolicyConfig
 
 COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
 WHOLE_SIDE, CROP_SIDE, TEXT_WIDTH, GAP = 480, 220, 320, 16  # px
@@ -127,16 +133,25 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[number % len(COLOURS)] for number in range(count)]
 
 
-def ask_models(models: Sequence[str], image: str, questions: Sequence[str], out: Path) -> None:
+def ask_models(
+    models: Sequence[str], image: str, questions: Sequence[str], out: Path, given: Sequence[str] = ()
+) -> None:
     """Ask every model every question, print the two steps, and write the picture to `out`.
 
-    A model is a checkpoint folder or hub name. They are loaded one after another, so that only one is in memory.
+    A model is a checkpoint folder or hub name. They are opened one after another, so that only one is in memory.
+    `given` is `key=value` of `PolicyConfig`, as of every verb that asks a policy; what it says of servers is of those
+    of the first model, and the others run in this process.
+
+    Raises:
+        ConfigError: a key of `given` that is none, or a value of the wrong type.
+        FailedRun: no model gave a reply to more than the share `max_failed` of the questions.
     """
-    from visrl.engines.opening import PolicyConfig, opened_policy
+    from visrl.engines.opening import opened_policy
 
     replies: list[list[Reply]] = []
-    for name, model in zip(short_names(models), models, strict=True):
-        with opened_policy(PolicyConfig(model_name_or_path=model)) as opened:
+    configs = _configs(models, given)
+    for name, config in zip(short_names(models), configs, strict=True):
+        with opened_policy(config) as opened:
             replies.append(ask(opened.policy, name, image, questions, opened.settings.crop_rule))
     by_question = [list(group) for group in zip(*replies, strict=True)]
     for group in by_question:
@@ -145,6 +160,21 @@ def ask_models(models: Sequence[str], image: str, questions: Sequence[str], out:
     out.parent.mkdir(parents=True, exist_ok=True)
     answer_sheet(by_question).save(out)
     print(f"picture: {out}")
+    tally = Tally("questions", configs[0].max_failed)
+    tally.count(reply.look.error if is_failure(reply.look.error) else None for group in replies for reply in group)
+    if tally.is_hopeless():
+        raise FailedRun(tally.sentence())
+
+
+def _configs(models: Sequence[str], given: Sequence[str]) -> list[PolicyConfig]:
+    """How each model is opened."""
+    from visrl.config import read_config
+    from visrl.engines.opening import ModelConfig, PolicyConfig
+
+    first = read_config(PolicyConfig, None, [f"model_name_or_path={json.dumps(models[0])}", *given])
+    looks = {name: getattr(first, name) for name in ModelConfig.model_fields}
+    here = {**looks, "adapter_name_or_path": None, "codec": None if first.policy_url else first.codec}
+    return [first, *(PolicyConfig(**{**here, "model_name_or_path": model}) for model in models[1:])]
 
 
 def short_names(models: Sequence[str]) -> list[str]:
