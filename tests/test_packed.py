@@ -227,16 +227,13 @@ def test_merged_tokens_at_the_edge_of_the_prompt(model: nn.Module, encoder: Enco
     sample = scene_samples("train", 3, 1)[0]
     whole = image_view(Picture(sample.image), open_image(sample.image))
     # No generation prompt between the turn and the answer: the text before the answer ends in a full stop.
-    encoder.processor.chat_template, kept = (
-        "{{ '<|image_pad|>' + messages[0].content[1].text }}",
-        (encoder.processor.chat_template),
-    )
+    encoder.chat_template, kept = ("{{ '<|image_pad|>' + messages[0].content[1].text }}", encoder.chat_template)
     try:
         talk = Conversation((Message("user", "<image>Where is it."),), (whole,))
         paths = encoder.encode(talk, ["\nthere", "here", "\nthen"])
         prompt = encoder.encode(talk, [None])[0]
     finally:
-        encoder.processor.chat_template = kept
+        encoder.chat_template = kept
     assert paths[0].start == len(prompt.ids) - 1  # the last token of the prompt is another one with the newline
     assert paths[1].start == len(prompt.ids)
     for one in paths:

@@ -275,7 +275,7 @@ def test_rows_without_boxes_are_trained_as_answers_and_counted(tiny, tmp_path, c
     assert {"nll/box", "nll/answer"} <= set().union(*read_jsonl(out / "log.jsonl"))
     encoder = load_encoder(tiny)
     first, second = (SftSamples(encoder, read_samples(rows))[n] for n in (0, 1))
-    assert [row.key for row in first.rows] == ["row 0/answer", "row 1/box", "row 1/answer"]
+    assert [row.key for row in first.rows] == ["0/answer", "1/box", "1/answer"]
     (only,) = second.rows
     assert only.conversation.messages[0].text == "<image>\nWhat does the red tag say?"  # as mode no_box asks it
     assert only.responses == (("target", "7"),)

@@ -129,9 +129,9 @@ def sft_rows(
     Raises:
         ImageError, PromptError: the picture cannot be opened, or the row not be shown to the model.
     """
-    name = f"row {sample.id}"
+    name = sample.id
     if sample.box is None and not sample.answer:
-        raise PromptError(f"{name} has neither a box nor an answer: there is nothing to learn from it")
+        raise PromptError(f"row {name} has neither a box nor an answer: there is nothing to learn from it")
     whole = open_view(Picture(sample.image, size=sample.size), root)
     if sample.box is None:
         talk = plain_conversation(sample.question, whole)
@@ -286,8 +286,7 @@ def preference_row(
     if preference.context:
         _check_kept(encoder, talk)
     responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
-    name = item or f"row {preference.id}"
-    return Row(f"{name}/{preference.step}", preference.step, talk, responses, preference.weight)
+    return Row(f"{item or preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
 
 
 def _check_kept(encoder: Encoder, talk: Conversation) -> None:

@@ -64,6 +64,11 @@ class TooLong(RecordError):
     """A sequence over `cutoff_len`."""
 
 
+def told(key: str) -> str:
+    """What an error calls the row of a key; that of a preference names its item, for its id may stand for several."""
+    return key if key.startswith("item ") else f"row {key}"
+
+
 def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPath], list[Branch]]:
     """The token paths of an item's responses and what each is.
 
@@ -76,7 +81,7 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
         try:
             paths += encoder.encode(row.conversation, [text for _, text in row.responses])
         except PromptError as error:
-            raise PromptError(f"{row.key}: {error}") from error
+            raise PromptError(f"{told(row.key)}: {error}") from error
         branches += [Branch(number, row.key, row.step, role, row.weight) for role, _ in row.responses]
     return paths, branches
 
@@ -120,7 +125,7 @@ class Collator:
         for path, branch in zip(paths, branches, strict=True):
             if self.cutoff is not None and len(path.ids) > self.cutoff:
                 raise TooLong(
-                    f"{branch.row}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
+                    f"{told(branch.row)}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
                     f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
                 )
 
