@@ -100,6 +100,9 @@ def test_boxes_without_a_named_space_are_refused_not_learned_as_words(tmp_path):
         (said("<image>\nA?", "1"), ["a.jpg", "b.jpg"], "1 <image> marks but 2 pictures"),
         (said("<image>\nA?", "1", "B?"), ["a.jpg"], "the last question has no answer"),
         (said("<image>\nA?", "<image>"), ["a.jpg"], "the reply in turn 2 holds an <image> mark"),
+        (said("<image>\nA?", " "), ["a.jpg"], "the reply in turn 2 is empty"),
+        (said("<image><video>\nA?", "1"), ["a.jpg"], "turn 1 holds a <video> mark"),
+        (said("<image>\nA?", "1"), [{"bytes": "x", "path": "a.jpg"}], "'ref' must be a string"),
         ([*said("<image>\nA?"), *said("B?")], ["a.jpg"], "turn 2 must be the assistant's"),
         ([{"role": "tool", "content": "x"}], ["a.jpg"], "message 1 is from 'tool'"),
     ],
@@ -193,6 +196,7 @@ def test_keys_of_a_message_that_say_what_is_learned_are_refused(tmp_path, key, v
         {"images": ["a.jpg"], "query": "<image>A?", "response": "1"},
         {"images": "a.jpg", "instruction": "<image>A?", "input": "", "output": "1"},
         {"images": ["a.jpg"], "messages": told("<image>A?", "1")},
+        {"images": [{"path": "a.jpg", "bytes": None}], "messages": said("<image>A?", "1"), "id": None},
     ],
 )
 def test_the_documented_forms_are_one_sample(tmp_path, raw):

@@ -21,6 +21,7 @@ from visrl.records import Picture
 # Our own column: the chosen box in fractions, where its text is not three decimals (a family's own way of writing).
 CHOSEN_CROP = "chosen_crop"
 MESSAGES = ("messages", "conversations", "conversation")
+_MEDIA_MARKS = ("<video>", "<audio>")
 _OTHER_MEDIA = ("videos", "video", "audios", "audio")
 # Keys of a message that say how much of it is learned, with the values that mean "all of it".
 _LOSS = ("loss", "loss_weight", "loss_scale", "weight", "train")
@@ -144,7 +145,16 @@ def _pictures(raw: dict[str, Any], columns: dict[str, str]) -> tuple[Picture, ..
     size = raw.get("size")
     if size is None and type(raw.get("width")) is int and type(raw.get("height")) is int:
         size = [raw["width"], raw["height"]]
+    if isinstance(value, list):
+        value = [_path(each) for each in value]
     return parse_pictures(value, size, columns["images"])
+
+
+def _path(value: Any) -> Any:
+    """A picture that ms-swift and `datasets` write as an object of path and bytes, by its path."""
+    if isinstance(value, dict) and set(value) <= {"path", "bytes"} and value.get("bytes") is None:
+        return value.get("path")
+    return value
 
 
 # --- Turns ------------------------------------------------------------------------------------------------------------
@@ -289,6 +299,10 @@ def _check_order(dialog: Dialog, entry: Entry) -> None:
         wanted = ("user", "assistant")[number % 2]
         if turn.role != wanted:
             raise RowFault("role", f"turn {number + 1} must be the {wanted}'s, it is the {turn.role}'s")
+        if mark := next((mark for mark in _MEDIA_MARKS if mark in turn.text), None):
+            raise RowFault(
+                "media", f"turn {number + 1} holds a {mark} mark: videos and sounds are not read, pictures are"
+            )
         if turn.role == "assistant" and IMAGE in turn.text:
             raise RowFault("unparseable", f"the reply in turn {number + 1} holds an {IMAGE} mark")
     if not dialog.turns:

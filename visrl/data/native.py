@@ -96,11 +96,11 @@ def said_text(raw: dict[str, Any], key: str, default: str | None = None) -> str:
     raise RowFault("unparseable", f"{key!r} must be a text or a number, it is {json.dumps(value)[:60]}{hint}")
 
 
-def _name(raw: dict[str, Any], number: int) -> str:
-    """The row's id as text; where it has none, its number."""
+def row_name(raw: dict[str, Any], default: str) -> str:
+    """The row's id as text, of whatever JSON type it is; `default` where it has none."""
     value = raw.get("id")
     if value is None:
-        return f"row-{number}"
+        return default
     name = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     check_text(name, "id")
     return name
@@ -127,7 +127,7 @@ def _preference(raw: dict[str, Any], number: int) -> Preference:
     pictures = parse_pictures(raw.get("images"), None, "images")
     context = _context(raw.get("context", []))
     check_shown("\n".join([*(message.text for message in context), prompt]), pictures)
-    return Preference(_name(raw, number), step, prompt, pictures, chosen, rejected, weight, context)
+    return Preference(row_name(raw, f"row-{number}"), step, prompt, pictures, chosen, rejected, weight, context)
 
 
 def check_shown(prompt: str, pictures: tuple[Picture, ...]) -> None:
@@ -166,7 +166,7 @@ def _sample(raw: dict[str, Any], number: int) -> Sample:
         size = get_size(raw)
     if raw.get("bbox") is not None:
         box = _from_pixels(raw["bbox"], size)
-    return Sample(_name(raw, number), image, question, answer, box, source, _own_keys(raw), size)
+    return Sample(row_name(raw, f"row-{number}"), image, question, answer, box, source, _own_keys(raw), size)
 
 
 def _bare(question: str) -> str:

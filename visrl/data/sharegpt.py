@@ -15,8 +15,8 @@ from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.dialogs import CHOSEN_CROP, MESSAGES, Dialog, Turn, parse_dialog
 from visrl.data.grounding import filled_turns
 from visrl.data.info import Entry
-from visrl.data.native import check_shown
-from visrl.data.rows import Parsed, Row, RowFault, check_text, four_numbers, parsed_row, read_rows
+from visrl.data.native import check_shown, row_name
+from visrl.data.rows import Parsed, Row, RowFault, four_numbers, parsed_row, read_rows
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import bare_question, without_marks
 from visrl.prompts import IMAGE
@@ -57,8 +57,7 @@ def parse_sharegpt(raw: Any, number: int, entry: Entry, sizes: Sizes, box_space:
         RowFault, BoxError: the row's form, what no record has a place for, or a chosen box that is none.
     """
     dialog = parse_dialog(raw, entry)
-    name = str(raw.get("id", f"{entry.name}/row-{number}"))
-    check_text(name, "id")
+    name = row_name(raw, f"{entry.name}/row-{number}")
     turns, boxes = filled_turns(dialog, raw.get("objects"), sizes)
     if dialog.is_ranking:
         return Parsed(_preferences(raw, name, dialog, sizes, box_space), dialog.notes)
@@ -106,6 +105,8 @@ def _samples(
             crop = next((picture.crop for picture in shown[place + 2] if picture.crop), None)
             box, answer = crop or box, turns[place + 3].text
         own = f"{name}/{place // 2 + 1}" if several else name
+        if box is None and not answer.strip():
+            raise RowFault("no_answer", f"the reply in turn {place + 2} is empty")
         question = bare_question(asked)
         if not question.strip():
             raise RowFault("unparseable", f"turn {place + 1} holds no question")
