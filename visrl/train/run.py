@@ -203,7 +203,8 @@ def build_data(
         )
         dataset.groups = dataset.groups[: config.max_samples]
     if not len(dataset):
-        raise ConfigError(f"dataset: {config.dataset} holds nothing for {_stage(config)}")
+        other = "; preferences over answers are trained with rl_stage=2" if config.stage != "sft" else ""
+        raise ConfigError(f"dataset: {config.dataset} holds nothing for {_stage(config)}{other}")
     return split(dataset, config.val_size, arguments.seed) if config.val_size else (dataset, None)
 
 
