@@ -20,7 +20,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Verbs that users of other programs type, and where that is done here.
+ELSEWHERE = {
+    "chat": "visrl ask --model CHECKPOINT --image PICTURE QUESTION asks once; visrl api serves a page to ask on",
+    "webchat": "visrl api CONFIG serves a page to ask on, at the address that it prints",
+    "webui": "there is no page to train on: visrl train CONFIG trains, visrl report RUN draws it",
+    "predict": "visrl eval CONFIG asks a model every question of a data set and scores what it says",
+    "merge": "visrl export CONFIG merges adapters into their model",
+    "infer": "visrl ask asks about one picture, visrl eval about a data set, visrl api serves",
+    "serve": "visrl api CONFIG serves",
+    "sft": "visrl train CONFIG with stage: sft",
+    "dpo": "visrl train CONFIG with stage: dpo",
+    "rlhf": "visrl train CONFIG with stage: dpo",
+}
 
 ConfigFile = Annotated[Path | None, typer.Argument(help="a YAML file of flat `key: value` lines", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's", show_default=False)]
@@ -162,6 +177,52 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finish
     from visrl.report.commands import report as write
 
     write(run)
+
+
+@app.command()
+def version() -> None:
+    """The version of this program."""
+    from visrl.environment import version_line
+
+    typer.echo(version_line())
+
+
+@app.command()
+def env() -> None:
+    """Versions, machine, devices and paths, for a report of a fault; no secrets."""
+    from visrl.environment import environment_lines
+
+    typer.echo("\n".join(environment_lines()))
+
+
+@app.command(name="help", hidden=True)
+def help_(context: typer.Context) -> None:
+    """The same as --help."""
+    assert context.parent is not None
+    typer.echo(context.parent.get_help())
+
+
+def _elsewhere(verb: str) -> None:
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+    @app.command(name=verb, hidden=True, context_settings=settings)
+    def say() -> None:
+        from visrl.config import ConfigError
+
+        raise ConfigError(f"`visrl {verb}` is no verb here: {ELSEWHERE[verb]}")
+
+
+for _verb in ELSEWHERE:
+    _elsewhere(_verb)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        version()
+        raise typer.Exit()
 
 
 app.add_typer(data_app, name="data")

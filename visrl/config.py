@@ -1,19 +1,28 @@
 """Configs: typed, flat YAML plus `key=value`. Unknown keys are errors that name the nearest known one.
 
-Nothing here imports torch: a command must refuse a typo at once.
+Nothing here imports torch: a command must refuse a typo at once. YAML itself is read in yaml_text.py; keys of other
+programs are known in foreign.py.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core.core_schema import ValidationInfo
 
-from visrl.redact import without_secrets
+from visrl.foreign import ALIASES, NO_MEANING, SWITCHED_OFF
+from visrl.redact import hidden, without_secrets
+from visrl.yaml_text import YamlError, parse_yaml
+
+LARGEST = 2**63 - 1  # what a whole number of torch and numpy holds
+MAX_BYTES = 1_000_000  # of a config file
 
 
 class ConfigError(ValueError):
@@ -23,12 +32,39 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """The base of every verb's config: flat, typed, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_look_alike(cls, value: Any, info: ValidationInfo) -> Any:
+        """A truth value is no number, a number must fit, and a text must be one that a file can be named by."""
+        if isinstance(value, bool) and info.field_name and _only_numbers(cls, info.field_name):
+            raise ValueError("a number is wanted here")
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise ValueError("this number is larger than any that can be used")
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise ValueError("a text with a NUL character in it can be no name and no path")
+        return value
 
     @classmethod
     def known_keys(cls) -> set[str]:
         """The keys that this config takes."""
         return set(cls.model_fields)
+
+    @classmethod
+    def with_sections(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The file's `values` with what is `given` on the command line over them."""
+        return {**values, **given}
+
+
+@cache
+def _only_numbers(kind: type[BaseModel], field: str) -> bool:
+    def parts(annotation: Any) -> set[Any]:
+        inner = get_args(annotation)
+        return set().union(*map(parts, inner)) if inner else {annotation}
+
+    kinds = parts(kind.model_fields[field].annotation)
+    return bool(kinds & {int, float}) and bool not in kinds and True not in kinds
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -39,16 +75,11 @@ OneOrMore = Annotated[
     tuple[AnyValue, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
 ]
 
-# Keys that newer releases of transformers renamed or dropped, by what they are called now (None: no longer needed).
-# And `critic.box`, the paper's name for an ablation.
-ALIASES: dict[str, str | None] = {
-    "critic.box": "use_box_critic",
-    "overwrite_output_dir": None,
-    "warmup_ratio": "warmup_steps",  # a float below 1 is a share of all steps
-    "evaluation_strategy": "eval_strategy",
-    "preprocessing_num_workers": None,
-    "overwrite_cache": None,
-}
+# The type of a key that names adapters: a list, or one text with commas between them.
+Adapters = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda value: [one.strip() for one in value.split(",")] if isinstance(value, str) else value),
+]
 
 
 def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
@@ -57,71 +88,141 @@ def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Itera
     Raises:
         ConfigError: no such file, no YAML mapping, an unknown key, or a value of the wrong type.
     """
-    values = read_yaml(path) if path else {}
+    given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not of the form key=value")
+        if not equals or not key.strip():
+            raise ConfigError(f"{shown(override)} is not of the form key=value")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not YAML; quote it if it is meant as text") from error
+            given[key.strip()] = parse_yaml(text)
+        except YamlError as error:
+            raise ConfigError(
+                f"{shown(override)}: the value is not YAML ({error}); quote it if it is a text"
+            ) from error
+    values = kind.with_sections(read_yaml(path) if path else {}, given)
     return build_config(kind, values, where=str(path) if path else "the command line")
 
 
 def split_arguments(config: Path | None, overrides: Iterable[str] | None) -> tuple[Path | None, list[str]]:
     """A verb's arguments: the config file may be left out, and then the first argument is an override already."""
     extra = list(overrides or [])
-    if config is not None and "=" in str(config) and not config.exists():
+    if config is not None and "=" in str(config) and not _exists(config):
         return None, [str(config), *extra]
     return config, extra
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # longer than the name of a file can be
+        return False
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: no such file, or no mapping in it.
+        ConfigError: no such file, no mapping in it, or one that is larger than a config can be.
     """
+    name = shown_path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"no config at {path} ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text; name a YAML file") from error
+        raise ConfigError(f"no config at {name} ({error.strerror})") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{name} has more than {MAX_BYTES:,} bytes; a config is some lines of `key: value`")
     try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        values = parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text; name a YAML file") from error
+    except YamlError as error:
+        raise ConfigError(f"{name} is not YAML: {error}") from error
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines")
+        raise ConfigError(f"{name} must hold `key: value` lines")
     return values
 
 
 def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> AnyConfig:
-    """The config of `kind` with these values, old names translated.
+    """The config of `kind` with these values, old names translated; keys without a meaning here are named.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value of the wrong type.
     """
-    values = translate(values)
-    known = kind.known_keys()
+    where = shown_path(where)
+    values = _without_foreign(kind, translate(kind, values, where), where)
     for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(key[:100], kind.model_fields, n=1) if isinstance(key, str) else []
+            hint = f"did you mean {near[0]!r}?" if near else "no key of this command is like it"
+            raise ConfigError(f"{where}: unknown key {shown(key)}; {hint}")
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise ConfigError(f"{where}: {key} must be given") from error
-        raise ConfigError(f"{where}: {key}: {first['msg']} (got {without_secrets(first['input'])!r})") from error
+        raise ConfigError(f"{where}: {_first_fault(error)}") from error
 
 
-def translate(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with keys of older releases under their present names."""
-    names = {key: ALIASES.get(key, key) for key in values}
-    return {name: values[key] for key, name in names.items() if name is not None}
+def translate(kind: type[Config], values: dict[str, Any], where: str = "the config") -> dict[str, Any]:
+    """`values` with keys of older releases and of other programs under their names here.
+
+    Raises:
+        ConfigError: a key is there under both names.
+    """
+    names = {old: new for old, new in ALIASES.items() if new in kind.model_fields and old in values}
+    for old, new in names.items():
+        if new in values:
+            raise ConfigError(f"{where}: {old} and {new} are one key; give one of them")
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _without_foreign(kind: type[Config], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` without keys of other programs that mean nothing here, which are named in a line.
+
+    Raises:
+        ConfigError: a key of another program that would change what is done; the message says what to write.
+    """
+    foreign = {key for key in values if isinstance(key, str)} - set(kind.model_fields)
+    for key in foreign & SWITCHED_OFF.keys():
+        if values[key] not in (None, False, 0, "", "none", "main", "concat", []):
+            raise ConfigError(f"{where}: {key}: {SWITCHED_OFF[key]}")
+    if unused := sorted(foreign & NO_MEANING.keys()):
+        print(f"without a meaning here: {', '.join(f'{key} ({NO_MEANING[key]})' for key in unused)}", flush=True)
+    dropped = foreign & (NO_MEANING.keys() | SWITCHED_OFF.keys())
+    return {key: value for key, value in values.items() if key not in dropped}
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # keys that do not go together; the message names them
+        return message
+    parts = [str(part) for part in first["loc"]]
+    # What follows a key may be the name of a type that was tried, as `bool` or `dict[str,any]`.
+    names = [parts[0], *(part for part in parts[1:] if re.fullmatch(r"\d+|[a-z_]+", part) and part not in _TYPES)]
+    key = shown_path(".".join(names))
+    if first["type"] == "missing":
+        return f"{key} must be given"
+    given = without_secrets({parts[0]: first["input"]})[parts[0]]
+    if given != first["input"]:
+        message = message.replace(str(first["input"]), shown(given))
+    return f"{key}: {message} (got {shown(given)})"
+
+
+_TYPES = {"bool", "int", "float", "str", "none"}
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlong = 40
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """`value` in an error message: short, in one line, secrets left out."""
+    return hidden(_SHORT.repr(value))
+
+
+def shown_path(path: str | Path) -> str:
+    """A name or a path in an error message, short enough to be read."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:100]}… ({len(text)} characters)"

@@ -45,7 +45,7 @@ def hold(output: str | os.PathLike[str], *, wait_s: float = 0.0) -> Iterator[Non
     """
     path = Path(output).resolve()
     lock = path.with_name(_lock_name(path.name))
-    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and not os.access(lock.parent, os.W_OK):
         lock = path / _lock_name("")  # a mounted folder: nothing can be written beside it

@@ -19,10 +19,12 @@ USER_ERRORS = {
     "visrl.failures": "FailedRun",
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",
+    "visrl.models.chain": "ChainError",
     "visrl.models.folder": "CheckpointError",
     "visrl.records": "RecordError",
     "visrl.report.files": "ReportError",
     "visrl.train.processes": "ProcessError",
+    "visrl.train.trainer": "TrainingError",
 }
 
 

@@ -22,6 +22,7 @@ from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
 from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import attending_trees
+from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.families import cache_argument, join_pictures
 from visrl.models.load import load_encoder, load_model, note_dtype, reading
@@ -51,7 +52,7 @@ class LocalEngine:
         path: str | Path,
         device: str | None = None,
         *,
-        adapter: str | Path | None = None,
+        adapter: str | Path | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         settings: ModelSettings | None = None,
         trust_remote_code: bool = False,
@@ -61,17 +62,18 @@ class LocalEngine:
 
         Raises:
             CheckpointError: nothing there that can be loaded.
+            ChainError: an adapter that was trained on another model.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        given = read_adapter(adapter) if adapter is not None else None
+        merged = [read_adapter(one) for one in adapter_chain(path, adapter)]
         encoder = load_encoder(path, settings, trust_remote_code=trust_remote_code)
         model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         note_dtype(path, dtype)
         with reading(path, f"the model cannot be put on {device}"):
             model = model.to(device).eval()
-        if given is not None:
-            model = merge_adapter(model, given, path).eval()
+        for one in merged:
+            model = merge_adapter(model, one, path).eval()
         return LocalEngine(model, encoder, name=str(path))
 
     @property

@@ -327,7 +327,7 @@ def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, 
     export(
         ExportConfig(
             model_name_or_path=policy,
-            adapter_name_or_path=str(base / f"stage{stage}"),
+            adapter_name_or_path=(str(base / f"stage{stage}"),),
             export_dir=merged,
             export_dtype=config.export_dtype,
             trust_remote_code=config.trust_remote_code,
@@ -341,10 +341,10 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
     Raises:
         ConfigError: `train_config` or what goes over it is no config of `visrl train`.
     """
-    from visrl.train.config import TrainConfig
+    from visrl.train.config import TrainConfig, without_sections
 
     values = {
-        **read_yaml(config.train_config),
+        **without_sections(read_yaml(config.train_config)),
         **config.train,
         **(config.train_stage1 if stage == 1 else config.train_stage2),
         "model_name_or_path": policy,

@@ -81,7 +81,7 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) ->
 def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -> Any:
     """`model`, loaded from `base`, as PEFT wraps it, every tensor of the adapter in its place.
 
-    An adapter that was trained on a base with another adapter merged in gets that one merged first.
+    What it was trained on below it must be in the model already: chain.py says what that is.
 
     Raises:
         CheckpointError: counts and names the tensors that have no place, another shape, or are not there.
@@ -90,9 +90,6 @@ def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -
 
     manifest = _manifest(adapter.folder)
     _note_base(adapter, base, manifest)
-    if (first := _merged_before(base, manifest)) is not None:
-        note(f"{adapter.folder} was trained with {first} merged into its base, which is merged first")
-        model = merge_adapter(model, read_adapter(first), base)
     tensors = _at_home(adapter, model)
     _check_shared(adapter.folder, tensors, model)
     with reading(adapter.folder, f"the adapter does not fit {base}"), warnings.catch_warnings():
@@ -177,14 +174,6 @@ def _note_base(adapter: Adapter, base: str | Path, manifest: Mapping[str, Any]) 
         return
     if manifest.get("parents", {}).get("model") != hash_checkpoint(base):
         note(f"{adapter.folder} was trained on {named}, and is put on {base}")
-
-
-def _merged_before(base: str | Path, manifest: Mapping[str, Any]) -> str | None:
-    """The adapter that was merged into `base` before this one was trained; None where `base` holds it already."""
-    first = manifest.get("config", {}).get("adapter_name_or_path")
-    if first and manifest.get("parents", {}).get("model") == hash_checkpoint(base):
-        return str(first)
-    return None
 
 
 # --- Where its tensors belong -----------------------------------------------------------------------------------------

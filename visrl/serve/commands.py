@@ -30,8 +30,6 @@ class ServeConfig(ModelConfig, RequestConfig):
     The keys of requests (`extra_body` and its like) are of those to the server behind this one.
     """
 
-    template: str | None = None
-    """Accepted for configs of the reference; the checkpoint's own chat template is used."""
     infer_backend: Literal["huggingface", "vllm"] = "huggingface"
     """"huggingface" runs the model in this process; "vllm" asks the server at `vllm_url`, or starts one."""
     allow_remote_code: bool = False

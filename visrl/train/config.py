@@ -1,29 +1,60 @@
 """The config of `visrl train`: the keys this field already types, and every field of `transformers.TrainingArguments`.
 
-Imports no torch until a key is met that is not one of ours.
+Imports no torch.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from visrl.box import CropRule
-from visrl.config import Config
+from visrl.config import Adapters, ConfigError
 from visrl.data.scenes import KINDS, MAX_TAGS, Kind
+from visrl.train.fields import Count, Positive, TrainerFields
 
 PrefLoss = Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "sft"]
 Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone, in tenths
 Attention = Literal["auto", "dense", "blocks", "flex"]
 
 
+OTHER_STAGES = {
+    "kto": "write stage: dpo with pref_loss: kto",
+    "orpo": "write stage: dpo with pref_loss: orpo",
+    "simpo": "write stage: dpo with pref_loss: simpo",
+    "ipo": "write stage: dpo with pref_loss: ipo",
+    "rm": "no reward model is trained: the critic of `visrl generate` scores, and stage: dpo learns from its verdicts",
+    "ppo": "the loop of `visrl evolve` reinforces by preferences: stage: dpo on what the policy itself was scored for",
+    "pt": "no plain text is trained on; stage: sft is the warm-up",
+}
+OTHER_STAGES["grpo"] = OTHER_STAGES["rloo"] = OTHER_STAGES["ppo"]
+
+
+def _known_stage(value: Any) -> Any:
+    if isinstance(value, str) and value in OTHER_STAGES:
+        raise ValueError(OTHER_STAGES[value])
+    return value
+
+
+def _share_or_number(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("give a share below 1, or a whole number of pictures")
+    return value
+
+
+def _named_folder(path: Path) -> Path:
+    if str(path) in ("", "."):
+        raise ValueError("name a folder of its own; it must not be the one you work in")
+    return path
+
+
 class Phase(BaseModel):
     """One phase of a curriculum over drawn scenes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(gt=0)
     tasks: list[Task] = ["locate", "read"]
@@ -36,22 +67,22 @@ class Phase(BaseModel):
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
 
 
-class TrainConfig(Config):
-    """What `visrl train` takes. Keys not listed here go to `transformers.TrainingArguments`."""
-
-    model_config = ConfigDict(extra="allow")
+class TrainConfig(TrainerFields):
+    """What `visrl train` takes, beside the fields of `transformers.TrainingArguments`."""
 
     model_name_or_path: str
-    adapter_name_or_path: str | None = None
+    adapter_name_or_path: Adapters | None = None
+    """Adapters that are merged into the model before training, the first one first; with the last of a chain named,
+    those that it was trained on come by themselves."""
     trust_remote_code: bool = False
-    image_min_pixels: int | None = None
-    image_max_pixels: int | None = None
-    crop_min_pixels: int | None = None
-    crop_max_pixels: int | None = None
+    image_min_pixels: Count | None = None
+    image_max_pixels: Count | None = None
+    crop_min_pixels: Count | None = None
+    crop_max_pixels: Count | None = None
     crop_rule: CropRule | None = None
     box_codec: str | None = None
 
-    stage: Literal["sft", "dpo"] = "sft"
+    stage: Annotated[Literal["sft", "dpo"], BeforeValidator(_known_stage)] = "sft"
     rl_stage: Literal[1, 2] = 1
     do_train: Literal[True] = True  # kept for the reference's configs: this verb trains
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"
@@ -62,14 +93,14 @@ class TrainConfig(Config):
     freeze_vision_tower: bool = True
     freeze_multi_modal_projector: bool = True
     freeze_language_model: bool = False
-    lora_rank: int = Field(8, gt=0)
-    lora_alpha: int | None = None  # twice the rank
+    lora_rank: int = Field(8, gt=0, le=65_536)
+    lora_alpha: Annotated[int, Field(gt=0)] | None = None  # twice the rank
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target: str = "all"
 
     pref_loss: PrefLoss = "sigmoid"
     pref_beta: float = Field(0.1, gt=0)
-    pref_beta_answer: float | None = None  # β₂; pref_beta where not given
+    pref_beta_answer: Positive | None = None  # β₂; pref_beta where not given
     pref_ftx: float = Field(0.0, ge=0)
     dpo_label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     simpo_gamma: float = 0.5
@@ -79,11 +110,12 @@ class TrainConfig(Config):
     dataset: str | None = None
     dataset_dir: str = "data"
     image_root: str | None = None
-    template: str | None = None  # the checkpoint's own chat template is used; kept for the reference's configs
     cutoff_len: int = Field(2048, gt=0)
-    max_samples: int | None = None
+    max_samples: Count | None = None
     drop_unusable: bool = False  # leave out, and count, rows over cutoff_len and pictures that cannot be opened
-    val_size: float = Field(0.0, ge=0)  # pictures held out to validate on: a share below 1, or a number
+    val_size: Annotated[float, AfterValidator(_share_or_number)] = Field(
+        0.0, ge=0
+    )  # pictures held out to validate on: a share below 1, or a number
     curriculum: list[Phase] = Field(default_factory=list)
     bin_length: int = Field(512, gt=0)  # tokens that attend to each other at most, where no item needs more
     attention: Attention = "auto"
@@ -93,22 +125,34 @@ class TrainConfig(Config):
     rollout_dataset: str | None = None
     rollout_samples: int = Field(0, ge=0)  # held-out questions rolled out greedily at every evaluation
     plot_loss: bool = False
-    output_dir: Path
+    output_dir: Annotated[Path, AfterValidator(_named_folder)]
+    overwrite_output_dir: bool = False  # other work of `visrl train` in output_dir is removed; the same work goes on
     dry_run: bool = False
 
     @classmethod
-    def known_keys(cls) -> set[str]:
-        return super().known_keys() | _training_argument_names()
+    def with_sections(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """With the file's keys `stage1` and `stage2`: the keys in that of the stage that is trained go over the file's.
+
+        Raises:
+            ConfigError: such a section holds no keys.
+        """
+        sections = {name: values.get(name) for name in SECTIONS}
+        for name, section in sections.items():
+            if section is not None and not (isinstance(section, dict) and all(isinstance(key, str) for key in section)):
+                raise ConfigError(f"{name}: write the keys of that stage in it, as {{output_dir: …}}")
+        plain = without_sections(values)
+        both = {**plain, **given}
+        section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") == "dpo" else None
+        return {**plain, **(section or {}), **given}
 
     def training_arguments(self) -> dict[str, Any]:
         """What the config says beyond our own keys: fields of `transformers.TrainingArguments`."""
-        return dict(self.model_extra or {})
+        return self.trainer_values()
 
 
-@cache
-def _training_argument_names() -> frozenset[str]:
-    from dataclasses import fields
+SECTIONS = ("stage1", "stage2")
 
-    from transformers import TrainingArguments
 
-    return frozenset(field.name for field in fields(TrainingArguments) if field.init)
+def without_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values without those that are for one stage alone."""
+    return {key: value for key, value in values.items() if key not in SECTIONS}

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 
-from visrl.config import Config, ConfigError
+from visrl.config import Adapters, Config, ConfigError
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
-from visrl.models.adapters import Adapter, attach_adapter, read_adapter
+from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_adapter
+from visrl.models.chain import adapter_chain, described
 from visrl.models.folder import CheckpointError, first_line
 from visrl.models.load import check_finite, load_encoder, load_model, some
 from visrl.models.settings import NAME as SETTINGS
@@ -28,9 +30,9 @@ class ExportConfig(Config):
     """What `visrl export` takes, with the names of LLaMA-Factory's merge configs."""
 
     model_name_or_path: str
-    adapter_name_or_path: str
+    adapter_name_or_path: Adapters = Field(min_length=1)
+    """Merged one after another; with the last of a chain named, those that it was trained on come by themselves."""
     export_dir: Path
-    template: str | None = None  # the checkpoint's own chat template is kept; here for the reference's configs
     finetuning_type: Literal["lora"] = "lora"
     export_size: float = 5.0  # GB a shard
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -45,33 +47,37 @@ def export(config: ExportConfig) -> Path:
     Raises:
         CheckpointError: no model or no adapter at the paths given, one that does not fit the other, a merged model that
             deviates from the adapter, or a disk that takes no more. Nothing is called merged, then.
+        ChainError: an adapter that was trained on another model.
         ConfigError: pickled weights are asked for, or a folder that holds something else.
         ManifestError: the folder belongs to other work, or another process writes it.
     """
     if config.export_legacy_format:
         raise ConfigError("export_legacy_format: weights are written as safetensors only")
-    adapter = read_adapter(config.adapter_name_or_path)
-    out = config.export_dir
-    _check_place(config)
-    identity = {
-        **config.model_dump(mode="json", exclude={"export_dir"}),
-        "adapter": hash_files(*sorted(adapter.folder.glob("*.safetensors"))),
-    }
-    with hold(out):
-        if is_complete(out, identity):
-            print(f"{out} is already complete")
+    with hold(config.export_dir):
+        chain = adapter_chain(config.model_name_or_path, config.adapter_name_or_path)
+        *below, adapter = [read_adapter(one) for one in chain]
+        _check_place(config)
+        identity = {
+            **config.model_dump(mode="json", exclude={"export_dir"}),
+            "adapter": hash_files(*sorted(adapter.folder.glob("*.safetensors"))),
+            "adapters": described(chain),
+        }
+        if is_complete(config.export_dir, identity):
+            print(f"{config.export_dir} is already complete")
         else:
-            _export(config, adapter, identity)
-    return out
+            _export(config, below, adapter, identity)
+    return config.export_dir
 
 
-def _export(config: ExportConfig, adapter: Adapter, identity: dict[str, Any]) -> None:
+def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identity: dict[str, Any]) -> None:
     settings = ModelSettings.load(
         adapter.folder if (adapter.folder / SETTINGS).is_file() else config.model_name_or_path
     )
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).to(device).eval()
+    for earlier in below:
+        base = merge_adapter(base, earlier, config.model_name_or_path).eval()
     probe = _probe(encoder).to(device)
     of_base = _logps(base, probe)
     adapted = attach_adapter(base, adapter, config.model_name_or_path)
@@ -95,6 +101,7 @@ def _export(config: ExportConfig, adapter: Adapter, identity: dict[str, Any]) ->
         written = load_model(stage, dtype=dtype, trust_remote_code=config.trust_remote_code).to(device).eval()
         _check_written(out, written, merged)
         facts: dict[str, Any] = {
+            "adapters": identity["adapters"],
             "max_logp_change": _largest(of_adapter - of_base),
             "max_logp_deviation": deviation,
             f"max_logp_deviation_{config.export_dtype}": _largest(_logps(written, probe) - of_adapter),
@@ -117,9 +124,9 @@ def _check_place(config: ExportConfig) -> None:
         ConfigError: names the folder.
     """
     out = config.export_dir
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        if out.resolve() == Path(getattr(config, key)).resolve():
-            raise ConfigError(f"export_dir: {out} is {key} itself; give another folder")
+    for used in (config.model_name_or_path, *config.adapter_name_or_path):
+        if out.resolve() == Path(used).resolve():
+            raise ConfigError(f"export_dir: {out} is what is merged itself; give another folder")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"export_dir: {out} is a file; give a folder")
     ours = out.is_dir() and any((out / name).is_file() for name in (STARTED, MANIFEST))

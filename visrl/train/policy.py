@@ -10,6 +10,7 @@ import torch
 from visrl.config import ConfigError
 from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import use_tree_attention
+from visrl.models.chain import adapter_chain
 from visrl.models.families import FAMILIES, base_model, language_model, projector, vision_tower
 from visrl.models.load import load_model
 from visrl.train.config import TrainConfig
@@ -23,13 +24,15 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
     Raises:
         ConfigError: keys that do not go together, or what they ask for is not installed.
         CheckpointError: no model at `model_name_or_path`, or an adapter that does not fit it.
+        ChainError: an adapter that was trained on another model.
     """
     options: dict[str, Any] = {"quantization_config": quantization(config)} if config.quantization_bit else {}
-    adapter = read_adapter(config.adapter_name_or_path) if config.adapter_name_or_path else None
+    chain = adapter_chain(config.model_name_or_path, config.adapter_name_or_path)
+    merged = [read_adapter(adapter) for adapter in chain]
     model = load_model(
         config.model_name_or_path, dtype=weight_dtype(config), trust_remote_code=config.trust_remote_code, **options
     )
-    if adapter is not None:
+    for adapter in merged:
         model = merge_adapter(model, adapter, config.model_name_or_path)
     use_tree_attention(model, config.attention)
     if config.stage == "dpo":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 Argument = TypeVar("Argument")
+PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 class ProcessError(RuntimeError):
@@ -50,11 +54,14 @@ def processes_wanted(given: int | None) -> int:
 
 
 def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument) -> None:
-    """Run `work(argument)` in `count` processes of one group; both must be importable and picklable.
+    """Run `work(argument)` in `count` processes of one group; both must be importable and picklable. They end with
+    this process, however it ends.
 
     Raises:
         ProcessError: one of them failed.
+        KeyboardInterrupt, SystemExit: this process was told to end (SIGINT; SIGTERM and its like).
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,12 +70,26 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         rdzv_endpoint="localhost:0", max_restarts=0,
     )  # fmt: skip
     try:
-        elastic_launch(settings, work)(argument)
+        elastic_launch(settings, _ending_with_parent)(work, argument, os.getpid())
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        print(f"visrl: ended by {error.sigval.name}; the same command goes on where this one stopped", file=sys.stderr)
+        raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message
         told = message["message"] if isinstance(message, dict) else message
         raise ProcessError(f"process {rank} of {count}: {told}") from error
+
+
+def _ending_with_parent(work: Callable[[Argument], Any], argument: Argument, parent: int) -> None:
+    """`work(argument)`, unless the process that wanted it has ended, and no longer than that one lives."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+    work(argument)
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ command is refused. What cannot be trained is refused before the folder is claim
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -19,16 +20,27 @@ from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
 from visrl.data.sources import hash_source, read_preferences, read_samples
-from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, write_manifest
+from visrl.manifest import NAME as MANIFEST
+from visrl.manifest import (
+    STARTED,
+    ManifestError,
+    claim_folder,
+    hash_checkpoint,
+    hold,
+    is_complete,
+    write_manifest,
+)
+from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.records import Journal, Sample, read_jsonl, write_records
-from visrl.train.arguments import training_arguments
+from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences, SftSamples, split
 from visrl.train.features import open_features
+from visrl.train.fields import TrainerFields
 from visrl.train.items import Collator, Item
 from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
@@ -40,8 +52,14 @@ from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
-    "output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps", "report_to", "feature_cache_gb",
+    "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
+    "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica",
 }  # fmt: skip
+# What a training writes, beside settings and processor: removed where other work takes its folder.
+WRITTEN = (
+    MANIFEST, STARTED, "log.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
+    "*.safetensors.index.json", "checkpoint-*",
+)  # fmt: skip
 WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 
 
@@ -55,6 +73,7 @@ def train(config: TrainConfig) -> Path:
         CheckpointError: no model at `model_name_or_path`.
         RecordError: rows that are none, or longer than `cutoff_len`.
         ProcessError: one of several processes failed.
+        TrainingError: the loss is no number any more, or nothing was trained.
     """
     count = processes_wanted(config.processes)
     # Of processes that somebody else launched the first holds the folder; of our own, we who started them.
@@ -76,14 +95,16 @@ def train_here(config: TrainConfig) -> None:
     settings = model_settings(config)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
-    if config.adapter_name_or_path:
-        parents["adapter"] = hash_checkpoint(config.adapter_name_or_path)
+    adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
+    if adapters:
+        parents["adapter"] = adapters[-1]["hash"]
     if config.dataset:
         parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
     identity = {**_identity(config), "parents": parents}
-    if not config.dry_run and is_complete(out, identity):
+    if not config.dry_run and not _replaces(config, identity) and is_complete(out, identity):
         say(f"{out} is already complete")
         return
+    _check_resume(config)
     arguments = training_arguments(config)
     if notice := ModelSettings.load(config.model_name_or_path).other_rule(settings.crop_rule):
         say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
@@ -112,15 +133,26 @@ def train_here(config: TrainConfig) -> None:
     if config.dry_run:
         rehearse(dataset, found, **common)
         return
+    with refusals():
+        trainer = VisrlTrainer(
+            args=arguments,
+            train_dataset=dataset,
+            validation=validation,
+            rollouts=rollouts,
+            callbacks=[JsonLog(out), MarkComplete()],
+            **common,
+        )
+    check_start(config, trainer, len(dataset))  # type: ignore[arg-type]
     if arguments.process_index == 0:
+        if _replaces(config, identity):
+            _clear(out)
         claim_folder(out, identity)
     say(_told(config, arguments, dataset, validation))
-    reference = None
     if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
         items: list[Any] = [part for part in (dataset, validation) if part is not None]
         shown = hash_pictures((picture for part in items for picture in part.pictures()), config.image_root)
         parts = {**identity, "pictures": shown, "dtype": str(next(model.parameters()).dtype)}
-        reference = reference_logps(
+        trainer.reference = reference_logps(
             model,
             torch.utils.data.ConcatDataset(items),
             collator,
@@ -129,18 +161,11 @@ def train_here(config: TrainConfig) -> None:
             key=reference_key(parts),
             features=features,
         )
-    resume = last_complete_checkpoint(out, arguments)
-    trainer = VisrlTrainer(
-        reference=reference,
-        args=arguments,
-        train_dataset=dataset,
-        validation=validation,
-        rollouts=rollouts,
-        callbacks=[JsonLog(out), MarkComplete()],
-        **common,
-    )
+    resume = last_complete_checkpoint(out, arguments) or _foreign_checkpoint(config)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.check_trained(resume)
     facts = {
+        "adapters": adapters,
         "seed": arguments.seed,
         "items": len(dataset),  # type: ignore[arg-type]
         "steps": trainer.state.global_step,
@@ -158,6 +183,64 @@ def train_here(config: TrainConfig) -> None:
         for checkpoint in out.glob("checkpoint-*"):  # not before: a kill until here must leave what to resume from
             shutil.rmtree(checkpoint)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
+    say(_next_command(config))
+
+
+def _replaces(config: TrainConfig, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds other work of `visrl train` that the config says to replace."""
+    if not config.overwrite_output_dir or not (config.output_dir / STARTED).is_file():
+        return False
+    found = json.loads((config.output_dir / STARTED).read_text(encoding="utf-8"))
+    try:
+        is_complete(config.output_dir, identity)
+    except ManifestError:
+        return isinstance(found, dict) and "stage" in found and "rl_stage" in found
+    return False
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier training wrote in `out`, and nothing else."""
+    say(f"{out} holds other work, which makes room (overwrite_output_dir)")
+    for path in {path for pattern in WRITTEN for path in out.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_resume(config: TrainConfig) -> None:
+    """Refuse a `resume_from_checkpoint` that cannot be done before anything is claimed.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or one that is not to be gone on from.
+    """
+    given, out = config.resume_from_checkpoint, config.output_dir
+    own = [path for path in out.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    if given is True and not own:
+        raise ConfigError(
+            f"resume_from_checkpoint: {out} has no checkpoint to go on from; leave the key out to start anew"
+        )
+    if given is False and own:
+        raise ConfigError(
+            f"resume_from_checkpoint=false: {out} has {len(own)} checkpoints of this very training; leave the key out "
+            "to go on from the newest, or give another output_dir to start anew"
+        )
+    if isinstance(given, str) and not (Path(given) / "trainer_state.json").is_file():
+        raise ConfigError(
+            f"resume_from_checkpoint: {given} is no checkpoint of a training (no trainer_state.json there); "
+            "name a folder checkpoint-N, or true for the newest of output_dir"
+        )
+
+
+def _foreign_checkpoint(config: TrainConfig) -> Path | None:
+    given = config.resume_from_checkpoint
+    return Path(given) if isinstance(given, str) else None
+
+
+def _next_command(config: TrainConfig) -> str:
+    """What to type once a training is done."""
+    if config.finetuning_type == "lora":
+        base = config.model_name_or_path
+        merge = f"visrl export model_name_or_path={base} adapter_name_or_path={config.output_dir}"
+        return f"next, merge it: {merge} export_dir={config.output_dir}-merged"
+    return f"next, try it: visrl ask --model {config.output_dir} --image PICTURE QUESTION"
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:
@@ -276,4 +359,7 @@ def _cut_log(path: Path, step: int) -> None:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
-    return {key: value for key, value in values.items() if key not in NOT_IDENTITY}
+    unsaid = {name for name in TrainerFields.model_fields if values[name] is None}
+    if not isinstance(config.resume_from_checkpoint, str):
+        unsaid.add("resume_from_checkpoint")
+    return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}

@@ -136,7 +136,9 @@ def rehearse(dataset: Any, found: Survey, *, visrl_config: TrainConfig, model: n
     with tempfile.TemporaryDirectory() as scratch:
         quiet = {
             "output_dir": Path(scratch), "max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "val_size": 0.0,
-            "logging_strategy": "no", "disable_tqdm": True, "train_sampling_strategy": "sequential",
+            "rollout_samples": 0, "load_best_model_at_end": False, "metric_for_best_model": None, "do_eval": False,
+            "eval_on_start": False, "logging_strategy": "no", "disable_tqdm": True,
+            "train_sampling_strategy": "sequential",
         }  # fmt: skip
         arguments = training_arguments(config.model_copy(update=quiet))
         heaviest = _heaviest_step(dataset, found.tokens, arguments)

@@ -31,6 +31,10 @@ COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
 
 
+class TrainingError(RuntimeError):
+    """A training that must not be called complete; the message says what to change."""
+
+
 class VisrlTrainer(Trainer):
     """Feeds packed batches through the model's own forward and a pure loss; the loop is transformers'.
 
@@ -118,6 +122,12 @@ class VisrlTrainer(Trainer):
     ) -> Any:
         batch: Batch = inputs["batch"]
         per_row = self._losses(model, batch)
+        if not torch.isfinite(per_row).all():
+            raise TrainingError(
+                f"the loss is no number any more at step {self.state.global_step + 1} (rows "
+                f"{', '.join(sorted({branch.row for branch in batch.branches})[:3])}); lower learning_rate, set "
+                "max_grad_norm, or look at the weights of the model; this training is not complete"
+            )
         loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else self._count(batch))
         return (loss, {}) if return_outputs else loss
 
@@ -216,12 +226,45 @@ class VisrlTrainer(Trainer):
         rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root)
         return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
 
+    def check_trained(self, resumed: Path | None) -> None:
+        """Refuse to call complete what learned nothing, or whose last step left weights that are no numbers.
+
+        Raises:
+            TrainingError: so it is.
+        """
+        steps = self.state.global_step
+        if not steps:
+            raise TrainingError("nothing was trained: 0 steps; give more items, epochs or max_steps")
+        own = resumed is None or resumed.resolve().parent == Path(str(self.args.output_dir)).resolve()
+        if resumed is not None and not own and resumed_step(resumed) >= steps:
+            raise TrainingError(f"nothing was trained: {resumed} stands at step {steps} already; raise max_steps")
+        check_finite(self.model, steps)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of what was watched since the last log."""
         if "loss" in logs:
             logs = {**logs, **self._watched.means()}
             self._watched = Watched()
         super().log(logs, start_time)
+
+
+def resumed_step(checkpoint: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def check_finite(model: Any, step: int) -> None:
+    """Refuse weights that are no numbers any more.
+
+    Raises:
+        TrainingError: so it is.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"{name} holds no numbers any more after step {step}; lower learning_rate or set max_grad_norm; this "
+                "training is not complete"
+            )
 
 
 class Watched:
@@ -304,6 +347,7 @@ class MarkComplete(TrainerCallback):
     """Marks a checkpoint when all of it is on disk, so that a kill in the middle of writing leaves none to resume."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_finite(kwargs["model"], state.global_step)
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
