@@ -80,7 +80,7 @@ def test_what_the_next_stage_stands_on_must_be_what_it_was_trained_on(
         (tmp_path / name).symlink_to(ROOT / name)
     model, few = f"model_name_or_path={CHECKPOINT}", "max_steps=2"
     status, said = ended(["train", "configs/train_rl.yaml", model, few], capsys)
-    assert (status, "runs/sft holds no adapter" in said) == (1, True)
+    assert (status, "no adapter at runs/sft" in said) == (1, True)
     assert not (tmp_path / "runs").exists()
     in_this_process(*LINES[0].split(), model, few)
     in_this_process(*LINES[1].split(), model, few)

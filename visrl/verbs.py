@@ -19,7 +19,6 @@ USER_ERRORS = {
     "visrl.failures": "FailedRun",
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",
-    "visrl.models.chain": "ChainError",
     "visrl.models.folder": "CheckpointError",
     "visrl.records": "RecordError",
     "visrl.report.files": "ReportError",

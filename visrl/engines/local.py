@@ -62,7 +62,6 @@ class LocalEngine:
 
         Raises:
             CheckpointError: nothing there that can be loaded.
-            ChainError: an adapter that was trained on another model.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.manifest import hash_checkpoint, read_manifest
-
-
-class ChainError(ValueError):
-    """Adapters and a model that do not belong together; the message names the ones that do."""
+from visrl.models.folder import ADAPTER, CheckpointError, check_hub_name
 
 
 def adapter_chain(model: str | Path, adapters: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
@@ -21,7 +18,7 @@ def adapter_chain(model: str | Path, adapters: str | Path | Sequence[str | Path]
     already, as its own manifest of `visrl export` says, is left out.
 
     Raises:
-        ChainError: an adapter that is not there, that was trained on another model, or on one that has changed since.
+        CheckpointError: an adapter that is not there, that was trained on another model, or on one that has changed since.
     """
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters or ())
     whole: list[str] = []
@@ -37,30 +34,27 @@ def described(chain: Sequence[str]) -> list[dict[str, str]]:
 
 def _with_those_below(model: str | Path, adapter: str, before: list[str]) -> list[str]:
     """`before` with `adapter` after it, and with the adapters that it was trained on where they were not given."""
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise ChainError(f"adapter_name_or_path: {adapter} holds no adapter (no adapter_config.json)" + _hint(adapter))
+    if not Path(adapter).is_dir():
+        check_hub_name(adapter, "adapter", ADAPTER)
+        return [*before, adapter]
+    if not (Path(adapter) / ADAPTER).is_file():
+        raise CheckpointError(f"{adapter} holds no adapter (no {ADAPTER}); name the folder of a finished training")
     manifest = read_manifest(adapter)
     if manifest is None or manifest.get("verb") != "train":
         return [*before, adapter]
     below = _not_yet_in(model, adapter, manifest)
     for one in below:
         if not Path(one["path"]).is_dir():
-            raise ChainError(f"{adapter} was trained on the adapter {one['path']}, which is not there any more")
+            raise CheckpointError(f"{adapter} was trained on the adapter {one['path']}, which is not there any more")
         if hash_checkpoint(one["path"]) != one["hash"]:
-            raise ChainError(f"{adapter} was trained on the adapter {one['path']}, which has changed since")
+            raise CheckpointError(f"{adapter} was trained on the adapter {one['path']}, which has changed since")
     paths = [one["path"] for one in below]
     if before and [Path(one).resolve() for one in before] != [Path(one).resolve() for one in paths]:
-        raise ChainError(
+        raise CheckpointError(
             f"{adapter} was trained on {' + '.join([_base(manifest), *paths])} and not on {' + '.join(before)}; "
             f"give adapter_name_or_path={adapter} alone"
         )
     return [*paths, adapter]
-
-
-def _hint(adapter: str) -> str:
-    if Path(adapter).exists():
-        return "; name the folder of a finished training"
-    return f"; there is no such folder: was the stage that writes {adapter} run?"
 
 
 def _named_below(manifest: dict[str, Any]) -> list[dict[str, str]]:
@@ -75,7 +69,7 @@ def _not_yet_in(model: str | Path, adapter: str, manifest: dict[str, Any]) -> li
     """The adapters below `adapter` that are still to be merged into `model`.
 
     Raises:
-        ChainError: `model` is neither the one under `adapter`, nor that one with its first adapters merged into it. A
+        CheckpointError: `model` is neither the one under `adapter`, nor that one with its first adapters merged into it. A
             model of a hub is known by its name alone, and is taken for the right one.
     """
     below = _named_below(manifest)
@@ -89,7 +83,7 @@ def _not_yet_in(model: str | Path, adapter: str, manifest: dict[str, Any]) -> li
             return below[len(merged) :]
     elif "/" in trained_on or not Path(model).is_dir():
         return below
-    raise ChainError(
+    raise CheckpointError(
         f"{adapter} was trained on {_base(manifest)} and what was merged into it then, and {model} is another model"
     )
 

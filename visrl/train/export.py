@@ -47,7 +47,6 @@ def export(config: ExportConfig) -> Path:
     Raises:
         CheckpointError: no model or no adapter at the paths given, one that does not fit the other, a merged model that
             deviates from the adapter, or a disk that takes no more. Nothing is called merged, then.
-        ChainError: an adapter that was trained on another model.
         ConfigError: pickled weights are asked for, or a folder that holds something else.
         ManifestError: the folder belongs to other work, or another process writes it.
     """

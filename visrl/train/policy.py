@@ -24,7 +24,6 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
     Raises:
         ConfigError: keys that do not go together, or what they ask for is not installed.
         CheckpointError: no model at `model_name_or_path`, or an adapter that does not fit it.
-        ChainError: an adapter that was trained on another model.
     """
     options: dict[str, Any] = {"quantization_config": quantization(config)} if config.quantization_bit else {}
     chain = adapter_chain(config.model_name_or_path, config.adapter_name_or_path)
