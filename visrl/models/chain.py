@@ -18,7 +18,7 @@ def adapter_chain(model: str | Path, adapters: str | Path | Sequence[str | Path]
     already, as its own manifest of `visrl export` says, is left out.
 
     Raises:
-        CheckpointError: an adapter that is not there, that was trained on another model, or on one that has changed since.
+        CheckpointError: an adapter that is not there, that was trained on another model, or on one that has changed.
     """
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters or ())
     whole: list[str] = []
@@ -44,6 +44,8 @@ def _with_those_below(model: str | Path, adapter: str, before: list[str]) -> lis
         return [*before, adapter]
     below = _not_yet_in(model, adapter, manifest)
     for one in below:
+        if one["hash"] == one["path"]:  # a hub's, known by its name alone
+            continue
         if not Path(one["path"]).is_dir():
             raise CheckpointError(f"{adapter} was trained on the adapter {one['path']}, which is not there any more")
         if hash_checkpoint(one["path"]) != one["hash"]:
@@ -69,8 +71,8 @@ def _not_yet_in(model: str | Path, adapter: str, manifest: dict[str, Any]) -> li
     """The adapters below `adapter` that are still to be merged into `model`.
 
     Raises:
-        CheckpointError: `model` is neither the one under `adapter`, nor that one with its first adapters merged into it. A
-            model of a hub is known by its name alone, and is taken for the right one.
+        CheckpointError: `model` is neither the one under `adapter`, nor that one with its first adapters merged into
+            it. A model of a hub is known by its name alone, and is taken for the right one.
     """
     below = _named_below(manifest)
     trained_on = str(manifest["parents"].get("model", ""))
