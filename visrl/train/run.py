@@ -48,7 +48,7 @@ from visrl.train.policy import prepare_model
 from visrl.train.processes import launched, on_processes, processes_wanted, say, sharded
 from visrl.train.reference import hash_pictures, reference_key, reference_logps
 from visrl.train.survey import rehearse, survey
-from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer
+from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer, writing
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
@@ -325,7 +325,8 @@ def plot_loss(out: Path) -> None:
 
 
 def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
-    trainer.save_model(str(out))
+    with writing(out):
+        trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         encoder.processor.save_pretrained(out)
         encoder.settings.save(out)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
@@ -240,12 +243,35 @@ class VisrlTrainer(Trainer):
             raise TrainingError(f"nothing was trained: {resumed} stands at step {steps} already; raise max_steps")
         check_finite(self.model, steps)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of what was watched since the last log."""
         if "loss" in logs:
             logs = {**logs, **self._watched.means()}
             self._watched = Watched()
         super().log(logs, start_time)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What a disk that takes no more makes of writing weights and states, as a sentence.
+
+    Raises:
+        TrainingError: something could not be written.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise TrainingError(
+            f"{folder} cannot be written ({why}); {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there; make "
+            "room, and the same command goes on where this one stopped"
+        ) from error
 
 
 def resumed_step(checkpoint: Path) -> int:
