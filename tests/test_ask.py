@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,22 @@ from PIL import Image, ImageColor
 from test_evaluate_rollouts import Listener
 from typer.testing import CliRunner
 
+from visrl.box import iou
 from visrl.cli import app, main
-from visrl.evaluate.ask import COLOURS, CROP_SIDE, WHOLE_SIDE, answer_sheet, ask, short_names
+from visrl.evaluate.ask import (
+    BAD,
+    COLOURS,
+    CROP_SIDE,
+    GOOD,
+    WHOLE_SIDE,
+    answer_sheet,
+    ask,
+    hint,
+    known_truth,
+    printable,
+    short_names,
+)
+from visrl.report.draw import TRUE_COLOUR
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +70,43 @@ def test_the_command_asks_every_model_every_question(tiny, picture, tmp_path):
     assert result.stdout.count(f"  {tiny.name}: ") == 4
     assert result.stdout.index("What?") < result.stdout.index("Where?")
     assert Image.open(out).width > WHOLE_SIDE + CROP_SIDE
+
+
+def test_of_a_drawn_scene_the_sheet_says_what_is_right_and_how_the_box_lies():
+    scene = "scene:test@1/5"  # a red diamond with a 7
+    ask_red = ["Which number is on the red tag?"]
+    box = known_truth(scene, ask_red[0]).box
+    text = "[" + ", ".join(f"{value:.3f}" for value in box.as_list()) + "]"
+    (wrong,) = ask(Listener(text), "a", scene, ask_red, "exact")
+    assert wrong.lines()[0] == f"a: red (wrong: it is 7, IoU {iou(wrong.look.box, box):.2f})"
+    assert iou(wrong.look.box, box) > 0.98
+    right = replace(wrong, look=replace(wrong.look, answer="7."))
+    assert right.lines()[0].startswith("a: 7. (right, IoU ")
+    (vague,) = ask(Listener("to the left"), "v", scene, ask_red, "exact")
+    assert vague.lines()[0].endswith("(wrong: it is 7, no box)")
+    colours = colours_of(answer_sheet([[right, wrong, vague]]))
+    assert {ImageColor.getrgb(colour) for colour in (GOOD, BAD, TRUE_COLOUR)} <= colours.keys()
+
+
+def test_what_a_scene_does_not_answer_is_not_judged_and_gets_a_hint(picture):
+    (reply,) = ask(
+        Listener("[0.1, 0.1, 0.5, 0.5]"), "a", "scene:test@1/5", ["Which number is on the blue tag?"], "exact"
+    )
+    assert reply.truth is None
+    assert reply.lines()[0] == "a: red"
+    assert "Which number is on the red tag?" in hint("scene:test@1/5", reply.question)
+    assert hint("scene:test@1/5", "Which number is on the red tag?") == hint(picture, "What colour?") == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["a\ud83db", "\0\x1b[31m\x9b", "x" * 100_000, "ما هو الرقم", "🏷️ 7️⃣", "a\nb\tc", "", " "]
+)
+def test_odd_texts_are_drawn_and_printed(text, picture):
+    (reply,) = ask(Listener("[0.1, 0.1, 0.5, 0.5]"), "a", picture, ["What?"], "exact")
+    odd = replace(reply, model=text, question=text, look=replace(reply.look, answer=text))
+    assert answer_sheet([[odd]]).height < 2_000
+    assert "\x1b" not in printable(text)
+    printable(text).encode()
 
 
 def test_a_picture_or_model_that_is_not_there_is_one_sentence(tiny, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """`visrl ask`: questions about one picture, by one checkpoint or several side by side, as text and as a picture.
 
-The picture shows where each looked, what it saw there, and what it answered. Scores nothing.
+The picture shows where each looked, what it saw there, and what it answered; of a drawn scene, where the truth is
+known, also whether that is right.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +16,17 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from visrl.box import CropRule, crop_window
+from visrl.box import Box, CropRule, crop_window, iou
 from visrl.conversation import PromptError, View, open_view
+from visrl.data.scenes import parse_ref, questions_of, true_box
+from visrl.evaluate.metrics import exact_match
 from visrl.evaluate.rollouts import greedy_looks
 from visrl.evolve.rollout import Look, Policy, failure
 from visrl.failures import FailedRun, Tally, is_failure
 from visrl.images import ImageError
 from visrl.records import Picture, Sample
-from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, annotate, shrink
+from visrl.replies import whole_text
+from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, shrink
 
 if TYPE_CHECKING:
     from visrl.engines.opening import PolicyConfig
@@ -29,27 +34,51 @@ if TYPE_CHECKING:
 COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
 WHOLE_SIDE, CROP_SIDE, TEXT_WIDTH, GAP = 480, 220, 320, 16  # px
 FONT_SIZE = 17
+MOST_LINES = 12  # of a question, an answer or a name
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+INK, GOOD, BAD = "#111318", "#15803d", "#b42318"
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The right answer, and the box around what it is about."""
+
+    answer: str
+    box: Box
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one checkpoint made of one question."""
+    """What one checkpoint made of one question; `truth` is None where it is not known."""
 
     model: str
     question: str
     look: Look
     crop_rule: CropRule
+    truth: Truth | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.truth is not None and exact_match(self.look.answer or "", [self.truth.answer]) == 1
+
+    def verdict(self) -> str:
+        """Whether the answer is right and how well the box lies, "" where the truth is not known."""
+        if self.truth is None:
+            return ""
+        overlap = "no box" if self.look.box is None else f"IoU {iou(self.look.box, self.truth.box):.2f}"
+        return f"right, {overlap}" if self.is_right else f"wrong: it is {self.truth.answer}, {overlap}"
 
     def lines(self) -> list[str]:
         """The two steps in words."""
         look = self.look
+        verdict = f" ({self.verdict()})" if self.truth else ""
         if look.box is None:
-            return [f"{self.model}: no box ({look.error})", *([f"  wrote {look.text!r}"] if look.text else [])]
+            return [f"{self.model}: no box ({look.error}){verdict}", *([f"  wrote {look.text!r}"] if look.text else [])]
         corners = ", ".join(f"{value:.0f}" for value in look.box.to_pixels(look.whole.size))
         left, top, right, bottom = crop_window(look.box, look.whole.size, self.crop_rule)
         answer = f"({look.error})" if look.answer is None else look.answer or "(an empty reply)"
         return [
-            f"{self.model}: {answer}",
+            f"{self.model}: {answer}{verdict}",
             f"  looked at [{corners}] px of {look.whole.size[0]} × {look.whole.size[1]} ({look.text}), "
             f"crop {right - left} × {bottom - top} px",
         ]
@@ -68,8 +97,24 @@ def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_r
             raise look
         if isinstance(look, PromptError):  # the other questions can be asked
             look = Look(sample.question, open_view(Picture(image)), "", None, failure(look))
-        replies.append(Reply(model, sample.question, look, crop_rule))
+        replies.append(Reply(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
     return replies
+
+
+def known_truth(image: str, question: str) -> Truth | None:
+    """The truth of a question that a drawn scene answers, None of any other."""
+    scene = parse_ref(image) if image.startswith("scene:") else None
+    known = {one.text: one for one in questions_of(scene)} if scene else {}
+    one = known.get(question.strip())
+    return Truth(one.answer, true_box(scene, one)) if scene and one else None
+
+
+def hint(image: str, question: str) -> str:
+    """What can be asked of a drawn scene that does not answer `question`; "" of anything else."""
+    if not image.startswith("scene:") or known_truth(image, question):
+        return ""
+    answerable = [f"“{one.text}”" for one in questions_of(parse_ref(image))[:3]]
+    return f"{image} has no answer to this; it has to {', '.join(answerable)}" if answerable else ""
 
 
 def answer_sheet(by_question: Sequence[Sequence[Reply]]) -> Image.Image:
@@ -92,15 +137,17 @@ def _row(replies: Sequence[Reply], font: ImageFont.FreeTypeFont | ImageFont.Imag
         for reply, colour in zip(replies, _colours(len(replies)), strict=True)
         if reply.look.box is not None
     ]
+    if replies[0].truth is not None:
+        marks.insert(0, (replies[0].truth.box, TRUE_COLOUR, "true"))
     shown = shrink(annotate(whole.image, marks), WHOLE_SIDE)
     panels = [_panel(reply, colour, font) for reply, colour in zip(replies, _colours(len(replies)), strict=True)]
-    asked = textwrap.wrap(replies[0].question, 90) or [""]
+    asked = _wrapped(replies[0].question, 90) or [""]
     head = GAP + len(asked) * (FONT_SIZE + 6)
     beside = sum(panel.height + GAP for panel in panels)
     width = WHOLE_SIDE + CROP_SIDE + TEXT_WIDTH + 4 * GAP
     row = Image.new("RGB", (width, head + max(shown.height + GAP, beside) + GAP), "white")
     draw = ImageDraw.Draw(row)
-    draw.multiline_text((GAP, GAP // 2), "\n".join(asked), font=font, fill="#111318", spacing=6)
+    draw.multiline_text((GAP, GAP // 2), "\n".join(asked), font=font, fill=INK, spacing=6)
     row.paste(shown, (GAP, head))
     top = head
     for panel in panels:
@@ -117,16 +164,29 @@ def _panel(reply: Reply, colour: str, font: ImageFont.FreeTypeFont | ImageFont.I
     if scale > 1:  # a small crop is shown large enough to be read
         crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.LANCZOS)
     told = look.answer if look.answer is not None else f"no answer: {look.error}"
-    text = "\n".join([*textwrap.wrap(reply.model, 36), *(textwrap.wrap(told, 36) or ["(nothing)"])])
+    verdict = _wrapped(reply.verdict(), 36)
+    text = "\n".join([*_wrapped(reply.model, 36), *(_wrapped(told, 36) or ["(nothing)"])])
     panel = Image.new("RGB", (CROP_SIDE + GAP + TEXT_WIDTH, 0), "white")
     draw = ImageDraw.Draw(panel)
-    _, _, _, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=6)
+    _, _, _, end = draw.multiline_textbbox((0, 0), text, font=font, spacing=6)
+    bottom = end + len(verdict) * (FONT_SIZE + 6)
     panel = Image.new("RGB", (panel.width, max(crop.height + 6, int(bottom) + 6)), "white")
     draw = ImageDraw.Draw(panel)
     draw.rectangle((0, 0, crop.width + 5, crop.height + 5), fill=colour)
     panel.paste(crop, (3, 3))
-    draw.multiline_text((CROP_SIDE + GAP, 0), text, font=font, fill="#111318", spacing=6)
+    draw.multiline_text((CROP_SIDE + GAP, 0), text, font=font, fill=INK, spacing=6)
+    ink = GOOD if reply.is_right else BAD
+    draw.multiline_text((CROP_SIDE + GAP, end + 6), "\n".join(verdict), font=font, fill=ink, spacing=6)
     return panel
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(printable(text), width, max_lines=MOST_LINES, placeholder=" …")
+
+
+def printable(text: str) -> str:
+    """`text` with U+FFFD for what no font draws and no terminal should get: control characters, half surrogates."""
+    return _CONTROL.sub("\ufffd", whole_text(text))
 
 
 def _colours(count: int) -> list[str]:
@@ -155,8 +215,10 @@ def ask_models(
             replies.append(ask(opened.policy, name, image, questions, opened.settings.crop_rule))
     by_question = [list(group) for group in zip(*replies, strict=True)]
     for group in by_question:
-        print(group[0].question)
-        print("\n".join(f"  {line}" for reply in group for line in reply.lines()))
+        print(printable(group[0].question))
+        print("\n".join(f"  {printable(line)}" for reply in group for line in reply.lines()))
+        if unanswerable := hint(image, group[0].question):
+            print(f"  ({unanswerable})")
     out.parent.mkdir(parents=True, exist_ok=True)
     answer_sheet(by_question).save(out)
     print(f"picture: {out}")
