@@ -92,9 +92,10 @@ class EndpointEngine:
 
     def _asks(self, conversations: Sequence[tuple[Conversation, Sequence[int]]], sampling: Sampling) -> Iterable[Ask]:
         urls: dict[str, str] = {}
+        encoder = None if self._mark_crops else self._encoder  # ours keeps a limit for each kind, and sizes them itself
         for conversation, own in conversations:
             # The questions of one picture usually follow each other: what the last one encoded is used again.
-            urls = {view.key: urls.get(view.key) or sized_url(view, self._encoder) for view in conversation.views}
+            urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
                 yield Ask(messages, sampling, seed)

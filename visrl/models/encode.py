@@ -5,6 +5,7 @@ Training, generation and serving all encode through here, so one conversation gi
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from visrl.records import whole_characters
 
 MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
 LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
+THINNEST = 200  # the ratio of sides from which on Qwen's processors refuse a picture
 CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
 
 
@@ -169,15 +171,21 @@ class Encoder:
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
     def bounds(self) -> dict[str, int] | None:
-        """The limits of pixels, as a processor takes them, within which both whole pictures and crops lie; None where
-        the processor takes none."""
+        """Limits of pixels, as a processor takes them, that leave every picture of `sized` as it is; None where the
+        processor takes none.
+
+        They are wider than the limits themselves: a side is rounded up or down to a whole number of patches, which
+        makes a thin picture larger, or smaller, than the limit it was sized by.
+        """
         if not self.family.pixel_limits:
             return None
-        whole, crop = self._limits(False), self._limits(True)
-        return {
-            "shortest_edge": min(whole["shortest_edge"], crop["shortest_edge"]),
-            "longest_edge": max(whole["longest_edge"], crop["longest_edge"]),
-        }
+        processor = self.processor.image_processor
+        unit = processor.patch_size * processor.merge_size
+        limits = [self._limits(is_crop) for is_crop in (False, True)]
+        low, high = (max(limit[name] for limit in limits) for name in ("shortest_edge", "longest_edge"))
+        # (h + unit)(w + unit) for h · w = low, at the thinnest shape that a processor takes.
+        sides = (low * THINNEST) ** 0.5 + (low / THINNEST) ** 0.5
+        return {"shortest_edge": unit**2, "longest_edge": max(high, math.ceil(low + unit * sides + unit**2))}
 
     def _limits(self, is_crop: bool) -> dict[str, int]:
         own = self.processor.image_processor.size

@@ -162,7 +162,7 @@ class Upstream:
             self._client = self._new_client()
         try:
             urls = {
-                view.key: await asyncio.to_thread(sized_url, view, self._encoder)
+                view.key: await asyncio.to_thread(sized_url, view, None if self._mark_crops else self._encoder)
                 for view in {view.key: view for view in row.conversation.views}.values()
             }
         except ValueError as error:
