@@ -22,7 +22,7 @@ SWEEP_S = 1.0
 STALLED_S = 1.0  # so long a client may be waited for before its room is given to another
 SMALL_BYTES = 1_000_000  # of one connection: it may use the part of the budget that is closed to larger ones
 RESERVE = 5  # which is the total over this
-SLICE = 8_192  # bytes parsed at once: in chunks of a byte each they take some 20 ms
+SLICE = 4_096  # bytes parsed at once: in chunks of a byte each they take some 10 ms
 
 Key = tuple[Any, ...]
 

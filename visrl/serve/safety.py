@@ -168,7 +168,7 @@ class Gate:
             values += sum(map(part.count, VALUE_MARKS))
             if values > self.limits.values:
                 raise RequestError(400, f"the body holds more than {self.limits.values:,} values")
-            if connection.received - framed > PIECE * 8 + length + length // FRAMING:
+            if connection.received - framed > PIECE + length + length // FRAMING:
                 raise RequestError(413, "the body comes in chunks that are too small: their marks are more than it is")
             held.add(len(part))
             parts.append(part)
