@@ -196,6 +196,12 @@ class GoodClient(threading.Thread):
             self.answers.append(timed(lambda: httpx.post(self._url + PATH, json=body, timeout=60).status_code))
             self.health.append(timed(lambda: httpx.get(f"{self._url}/health", timeout=60).status_code))
 
+    def await_answers(self, count: int = 2) -> None:
+        """Return when so many more answers have come, health's too."""
+        wanted = len(self.health) + count
+        while len(self.health) < wanted:
+            time.sleep(0.05)
+
     def finish(self) -> None:
         self._done.set()
         self.join()
@@ -269,12 +275,14 @@ def measure(requests: int, attackers: int, warm: int = WARM, settle_s: float = S
         good.start()
         begin = time.monotonic()
         time.sleep(settle_s)
+        good.await_answers()
         start = time.monotonic()
         with watched(process) as seen:
             made = attack(target, requests, attackers, seed=2)
         end = time.monotonic()
         target.let_go()
         time.sleep(settle_s)
+        good.await_answers()
         good.finish()
         spans = {"before": (begin, start), "during": (start, end), "after": (end, time.monotonic())}
         return {

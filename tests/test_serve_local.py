@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from http_server import Handler, listening
 from PIL import Image
 from serve_help import body, get, post, serving
 from waiting import PATIENCE_S
@@ -169,6 +171,30 @@ def test_a_server_behind_the_server_gives_the_same(server: tuple[str, Metrics], 
         assert streamed.endswith("data: [DONE]\n\n")
         refused = post(url, scene_body(model="front") | body("<|image_pad|>") | {"model": "front"})
         assert refused.status_code == 400
+
+
+def test_what_vllm_honours_reaches_it_and_the_box_is_not_drawn_by_the_answers_schema(checkpoint: Path) -> None:
+    def stream(handler: Handler, asked: dict[str, Any]) -> None:
+        text = "[0.100, 0.100, 0.900, 0.900]" if len(handler.server.bodies) == 1 else "yes"
+        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m",
+                 "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}  # fmt: skip
+        handler.send(200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode(), content_type="text/event-stream")
+
+    given = {"top_k": 5, "repetition_penalty": 1.2, "structured_outputs": {"choice": ["yes", "no"]}, "min_tokens": 1}
+    metrics = Metrics()
+    with listening(Handler, script=stream, models=(200, b'{"data": [{"id": "m"}]}'), bodies=[]) as vllm:
+        config = ServeConfig(
+            model_name_or_path=str(checkpoint), infer_backend="vllm",
+            vllm_url=f"http://127.0.0.1:{vllm.server_port}/v1", vllm_model="m",
+        )  # fmt: skip
+        with serving(make_backend(config, metrics), metrics, name="front") as url:
+            reply = post(url, scene_body(model="front:focus", max_tokens=4) | given)
+            assert reply.json()["choices"][0]["message"]["content"] == "yes"
+            refused = post(url, scene_body(model="front") | {"guided_choice": ["yes"]})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "guided_choice")
+    box, answer = vllm.bodies
+    assert {name: box[name] for name in given if name in box} == {"top_k": 5, "repetition_penalty": 1.2}
+    assert {name: answer.get(name) for name in given} == given
 
 
 def test_a_server_behind_the_server_that_is_not_there_is_told(checkpoint: Path) -> None:

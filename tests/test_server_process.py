@@ -19,7 +19,7 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.engines.client import EndpointError
 from visrl.engines.process import start, stop
-from visrl.serve import app
+from visrl.serve import drawn as scenes
 from visrl.serve.commands import ServeConfig, serve
 from visrl.serve.runner import listen
 
@@ -137,9 +137,9 @@ def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
 
 def test_scenes_are_drawn_for_the_own_page_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[bytes] = []
-    draw = app._draw_scene
-    monkeypatch.setattr(app, "_draw_scene", lambda: drawn.append(draw()) or drawn[-1])
-    monkeypatch.setattr(app, "SCENE_S", 1000.0)
+    draw = scenes._draw_scene
+    monkeypatch.setattr(scenes, "_draw_scene", lambda: drawn.append(draw()) or drawn[-1])
+    monkeypatch.setattr(scenes, "SCENE_S", 1000.0)
     with known() as (url, _, _):
         for site in ("cross-site", "same-site"):
             assert get(f"{url}/page/scene", headers={"Sec-Fetch-Site": site}).status_code == 403

@@ -6,10 +6,6 @@ Knows HTTP and the protocol; how texts are drawn is the backend's business, who 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,25 +16,21 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from visrl.conversation import Conversation, Sampling, View
-from visrl.data.scenes import draw, make_scene, questions_of
-from visrl.engines.endpoint import data_url
 from visrl.serve.batching import Backend
 from visrl.serve.connections import Held
+from visrl.serve.drawn import Scenes
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, Opener
+from visrl.serve.replies import Choice, Reply, event, event_of, model_list, whole_reply
 from visrl.serve.rows import Row
 from visrl.serve.safety import HELD, Budget, Gate
 from visrl.serve.schemas import (
     FOCUS_SUFFIX,
     WHOLE_SUFFIX,
     ChatRequest,
-    Choice,
     Limits,
-    Reply,
-    event,
-    model_list,
     read_request,
     to_conversation,
     to_question,
@@ -46,9 +38,6 @@ from visrl.serve.schemas import (
 
 PAGE = Path(__file__).parent / "page"
 SHORT_BODY = 64_000  # bytes that are read in the event loop: a few milliseconds at worst
-SCENES = 1000  # that the page draws from
-SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already
-KEPT_SCENES = 32
 # The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' data:; "
@@ -112,7 +101,7 @@ class _Server:
     def __init__(self, backend: Backend, settings: Settings, metrics: Metrics, opener: Opener) -> None:
         self.backend, self.settings, self.metrics, self.opener = backend, settings, metrics, opener
         self.pixels = Budget(settings.limits.held_pixels, "pictures")
-        self.scenes = _Scenes()
+        self.scenes = Scenes()
 
     async def health(self) -> Response:
         state = self.backend.state
@@ -154,7 +143,7 @@ class _Server:
         choices = await self._timely(self._answer(asked, None, request.scope[HELD]), request)
         if choices is None:
             return Response(status_code=499)  # nobody is there to read it
-        return await _whole_reply(Reply.begin(asked.model), choices)
+        return await whole_reply(Reply.begin(asked.model), choices)
 
     async def _read(self, request: Request) -> ChatRequest:
         # Not by `request.body()`, which would keep the bytes as long as the request.
@@ -284,13 +273,13 @@ class _Server:
                 await asyncio.wait({waiting, work}, return_when="FIRST_COMPLETED")
                 if waiting.done():
                     begun = True
-                    yield await _event(reply, waiting.result())
+                    yield await event_of(reply, waiting.result())
                     continue
                 waiting.cancel()
                 break
             while not chunks.empty():
                 begun = True
-                yield await _event(reply, chunks.get_nowait())
+                yield await event_of(reply, chunks.get_nowait())
             choices = await work
             if choices is None:
                 return
@@ -304,56 +293,6 @@ class _Server:
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-
-
-async def _event(reply: Reply, chunk: dict[str, Any]) -> bytes:
-    """One piece of a streamed reply; one with a crop is large, and written in a thread."""
-    if "focus" in chunk["delta"]:
-        return await asyncio.to_thread(lambda: event(reply.chunk(**chunk)))
-    return event(reply.chunk(**chunk))
-
-
-async def _whole_reply(reply: Reply, choices: list[Choice]) -> Response:
-    """The reply to a request that does not stream; one with crops is written and sent choice by choice."""
-    if all(choice.focus is None for choice in choices):
-        return JSONResponse(reply.whole(choices))
-    pieces = await asyncio.to_thread(lambda: deque(reply.pieces(choices)))
-    length = sum(map(len, pieces))
-
-    async def sent() -> AsyncIterator[bytes]:
-        while pieces:
-            yield pieces.popleft()
-
-    return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": str(length)})
-
-
-class _Scenes:
-    """Drawn scenes as JSON, a new one as often as `SCENE_S` allows."""
-
-    def __init__(self) -> None:
-        self.drawn: deque[bytes] = deque(maxlen=KEPT_SCENES)
-        self.drawing: asyncio.Task[None] | None = None
-        self.next = 0.0
-
-    async def one(self) -> bytes:
-        if self.drawn and time.monotonic() < self.next:
-            return secrets.choice(self.drawn)
-        if self.drawing is None or self.drawing.done():
-            self.drawing = asyncio.ensure_future(self._draw())
-        await asyncio.shield(self.drawing)  # who leaves does not stop it for the others
-        return self.drawn[-1]
-
-    async def _draw(self) -> None:
-        self.drawn.append(await asyncio.to_thread(_draw_scene))
-        self.next = time.monotonic() + SCENE_S
-
-
-def _draw_scene() -> bytes:
-    scene = make_scene("test", secrets.randbelow(SCENES), max_tags=1)
-    # What the embedded model was taught to answer: it cannot tell several tags apart.
-    questions = [question.text for question in questions_of(scene) if question.kind in ("colour", "count")]
-    shown = {"name": f"scene {scene.index}", "picture": data_url(draw(scene)), "questions": questions}
-    return json.dumps(shown).encode()
 
 
 async def _until_left(request: Request) -> None:

@@ -26,8 +26,8 @@ from visrl.replies import spoken
 from visrl.serve.batching import Backend
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box
+from visrl.serve.replies import Choice
 from visrl.serve.rows import Row
-from visrl.serve.schemas import Choice
 
 LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)

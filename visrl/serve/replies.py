@@ -1,0 +1,115 @@
+"""Replies in the OpenAI protocol's form: whole, in pieces and as events. One with crops is megabytes long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from visrl.serve.schemas import FOCUS_SUFFIX, WHOLE_SUFFIX
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One finished text, and what `:focus` found on the way."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    focus: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What is common to a reply and all its chunks."""
+
+    id: str
+    model: str
+    created: int
+
+    @staticmethod
+    def begin(model: str) -> Reply:
+        return Reply(f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time()))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        """The reply to a request that does not stream."""
+        rows = [_row(index, choice) for index, choice in enumerate(choices)]
+        return self._head("chat.completion") | {"choices": rows, "usage": usage(choices)}
+
+    def pieces(self, choices: list[Choice]) -> Iterator[bytes]:
+        """`whole` as JSON, a choice at a time: all of it at once would lie in memory several times over."""
+        head = json.dumps(self._head("chat.completion") | {"usage": usage(choices)})
+        yield head[:-1].encode() + b', "choices": ['
+        for index, choice in enumerate(choices):
+            yield (", " if index else "").encode() + json.dumps(_row(index, choice)).encode()
+        yield b"]}"
+
+    def chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        """One piece of one choice."""
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return self._head("chat.completion.chunk") | {"choices": [choice]}
+
+    def last_chunk(self, choices: list[Choice]) -> dict[str, Any]:
+        """The chunk with the usage, for who asked for it."""
+        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)}
+
+
+def _row(index: int, choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.focus is not None:
+        message["focus"] = choice.focus
+    return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}
+
+
+def usage(choices: list[Choice]) -> dict[str, int]:
+    """Tokens of all choices together; the prompt counts once, as in the protocol (`:focus`: both steps' prompts)."""
+    prompt = max(choice.prompt_tokens for choice in choices)
+    completion = sum(choice.completion_tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def model_list(name: str, created: int) -> dict[str, Any]:
+    """The served names in the protocol's form."""
+    ids = (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)
+    return {
+        "object": "list",
+        "data": [{"id": id, "object": "model", "created": created, "owned_by": "visrl"} for id in ids],
+    }
+
+
+def event(data: dict[str, Any] | str) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+async def event_of(reply: Reply, chunk: dict[str, Any]) -> bytes:
+    """One piece of a streamed reply; one with a crop is large, and written in a thread."""
+    if "focus" in chunk["delta"]:
+        return await asyncio.to_thread(lambda: event(reply.chunk(**chunk)))
+    return event(reply.chunk(**chunk))
+
+
+async def whole_reply(reply: Reply, choices: list[Choice]) -> Response:
+    """The reply to a request that does not stream; one with crops is written and sent choice by choice."""
+    if all(choice.focus is None for choice in choices):
+        return JSONResponse(reply.whole(choices))
+    pieces = await asyncio.to_thread(lambda: deque(reply.pieces(choices)))
+    length = sum(map(len, pieces))
+
+    async def sent() -> AsyncIterator[bytes]:
+        while pieces:
+            yield pieces.popleft()
+
+    return StreamingResponse(sent(), media_type="application/json", headers={"Content-Length": str(length)})
