@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -476,3 +478,41 @@ def test_pictures_of_a_named_set_are_looked_for_beside_it(tmp_path, monkeypatch)
     assert (sample.image, sample.box.x1) == ("data/shown/a.png", 0.3)
     assert named_preferences("rl", "data")[0].images[0].ref == "data/shown/a.png"
     assert named_samples("sft", "data", tmp_path / "data")[0].image == "shown/a.png"
+
+
+def test_entries_of_any_form_are_read_or_refused_in_a_sentence(tmp_path):
+    rng = random.Random(5)
+    write_lines(tmp_path / "rows.jsonl", [RANKED, {"image": "a.jpg", "conversations": told("<image>A?", "1")}])
+    strange: list[Any] = [
+        None,
+        True,
+        0,
+        "",
+        "x",
+        "\0",
+        "rows.jsonl",
+        [],
+        {},
+        ["messages"],
+        {"messages": ""},
+        {"a": 1},
+        1e9,
+    ]
+    keys = ["file_name", "formatting", "ranking", "columns", "tags", "box_space", "split", "subset", "num_samples"]
+    good = {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": {"messages": "conversations"}, "tags": {}}
+    refused = 0
+    for _ in range(600):
+        entry = dict(good)
+        for _ in range(rng.choice((1, 1, 2))):
+            key = rng.choice(keys)
+            inner = rng.choice(["messages", "images", "prompt", "chosen", "kto_tag", "role_tag", "user_tag"])
+            nested = key in ("columns", "tags") and rng.random() < 0.7
+            entry[key] = {inner: rng.choice(strange)} if nested else rng.choice(strange)
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"set": entry}))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VisrlWarning)
+                named_samples("set", tmp_path)
+        except RecordError:
+            refused += 1
+    assert refused > 100

@@ -261,3 +261,31 @@ def test_deep_nesting_is_a_bad_row_and_the_rest_is_read(tmp_path, depth, suffix)
     if summary.bad:
         (row,) = [row for row in read_format("visrl", str(path), Reading()) if row.fault]
         assert "nested too deeply" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from", "hf", "--columns", "answer=labl"], "has no column 'labl'; it has image, question, answer"),
+        (["--from", "hf", "--columns", "imag=image"], "--columns has no 'imag' of ours"),
+        (["--from", "visrl", "--columns", "image=img"], "--columns is for --from hf; it says nothing of visrl"),
+        (["--from", "hf", "--dataset", "x"], "--dataset is for --from sharegpt"),
+        (["--from", "viscot", "--box-space", "image"], "--box-space is for --from sharegpt"),
+        (["--from", "sharegpt", "--split", "test"], "--split is for --from hf"),
+    ],
+)
+def test_an_option_is_honoured_or_refused(tmp_path, options, message):
+    path = parquet(tmp_path, image=["a.jpg"], question=["A?"], answer=["1"])
+    result = CliRunner().invoke(app, ["data", "check", *options, str(path)])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_split_is_named(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": ["a.jpg"], "question": ["A?"], "answer": ["1"]})
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "saved")
+    check = ["data", "check", "--from", "hf", str(tmp_path / "saved")]
+    assert "--split` names one" in CliRunner().invoke(app, check).stderr
+    assert "1 rows: 1 good" in CliRunner().invoke(app, [*check, "--split", "test"]).stdout

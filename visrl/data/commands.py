@@ -30,6 +30,8 @@ Space = Annotated[str | None, typer.Option("--box-space", help="What three-decim
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Name in dataset_info.json (sharegpt).")]
 Columns = Annotated[list[str] | None, typer.Option("--columns", help="ours=theirs, for hf; may be repeated.")]
 
+Split = Annotated[str | None, typer.Option("--split", help="Split of a data set, for hf; train by default.")]
+
 
 class ConvertConfig(Config):
     """What `--config` may hold; the command line goes before it."""
@@ -66,6 +68,7 @@ def convert(
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
+    split: Split = None,
     config: Annotated[
         str | None, typer.Option("--config", help="YAML with these options (configs/data_*.yaml).")
     ] = None,
@@ -88,9 +91,9 @@ def convert(
             raise ConfigError(f"say the format with {option} FORMAT")
     options = build_config(ConvertConfig, values, where=config or "the command line")
     space = _space(options.box_space)
-    reading = Reading(
-        Sizes(options.sizes, options.images), _space(box_space) if box_space else None, dataset, _pairs(columns)
-    )
+    _refuse_options(options.source, dataset=dataset, columns=columns, split=split)
+    own = _space(box_space) if box_space else None
+    reading = Reading(Sizes(options.sizes, options.images), own, dataset, _pairs(columns), split or "train")
     with _progress() as tick:
         summary = run(
             options.source,
@@ -132,6 +135,7 @@ def check(
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
+    split: Split = None,
 ) -> None:
     """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
     from visrl.data.check import as_text
@@ -139,11 +143,13 @@ def check(
     from visrl.data.convert import Reading
     from visrl.data.sizes import Sizes
 
+    space = _space(box_space) if box_space else None
+    _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
     if images is not None and not Path(images).is_dir():
         print(f"visrl: there is no folder {images}; every picture counts as missing", file=sys.stderr)
     with _progress() as tick:
-        space = _space(box_space) if box_space else None
-        report = run(source, inputs, Reading(Sizes(sizes, images), space, dataset, _pairs(columns)), tick)
+        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
+        report = run(source, inputs, reading, tick)
         root = Sizes(images=images).images
     print(json.dumps(report.as_json()) if as_json else as_text(report, root))
 
@@ -161,16 +167,18 @@ def stats(
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
+    split: Split = None,
 ) -> None:
     """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
     from visrl.data.convert import Reading
     from visrl.data.sizes import Sizes
     from visrl.data.stats import as_table, measure
 
-    encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
     space = _space(box_space) if box_space else None
+    _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
+    encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
     with _progress() as tick:
-        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns))
+        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
         found = measure(source, inputs, reading, encoder, tick)
     print(as_table(found))
     if html:
@@ -206,6 +214,20 @@ def _progress() -> Iterator[Callable[[int], None]]:
     yield tick
     if live:
         print(" " * 40, end="\r", file=sys.stderr, flush=True)
+
+
+def _refuse_options(source: str, **given: Any) -> None:
+    """Refuse options that mean nothing for the format that is read.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    formats = {"dataset": "sharegpt", "box_space": "sharegpt", "columns": "hf", "split": "hf"}
+    for option, value in given.items():
+        if value and formats[option] != source and source in _FORMATS.split(", "):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is for --from {formats[option]}; it says nothing of {source}"
+            )
 
 
 def _space(name: str) -> Any:

@@ -85,6 +85,8 @@ def _rows(source: str | os.PathLike[str], data: Any) -> Iterator[dict[str, Any]]
 
 def _columns(source: str | os.PathLike[str], data: Any, given: dict[str, str]) -> dict[str, str]:
     """Which of the data set's columns holds what of ours."""
+    if unknown := sorted(set(given) - set(_KEYS)):
+        raise RecordError(f"--columns has no {unknown[0]!r} of ours; there are {', '.join(_KEYS)}")
     have = data.column_names
     if have is None:
         return {key: key for key in _KEYS} | given
@@ -93,6 +95,9 @@ def _columns(source: str | os.PathLike[str], data: Any, given: dict[str, str]) -
         found = next((name for name in names if name in have), None)
         if found is not None:
             theirs.setdefault(key, found)
+    for ours, name in given.items():
+        if name not in have:
+            raise RecordError(f"{source} has no column {name!r}; it has {', '.join(have)}: name yours for {ours}")
     theirs |= given
     for key in ("image", "question"):
         if theirs.get(key, key) not in have:
@@ -147,7 +152,10 @@ def _open(source: str | os.PathLike[str], split: str) -> Any:
             saved = datasets.load_from_disk(source)
             if isinstance(saved, datasets.DatasetDict):
                 if split not in saved:
-                    raise RecordError(f"{source} has no split {split!r}; it has {', '.join(saved)}")
+                    has = ", ".join(saved)
+                    raise RecordError(
+                        f"{source} has no split {split!r}; it has {has}: `visrl data … --split` names one"
+                    )
                 saved = saved[split]
             data = saved.to_iterable_dataset()
         elif path.exists():

@@ -148,11 +148,14 @@ def _refusal(value: Any) -> str:
             return f"{what!r} must map names to names"
         if unknown := sorted(set(part) - known):
             return f"{what} has no {unknown[0]!r}; it has {', '.join(sorted(known))}"
+    speakers = [(TAGS | tags)[f"{role}_tag"] for role in ("user", "assistant", "system", "observation", "function")]
+    if twice := next((name for name in speakers if speakers.count(name) > 1), None):
+        return f"two roles of tags are called {twice!r}"
     if not isinstance(value.get("ranking", False), bool):
         return '"ranking" must be true or false'
     if not value.get("ranking") and (pairs := sorted(set(STEP_COLUMNS) & set(columns))):
         return f'it names a column {pairs[0]!r}, of preferences, but not "ranking": true'
-    if value.get("box_space") is not None and value["box_space"] not in BOX_SPACES:
+    if value.get("box_space") is not None and value["box_space"] not in tuple(BOX_SPACES):
         return f"box_space must be one of {', '.join(BOX_SPACES)}, not {value['box_space']!r}"
     if value.get("split", "train") != "train":
         return f"split {value['split']!r}: a file has no splits; name the file of the split"

@@ -121,6 +121,8 @@ def json_items(path: str | os.PathLike[str]) -> Iterator[Any]:
         file = open(path, encoding="utf-8-sig", errors="surrogateescape")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise RecordError(f"no data at {path} ({error.strerror})") from error
+    except ValueError as error:  # a name that no file system takes
+        raise RecordError(f"no data at {str(path)!r} ({error})") from error
     with file:
         start = file.read(1)
         while start and start.isspace():
