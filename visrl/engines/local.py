@@ -20,6 +20,7 @@ from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation, PromptError, Sampling
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.engines.forest import Field, Forest
+from visrl.engines.recompute import RecomputedDrawing, try_out
 from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import attending_trees
 from visrl.models.chain import adapter_chain
@@ -57,8 +58,8 @@ class LocalEngine:
         settings: ModelSettings | None = None,
         trust_remote_code: bool = False,
     ) -> LocalEngine:
-        """The engine of a checkpoint, with an adapter merged into it where one is given; on a GPU in bf16 where there
-        is one.
+        """The engine of a checkpoint, with an adapter merged into it where one is given, once a first token was tried;
+        on a GPU in bf16 where there is one.
 
         Raises:
             CheckpointError: nothing there that can be loaded.
@@ -73,6 +74,7 @@ class LocalEngine:
             model = model.to(device).eval()
         for one in merged:
             model = merge_adapter(model, one, path).eval()
+        try_out(model, encoder, path)
         return LocalEngine(model, encoder, name=str(path))
 
     @property
@@ -117,8 +119,6 @@ class LocalEngine:
         """An empty drawing, which rows may join and leave at any step; one of an engine is in use at a time."""
         if self.encoder.family.plain:
             return CachedDrawing(self, on_token)
-        from visrl.engines.recompute import RecomputedDrawing
-
         return RecomputedDrawing(self.model, self.encoder, on_token)
 
     def prepare(self, conversation: Conversation) -> list[EncodedView]:

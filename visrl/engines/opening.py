@@ -110,7 +110,7 @@ def model_settings(config: ModelConfig, codec: str | None = None) -> ModelSettin
     Raises:
         ConfigError: no such codec.
     """
-    return ModelSettings.load(config.model_name_or_path).with_given(
+    return ModelSettings.load(config.model_name_or_path, config.adapter_name_or_path).with_given(
         image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels, codec=codec
     )
 

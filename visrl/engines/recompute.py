@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from visrl.conversation import Completion
+from visrl.conversation import Completion, View, focus_conversation
 from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.models.attention import attending_trees
 from visrl.models.encode import Encoder, TokenPath
+from visrl.models.folder import CheckpointError
+from visrl.models.load import reading
+from visrl.models.modes import evaluating
 from visrl.train.forward import kept_logits
 from visrl.train.pack import TIGHT_BUCKET, pack
 from visrl.train.tree import grow
@@ -52,6 +57,20 @@ class RecomputedDrawing(Drawing):
         grids = [view.grid for view in prompt.views]
         positions = self.encoder.family.positions(ids, self.encoder.image_token_id, grids)
         return replace(prompt, ids=ids, positions=positions, start=len(prompt.ids))
+
+
+def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
+    """Compute one token about a small picture: a model that cannot is refused before any work begins.
+
+    Raises:
+        CheckpointError: the computation fails, or gives no numbers.
+    """
+    asked = focus_conversation("?", View("first token", Image.new("RGB", (64, 64))))
+    with reading(name, "the model fails at its first token"), evaluating(model), torch.no_grad():
+        logits = next_logits(model, encoder, encoder.encode(asked, ["1"]))
+    encoder.forget()
+    if logits.isnan().any():
+        raise CheckpointError(f"{name}: the model's first token comes of no numbers (NaN)")
 
 
 def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:

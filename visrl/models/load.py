@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from visrl.progress import note
 # Width and height of the pictures on which boxes must survive before a checkpoint is used: no aspect ratio alike.
 TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
 MOST_SIDE, MOST_PIXELS = 8192, 100_000_000  # of a picture as a processor makes it
+NUMBERED, BUFFERS = re.compile(r"\.\d+\."), ("inv_freq", "position_ids")  # buffers are made anew
 PACKED = 16  # at most so many weights in a number of a quantised file
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -178,7 +180,12 @@ def _check_found(path: str | Path, found: dict[str, Any]) -> None:
     faults += [first_line(ValueError(message)) for message in found["error_msgs"]]
     if faults:
         raise CheckpointError(f"{path}: the weights do not fit the model: {'; '.join(faults)}")
-    if left := sorted(found["unexpected_keys"]):
+    left = sorted(found["unexpected_keys"])
+    if parts := [name for name in left if NUMBERED.search(name) and not name.endswith(BUFFERS)]:
+        raise CheckpointError(
+            f"{path}: the weights hold {len(parts)} tensors of layers that config.json does not know: {some(parts)}"
+        )
+    if left:
         note(f"{path}: {len(left)} tensors have no place in the model and are not used: {some(left)}")
 
 

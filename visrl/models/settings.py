@@ -49,13 +49,16 @@ class ModelSettings:
         Path(folder, NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(folder: str | Path) -> ModelSettings:
-        """The settings in a checkpoint's folder, or the defaults where it has none (a model from elsewhere).
+    def load(folder: str | Path, adapter: str | Path | None = None) -> ModelSettings:
+        """The settings in a checkpoint's folder, or the defaults where it has none (a model from elsewhere). Those of
+        an adapter trained on it come first.
 
         Raises:
             ConfigError: a file that is damaged, or says what this release does not know.
         """
         path = Path(folder, NAME)
+        if adapter is not None and Path(adapter, NAME).is_file():
+            path = Path(adapter, NAME)
         if not path.is_file():
             return ModelSettings()
         try:

@@ -19,7 +19,6 @@ from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_a
 from visrl.models.chain import adapter_chain, described
 from visrl.models.folder import CheckpointError, first_line
 from visrl.models.load import check_finite, load_encoder, load_model, some
-from visrl.models.settings import NAME as SETTINGS
 from visrl.models.settings import ModelSettings
 
 MOST_APART = 1e-3  # of token log-probabilities, in the same type: rounding stays far below
@@ -69,9 +68,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identity: dict[str, Any]) -> None:
-    settings = ModelSettings.load(
-        adapter.folder if (adapter.folder / SETTINGS).is_file() else config.model_name_or_path
-    )
+    settings = ModelSettings.load(config.model_name_or_path, adapter.folder)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).to(device).eval()

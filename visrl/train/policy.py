@@ -12,8 +12,20 @@ from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.chain import adapter_chain
 from visrl.models.families import FAMILIES, base_model, language_model, projector, vision_tower
-from visrl.models.load import load_model
+from visrl.models.load import check_weights, load_config, load_model
 from visrl.train.config import TrainConfig
+
+
+def check_policy(config: TrainConfig) -> None:
+    """Refuse what `prepare_model` would, as far as files say it, before data are read.
+
+    Raises:
+        CheckpointError: weights or an adapter that are missing, damaged, or belong to another model.
+    """
+    known = load_config(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    check_weights(config.model_name_or_path, known)
+    for adapter in adapter_chain(config.model_name_or_path, config.adapter_name_or_path):
+        read_adapter(adapter)
 
 
 def prepare_model(config: TrainConfig) -> torch.nn.Module:

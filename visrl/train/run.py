@@ -20,6 +20,7 @@ from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
 from visrl.data.sources import hash_source, read_preferences, read_samples
+from visrl.engines.recompute import try_out
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import (
     STARTED,
@@ -44,7 +45,7 @@ from visrl.train.fields import TrainerFields
 from visrl.train.items import Collator, Item
 from visrl.train.memory import peak_memory
 from visrl.train.pack import BUCKET, TIGHT_BUCKET
-from visrl.train.policy import prepare_model
+from visrl.train.policy import check_policy, prepare_model
 from visrl.train.processes import launched, on_processes, processes_wanted, say, sharded
 from visrl.train.reference import hash_pictures, reference_key, reference_logps
 from visrl.train.survey import rehearse, survey
@@ -94,6 +95,7 @@ def train_here(config: TrainConfig) -> None:
     out = config.output_dir
     settings = model_settings(config)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+    check_policy(config)
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
     if adapters:
@@ -106,7 +108,7 @@ def train_here(config: TrainConfig) -> None:
         return
     _check_resume(config)
     arguments = training_arguments(config)
-    if notice := ModelSettings.load(config.model_name_or_path).other_rule(settings.crop_rule):
+    if notice := _own_settings(config).other_rule(settings.crop_rule):
         say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
     set_seed(arguments.seed)
     dataset, validation = build_data(config, encoder, arguments)
@@ -125,6 +127,8 @@ def train_here(config: TrainConfig) -> None:
         if part is not None and not len(part):  # type: ignore[arg-type]
             raise ConfigError(f"dataset: {config.dataset} holds no row for {_stage(config)} that can be used")
     model = prepare_model(config).to(arguments.device)
+    if not sharded(arguments):
+        try_out(model, encoder, config.model_name_or_path)
     limit = int(config.feature_cache_gb * 1e9)
     features = None if sharded(arguments) else open_features(model, encoder.family, limit)
     common: dict[str, Any] = {
@@ -245,8 +249,7 @@ def _next_command(config: TrainConfig) -> str:
 
 def model_settings(config: TrainConfig) -> ModelSettings:
     """How the checkpoint looks at pictures: its own settings with what the config gives in their place."""
-    own = ModelSettings.load(config.model_name_or_path)
-    return own.with_given(
+    return _own_settings(config).with_given(
         image_min_pixels=config.image_min_pixels,
         image_max_pixels=config.image_max_pixels,
         crop_min_pixels=config.crop_min_pixels,
@@ -254,6 +257,11 @@ def model_settings(config: TrainConfig) -> ModelSettings:
         crop_rule=config.crop_rule,
         codec=config.box_codec,
     )
+
+
+def _own_settings(config: TrainConfig) -> ModelSettings:
+    """How what is trained on looked at pictures before: the last adapter's settings, else the model's."""
+    return ModelSettings.load(config.model_name_or_path, *(config.adapter_name_or_path or ())[-1:])
 
 
 def build_data(
