@@ -120,11 +120,23 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of `folder`, or None where none was written (nothing is complete there)."""
+    """The manifest of `folder`, or None where none was written (nothing is complete there).
+
+    Raises:
+        ManifestError: it is damaged.
+    """
     path = Path(folder) / NAME
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is damaged ({error}); remove it to have the work done again") from error
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path} is damaged; remove it to have the work done again")
+    return values
 
 
 def hash_files(*paths: str | os.PathLike[str]) -> str:
@@ -176,7 +188,7 @@ def is_complete(folder: str | os.PathLike[str], identity: dict[str, Any]) -> boo
     path = Path(folder) / STARTED
     complete = (Path(folder) / NAME).is_file()
     if path.is_file():
-        found, wanted = json.loads(path.read_text(encoding="utf-8")), _plain(identity)
+        found, wanted = _read(path), _plain(identity)
         if found != wanted:
             differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             raise ManifestError(

@@ -88,8 +88,7 @@ def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    manifest = _manifest(adapter.folder)
-    _note_base(adapter, base, manifest)
+    _note_base(adapter, base)
     tensors = _at_home(adapter, model)
     _check_shared(adapter.folder, tensors, model)
     with reading(adapter.folder, f"the adapter does not fit {base}"), warnings.catch_warnings():
@@ -160,18 +159,12 @@ def _config(folder: Path) -> Any:
     return config
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return read_manifest(folder) or {}
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
-
-
-def _note_base(adapter: Adapter, base: str | Path, manifest: Mapping[str, Any]) -> None:
+def _note_base(adapter: Adapter, base: str | Path) -> None:
     """Say in a line where the adapter names another base than the one it is put on."""
     named = adapter.config.base_model_name_or_path
     if not named or str(named) == str(base) or Path(named).resolve() == Path(base).resolve():
         return
+    manifest = read_manifest(adapter.folder) or {}
     if manifest.get("parents", {}).get("model") != hash_checkpoint(base):
         note(f"{adapter.folder} was trained on {named}, and is put on {base}")
 
