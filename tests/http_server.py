@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from visrl.engines.endpoint import TRIAL
+
 Script = Callable[["Handler", dict[str, Any]], None]
 
 
@@ -69,14 +71,21 @@ class Handler(Quiet):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.server.trials and TRIAL in json.dumps(body["messages"]):
+            return self.text("yes")
         self.server.bodies.append(body)
-        self.server.script(self, body)
+        return self.server.script(self, body)
 
 
 @contextmanager
-def serving(script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
-    """A server of the chat protocol, its address up to `/v1` as `url`; `bodies` are the requests it got."""
-    with listening(Handler, script=script, models=models, bodies=[]) as server:
+def serving(
+    script: Script, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}'), trials: bool = False
+) -> Iterator[Any]:
+    """A server of the chat protocol, its address up to `/v1` as `url`; `bodies` are the requests it got.
+
+    The small question that every server is put first is answered by itself; with `trials` it is the script's as well.
+    """
+    with listening(Handler, script=script, models=models, bodies=[], trials=trials) as server:
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         yield server
 

@@ -319,7 +319,7 @@ def test_crops_are_marked_for_our_own_server_alone() -> None:
         with serving(lambda handler, _: handler.text("x"), (200, listed)) as server, engine_of(server.url) as engine:
             engine.check()
             engine.complete([conversation], Sampling(), [[1]])
-        parts = server.bodies[-1]["messages"][0]["content"]
+        parts = server.bodies[0]["messages"][0]["content"]
         details[owner] = [part["image_url"].get("detail") for part in parts if part["type"] == "image_url"]
     assert details == {"visrl": [None, "low"], "vllm": [None, None]}
 

@@ -291,7 +291,7 @@ class Strict(Handler):
 
 @contextmanager
 def strict(script: Script = echo, models: tuple[int, bytes] = (200, b'{"data": [{"id": "m"}]}')) -> Iterator[Any]:
-    with listening(Strict, script=script, models=models, bodies=[]) as server:
+    with listening(Strict, script=script, models=models, bodies=[], trials=True) as server:
         server.url = f"http://127.0.0.1:{server.server_port}"
         yield server
 
@@ -338,7 +338,7 @@ def newer(handler: Handler, body: dict[str, Any]) -> None:
 
 def test_the_key_that_mends_a_refusal_is_named_before_the_run():
     config = {"model_name_or_path": "m", "codec": "visrl", "request_attempts": 1}
-    with serving(newer) as server:
+    with serving(newer, trials=True) as server:
         for given, said in (
             ({}, "set max_tokens_key: max_completion_tokens"),
             (NEWER[:1], "omit_fields: .temperature"),
@@ -359,7 +359,7 @@ def test_a_judge_of_a_newer_server_is_asked_from_the_command_line(tmp_path):
     row = {"question_id": 1, "question_text": "?", "gt_answer_text": "7", "pred_answer_text": "7"}
     (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     told = ["eval", "judge", "--predictions", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "j.jsonl")]
-    with serving(newer) as server:
+    with serving(newer, trials=True) as server:
         told += ["--model", "m", "--attempts", "1", "--base-url", server.url]
         failed = CliRunner().invoke(app, told)
         more = ["--max-tokens-key", "max_completion_tokens", "--omit-field", "temperature", "--extra-body", '{"k": 1}']
@@ -413,6 +413,6 @@ def test_ask_takes_a_server(tmp_path):
     assert done.exit_code == 0, done.output
     assert "m: 1+1=2" in done.stdout
     assert (other.exit_code, "seed" in server.bodies[-1]) == (0, False)
-    with serving(lambda handler, body: handler.text("?") if "Say" in str(body) else handler.send(400, b"{}")) as server:
+    with serving(lambda handler, _: handler.send(400, b"{}")) as server:
         failed = CliRunner().invoke(app, [*told, f"policy_url={server.url}", "codec=visrl"])
     assert (failed.exit_code, "questions failed (all)" in failed.stderr) == (1, True)

@@ -133,7 +133,7 @@ def test_a_generation_that_failed_makes_only_its_failed_batches_again(tmp_path):
     def fails_late(handler, body):
         nonlocal calls
         calls += 1
-        (broken if calls > 9 else sound)(handler, body)
+        (broken if calls > 8 else sound)(handler, body)
 
     def numbered(handler, body):
         sound(handler, body) if pictures(body) == WHOLE_PICTURES else handler.text("again")
@@ -167,7 +167,7 @@ def test_a_critic_that_fails_fails_the_run_and_the_trajectories_are_kept(tmp_pat
 
 
 def test_a_generation_of_which_everything_failed_gives_its_folder_back(tmp_path):
-    with serving(failing_for("Please")) as server, pytest.raises(FailedRun, match=r"\(all\)"):
+    with serving(broken) as server, pytest.raises(FailedRun, match=r"\(all\)"):
         generate(generate_config(tmp_path / "g", server.url))
     with serving(sound) as server:
         generate(generate_config(tmp_path / "g", server.url, seed=3))
