@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from visrl.conversation import Completion, Conversation, Message, PromptError, Sampling, focus_conversation, open_view
+from visrl.conversation import (
+    Completion,
+    Conversation,
+    Message,
+    PromptError,
+    Sampling,
+    focus_conversation,
+    open_view,
+    seed_of,
+)
 from visrl.data.convert import Reading
 from visrl.data.sources import read_samples
 from visrl.data.stats import as_table, measure
 from visrl.engines.local import LocalEngine
+from visrl.evaluate.answers import answered, score_answers, with_judgements
 from visrl.evaluate.ask import ask
 from visrl.evaluate.config import EvalConfig
+from visrl.evaluate.judge import judge_all
 from visrl.evaluate.results import read_results
 from visrl.evaluate.rollouts import evaluate_samples
 from visrl.evaluate.run import evaluate
@@ -166,6 +177,27 @@ def test_half_a_character_of_a_server_is_mended_where_it_comes_in():
     completion = Completion("[0.1, 0.2] \ud83d", error="\udc00")
     assert completion.text == "[0.1, 0.2] \ufffd"
     assert completion.error == "\ufffd"
+
+
+def test_half_a_character_in_an_answer_of_another_program_is_judged_like_any(tmp_path):
+    (tmp_path / "said.jsonl").write_text(
+        json.dumps({"question_id": 1, "text": "red \ud83d", "gt_answer_text": "red \udc00", "question_text": "Q"})
+        + "\n"
+    )
+    rows, _ = score_answers(tmp_path / "said.jsonl")
+    asked = [one for one in map(answered, rows) if one is not None]
+
+    def court(asks, on_reply):
+        for number, one in enumerate(asks):
+            assert json.dumps(one.messages, ensure_ascii=False).encode()  # it can be sent
+            on_reply(number, Completion("score: 0.5"))
+        return []
+
+    for _ in range(2):  # the second time from its journal
+        (judged,) = judge_all(asked, court, "court", tmp_path / "judged.jsonl")
+        assert judged.score == 0.5
+    assert with_judgements(rows, [judged])[0]["judge"] == 0.5
+    assert seed_of(0, "half \ud83d") != seed_of(0, "half \ud83e")
 
 
 def test_what_is_put_to_a_model_is_checked_once_for_all(engine):

@@ -17,7 +17,8 @@ from PIL import Image
 from visrl.box import CropRule, Size
 from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
-from visrl.records import Message, Picture, whole_characters
+from visrl.records import Message, Picture
+from visrl.replies import whole_text
 
 
 class PromptError(ValueError):
@@ -76,7 +77,7 @@ class Completion:
 
     def __post_init__(self) -> None:
         for name, said in (("text", self.text), ("error", self.error)):
-            if said is not None and (mended := whole_characters(said)) != said:
+            if said is not None and (mended := whole_text(said)) != said:
                 object.__setattr__(self, name, mended)
 
 
@@ -127,4 +128,4 @@ def answer_conversation(question: str, whole: View, detail: View) -> Conversatio
 def seed_of(run_seed: int, *parts: object) -> int:
     """A seed in [0, 2^63) of one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
     text = "\x1f".join(str(part) for part in (run_seed, *parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

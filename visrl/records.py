@@ -337,11 +337,6 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def whole_characters(text: str) -> str:
-    """`text` with U+FFFD in place of half characters, so that it can be shown to a model and sent on."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def _cut_unfinished_line(path: Path) -> None:
     with open(path, "rb+") as file:
         end = file.seek(0, os.SEEK_END)

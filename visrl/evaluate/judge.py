@@ -18,6 +18,7 @@ from visrl.conversation import Completion, Conversation, Engine, Message, Sampli
 from visrl.evaluate.scores import read_published, read_score
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, JUDGE_TOKENS, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, write_records
+from visrl.replies import whole_text
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
     from visrl.engines.client import Ask, Client
@@ -73,7 +74,8 @@ def judge_ask(answered: Answered, max_tokens: int = JUDGE_TOKENS) -> Ask:
 
 def _messages(answered: Answered) -> list[dict[str, str]]:
     asked = judge_prompt(answered.question, answered.reference, answered.prediction)
-    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": asked}]
+    # What was answered may come from any program's file.
+    return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": whole_text(asked)}]
 
 
 def judge_all(

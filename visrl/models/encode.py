@@ -25,7 +25,7 @@ from visrl.conversation import Conversation, PromptError, View
 from visrl.models.families import Family, Grid, Pictures, family_of
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
-from visrl.records import whole_characters
+from visrl.replies import whole_text
 
 MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
 LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
@@ -253,7 +253,7 @@ class Encoder:
     def _check_text(self, text: str) -> None:
         if any(token in text for token in self._control):
             raise PromptError(f"the text {text[:80]!r} holds a control token of the model; take it out")
-        if whole_characters(text) != text:
+        if whole_text(text) != text:
             raise PromptError(f"the text {text[:80]!r} holds half a character (a lone surrogate); take it out")
 
     def encode(

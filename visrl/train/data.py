@@ -136,7 +136,10 @@ def sft_rows(
     if sample.box is None:
         talk = plain_conversation(sample.question, whole)
         return [Row(f"{name}/answer", "answer", talk, (("target", sample.answer),))] if "read" in tasks else []
-    processed = encoder.processed_size(whole.size)
+    try:
+        processed = encoder.processed_size(whole.size)
+    except PromptError as error:
+        raise PromptError(f"row {name}, {sample.image[:80]}: {error}") from error
     text = encoder.codec.format(sample.box, whole.size, processed)
     said = encoder.codec.parse(text, whole.size, processed)
     rows = []
