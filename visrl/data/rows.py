@@ -165,11 +165,13 @@ def json_value(text: str) -> Any:
     return _DECODER.decode(text)
 
 
-def _is_deep(text: str) -> bool:
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
+def _is_deep(text: str, start: int = 0, end: int | None = None) -> bool:
+    """Whether a JSON text, that of `text` from `start` to `end`, is nested deeper than `MAX_DEPTH`."""
+    end = len(text) if end is None else end
+    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
         return False
     depth = 0
-    for found in _BRACKETS.finditer(text):
+    for found in _BRACKETS.finditer(text, start, end):
         depth += _STEPS.get(found[0], 0)
         if depth > MAX_DEPTH:
             return True
@@ -231,8 +233,7 @@ def _next_value(file: IO[str], text: str, place: int) -> tuple[Any, str, int]:
             value, end = _DECODER.raw_decode(text, place)
             # What follows a number may be more of it: `1` of `1.5`.
             if end < len(text) and (not isinstance(value, (int, float)) or text[end] in " \t\r\n,]"):
-                row = text[place:end]
-                return (BadLine(row) if _is_deep(row) else value), text, end
+                return (BadLine(text[place:end]) if _is_deep(text, place, end) else value), text, end
         except json.JSONDecodeError as error:
             problem = error
         except RecursionError:

@@ -264,4 +264,6 @@ def bare_question(prompt: str) -> str:
 
 def without_marks(prompt: str) -> str:
     """A prompt without the marks of its pictures, and without the line breaks or blanks that set them apart."""
+    if prompt.startswith(f"{IMAGE}\n") and prompt.count(IMAGE) == 1:  # as nearly every prompt is written
+        return prompt[len(IMAGE) + 1 :]
     return _MARK_INSIDE.sub("", _MARK_LAST.sub("", _MARK_FIRST.sub("", prompt)))
