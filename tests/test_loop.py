@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,38 @@ def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
         pass
 
 
+def test_a_server_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
+    said = "import sys; print('x' * 9000); print('no GPU found, key sk-abcdefghijklmnop'); sys.exit(3)"
+    start = time.monotonic()
+    with (
+        pytest.raises(EndpointError, match="ended with status 3 before it served") as raised,
+        served([sys.executable, "-c", said], free_port(), "policy", tmp_path / "log", start_s=60),
+    ):
+        pass
+    assert str(raised.value).endswith("  | no GPU found, key ***")
+    assert len(str(raised.value)) < 5000
+    assert time.monotonic() - start < 30
+
+
+def test_a_server_that_did_not_start_may_be_mended_in_the_same_folder(tmp_path):
+    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "questions": 8}
+    broken = config_of(tmp_path / "run", **given, server=["no-such-server"])
+    with pytest.raises(EndpointError, match="there is no program 'no-such-server'"):
+        run_evolve(broken)
+    mended = config_of(tmp_path / "run", **given, server=["no-such-server"], server_args=["--other"])
+    with pytest.raises(EndpointError, match="there is no program 'no-such-server'"):  # and not: holds other work
+        run_evolve(mended)
+
+
 def test_vllm_is_started_with_the_limits_of_the_checkpoint(tmp_path):
     asked = GenerateConfig(model_name_or_path=str(CHECKPOINT), dataset="d", output_dir=tmp_path)
     server = ServerConfig(server="vllm", server_args=["--max-model-len", "4096"])
     command = server_command(asked, server, 8123)
     assert command[:3] == ["vllm", "serve", str(CHECKPOINT)]
     assert command[command.index("--served-model-name") + 1] == "policy"
-    assert json.loads(command[command.index("--mm-processor-kwargs") + 1])["max_pixels"] == 112 * 112
+    told = json.loads(command[command.index("--mm-processor-kwargs") + 1])
+    # Wholes of 112² pixels and crops of up to 126² both pass as they are sized here.
+    assert (set(told), told["size"]["longest_edge"] >= 126 * 126) == ({"size"}, True)
     assert command[-2:] == ["--max-model-len", "4096"]
 
 

@@ -93,7 +93,9 @@ class PolicyConfig(ModelConfig, RequestConfig):
 
 
 # Keys that change where and how patiently the policy is asked, and not what comes of it.
-PATIENCE = frozenset({"policy_url", "concurrency", "request_timeout_s", "request_attempts", "max_failed"})
+PATIENCE = frozenset(
+    {"policy_url", "api_key_env", "concurrency", "request_timeout_s", "request_attempts", "max_failed"}
+)
 
 
 @dataclass(frozen=True, slots=True)

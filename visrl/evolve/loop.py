@@ -154,7 +154,9 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
-    identity = without_secrets(config.model_dump(mode="json", exclude={*NOT_IDENTITY, "output_dir", "server_start_s"}))
+    # How a policy is served decides nothing, and a server that did not start may be mended in the same folder.
+    how = {*NOT_IDENTITY, *ServerConfig.model_fields, "output_dir"}
+    identity = without_secrets(config.model_dump(mode="json", exclude=how))
     identity["model"] = hash_checkpoint(config.model_name_or_path)
     if shard is not None:  # several machines work in this folder: each holds its own shard's
         claim_folder(config.output_dir, identity)
