@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -69,10 +70,19 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="visrl", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0,
     )  # fmt: skip
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        asked.append(number)
+        raise SignalException("interrupted", signal.SIGTERM)  # which ends Python without a traceback, SIGINT does not
+
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, interrupt) if in_main else None
     try:
         elastic_launch(settings, _ending_with_parent)(work, argument, os.getpid())
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
+        if asked:
             raise KeyboardInterrupt from None
         print(f"visrl: ended by {error.sigval.name}; the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from None
@@ -81,6 +91,9 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         message: Any = failure.message
         told = message["message"] if isinstance(message, dict) else message
         raise ProcessError(f"process {rank} of {count}: {told}") from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _ending_with_parent(work: Callable[[Argument], Any], argument: Argument, parent: int) -> None:
@@ -88,7 +101,7 @@ def _ending_with_parent(work: Callable[[Argument], Any], argument: Argument, par
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() != parent:
-            return
+            os._exit(1)  # to return would be to wait for the parent to read what is returned
     work(argument)
 
 
