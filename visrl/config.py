@@ -44,6 +44,8 @@ class Config(BaseModel):
             raise ValueError("this number is larger than any that can be used")
         if isinstance(value, str | Path) and "\0" in str(value):
             raise ValueError("a text with a NUL character in it can be no name and no path")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError("a text with half a character in it (a lone surrogate) can be written nowhere")
         return value
 
     @classmethod

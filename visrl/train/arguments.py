@@ -119,6 +119,10 @@ def _check_together(config: TrainConfig, given: dict[str, Any]) -> None:
             raise ConfigError(f"{key}: there are no workers that it could be for; set dataloader_num_workers")
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         value = given.get(name)
+        if value is not None and not given.get(name.removesuffix("_kwargs")):
+            raise ConfigError(f"{name}: {name.removesuffix('_kwargs')} is off; set it as well")
+        if isinstance(value, str) and not value.startswith("{"):
+            raise ConfigError(f"{name}: {shown(value)} is no mapping; write {{use_reentrant: false}}")
         if isinstance(value, dict) and (unknown := value.keys() - set(CHECKPOINTING)):
             raise ConfigError(f"{name}: {shown(sorted(map(str, unknown))[0])} is none of {', '.join(CHECKPOINTING)}")
     metric = given.get("metric_for_best_model")

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 Argument = TypeVar("Argument")
+HANDLED = "SIGTERM,SIGHUP,SIGQUIT"  # by torch's launcher; SIGINT by us
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
@@ -66,8 +67,12 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Releases of torch before 2.9 take no such choice, and end the processes by SIGINT with their tracebacks.
+    chosen: dict[str, Any] = (
+        {"signals_to_handle": HANDLED} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
+    )
     settings = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="visrl", rdzv_backend="c10d",
+        **chosen, min_nodes=1, max_nodes=1, nproc_per_node=count, run_id="visrl", rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0,
     )  # fmt: skip
     asked: list[int] = []
@@ -76,13 +81,12 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         asked.append(number)
         raise SignalException("interrupted", signal.SIGTERM)  # which ends Python without a traceback, SIGINT does not
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, interrupt) if in_main else None
     try:
         elastic_launch(settings, _ending_with_parent)(work, argument, os.getpid())
     except SignalException as error:
-        if asked:
+        if asked or error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         print(f"visrl: ended by {error.sigval.name}; the same command goes on where this one stopped", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from None
