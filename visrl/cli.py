@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -231,6 +232,9 @@ app.add_typer(eval_app, name="eval")
 
 def main(arguments: list[str] | None = None, defaults: list[str] | None = None) -> None:
     """The program `visrl` (and `visrl-cli`)."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is told as its escape
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else arguments
     if defaults and given and given[0] == "train":
         given = [*given, *defaults]

@@ -13,6 +13,7 @@ from visrl.evaluate.files import PathLike, Rows, read_rows, text_of
 from visrl.evaluate.judge import Answered, Judgement, judgement_key
 from visrl.evaluate.metrics import string_scores
 from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
+from visrl.evaluate.scores import is_score
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
 from visrl.replies import spoken
@@ -66,11 +67,11 @@ def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judg
     """
     said = {(one.dataset, one.id, one.key): one for one in judgements}  # an id may stand for several answers
     names = {(one.dataset, one.id) for one in judgements}
-    judges = {one.judge for one in judgements}
+    judges = {(one.judge, one.max_tokens) for one in judgements}
     merged: Rows = []
     for row in rows:
         asked = answered(row)
-        keys = [(asked.dataset, asked.id, judgement_key(asked, judge)) for judge in judges] if asked else []
+        keys = [(asked.dataset, asked.id, judgement_key(asked, *judge)) for judge in judges] if asked else []
         one = next((said[key] for key in keys if key in said), None)
         if asked and one is None and (asked.dataset, asked.id) in names:
             raise RecordError(f"the judgement of {asked.id} is of another answer than the predictions hold; judge anew")
@@ -117,6 +118,8 @@ def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: 
         **string_scores(prediction, [str(answer)]),
     }
     if "score" in row:
+        if row["score"] is not None and not is_score(row["score"]):
+            raise RecordError(f"{where}: score is {str(row['score'])[:60]!r}; it must be null or lie between 0 and 1")
         result["judge_published"] = row["score"]
     return result
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
-from visrl.evaluate.scores import read_published, read_score
+from visrl.evaluate.scores import is_score, read_published, read_score
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, JUDGE_TOKENS, judge_prompt
-from visrl.records import Journal, RecordError, read_jsonl, write_records
+from visrl.records import Journal, RecordError, read_jsonl, utf8, write_records
 from visrl.replies import whole_text
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
@@ -49,7 +49,7 @@ class Judgement:
 
     `score` is our reading, None where the judge failed (`error` says why) or could not be understood; `published` is
     the published scorer's number, 0 in those cases. `key` is a hash of judge, prompt and answer: a judgement is used
-    again only for the very same question to the very same judge.
+    again only for the very same question to the very same judge, with as much room (`max_tokens`) for its reply.
     """
 
     id: str
@@ -60,6 +60,7 @@ class Judgement:
     published: float
     error: str | None
     key: str
+    max_tokens: int = JUDGE_TOKENS
 
 
 # --- Asking ---------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def judge_all(
 
     def on_reply(index: int, completion: Completion) -> None:
         answered = answers[order[index]]
-        judgement = _judgement(answered, judge, keys[order[index]], completion)
+        judgement = _judgement(answered, judge, keys[order[index]], completion, max_tokens)
         known[judgement.key] = judgement
         if kept is not None:
             kept.append([asdict(judgement)])
@@ -140,11 +141,32 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
     Journal(path).close()  # cuts what a kill left unfinished
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
-            yield Judgement(**row)
+            judgement = Judgement(**row)
+            _check(judgement)
         except TypeError as error:
             raise RecordError(
                 f"{path}, row {number}: not a judgement ({error}); name another file or remove this one"
             ) from error
+        yield judgement
+
+
+def _check(judgement: Judgement) -> None:
+    """Look at the types, which JSON may have any of.
+
+    Raises:
+        TypeError: a field holds what no judge's does.
+    """
+    texts = {"id": False, "dataset": False, "judge": False, "key": False, "reply": True, "error": True}
+    for name, may_lack in texts.items():
+        value = getattr(judgement, name)
+        if not isinstance(value, str) and not (may_lack and value is None):
+            raise TypeError(f"{name} cannot be {str(value)[:60]!r}")
+    scores = {"published": judgement.published, **({} if judgement.score is None else {"score": judgement.score})}
+    for name, value in scores.items():
+        if not is_score(value):
+            raise TypeError(f"{name} cannot be {str(value)[:60]!r}: it lies between 0 and 1")
+    if type(judgement.max_tokens) is not int:
+        raise TypeError(f"max_tokens cannot be {str(judgement.max_tokens)[:60]!r}")
 
 
 def client_asker(client: Client) -> AskAll:
@@ -190,7 +212,7 @@ def _without_marks(ask: Ask) -> list[dict[str, Any]]:
     ]
 
 
-def _judgement(answered: Answered, judge: str, key: str, completion: Completion) -> Judgement:
+def _judgement(answered: Answered, judge: str, key: str, completion: Completion, max_tokens: int) -> Judgement:
     return Judgement(
         id=answered.id,
         dataset=answered.dataset,
@@ -200,10 +222,11 @@ def _judgement(answered: Answered, judge: str, key: str, completion: Completion)
         published=read_published(completion.text),
         error=completion.error,
         key=key,
+        max_tokens=max_tokens,
     )
 
 
 def judgement_key(answered: Answered, judge: str, max_tokens: int = JUDGE_TOKENS) -> str:
     """What a judgement is a judgement of: a hash of the judge's name, its limit and every word it was asked."""
     parts = [judge, str(max_tokens), *(message["content"] for message in _messages(answered))]
-    return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(utf8("\x1f".join(parts)), digest_size=12).hexdigest()

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from visrl.box import Box, iou
 from visrl.evaluate.detection import is_hit
 from visrl.evaluate.metrics import METRICS, string_scores
+from visrl.evaluate.scores import is_score
 from visrl.evaluate.statistics import interval, mean_interval
 from visrl.records import RecordError, Sample, read_jsonl
 
@@ -65,8 +66,8 @@ def _fault(row: Any) -> str | None:
         return f"not a result: it has none of the columns {', '.join(COLUMNS)}"
     for name in columns:
         value = row[name]
-        if value is not None and not (isinstance(value, (bool, int, float)) and 0 <= value <= 1):
-            return f"{name} is {value!r}; it must be null or lie between 0 and 1"
+        if value is not None and not is_score(value):
+            return f"{name} is {repr(value)[:80]}; it must be null or lie between 0 and 1"
     return next((fault for name in ("box", "true_box") if (fault := _box_fault(name, row.get(name)))), None)
 
 
@@ -76,7 +77,7 @@ def _box_fault(name: str, value: Any) -> str | None:
             return None
         return f"{name} is {str(value)[:80]}; it must be null or four fractions of the picture"
     except (TypeError, ValueError) as error:
-        return f"{name} is {str(value)[:80]}: {error}"
+        return f"{name} is {str(value)[:80]}: {str(error)[:160]}"
 
 
 def result_row(

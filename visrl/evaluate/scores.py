@@ -70,6 +70,11 @@ def read_score(reply: str | None) -> float | None:
     return score if score is not None and 0 <= score <= 1 else None
 
 
+def is_score(value: object) -> bool:
+    """Whether `value`, from a file, is a number between 0 and 1."""
+    return isinstance(value, (bool, int, float)) and 0 <= value <= 1
+
+
 def _mentioned(text: str, mention: re.Match[str]) -> float | None:
     """The score that one mention of the word gives, None where its number is part of something else."""
     rest = text[mention.end() : mention.end() + 100]
