@@ -136,7 +136,9 @@ def loss_of(name: str, sums: Tensor, counts: Tensor) -> Tensor:
         return losses.kto(sums, reference, torch.arange(len(sums)) % 2 == 0, torch.tensor(0.5))
     scale = counts if name in AVERAGED else torch.ones_like(counts)
     w, r, ref_w, ref_r = (x[start::2] for x in (sums / scale, reference / scale) for start in (0, 1))
-    config = TrainConfig(model_name_or_path="", output_dir=Path(), stage="dpo", pref_loss=name, dpo_label_smoothing=0.1)
+    config = TrainConfig(
+        model_name_or_path="", output_dir=Path("out"), stage="dpo", pref_loss=name, dpo_label_smoothing=0.1
+    )
     return preference_loss(config, w, r, ref_w, ref_r, torch.full_like(w, 0.1), counts[::2])
 
 
