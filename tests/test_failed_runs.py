@@ -70,6 +70,17 @@ def test_the_share_and_what_counts_as_a_failure():
     ]  # fmt: skip
 
 
+def test_rows_that_the_model_cannot_be_shown_fail_a_run_only_where_they_are_all_of_it():
+    tally = Tally("rows", 0.1)
+    tally.count(["prompt: a control token", "prompt: too thin", None])
+    assert (tally.failed, tally.is_hopeless()) == (2, False)
+    tally.count(["engine: lost"])
+    assert tally.is_hopeless()
+    alone = Tally("rows", 0.1)
+    alone.count(["prompt: a control token"])
+    assert alone.is_hopeless()
+
+
 def test_an_evaluation_that_failed_is_tried_again_where_it_failed(tmp_path):
     with serving(failing_for("Question 3")) as server:
         evaluate(eval_config(tmp_path, server.url))  # one of ten is not more than the default

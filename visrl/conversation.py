@@ -74,6 +74,7 @@ class Completion:
     finish_reason: Literal["stop", "length", "error"] = "stop"
     error: str | None = None
     prompt_tokens: int = 0
+    refused: bool = False  # the model cannot be shown this prompt: asking again would end alike
 
     def __post_init__(self) -> None:
         for name, said in (("text", self.text), ("error", self.error)):

@@ -1,7 +1,8 @@
 """When a run is no success: too large a share of what it asked for failed. One rule for every verb that asks models.
 
 A failure is what the software, a server or a file did not give: no reply, no picture. A reply that is wrong, a box that
-cannot be read, a control for which there is no true box, or a row that this model cannot be shown is a result.
+cannot be read, or a control for which there is no true box is a result. A row that the model cannot be shown (`prompt`)
+fails whenever it is asked: no share of such rows makes a run a failed one, unless they are all of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_FAILED = 0.2  # the default of the key `max_failed`: the share that may fail in a run that counts as a success
-_RESULTS = ("box", "no_room", "control", "prompt")  # first words of errors that are results (see evolve/rollout.py)
+_RESULTS = ("box", "no_room", "control")  # first words of errors that are results (see evolve/rollout.py)
 
 
 class FailedRun(RuntimeError):
@@ -30,6 +31,7 @@ class Tally:
     max_failed: float
     seen: int = 0
     failed: int = 0
+    refused: int = 0  # of those, what the model cannot be shown
     first: str = ""  # the first failure, in words
 
     def count(self, errors: Iterable[str | None]) -> None:
@@ -38,12 +40,13 @@ class Tally:
             self.seen += 1
             if error is not None:
                 self.failed += 1
+                self.refused += error.startswith("prompt:")
                 self.first = self.first or error
 
     def is_hopeless(self, total: int | None = None) -> bool:
         """Whether a run of `total` things (None: those seen) cannot be a success any more, whatever is left of it."""
         whole = max(self.seen, total or 0)
-        return self.failed > 0 and (self.failed > self.max_failed * whole or self.failed == whole)
+        return self.failed > 0 and (self.failed - self.refused > self.max_failed * whole or self.failed == whole)
 
     def sentence(self) -> str:
         """How much failed, and why the first did."""

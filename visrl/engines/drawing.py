@@ -85,7 +85,7 @@ class Drawing(ABC):
                     known[id(talk)] = self.encoder.encode(talk, [None], max_tokens=self.encoder.max_tokens)[0]
                 texts[number] = Text.of(row, known[id(talk)])
             except PromptError as error:
-                failed[number] = Completion(None, finish_reason="error", error=str(error))
+                failed[number] = Completion(None, finish_reason="error", error=str(error), refused=True)
         return texts, failed
 
     def take(self, tokens: Mapping[int, int]) -> dict[int, Completion]:

@@ -91,13 +91,17 @@ def read_box(policy: Policy, text: str, size: Size) -> Box:
 def look_at(policy: Policy, question: str, whole: View, completion: Completion) -> Look:
     """The look that a step-1 completion asks for."""
     if completion.text is None:
-        return Look(question, whole, "", None, f"engine: {completion.error or 'no text'}")
+        return Look(question, whole, "", None, _no_text(completion))
     text = spoken(completion.text)
     try:
         return Look(question, whole, text, read_box(policy, text, whole.size))
     except BoxError as error:
         cut = "; the reply ended inside its thinking" if completion.text and not text else ""
         return Look(question, whole, text, None, f"box: {error}{cut}")
+
+
+def _no_text(completion: Completion) -> str:
+    return f"{'prompt' if completion.refused else 'engine'}: {completion.error or 'no text'}"
 
 
 def begin(
@@ -141,7 +145,7 @@ def answer_all(
 def hear(look: Look, completion: Completion) -> None:
     """Put the answer of a completion, or why there is none, into the look that asked for it."""
     look.answer = None if completion.text is None else spoken(completion.text)
-    look.error = f"engine: {completion.error or 'no text'}" if completion.text is None else None
+    look.error = _no_text(completion) if completion.text is None else None
 
 
 def roll_out(
