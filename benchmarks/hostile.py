@@ -270,7 +270,7 @@ def measure(requests: int, attackers: int, warm: int = WARM, settle_s: float = S
         attack(target, warm, attackers, seed=1)
         target.let_go()
         time.sleep(settle_s)
-        before_mb = memory_mb(process)
+        before_mb, alone_mb = memory_mb(process), process.memory_info().rss / 1e6
         good = GoodClient(target)
         good.start()
         begin = time.monotonic()
@@ -294,6 +294,7 @@ def measure(requests: int, attackers: int, warm: int = WARM, settle_s: float = S
             "health": {name: shares(good.health, *span) for name, span in spans.items()},
             "memory_mb": {
                 "before": round(before_mb), "most": round(max(seen)), "after": round(memory_mb(process)),
+                "server_alone": [round(alone_mb), round(process.memory_info().rss / 1e6)],
             },
         }  # fmt: skip
 

@@ -63,6 +63,13 @@ class SharedBytes:
             self._map = mmap.mmap(self._file, size)
         return self._map
 
+    def shrink(self) -> None:
+        """Give back what a large picture took, here and, the file being shorter, on the other side."""
+        if self._map is not None and len(self._map) > KEPT_BYTES:
+            self._map.close()
+            self._map = None
+            os.ftruncate(self._file, KEPT_BYTES)
+
 
 def _reply(job: dict[str, Any], data: bytes, shared: SharedBytes) -> dict[str, Any]:
     """What of a picture is told, with its pixels as RGB in `shared`; or the sentence that says why there are none."""

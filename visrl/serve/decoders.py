@@ -68,8 +68,9 @@ class Decoders:
         def give_back(done: asyncio.Future[tuple[str, Image.Image]]) -> None:
             timer.cancel()
             self._busy.discard(process)
-            if done.cancelled() or done.exception() is None or process.is_alive:
-                _idle.append(process)
+            if not done.cancelled():
+                done.exception()  # who asked may have left
+            _give_back(process)
             if is_slow:
                 self._slow_places += 1
             else:
@@ -137,12 +138,14 @@ class _Process:
             _write(process, payload)
             told = json.loads(_read(process, *REPLY.unpack(_read(process, REPLY.size))))
         except (OSError, EOFError) as error:
-            raise RequestError(400, f"{job['name']} {self._how_it_ended(process)}") from error
+            raise RequestError(400, f"{job['name']} {self._how_it_ended()}") from error
         if "error" in told:
             raise RequestError(400, told["error"])
         width, height = told["size"]
         pixels = self._shared.first(width * height * 3)
-        image = Image.frombytes("RGB", (width, height), memoryview(pixels)[: width * height * 3])
+        with memoryview(pixels) as whole, whole[: width * height * 3] as used:
+            image = Image.frombytes("RGB", (width, height), used)
+        self._shared.shrink()
         return told["key"], image
 
     def kill(self) -> None:
@@ -151,12 +154,20 @@ class _Process:
         if self._process is not None:
             self._process.kill()
 
-    def _how_it_ended(self, process: subprocess.Popen[bytes]) -> str:
-        process.kill()  # it is of no more use, should it live
-        status = process.wait()
-        for held in (process.stdin, process.stdout, self._file):
+    def end(self) -> int:
+        """End it for good, with all it holds; its exit status."""
+        if self._process is None:
+            self._file.close()
+            return 0
+        self._process.kill()
+        status = self._process.wait()
+        for held in (self._process.stdin, self._process.stdout, self._file):
             if held is not None:
                 held.close()
+        return status
+
+    def _how_it_ended(self) -> str:
+        status = self.end()
         if self._is_killed or status == -getattr(signal, "SIGXCPU", 0):
             return "takes longer to open than a picture may"
         return "brings its decoder down"
@@ -166,7 +177,7 @@ ENVIRONMENT = {
     # One thread: numerical libraries would take address space for as many as there are cores.
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
     # glibc would give a picture's memory back and take it anew each time, which costs as much as decoding a small one.
-    "MALLOC_MMAP_THRESHOLD_": "32000000", "MALLOC_TRIM_THRESHOLD_": "64000000",
+    "MALLOC_MMAP_THRESHOLD_": "8000000", "MALLOC_TRIM_THRESHOLD_": "16000000",
 }  # fmt: skip
 # Processes without work, for whoever comes next; they end when their input does, which is with this process.
 _idle: deque[_Process] = deque()
@@ -178,6 +189,13 @@ def _idle_process() -> _Process:
         if process.is_alive:  # one may have been killed for the memory it holds
             return process
     return _Process()
+
+
+def _give_back(process: _Process) -> None:
+    if process.is_alive and len(_idle) < DECODERS:
+        _idle.append(process)
+    else:
+        process.end()
 
 
 def _memory_file() -> IO[bytes]:
