@@ -36,7 +36,7 @@ class Connection:
         self.requests = 0  # in work
         self.waits_since: float | None = time.monotonic()
         self.held = 0
-        self.received = 0  # bytes, of heads and framing too
+        self.parsed = 0  # bytes that came, of heads and framing too
 
     def abort(self) -> None:
         """End it now, whatever lies unsent."""
@@ -177,9 +177,9 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            self.watched.received += len(data)
             is_idle = not self.unread
             if is_idle and len(data) <= SLICE:
+                self.watched.parsed += len(data)
                 super().data_received(data)
                 return
             self.unread += data
@@ -192,6 +192,7 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
                 return
             part = bytes(self.unread[:SLICE])
             del self.unread[:SLICE]
+            self.watched.parsed += len(part)
             super().data_received(part)
             if self.unread:
                 self.transport.pause_reading()

@@ -161,6 +161,7 @@ async def _watch(server: uvicorn.Server, sockets: list[socket.socket], config: S
         # What is loaded by now stays: without this, a fifth of the server's time goes into looking through it again.
         gc.collect()
         gc.freeze()
+        gc.collect()  # so that the next full collection is not put off by the many objects that are frozen now
         _announce(sockets[0].getsockname()[1], config)
     while backend.state == "ready":
         await asyncio.sleep(0.5)

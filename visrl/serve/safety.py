@@ -25,7 +25,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PIECE = 65_536  # bytes of a reply handed over at once: the next only when these are on their way
-FRAMING = 10  # a body may come with its length over this more in the marks of its chunks
+CRUMBS, FRAMING = 16_384, 10  # a body may come with so much, and its length over this, in the marks of its chunks
 OPEN_PATHS = {"/", "/health", "/page/page.js", "/page/page.css", "/page/icon.svg"}  # no key: nothing to steal there
 
 
@@ -152,7 +152,7 @@ class Gate:
                 where it holds more values than a request has: JSON costs time and memory for each of them.
         """
         parts, length, values = [], 0, 0
-        start, framed = time.monotonic(), connection.received
+        start, framed = time.monotonic(), connection.parsed
         while True:
             try:
                 async with asyncio.timeout(self._left(start, length)):
@@ -168,7 +168,7 @@ class Gate:
             values += sum(map(part.count, VALUE_MARKS))
             if values > self.limits.values:
                 raise RequestError(400, f"the body holds more than {self.limits.values:,} values")
-            if connection.received - framed > PIECE + length + length // FRAMING:
+            if connection.parsed - framed > CRUMBS + length + length // FRAMING:
                 raise RequestError(413, "the body comes in chunks that are too small: their marks are more than it is")
             held.add(len(part))
             parts.append(part)
