@@ -22,6 +22,7 @@ from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.published import VISCOT_QUESTIONS
 from visrl.evaluate.results import read_results
 from visrl.evaluate.run import evaluate
+from visrl.failures import FailedRun
 from visrl.manifest import ManifestError
 from visrl.records import RecordError, write_records
 from visrl.serve.schemas import Limits
@@ -196,14 +197,37 @@ def test_a_folder_of_another_run_is_refused(data, tiny, tmp_path):
 
 def test_what_failed_is_asked_again_where_that_is_wanted(data, tmp_path, capsys):
     script = Scripted()
-    with known(script, limits=Limits(text_bytes=100)) as (url, _, _):  # the published prompts are longer
-        evaluate(config(data, tmp_path / "run", **over_http(url)))
-    assert scores_of(tmp_path / "run")["failed"] == 8
+
+    def stumbles(talk) -> str:
+        if "gqa 0:" in talk.messages[-1].text:
+            raise RuntimeError("this one does not go")
+        return script(talk)
+
+    once = {"request_attempts": 1}
+    with known(stumbles) as (url, _, _):
+        evaluate(config(data, tmp_path / "run", **once, **over_http(url)))  # one of eight: not too much of the run
+    assert scores_of(tmp_path / "run")["failed"] == 1
     assert rows_of(tmp_path / "run")["gqa", "0"]["error"].startswith("engine: ")
+    script.asked.clear()
     with known(script) as (url, _, _):
         evaluate(config(data, tmp_path / "run", **over_http(url)))
         assert script.asked == []
         evaluate(config(data, tmp_path / "run", retry_failed=True, **over_http(url)))
+        evaluate(config(data, tmp_path / "at-once", **over_http(url)))
+    assert scores_of(tmp_path / "run")["failed"] == 0
+    assert (tmp_path / "run/results.jsonl").read_bytes() == (tmp_path / "at-once/results.jsonl").read_bytes()
+
+
+def test_a_run_of_which_everything_failed_is_asked_again_by_itself(data, tmp_path):
+    script = Scripted()
+    with (
+        known(script, limits=Limits(text_bytes=100)) as (url, _, _),  # the published prompts are longer
+        pytest.raises(FailedRun, match="where this server allows 100"),
+    ):
+        evaluate(config(data, tmp_path / "run", **over_http(url)))
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+    with known(script) as (url, _, _):
+        evaluate(config(data, tmp_path / "run", **over_http(url)))
         evaluate(config(data, tmp_path / "at-once", **over_http(url)))
     assert scores_of(tmp_path / "run")["failed"] == 0
     assert (tmp_path / "run/results.jsonl").read_bytes() == (tmp_path / "at-once/results.jsonl").read_bytes()
