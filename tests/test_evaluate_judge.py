@@ -112,7 +112,11 @@ class Court:
             body += part.get("body", b"")
             if not part.get("more_body"):
                 break
-        answer = json.loads(body)["messages"][1]["content"].rsplit("model's answer: ", 1)[1].strip()
+        asked = str(json.loads(body)["messages"][-1]["content"])
+        if "model's answer: " not in asked:  # the client's first small question
+            await reply(send, 200, completion("yes"))
+            return
+        answer = asked.rsplit("model's answer: ", 1)[1].strip()
         self.seen[answer] += 1
         await self.answer(answer.split()[0], self.seen[answer], send)
 
