@@ -125,7 +125,7 @@ def ended(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         (["resume_from_checkpoint=no/such"], "is no checkpoint of a training"),
         (["per_device_train_batch_size=8", "dataloader_drop_last=true"], "nothing would be trained"),
         (["dataloader_prefetch_factor=2"], "dataloader_num_workers"),
-        (["gradient_checkpointing_kwargs={reentrant: false}"], "use_reentrant"),
+        (["gradient_checkpointing=true", "gradient_checkpointing_kwargs={reentrant: false}"], "use_reentrant"),
         (["finetuning_type=full", "freeze_language_model=true"], "frozen"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
