@@ -11,6 +11,7 @@ import pytest
 from visrl.cli import ELSEWHERE, main
 from visrl.config import ConfigError, read_config, read_yaml
 from visrl.evolve.generate import GenerateConfig
+from visrl.models.tiny import CHECKPOINT
 from visrl.serve.commands import ServeConfig
 from visrl.train.config import OTHER_STAGES, TrainConfig
 from visrl.yaml_text import YamlError, parse_yaml
@@ -197,3 +198,14 @@ def test_what_everybody_types_first_is_understood(
 def test_truth_values_are_no_numbers() -> None:
     with pytest.raises(ConfigError, match="rounds: a number is wanted here"):
         read_config(GenerateConfig, None, ["model_name_or_path=m", "dataset=d", "output_dir=o", "rounds=true"])
+
+
+def test_a_judge_that_is_not_there_is_named_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"model_name_or_path={CHECKPOINT}", "benchmark=samples", "dataset=scenes:test@1/0+2"]
+    with pytest.raises(SystemExit) as end:
+        main(["eval", *given, "judge_model_name_or_path=no/such/judge", f"output_dir={tmp_path / 'out'}"])
+    assert end.value.code == 1
+    assert "no model at no/such/judge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

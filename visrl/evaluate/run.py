@@ -39,6 +39,7 @@ from visrl.evaluate.results import NAME, SCORES, Key, key_of, result_row, summar
 from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
+from visrl.models.folder import check_folder
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 from visrl.redact import without_secrets
 
@@ -73,6 +74,8 @@ def _evaluate(config: EvalConfig) -> Path:
     protocol = _protocol(config)
     identity = _identity(config, protocol, questions)
     is_complete(config.output_dir, identity)  # another run's folder is refused before a model is loaded
+    if config.judge_model_name_or_path and not config.judge_url:
+        check_folder(config.judge_model_name_or_path)  # and a judge that is not there, before answers are made for it
     if config.dry_run:
         print("nothing was asked (dry_run)")
         return config.output_dir
