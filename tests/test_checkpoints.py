@@ -187,7 +187,7 @@ FAST: dict[str, tuple[Damage, str]] = {
 
 SLOW: dict[str, tuple[Damage, str]] = {
     "a template that loops": (_template(LOOPS), "does not end within"),
-    "a template that computes": (_template("{{ 9 ** 9 ** 9 }}"), "does not end within|takes too much"),
+    "a template that computes": (_template("{{ 9 ** (9 ** 9) }}"), "does not end within|takes too much"),
     **{f"{file} {name}": (damage, "") for file in SETTINGS for name, damage in {
         "cut": _half(file), "empty": _to(file, ""), "gone": lambda folder, file=file: (folder / file).unlink(),
         "a list": _to(file, "[1]"), "null": _to(file, "null"), "an empty object": _to(file, "{}"),
