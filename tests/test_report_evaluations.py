@@ -123,6 +123,7 @@ def test_the_lot_takes_names_that_no_file_could_hold():
         ({"box": ["a", 0, 1, 1]}, "box is"),
         ({"true_box": [0, 0, 5, 5]}, "true_box is"),
         ({"exact": "yes"}, "exact is 'yes'"),
+        ({"repeat": [1]}, r"repeat is \[1\]"),
     ],
 )
 def test_damaged_results_are_named(change, message, tmp_path):

@@ -61,6 +61,8 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _fault(row: Any) -> str | None:
     if not isinstance(row, dict) or "id" not in row:
         return "not a result: it needs an `id`"
+    if type(row.get("repeat", 0)) is not int:
+        return f"repeat is {repr(row['repeat'])[:80]}; it counts the rows of one id"
     columns = [name for name in COLUMNS if name in row]
     if not columns:
         return f"not a result: it has none of the columns {', '.join(COLUMNS)}"
