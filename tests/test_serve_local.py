@@ -16,7 +16,8 @@ from typing import Any
 
 import openai
 import pytest
-from http_server import Handler, listening
+from http_server import Handler
+from http_server import serving as scripted
 from PIL import Image
 from serve_help import body, get, post, serving
 from waiting import PATIENCE_S
@@ -182,10 +183,10 @@ def test_what_vllm_honours_reaches_it_and_the_box_is_not_drawn_by_the_answers_sc
 
     given = {"top_k": 5, "repetition_penalty": 1.2, "structured_outputs": {"choice": ["yes", "no"]}, "min_tokens": 1}
     metrics = Metrics()
-    with listening(Handler, script=stream, models=(200, b'{"data": [{"id": "m"}]}'), bodies=[]) as vllm:
+    with scripted(stream) as vllm:
         config = ServeConfig(
             model_name_or_path=str(checkpoint), infer_backend="vllm",
-            vllm_url=f"http://127.0.0.1:{vllm.server_port}/v1", vllm_model="m",
+            vllm_url=vllm.url, vllm_model="m",
         )  # fmt: skip
         with serving(make_backend(config, metrics), metrics, name="front") as url:
             reply = post(url, scene_body(model="front:focus", max_tokens=4) | given)
