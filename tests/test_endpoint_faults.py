@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -70,6 +71,11 @@ def test_a_reply_is_what_the_model_said(message, text):
         {"choices": [{"message": {"content": 1}, "finish_reason": "stop"}]},
         {"choices": [{"message": {"content": [{"type": "image_url"}]}, "finish_reason": "stop"}]},
         {"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]},
+        {"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]},
+        {"choices": [{"message": {"content": "The nu"}, "finish_reason": "content_filter"}]},
+        {"choices": [{"message": {"content": "The nu"}, "finish_reason": "abort"}]},
+        {"choices": [{"message": {"content": ""}, "finish_reason": "error"}]},
+        {"choices": [{"message": {"content": ""}, "finish_reason": "stop", "error": {"message": "upstream died"}}]},
         {"choices": None, "error": {"message": "overloaded", "code": 429}},
         {"choices": [], "error": "a\ud800"},
     ],
@@ -209,23 +215,28 @@ def test_secrets_in_a_config_are_hidden_where_it_is_written():
             "api_key": "k1",
             "nested": [{"access_token": "k2"}],
             "extra_headers": {"X-Any": "k3"},
+            "accessToken": "k4",
+            "password": 90210,
             "top_k": 3,
         },
         "max_tokens_key": "max_completion_tokens",
         "api_key_env": "OPENAI_API_KEY",
     }
     shown = json.dumps(without_secrets(config))
-    assert all(secret not in shown for secret in ("p@ss", "word@", "k1", "k2", "k3"))
+    assert all(secret not in shown for secret in ("p@ss", "word@", "k1", "k2", "k3", "k4", "90210"))
     assert "http://***@host:1/v1" in shown
     assert "max_completion_tokens" in shown
     assert "OPENAI_API_KEY" in shown
-    assert secrets_of(config["extra_body"]) == {"k1", "k2", "k3"}
+    assert secrets_of(config["extra_body"]) == {"k1", "k2", "k3", "k4", "90210"}
     assert hidden("say none, 7", {"none", "7"}) == "say none, 7"  # what is no secret
 
 
 def test_a_config_error_does_not_repeat_a_password():
     with pytest.raises(ConfigError, match=r"policy_url: .*no address") as raised:
         read_config(PolicyConfig, None, ["model_name_or_path=m", "policy_url='http://user:passw0rd@host:99999/v1'"])
+    assert "passw0rd" not in str(raised.value)
+    with pytest.raises(ConfigError, match=r"holds a \? or #") as raised:
+        read_config(PolicyConfig, None, ["model_name_or_path=m", "policy_url=http://h/v1?api_key=passw0rd"])
     assert "passw0rd" not in str(raised.value)
 
 
@@ -321,6 +332,25 @@ def test_https_where_http_is_spoken_is_named():
         client.check()
 
 
+def test_the_first_choice_is_the_one_that_says_so():
+    choices = [{"index": n, "message": {"content": f"text {n}"}, "finish_reason": "stop"} for n in (2, 0, 1)]
+    reply, _ = one_reply(reply_with(choices=[None, *choices]))
+    assert reply.text == "text 0"
+
+
+@pytest.mark.parametrize(("after_s", "least_s"), [(1.6, 0.4), (-99, 0.0)])
+def test_a_date_to_come_back_at_is_kept(after_s, least_s):
+    dates = iter([formatdate(time.time() + after_s, usegmt=True)])
+
+    def busy_once(handler, body):
+        date = next(dates, None)
+        handler.text("7") if date is None else handler.send(429, b"{}", Retry_After=date)
+
+    start = time.monotonic()
+    reply, _ = one_reply(busy_once, attempts=2)
+    assert (reply.text, least_s < time.monotonic() - start < least_s + 5) == ("7", True)
+
+
 # --- Requests as servers take them ------------------------------------------------------------------------------------
 
 
@@ -340,7 +370,7 @@ def test_the_key_that_mends_a_refusal_is_named_before_the_run():
     config = {"model_name_or_path": "m", "codec": "visrl", "request_attempts": 1}
     with serving(newer, trials=True) as server:
         for given, said in (
-            ({}, "set max_tokens_key: max_completion_tokens"),
+            ({}, r"max_tokens_key: max_completion_tokens and omit_fields: \[temperature\] it answers"),
             (NEWER[:1], "omit_fields: .temperature"),
         ):
             policy = PolicyConfig(**config, policy_url=server.url, **dict(given))

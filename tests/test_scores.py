@@ -22,7 +22,8 @@ READ = {
     "score: (8/10)": 0.8, "score: 0.8 of 1": 0.8, "Score (0-1): 0.8/1": 0.8,
     # What follows is no part of it.
     "score: 0.8\n- 1 mistake": 0.8, "score: 0.8 (80%)": 0.8, "SCORE: 0.75 because 3 of 4 words are right": 0.75,
-    "score: 1 point": 1.0, "score: 0.8 - good": 0.8,
+    "score: 1 point": 1.0, "score: 0.8 for the colour, which is right": 0.8, "score: 1 for 2 of 2": 1.0,
+    "score: 0.8 - good": 0.8,
     # Several that agree; thinking.
     "score: 0.8. So the score: 0.80": 0.8, "<think>score: 0.1? 0,2?</think>\nscore: 1": 1.0,
     "so it is 0.4.</think> 0.5": 0.5,
@@ -35,7 +36,8 @@ UNREAD = [
     # Ranges, lists, comparisons.
     "score: 0.8-0.9", "score: 0.8–0.9", "score: 0.8 to 0.9", "score: 0.8 or 0.9", "score: 0.8, 0.9", "0.8-0.9",
     "score: 0.8 ± 0.1", "score: between 0 and 1", "Score: 0 to 1 -> 0.7", "score: ~0.8", "score: >0.8", "score: <0.8",
-    "score: 1, 3 of 3 are right",
+    "score: 1, 3 of 3 are right", "score: 0 .8", "score: 1 0", "score: 0.8 0.9",
+    "score: 0.8 for colour, 0.3 for shape", "score: 1 on place; and 0 on number", "score: 1 for one and 0,5 for two",
     # Scales that are not said, or twice.
     "80%", "score: 10%", "score: 1 %", "score: 1 percent", "8", "score: 85", "score: 1 out of ten", "score: 1/ten",
     "score: 1 on a scale of 10", "Score (1-10): 8", "Score (1 is best): 0.8", "Score (0-5): 4/10", "score: 1/0",

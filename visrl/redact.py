@@ -17,7 +17,8 @@ _USER = re.compile(r"(?<=://)[^/?#\s@]*(?:@[^/?#\s@]*)*@")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _KEY = re.compile(r"\b(?:sk|hf|gsk|xai|AIza)[-_][A-Za-z0-9_-]{12,}")
 _NAME = re.compile(
-    r"(?i)(?:.*[-_ ])?(?:(?:api|access|secret|private|auth|license|subscription)?[-_]?key|apikey|token|secret|"
+    r"(?:.*[-_. ]|.*[a-z0-9](?=[A-Z]))?"
+    r"(?i:(?:api|access|secret|private|auth|license|subscription)?[-_]?key|apikey|token|secret|"
     r"pass|passwd|password|passphrase|authorization|auth|credentials?|cookie)"
 )
 _HEADERS = re.compile(r"(?i)(?:.*[-_])?headers?")
@@ -33,11 +34,14 @@ def hidden(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def bare_address(url: str) -> str:
-    """An address as it may be shown, however malformed: without what stands before its last `@`."""
+    """An address as it may be shown, however malformed: nothing before its last `@`, and no query."""
     start, scheme, rest = url.partition("://")
     if not scheme:
         start, rest = "", url
-    return f"{start}{scheme}{HIDDEN}@{rest.rpartition('@')[2]}" if "@" in rest else url
+    _, at, rest = rest.rpartition("@")
+    place = re.match(r"[^?#]*[?#]?", rest)
+    shown = place[0] if place else ""
+    return f"{start}{scheme}{HIDDEN + at if at else ''}{shown}{HIDDEN if shown != rest else ''}"
 
 
 def secrets_of(value: Any) -> set[str]:
@@ -56,9 +60,9 @@ def _without(value: Any, name: str) -> Any:
         return {key: _without(one, below or str(key)) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_without(one, name) for one in value]
+    if _is_secret(name) and value is not None and not isinstance(value, bool):
+        return HIDDEN
     if isinstance(value, str):
-        if _is_secret(name):
-            return HIDDEN
         return bare_address(value) if "://" in value else value
     return value
 
@@ -71,8 +75,8 @@ def _texts(value: Any, name: str) -> Iterable[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _texts(one, name)
-    elif isinstance(value, str):
-        yield name, value
+    elif value is not None and not isinstance(value, bool):
+        yield name, str(value)
 
 
 def _is_secret(name: str) -> bool:

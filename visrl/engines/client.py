@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar, get_args
 
 import openai
@@ -419,7 +420,34 @@ class Client:
             if completion.error is not None:
                 other = with_version(server.url)
                 hint = f"; is its address {bare_address(other)}?" if other and "404" in completion.error else ""
+                hint = hint or await self._all_it_takes(server, ask, completion.error)
                 raise EndpointError(f"a first small question failed, so nothing was asked: {completion.error}{hint}")
+
+    async def _all_it_takes(self, server: _Server, ask: Ask, error: str | None) -> str:
+        """All keys that a server needs, where it refuses one field after another: each is tried until it answers."""
+        keys: dict[str, Any] = {}
+        tried = 0
+        while error is not None and (remedy := _remedy(error)) is not None:
+            name, value = remedy
+            if name == "omit_fields":
+                value = (*keys.get(name, self.endpoint.omit_fields), value)
+                if len(set(value)) < len(value):
+                    return ""  # it complains about what it is not sent
+            elif keys.get(name, getattr(self.endpoint, name)) == value:
+                return ""
+            keys[name] = value
+            trial = Client(replace(self.endpoint, base_urls=(server.url,), **keys), self._most_bytes)
+            try:
+                error = (await trial._persist(ask, trial.first, Counter())).error
+            finally:
+                await trial._close_servers()
+            tried += 1
+        if error is not None or tried < 2:
+            return ""  # one key, which the sentence names already
+        omitted = keys.pop("omit_fields", ())
+        shown = [f"{name}: {one}" for name, one in keys.items()]
+        shown += [f"omit_fields: [{', '.join(omitted)}]"] if omitted else []
+        return f"; with {' and '.join(shown)} it answers"
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -428,23 +456,35 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def _hint(message: str, url: str) -> str:
-    """Which key of ours mends what a server complains about."""
+def _remedy(message: str) -> tuple[str, Any] | None:
+    """The key of ours, and its value (a name to add to `omit_fields`), that mends what a server complains about."""
     if "max_tokens" in message and "max_completion_tokens" in message:
-        return "; set max_tokens_key: max_completion_tokens"
+        return "max_tokens_key", "max_completion_tokens"
     told = message.lower()
     for name in get_args(OptionalField):
         if name in told and any(word in told for word in ("unsupported", "not support", "not permitted", "unknown")):
-            return f"; set omit_fields: [{name}]"
-    if "https" in told and url.startswith("http://"):
+            return "omit_fields", name
+    return None
+
+
+def _hint(message: str, url: str) -> str:
+    """The remedy in words."""
+    if remedy := _remedy(message):
+        name, value = remedy
+        return f"; set {name}: {f'[{value}]' if name == 'omit_fields' else value}"
+    if "https" in message.lower() and url.startswith("http://"):
         return "; write https:// where http:// stands"
     return ""
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds that the server asks to wait, where it gives a number."""
+    """Seconds that the server asks to wait, where it gives a number or a date."""
+    given = error.response.headers.get("retry-after", "")
     try:
-        seconds = float(error.response.headers.get("retry-after", ""))
+        seconds = float(given)
     except ValueError:
-        return None
+        try:
+            seconds = max(0.0, parsedate_to_datetime(given).timestamp() - time.time())
+        except (ValueError, OverflowError):
+            return None
     return seconds if 0 <= seconds < float("inf") else None

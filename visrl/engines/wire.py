@@ -16,7 +16,7 @@ def read_reply(reply: Any, most_characters: int) -> Completion:
     """The completion in a reply, taken apart without trust in any field.
 
     What a reasoning model thought (`reasoning_content`, parts that are no text) is no part of it. A refusal in the
-    model's own words is its text. A reply without a word is "".
+    model's own words is its text. A reply without a word is "". What a filter or a fault of the server cut is no reply.
 
     Raises:
         ValueError: it is none.
@@ -27,16 +27,15 @@ def read_reply(reply: Any, most_characters: int) -> Completion:
     if not isinstance(choices, list) or not choices:
         fault = reply.get("error")
         raise ValueError(f"an error in place of choices: {fault_of(fault)}" if fault else "it has no choices")
-    choice = choices[0] if isinstance(choices[0], dict) else {}
+    choice = _first(choices)
     message = choice.get("message")
     if not isinstance(message, dict):
         raise ValueError("the first choice holds no message")
     reason = choice.get("finish_reason")
+    _refuse_broken(reason, choice.get("error"))
     text = text_of_content(message.get("content"))
     if text is None and isinstance(message.get("refusal"), str):
         text = whole_text(message["refusal"])
-    if text is None and reason == "content_filter":
-        raise ValueError("the server's content filter withheld the reply")
     if text is None and message.get("content") is None and reason is not None:
         text = ""  # the protocol's way to say that the model ended without a word (a reasoning model cut short)
     if text is None:
@@ -76,7 +75,7 @@ def read_piece(chunk: Any) -> Piece:
         return Piece("", counts=counts, of_choice=False)
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
         raise ValueError("a chunk's choices are no list of objects")
-    choice = choices[0]
+    choice = _first(choices)
     if choice.get("index") not in (None, 0):
         return Piece("", counts=counts, of_choice=False)
     delta = choice.get("delta", choice.get("message"))
@@ -89,9 +88,23 @@ def read_piece(chunk: Any) -> Piece:
     if text is None and isinstance((delta or {}).get("refusal"), str):
         text = whole_text((delta or {})["refusal"])
     reason = choice.get("finish_reason")
-    if reason in ("error", "abort"):
-        raise ValueError(f"the server ended the reply with {reason!r}")
+    _refuse_broken(reason, choice.get("error"))
     return Piece(text or "", None if reason is None else finish(reason), counts)
+
+
+def _first(choices: list[Any]) -> dict[str, Any]:
+    """The choice that counts itself the first; where none does, the one that stands first."""
+    sound = [choice for choice in choices if isinstance(choice, dict)]
+    numbered = [choice for choice in sound if choice.get("index") == 0]
+    return next(iter(numbered or sound), {})
+
+
+def _refuse_broken(reason: Any, fault: Any) -> None:
+    """Raise a ValueError where a reply ended by the server's doing: what there is of it is not what the model says."""
+    if reason == "content_filter":
+        raise ValueError("the server's content filter withheld the reply")
+    if reason in ("error", "abort") or fault:
+        raise ValueError(f"the server ended the reply with {fault_of(fault or reason)!r}")
 
 
 def text_of_content(content: Any) -> str | None:

@@ -25,8 +25,12 @@ _MENTION = re.compile(
 )
 _ALONE = re.compile(rf"({_NUMBER}){_END}(?:{_WHOLE})?")
 _OUT_OF = re.compile(_WHOLE)
-# The number is the first of several: a range, a list, a value with its uncertainty.
-_GOES_ON = re.compile(r"[ \t]*(?:[-–—~,;|&±…/]|\+/-|\.{2,}|to\b|or\b|and\b|through\b)[ \t]*[-+]?\.?\d")
+# The number is the first of several: a range, a list, a value with its uncertainty, digits with blanks between them,
+# scores of several things.
+_GOES_ON = re.compile(
+    r"[ \t]*(?:[-–—~,;|&±…/]|\+/-|\.{2,}|to\b|or\b|and\b|through\b)[ \t]*[-+]?\.?\d|[ \t]+[-+]?\.?\d"
+    rf"|[ \t]*(?:for|on|in)\b[^.;,\n]{{1,60}}(?:[;,][ \t]*(?:and[ \t]+)?|\band[ \t]+){_NUMBER}[ \t]+(?:for|on|in)\b"
+)
 # It is out of something that is not read here, or the sentence says what scores mean and gives none.
 _NOT_MEANT = re.compile(
     r"[ \t]*(?:/|of\b|if\b|when\b|means?\b|is\b|would\b|being\b)|.{0,60}?(?:out of\b|\bscale\b|\bper ?cent\b)"

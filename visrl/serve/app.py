@@ -76,6 +76,7 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: O
     app.get("/page/{name}")(server.page_file)
     app.exception_handler(RequestError)(_refused)
     app.exception_handler(404)(_not_found)
+    app.exception_handler(405)(_not_that_way)
     return Gate(
         app,  # type: ignore[arg-type]
         limits=settings.limits,
@@ -93,6 +94,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     return JSONResponse(RequestError(404, "there is nothing at this address").body(), 404)
+
+
+async def _not_that_way(request: Request, error: Exception) -> Response:
+    headers = getattr(error, "headers", None) or {}
+    said = f"{request.method[:20]} is not answered at this address, but {headers.get('Allow', 'another method')}"
+    return JSONResponse(RequestError(405, said).body(), 405, headers)
 
 
 class _Server:
@@ -133,7 +140,7 @@ class _Server:
         name = self.settings.name
         if asked.model.removesuffix(asked.suffix) != name:
             known = f"{name}, {name}{FOCUS_SUFFIX} and {name}{WHOLE_SUFFIX}"
-            raise RequestError(404, f"no model {asked.model!r} here, but {known}", "model_not_found")
+            raise RequestError(404, f"no model {asked.model[:80]!r} here, but {known}", "model_not_found")
         if self.backend.state != "ready":
             raise RequestError(503, f"the model is not ready ({self.backend.state}); try again soon", retry_after_s=2)
         if asked.suffix:

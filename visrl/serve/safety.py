@@ -136,6 +136,10 @@ class Gate:
         # A form or plain text may be posted from any page without asking; JSON may not.
         if headers.get("content-type", b"").split(b";")[0].strip().lower() != b"application/json":
             raise RequestError(415, "send the body as application/json")
+        if (packed := headers.get("content-encoding", b"identity").strip().lower()) not in (b"", b"identity"):
+            raise RequestError(
+                415, f"send the body unpacked, without Content-Encoding: {packed[:20].decode('latin-1')}"
+            )
         stated = headers.get("content-length")
         if stated is None:
             return self.limits.body_bytes
