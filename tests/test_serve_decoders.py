@@ -106,6 +106,7 @@ def test_a_decoder_that_dies_is_told_and_replaced() -> None:
             process.kill()
         with pytest.raises(RequestError, match="picture 1 brings its decoder down"):
             await work
+        wait_until(lambda: not processes(), "an idle decoder that was killed, too, is gone")
         assert (await decoders.open(picture(), "picture 1", MAX_PIXELS, MAX_BYTES))[1].size == (200, 100)
 
     with stuck():
