@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from visrl.cli import main
-from visrl.manifest import HeldError, hash_files, hold
+from visrl.manifest import HeldError, ManifestError, claim_folder, hash_files, hold
 from visrl.models.tiny import CHECKPOINT
 
 HOLDER = """
@@ -131,3 +131,15 @@ def test_every_verb_that_writes_holds_its_output(
     assert end.value.code == 1
     assert f"{out} is being written by process" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_start_that_ended_before_it_did_anything_leaves_the_folder_free(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not claim_folder(out, {"key": 1})
+    (out / "log.jsonl").touch()
+    with hold(out):
+        assert not claim_folder(out, {"key": 2})
+    (out / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ManifestError, match="holds other work"):
+        claim_folder(out, {"key": 1})
+    assert not claim_folder(out, {"key": 2})

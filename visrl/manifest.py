@@ -189,6 +189,8 @@ def is_complete(folder: str | os.PathLike[str], identity: dict[str, Any]) -> boo
     complete = (Path(folder) / NAME).is_file()
     if path.is_file():
         found, wanted = _read(path), _plain(identity)
+        if found != wanted and not complete and _holds_nothing(path.parent):
+            return False  # what was begun there ended before it had done anything
         if found != wanted:
             differ = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             raise ManifestError(
@@ -198,6 +200,12 @@ def is_complete(folder: str | os.PathLike[str], identity: dict[str, Any]) -> boo
     if complete:
         raise ManifestError(f"{folder} holds finished work of unknown origin; give another output folder")
     return False
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether nothing lies in `folder` beside the claim: no file with a byte in it, and no folder."""
+    others = (entry for entry in folder.iterdir() if entry.name not in (STARTED, _lock_name("")))
+    return all(entry.is_file() and entry.stat().st_size == 0 for entry in others)
 
 
 def _plain(identity: dict[str, Any]) -> Any:
