@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from visrl.config import ConfigError
+from visrl.records import VisrlWarning
 from visrl.verbs import USER_ERRORS, Verbs
 
 
@@ -38,3 +45,31 @@ def test_a_verb_ends_with_one_sentence(error: BaseException, status: int, said: 
 def test_every_error_for_users_is_where_it_is_looked_for() -> None:
     for module, name in USER_ERRORS.items():
         assert issubclass(getattr(pytest.importorskip(module), name), Exception)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["data", "check", "--from", "visrl", "many.jsonl"]])
+def test_a_reader_that_has_had_enough_is_no_fault(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "many.jsonl").write_text('{"image": "a.png", "question": "What?"}\n')
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "visrl.cli", *words]
+    ended = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_warning_of_ours_is_a_line_without_the_place_in_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    app = typer.Typer(cls=Verbs)
+
+    @app.command()
+    def work() -> None:
+        for warning in (VisrlWarning("in 3 rows a column is passed by"), UserWarning("of a library")):
+            typer.echo(warnings.formatwarning(warning, type(warning), "a.py", 7), nl=False)
+
+    @app.command()
+    def rest() -> None:
+        pass
+
+    told = CliRunner().invoke(app, ["work"]).stdout.splitlines()
+    assert told == ["in 3 rows a column is passed by", "a.py:7: UserWarning: of a library"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import select
 import sys
-from typing import Annotated, Any
+import warnings
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -59,14 +61,37 @@ class Verbs(TyperGroup):
     """A group of verbs that ends with a sentence where the user can mend what is wrong."""
 
     def invoke(self, ctx: Any) -> Any:
+        warnings.formatwarning = _told
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("visrl: interrupted; the same command goes on where this one stopped", err=True)
             raise typer.Exit(130) from None
         except _user_errors() as error:
+            if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+                raise  # who reads what is printed has had enough of it, as `… | head`: no fault, and typer ends it
             typer.echo(f"visrl: {error}", err=True)
             raise typer.Exit(1) from error
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether what is printed has a reader: the other end of a pipe is open."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)
+    except OSError:  # no file of the system's
+        return True
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _told(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning as it is printed: ours is a sentence for the user, whatever line of the program it comes from."""
+    if category.__name__ == "VisrlWarning":
+        return f"{message}\n"
+    return _PYTHONS(message, category, filename, lineno, line)
+
+
+_PYTHONS = warnings.formatwarning
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
             lora_dropout=config.lora_dropout,
             target_modules=lora_targets(model, config.lora_target),
         )
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():  # PEFT asks transformers by an older name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return get_peft_model(model, lora)
     if config.freeze_vision_tower:
         vision_tower(model).requires_grad_(False)
     if config.freeze_multi_modal_projector:
