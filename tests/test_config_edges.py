@@ -27,7 +27,7 @@ LAUGHS = "a: &a [" + ", ".join("x" * 9) + "]\n" + "\n".join(
     [
         ("1e-4", 1e-4), ("5E6", 5e6), ("-1e+3", -1000.0), (".5", 0.5), ("1.", 1.0), ("1_000", 1000), ("010", 10),
         ("0x1f", 31), ("1:30", "1:30"), ("1e", "1e"), ("e4", "e4"), ("true", True), ("null", None), ("'1e-4'", "1e-4"),
-        ("{min_lr: 1e-6}", {"min_lr": 1e-6}),
+        ("{min_lr: 1e-6}", {"min_lr": 1e-6}), ("2024-01-31", "2024-01-31"), ("2024-13-45", "2024-13-45"),
     ],
 )  # fmt: skip
 def test_numbers_are_those_that_people_write(text: str, value: object) -> None:
@@ -42,7 +42,7 @@ def test_numbers_are_those_that_people_write(text: str, value: object) -> None:
         ("a: &a [*a]", "holds itself"),
         ("[" * 500 + "]" * 500, "deep"),
         ("a: 1\na: 2", "stands there twice"),
-        ("a: 2024-13-45", "cannot be read"),
+        ("a: !!timestamp 2024-13-45", "cannot be read"),
         ("a: !!int x", "cannot be read"),
         ("a: " + "9" * 5000, "cannot be read"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
@@ -209,3 +209,26 @@ def test_a_judge_that_is_not_there_is_named_before_anything_is_asked(
     assert end.value.code == 1
     assert "no model at no/such/judge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_names_is_their_text_with_commas() -> None:
+    config = read_config(TrainConfig, None, [*GIVEN, "dataset=[a, b.jsonl]", "lora_target=[q_proj, v_proj]"])
+    assert (config.dataset, config.lora_target) == ("a,b.jsonl", "q_proj,v_proj")
+    for given in ("dataset=[]", "dataset=[a, 1]", "lora_target={a: b}"):
+        with pytest.raises(ConfigError, match=given.partition("=")[0]):
+            read_config(TrainConfig, None, [*GIVEN, given])
+
+
+def test_a_path_from_the_home_folder_is_found_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read_config(TrainConfig, None, ["model_name_or_path=~/m", "output_dir=~/runs/a", "dataset=a~/b"])
+    found = (config.model_name_or_path, config.output_dir, config.dataset)
+    assert found == (f"{tmp_path}/m", tmp_path / "runs" / "a", "a~/b")
+
+
+@pytest.mark.parametrize("given", ["run_name=1.0", "dataset=123", "dataset=no", "output_dir=2024"])
+def test_a_text_that_yaml_takes_for_something_else_is_to_be_quoted(given: str) -> None:
+    key, _, text = given.partition("=")
+    with pytest.raises(ConfigError, match=f"{key}: .*write it in quotes"):
+        read_config(TrainConfig, None, [*GIVEN, given])
+    assert str(getattr(read_config(TrainConfig, None, [*GIVEN, f'{key}="{text}"']), key)) == text

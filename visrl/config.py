@@ -7,6 +7,7 @@ programs are known in foreign.py.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,8 @@ class Config(BaseModel):
             raise ValueError("a text with a NUL character in it can be no name and no path")
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError("a text with half a character in it (a lone surrogate) can be written nowhere")
+        if isinstance(value, str) and value.startswith("~/"):  # no shell has seen it, as it stands in a file or after =
+            return os.path.expanduser(value)
         return value
 
     @classmethod
@@ -81,6 +84,18 @@ OneOrMore = Annotated[
 Adapters = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
     BeforeValidator(lambda value: [one.strip() for one in value.split(",")] if isinstance(value, str) else value),
+]
+
+# The type of a key that names several things in one text, with commas between them; a list of them is the same.
+Listed = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: (
+            ",".join(value)
+            if isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+            else value
+        )
+    ),
 ]
 
 
@@ -206,6 +221,8 @@ def _first_fault(error: ValidationError) -> str:
     key = shown_path(".".join(names))
     if first["type"] == "missing":
         return f"{key} must be given"
+    if first["type"] in ("string_type", "path_type") and type(first["input"]) in (bool, int, float):
+        message = "a text is wanted here; write it in quotes"
     given = without_secrets({parts[0]: first["input"]})[parts[0]]
     if given != first["input"]:
         message = message.replace(str(first["input"]), shown(given))

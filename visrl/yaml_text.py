@@ -16,7 +16,7 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the numbers of YAML 1.2."""
+    """PyYAML's, with the numbers of YAML 1.2; what looks like a date is a text, as a folder's name is."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth = getattr(self, "depth", 0) + 1
@@ -37,8 +37,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _RESOLVERS: dict[str, Any] = yaml.SafeLoader.yaml_implicit_resolvers
-_Loader.yaml_implicit_resolvers = {  # YAML 1.1 wants a point before the exponent, and reads 1:30 as ninety
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
+_Loader.yaml_implicit_resolvers = {  # YAML 1.1: 1e-4 is a text, 1:30 is ninety, and 2024-01-01 no text
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp"))]
     for first, resolvers in _RESOLVERS.items()
 }
 _Loader.add_implicit_resolver(

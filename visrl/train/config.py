@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from visrl.box import CropRule
-from visrl.config import Adapters, ConfigError
+from visrl.config import Adapters, ConfigError, Listed
 from visrl.data.scenes import KINDS, MAX_TAGS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 
@@ -96,7 +96,7 @@ class TrainConfig(TrainerFields):
     lora_rank: int = Field(8, gt=0, le=65_536)
     lora_alpha: Annotated[int, Field(gt=0)] | None = None  # twice the rank
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_target: str = "all"
+    lora_target: Listed = "all"
 
     pref_loss: PrefLoss = "sigmoid"
     pref_beta: float = Field(0.1, gt=0)
@@ -107,7 +107,7 @@ class TrainConfig(TrainerFields):
     lambda_box: float = Field(0.5, ge=0)
     lambda_answer: float = Field(0.5, ge=0)
 
-    dataset: str | None = None
+    dataset: Listed | None = None
     dataset_dir: str = "data"
     image_root: str | None = None
     cutoff_len: int = Field(2048, gt=0)
