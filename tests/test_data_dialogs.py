@@ -427,6 +427,19 @@ def test_a_copy_of_an_alpaca_set_is_described_as_one(tmp_path):
     assert [sample.answer for sample in named_samples("copy", tmp_path)] == ["1"]
 
 
+def test_an_entry_that_names_no_columns_leaves_rows_to_the_names_in_common_use(tmp_path):
+    sets = {"formatting": "sharegpt"}
+    row = {"images": ["a.jpg"], "messages": said("<image>A?", "1")}
+    assert record_of(tmp_path, row, entry=sets).answer == "1"
+    convert("sharegpt", "sharegpt", [str(tmp_path / "rows.jsonl")], str(tmp_path / "copy.jsonl"))
+    assert [sample.question for sample in named_samples("copy", tmp_path)] == ["A?"]
+    pair = {"images": ["a.jpg"], "instruction": "A?", "chosen": "1", "rejected": "2"}
+    preference = record_of(tmp_path, pair, entry={"ranking": True})
+    assert (preference.prompt, preference.chosen, preference.rejected) == ("<image>\nA?", "1", "2")
+    (row,) = rows_of(tmp_path, pair | {"rejected": "1"}, entry={"ranking": True})
+    assert row.notes == ("the chosen and the rejected reply are the same: there is nothing to prefer",)
+
+
 # --- Hints ------------------------------------------------------------------------------------------------------------
 
 

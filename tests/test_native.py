@@ -90,6 +90,22 @@ def test_an_id_may_be_any_json_value(name, text):
     assert parse_visrl(PREFERENCE | {"id": name}, 4)[0].id == text
 
 
+@pytest.mark.parametrize("question", ["", " \n", "<image>", "<image>\n "])
+def test_a_row_without_a_question_is_refused(question):
+    assert "'question' is empty" in reason(SHORT | {"question": question})
+
+
+def test_what_a_good_row_holds_for_nothing_is_counted(tmp_path):
+    own = [SHORT | {"bboxes": [[1, 2, 3, 4]]}, SHORT | {"bboxes": [[1, 2, 3, 4]], "box": [0, 0, 1, 1]}, SHORT]
+    same = PREFERENCE | {"rejected": PREFERENCE["chosen"]}
+    report = check("visrl", [written(tmp_path / "a.jsonl", [*own, same, PREFERENCE])], Reading())
+    assert report.good == 5
+    assert report.notes == {
+        "'bboxes' is not read: a box is given as 'box' or 'bbox'": 1,
+        "the chosen and the rejected reply are the same: there is nothing to prefer": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("question", "read"), [("<image>\nWhat?", "What?"), ("What?\n<image>", "What?"), ("  What? ", "  What? ")]
 )

@@ -104,7 +104,7 @@ def _parser(name: str, path: str, reading: Reading) -> Parse:
         RecordError: there is no such format.
     """
     if name == "sharegpt":
-        entry = Entry(Path(path).stem, Path(path), columns={})
+        entry = Entry(Path(path).stem, Path(path), columns={}, formatting="")
         return lambda raw, number: parse_sharegpt(raw, number, entry, reading.sizes, reading.box_space)
     parsers: dict[str, Parse] = {
         "visrl": lambda raw, number: parse_own(raw, number, reading.sizes),
@@ -345,7 +345,7 @@ class _Files:
 
     def describe(self, box_space: BoxSpace, like: Entry | None) -> None:
         """Name the files in `dataset_info.json`; a copy is described as its original is, or as little."""
-        if self.target not in _SHAREGPT or (like and not like.columns):
+        if self.target not in _SHAREGPT or (like and not like.formatting):
             return
         for path in self.outs:
             described = entry_json(path.name, ranking=sorted(self.reply_columns), box_space=box_space)

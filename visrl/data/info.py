@@ -43,7 +43,8 @@ _REMEDIES = {
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What `dataset_info.json` says of one data set. `box_space` is None where nothing is said, `columns` is empty
-    where no entry describes the file, and `refusal` says why the data set cannot be used, where it cannot."""
+    where it names none (`formatting` too where no entry describes the file), and `refusal` says why the data set cannot
+    be used, where it cannot."""
 
     name: str
     path: Path
@@ -96,7 +97,7 @@ def find_entry(path: str | os.PathLike[str], name: str | None = None) -> Entry:
         raise RecordError(f"{path} is a folder: name one of its data sets: {_near('', entries)}")
     of_file = [entry for entry in entries.values() if entry.path == path]
     if not of_file:
-        return Entry(path.stem, path, columns={})
+        return Entry(path.stem, path, columns={}, formatting="")
     return _usable(max(of_file, key=lambda entry: (not entry.refusal, len(entry.columns))))
 
 
@@ -124,7 +125,7 @@ def _entry(name: str, value: Any, path: Path) -> Entry:
         name,
         path.parent / value["file_name"],
         value.get("ranking", False),
-        usual | columns,
+        usual | columns if columns or tags else {},  # without either, rows are read by the names in common use
         TAGS | tags,
         value.get("box_space"),
         formatting,

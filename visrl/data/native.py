@@ -159,6 +159,8 @@ def _context(values: Any) -> tuple[Message, ...]:
 
 def _sample(raw: dict[str, Any], number: int) -> Sample:
     image, question = get_text(raw, "image"), _bare(said_text(raw, "question"))
+    if not question.strip():
+        raise RowFault("unparseable", "'question' is empty")
     answer, source = said_text(raw, "answer", ""), said_text(raw, "source", "")
     box = Box(*four_numbers(raw["box"], "box")) if raw.get("box") is not None else None
     size = _side_list(raw["size"]) if raw.get("size") is not None else None

@@ -6,9 +6,10 @@ from collections import Counter
 from typing import Any
 
 from visrl.data.native import parse_visrl
-from visrl.data.rows import Parsed, RowFault
+from visrl.data.rows import SAME, Parsed, RowFault
 from visrl.data.sizes import Sizes
 
+_LIKE_BOX = ("bboxes", "boxes", "bboxs", "bbox_2d", "box_2d", "bounding_box")  # names of boxes elsewhere
 VOTED = "the most frequent of several answers is taken, the first of equally frequent ones"
 
 
@@ -19,12 +20,18 @@ def parse_own(raw: Any, number: int, sizes: Sizes) -> Parsed:
         RowFault, BoxError: the row's form or its box.
     """
     notes: tuple[str, ...] = ()
+    if isinstance(raw, dict) and "chosen" in raw and raw["chosen"] == raw.get("rejected"):
+        notes = (SAME,)
     if isinstance(raw, dict) and "chosen" not in raw:
         key = next((key for key in ("answer", "answers") if isinstance(raw.get(key), (list, dict))), None)
         if key is not None and (key == "answer" or raw.get("answer") is None):
             answer, differ = one_answer(raw[key], key)
             raw = raw | {"answers": raw[key], "answer": answer}
             notes = (VOTED,) if differ else ()
+        if all(raw.get(key) is None for key in ("box", "bbox")):
+            notes += tuple(
+                f"{key!r} is not read: a box is given as 'box' or 'bbox'" for key in _LIKE_BOX if raw.get(key)
+            )
     return Parsed(parse_visrl(with_size(raw, sizes), number), notes)
 
 

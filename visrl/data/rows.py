@@ -70,6 +70,8 @@ def told_notes(notes: Counter[str]) -> list[str]:
     return [f"in {count:,} {'row' if count == 1 else 'rows'} {note}" for note, count in notes.most_common()]
 
 
+SAME = "the chosen and the rejected reply are the same: there is nothing to prefer"
+
 _DECODER = json.JSONDecoder()
 Parse = Callable[[Any, int], tuple[Sample | Preference, ...] | Parsed]
 

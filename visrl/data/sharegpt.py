@@ -16,7 +16,7 @@ from visrl.data.dialogs import CHOSEN_CROP, MESSAGES, Dialog, Turn, parse_dialog
 from visrl.data.grounding import filled_turns
 from visrl.data.info import Entry
 from visrl.data.native import check_shown, row_name
-from visrl.data.rows import Parsed, Row, RowFault, four_numbers, parsed_row, read_rows
+from visrl.data.rows import SAME, Parsed, Row, RowFault, four_numbers, parsed_row, read_rows
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import bare_question, without_marks
 from visrl.prompts import IMAGE
@@ -60,7 +60,9 @@ def parse_sharegpt(raw: Any, number: int, entry: Entry, sizes: Sizes, box_space:
     name = row_name(raw, f"{entry.name}/row-{number}")
     turns, boxes = filled_turns(dialog, raw.get("objects"), sizes)
     if dialog.is_ranking:
-        return Parsed(_preferences(raw, name, dialog, sizes, box_space), dialog.notes)
+        pairs = ((dialog.chosen, dialog.rejected), (dialog.chosen_step, dialog.rejected_step))
+        same = any(chosen is not None and chosen == rejected for chosen, rejected in pairs)
+        return Parsed(_preferences(raw, name, dialog, sizes, box_space), (*dialog.notes, *[SAME] * same))
     if dialog.weight != 1:
         raise RowFault("weight", "'weight' is read in rankings; every sample counts the same")
     samples = list(_samples(name, turns, dialog.pictures, boxes, entry, sizes, box_space))

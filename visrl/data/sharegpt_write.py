@@ -93,12 +93,13 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
 
 def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:
     """The description of a file that holds the rows of `entry` as they stood."""
-    described: dict[str, Any] = {"file_name": file_name, "formatting": entry.formatting, "columns": dict(entry.columns)}
+    described: dict[str, Any] = {"file_name": file_name, "formatting": entry.formatting}
     if entry.ranking:
         described["ranking"] = True
     if entry.box_space:
         described["box_space"] = entry.box_space
-    return described | {"tags": dict(entry.tags)}
+    named = {"columns": dict(entry.columns), "tags": dict(entry.tags)}
+    return described | (named if entry.columns else {})
 
 
 def entry_json(
