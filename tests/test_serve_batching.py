@@ -73,6 +73,23 @@ def test_a_picture_that_cannot_be_made_ready_is_a_400_and_holds_nobody_up() -> N
     assert len(engine.batches) == 1
 
 
+def test_the_further_texts_of_a_request_leave_room_for_the_first_of_others() -> None:
+    metrics, engine = Metrics(), KnownEngine(echo, 0.002)
+    batcher = Batcher(lambda: Loaded(engine), metrics, max_batch=4, max_waiting=40)
+    with serving(batcher, metrics) as url, ThreadPoolExecutor(4) as pool:
+        engine.go_on.clear()
+        many = [pool.submit(post, url, body("many", n=16)) for _ in range(2)]
+        wait_until(lambda: len(engine.prepared) == 4 and metrics.waiting_rows() >= 28)
+        assert post(url, body("too many", n=16)).status_code == 429
+        ready = len(engine.prepared)
+        plain = pool.submit(post, url, body("plain"))
+        wait_until(lambda: len(engine.prepared) > ready)
+        engine.go_on.set()
+        assert {reply.result().status_code for reply in (*many, plain)} == {200}
+    drawn = [row.conversation.messages[-1].text for batch in engine.batches for row in batch]
+    assert next(place for place, text in enumerate(drawn) if "plain" in text) < 6
+
+
 def test_each_client_gets_its_own_answer() -> None:
     with known(echo) as (url, _, _), ThreadPoolExecutor(8) as pool:
         replies = pool.map(lambda number: post(url, body(f"q{number}", pictures=[])).json(), range(40))

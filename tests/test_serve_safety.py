@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -22,9 +23,9 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.serve.commands import ServeConfig, serve
 from visrl.serve.errors import RequestError
-from visrl.serve.pictures import FETCHERS, Fetcher, is_public
+from visrl.serve.pictures import FETCHERS, Fetcher, Opener, is_public
 from visrl.serve.safety import Budget, is_local_name
-from visrl.serve.schemas import Limits
+from visrl.serve.schemas import ImageUrl, Limits
 
 PUBLIC = "93.184.215.14"
 # Everything that could be fetched is allowed by name, so that what refuses is never the list alone.
@@ -225,6 +226,33 @@ def test_pictures_in_work_share_a_budget() -> None:
         same = data_url(picture((200, 100)))
         assert post(url, body(pictures=[same, same])).status_code == 200  # equal bytes are opened once
         assert post(url, body(pictures=[data_url(picture((200, 100)))])).status_code == 200
+
+
+def test_pictures_are_held_as_they_are_opened() -> None:
+    """A request of several pictures may not have all of them in memory before they are counted."""
+    opener = Opener(Limits(), Fetcher())
+    budget, asked = Budget(50_000, "pictures"), []
+
+    def hold(pixels: int) -> None:
+        asked.append(pixels)
+        budget.hold(pixels)
+
+    pictures = [ImageUrl(url=data_url(picture((200, 100 + number)))) for number in (0, 1, 0, 2, 3)]
+    try:
+        with pytest.raises(RequestError, match="too many pictures"):
+            asyncio.run(opener.open(pictures, hold))
+    finally:
+        opener.close()
+    assert asked == [20_000, 20_200, 20_400]  # equal ones once, and the last is not opened at all
+
+
+def test_the_last_part_of_the_pictures_budget_is_for_small_ones() -> None:
+    budget = Budget(100, "pictures", spare=20, small=5)
+    with budget.hold(80):
+        with pytest.raises(RequestError):
+            budget.hold(6)
+        with budget.hold(5):
+            pass
 
 
 # --- Fetching, where the operator allows it -------------------------------------------------------------------------

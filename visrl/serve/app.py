@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from visrl.conversation import Conversation, Sampling, View
 from visrl.serve.batching import Backend
-from visrl.serve.connections import Held
+from visrl.serve.connections import RESERVE, Held
 from visrl.serve.drawn import Scenes
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
@@ -37,6 +37,7 @@ from visrl.serve.schemas import (
 )
 
 PAGE = Path(__file__).parent / "page"
+SMALL_PIXELS = 4_000_000  # of a picture: it may use the part of the budget that is closed to larger ones
 SHORT_BODY = 64_000  # bytes that are read in the event loop: a few milliseconds at worst
 # The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
 PAGE_HEADERS = {
@@ -107,7 +108,8 @@ class _Server:
 
     def __init__(self, backend: Backend, settings: Settings, metrics: Metrics, opener: Opener) -> None:
         self.backend, self.settings, self.metrics, self.opener = backend, settings, metrics, opener
-        self.pixels = Budget(settings.limits.held_pixels, "pictures")
+        most = settings.limits.held_pixels
+        self.pixels = Budget(most, "pictures", spare=most // RESERVE, small=SMALL_PIXELS)
         self.scenes = Scenes()
 
     async def health(self) -> Response:
@@ -187,10 +189,9 @@ class _Server:
         `kept` counts the bytes of the body, until its pictures are open, and those of the crops until they are sent.
         """
         with ExitStack() as held:
-            views = await self.opener.open(asked.pictures())
+            # Held as they are opened: eight at a time, and many requests side by side, are more than memory has.
+            views = await self.opener.open(asked.pictures(), lambda more: held.enter_context(self.pixels.hold(more)))
             kept.free()
-            distinct = {view.key: view.image for view in views}.values()
-            held.enter_context(self.pixels.hold(sum(image.width * image.height for image in distinct)))
             conversation = to_conversation(asked, views)
             jobs = [
                 asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks, kept))
@@ -240,6 +241,7 @@ class _Server:
             asked.stops,
             on_text=None if chunks is None else tell_text,
             passed=asked.passed,
+            index=index,
         )
         if asked.suffix == WHOLE_SUFFIX:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], row)

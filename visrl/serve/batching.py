@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,7 @@ import torch
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.conversation import Completion, Conversation
+from visrl.serve.connections import RESERVE
 from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row, length_guess
@@ -32,6 +34,7 @@ PREPARE_S = 0.1  # how long it waits for company whose pictures are being made r
 JOIN_ROWS = 8  # so many rows are worth a prefill of their own while others are being drawn: it costs less for each,
 JOIN_SHARE = 4  # the more there are; so is one of so many that are being drawn,
 JOIN_S = 0.15  # and one that has waited so long
+FURTHER_SHARE = 2  # a request's texts after its first get one over so much of a batch, so that others' first find room
 READY_BATCHES = 2  # rows ready ahead of the engine, in batches: their pictures lie in memory as tensors
 FORGET_ADDS = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
 # Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
@@ -130,6 +133,7 @@ class Batcher:
         self._arriving = 0  # rows that do not wait for the engine yet
         self._preparing = 0  # of these, the ones whose pictures are being made ready
         self._ahead = asyncio.Semaphore(READY_BATCHES * max_batch)
+        self._further = asyncio.Semaphore(max(1, max_batch // FURTHER_SHARE))
         self._preparer = ThreadPoolExecutor(1, "pictures", initializer=_use_one_core)
         self._state: State = "loading"
         self._failure: Exception | None = None
@@ -186,12 +190,12 @@ class Batcher:
         with self._changed:
             if self._state != "ready":
                 raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
-            if len(self._waiting) + self._arriving >= self._max_waiting:
+            if len(self._waiting) + self._arriving >= room_of(row, self._max_waiting):
                 raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
             self._arriving += 1
         arrived = False
         try:
-            async with self._ahead:
+            async with self._further if row.index else nullcontext(), self._ahead:
                 await self._prepare(job)
                 with self._changed:
                     self._arriving -= 1
@@ -383,6 +387,11 @@ class Batcher:
                 job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
             else:
                 job.post(job.resolve, completion)
+
+
+def room_of(row: Row, most: int) -> int:
+    """How many rows may wait where `most` may in all: the last places are for the first texts of requests."""
+    return most - most // RESERVE if row.index else most
 
 
 def _use_one_core() -> None:

@@ -21,7 +21,7 @@ from visrl.serve.schemas import Limits
 SWEEP_S = 1.0
 STALLED_S = 1.0  # so long a client may be waited for before its room is given to another
 SMALL_BYTES = 1_000_000  # of one connection: it may use the part of the budget that is closed to larger ones
-RESERVE = 5  # which is the total over this
+RESERVE = 5  # which is the total over this; so is the part of other budgets
 SLICE = 4_096  # bytes parsed at once: in chunks of a byte each they take some 10 ms
 
 Key = tuple[Any, ...]

@@ -175,8 +175,12 @@ class Opener:
         # Threads of their own: one whose client has left still holds its place until its host has answered.
         self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
 
-    async def open(self, pictures: Sequence[ImageUrl]) -> list[View]:
+    async def open(
+        self, pictures: Sequence[ImageUrl], hold: Callable[[int], object] = lambda pixels: None
+    ) -> list[View]:
         """The views of a request's pictures; equal bytes are one view. What they were sent as is dropped.
+
+        `hold` is told the pixels of each as soon as it is open, and may refuse to have any more.
 
         Raises:
             RequestError: 400 with the number of the picture and what is wrong with it.
@@ -187,9 +191,12 @@ class Opener:
         for number, picture in enumerate(pictures, start=1):
             if picture.url not in opened:
                 data = await self._data(picture.url, number)
-                opened[picture.url] = await self.decoders.open(
+                key, image = await self.decoders.open(
                     data, f"picture {number}", self.limits.picture_pixels, self.limits.body_bytes
                 )
+                if key not in {known for known, _ in opened.values()}:
+                    hold(image.width * image.height)
+                opened[picture.url] = key, image
             key, image = opened[picture.url]
             is_crop = picture.detail == "low"
             key = f"{key}{'-crop' if is_crop else ''}"

@@ -24,6 +24,7 @@ class Row:
     stops: tuple[str, ...] = ()
     on_text: OnText | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of the protocol that are the backend's to honour
+    index: int = 0  # which of the texts that its request asks for
     cancelled: bool = False
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far

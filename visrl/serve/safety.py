@@ -38,10 +38,14 @@ class ClientLeft(Exception):
 
 
 class Budget:
-    """An amount that all requests in work share; what does not fit is refused at once."""
+    """An amount that all requests in work share; what does not fit is refused at once.
 
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self.what, self.held = total, what, 0
+    The last `spare` of it is for amounts up to `small`.
+    """
+
+    def __init__(self, total: int, what: str, spare: int = 0, small: int = 0) -> None:
+        self.total, self.what, self.spare, self.small = total, what, spare, small
+        self.held = 0
 
     def hold(self, amount: int) -> AbstractContextManager[None]:
         """Hold `amount` while the context is open.
@@ -49,7 +53,7 @@ class Budget:
         Raises:
             RequestError: 429 where too much is held already.
         """
-        if self.held + amount > self.total:
+        if self.held + amount > self.total - (0 if amount <= self.small else self.spare):
             raise RequestError(429, f"the server holds too many {self.what} now; try again soon", retry_after_s=1)
         self.held += amount
         return self._release(amount)

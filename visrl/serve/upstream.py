@@ -21,7 +21,7 @@ from visrl.engines.process import free_port, start, stop, wait_until_served
 from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError
-from visrl.serve.batching import State
+from visrl.serve.batching import State, room_of
 from visrl.serve.commands import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
@@ -144,7 +144,7 @@ class Upstream:
         """
         if self._state != "ready":
             raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
-        if self._in_work >= self._config.max_waiting:
+        if self._in_work >= room_of(row, self._config.max_waiting):
             raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
         self._in_work += 1
         try:
