@@ -124,3 +124,20 @@ def test_names_are_as_short_as_they_stay_different():
     assert short_names(["runs/a/stage1", "runs/b/stage1"]) == ["a/stage1", "b/stage1"]
     assert short_names(["runs/sft", "org/model"]) == ["sft", "model"]
     assert short_names(["runs/sft", "runs/sft"]) == ["sft", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["Why?", "--out", "sheet.xyz"], "out: sheet.xyz is no picture's name; end it in .png"),
+        (["Why?", "--out", "sheet"], "out: sheet is no picture's name"),
+        ([" "], "'question' is empty"),
+        (["Why?", "<image>\n"], "'question' is empty"),
+        (["<image> or <image>?"], "holds 2 <image> marks"),
+    ],
+)
+def test_what_cannot_be_asked_or_written_is_refused_before_a_model_is_opened(picture, words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", "--model", "no/such/model", "--image", picture, *words])
+    assert ended.value.code == 1
+    assert told in " ".join(capsys.readouterr().err.split())

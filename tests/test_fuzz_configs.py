@@ -135,7 +135,8 @@ def fuzz(
             starts -= 1
             status = run(case, capsys)
             counts[f"{case.verb}: ended with {status}"] += 1
-            shutil.rmtree("out", ignore_errors=True)
+            for folder in (path for path in Path().iterdir() if path.is_dir()):  # some cases name another than `out`
+                shutil.rmtree(folder)
     return counts
 
 

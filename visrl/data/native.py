@@ -158,9 +158,7 @@ def _context(values: Any) -> tuple[Message, ...]:
 
 
 def _sample(raw: dict[str, Any], number: int) -> Sample:
-    image, question = get_text(raw, "image"), _bare(said_text(raw, "question"))
-    if not question.strip():
-        raise RowFault("unparseable", "'question' is empty")
+    image, question = get_text(raw, "image"), without_mark(said_text(raw, "question"))
     answer, source = said_text(raw, "answer", ""), said_text(raw, "source", "")
     box = Box(*four_numbers(raw["box"], "box")) if raw.get("box") is not None else None
     size = _side_list(raw["size"]) if raw.get("size") is not None else None
@@ -171,12 +169,19 @@ def _sample(raw: dict[str, Any], number: int) -> Sample:
     return Sample(row_name(raw, f"row-{number}"), image, question, answer, box, source, _own_keys(raw), size)
 
 
-def _bare(question: str) -> str:
-    """The question without the mark of its picture, which every prompt sets itself."""
+def without_mark(question: str) -> str:
+    """The question without the mark of its picture, which every prompt sets itself.
+
+    Raises:
+        RowFault: it holds several marks, or is nothing but one.
+    """
     marks = question.count(IMAGE)
     if marks > 1:
         raise RowFault("unparseable", f"'question' holds {marks} {IMAGE} marks, and a row of ours shows one picture")
-    return question.replace(IMAGE, "").strip() if marks else question
+    question = question.replace(IMAGE, "").strip() if marks else question
+    if not question.strip():
+        raise RowFault("unparseable", "'question' is empty")
+    return question
 
 
 def _own_keys(raw: dict[str, Any]) -> Any:

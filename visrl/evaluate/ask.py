@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from visrl.box import Box, CropRule, crop_window, iou
+from visrl.config import ConfigError, shown_path
 from visrl.conversation import PromptError, View, open_view
+from visrl.data.native import without_mark
+from visrl.data.rows import RowFault
 from visrl.data.scenes import parse_ref, questions_of, true_box
 from visrl.evaluate.metrics import exact_match
 from visrl.evaluate.rollouts import greedy_looks
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
 WHOLE_SIDE, CROP_SIDE, TEXT_WIDTH, GAP = 480, 220, 320, 16  # px
 FONT_SIZE = 17
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff", ".pdf")  # what a sheet is written as
 MOST_LINES = 12  # of a question, an answer or a name
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 INK, GOOD, BAD = "#111318", "#15803d", "#b42318"
@@ -203,11 +207,17 @@ def ask_models(
     of the first model, and the others run in this process.
 
     Raises:
-        ConfigError: a key of `given` that is none, or a value of the wrong type.
+        ConfigError: a key of `given` that is none, or a value of the wrong type; no question, or `out` is no picture.
         FailedRun: no model gave a reply to more than the share `max_failed` of the questions.
     """
     from visrl.engines.opening import opened_policy
 
+    if out.suffix.lower() not in PICTURES:
+        raise ConfigError(f"out: {shown_path(out)} is no picture's name; end it in {', '.join(PICTURES)}")
+    try:
+        questions = [without_mark(question) for question in questions]
+    except RowFault as error:
+        raise ConfigError(f"ask a question about the picture: {error}") from error
     replies: list[list[Reply]] = []
     configs = _configs(models, given)
     for name, config in zip(short_names(models), configs, strict=True):
