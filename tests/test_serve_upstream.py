@@ -144,6 +144,11 @@ WELL = {  # odd, and a reply all the same: by what is answered
     "no finish reason": (event(delta("7")) + DONE, "7"),
     "comments and names": (b": ping\n\nevent: message\nid: 1\nretry: 5\n" + GOOD, "7"),
     "windows lines": (GOOD.replace(b"\n", b"\r\n"), "7"),
+    "returns alone": (GOOD.replace(b"\n", b"\r"), "7"),
+    "other ends of lines in a text": (
+        event('{"choices": [{"delta": {"content": "a\u2028b\u2029c\u0085d"}}]}'.encode()) + DONE,
+        "a\u2028b\u2029c\u0085d",
+    ),
     "no blank": (GOOD.replace(b"data: ", b"data:"), "7"),
     "null delta": (event({"choices": [{"index": 0, "delta": None, "finish_reason": None}]}) + GOOD, "7"),
     "no choices at times": (event({"choices": []}) + event({"choices": None}) + event({}) + GOOD, "7"),
@@ -167,6 +172,7 @@ BADLY = {
     "choice number": event({"choices": [1]}), "delta text": event({"choices": [{"delta": "x"}]}),
     "delta list": event({"choices": [{"delta": ["x"]}]}), "content number": event(delta(5)),
     "content object": event(delta({"a": 1})), "aborted": event(delta("7")) + event(delta("", "abort")) + DONE,
+    "filtered": event(delta("7")) + event(delta("", "content_filter")) + DONE,
     "no event": b"hello\nworld\n\n", "half a stream": GOOD[:9], "long line": b"data: " + b"x" * 200_000,
     "huge text": event(delta("x" * 300_000, "stop")) + DONE,
 }  # fmt: skip

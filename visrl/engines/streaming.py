@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -41,7 +42,7 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
         async with server.api.chat.completions.with_streaming_response.create(
             **body, stream=True, stream_options={"include_usage": True}, extra_body=extra or None
         ) as response:
-            lines = response.iter_lines()
+            lines = _lines(response.iter_bytes())
             first = await _first_line(lines)
             if first.startswith("{"):
                 rest = [line async for line in lines]
@@ -56,6 +57,26 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
     except (openai.APIError, http.HTTPError, http.StreamError, ValueError, RecursionError) as error:
         cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
         raise StreamError(502, f"{shown} failed: {client.told(cause)}") from error
+
+
+async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
+    """The lines of an event stream: ended by CR LF, LF or CR.
+
+    What else Unicode counts among the ends of lines (U+2028, U+0085, …) may stand in a text, as JSON has it unescaped.
+    """
+    parts: list[bytes] = []
+    after_cr = False
+    async for piece in pieces:
+        await asyncio.sleep(0)  # a reply that was packed well is many pieces of one arrival
+        piece = piece[1:] if after_cr and piece.startswith(b"\n") else piece
+        after_cr = piece.endswith(b"\r")
+        first, *more = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        parts.append(first)
+        for part in more:
+            yield b"".join(parts).decode("utf-8", "replace")
+            parts = [part]
+    if any(parts):
+        yield b"".join(parts).decode("utf-8", "replace")
 
 
 async def _first_line(lines: AsyncIterator[str]) -> str:
