@@ -20,7 +20,7 @@ from serve_help import body, data_url, known, left_open, picture, post
 from waiting import PATIENCE_S, wait_until
 
 from visrl.images import decode_image
-from visrl.serve.decoders import DECODERS, SLOW_DECODERS, Decoders
+from visrl.serve.decoders import DECODERS, SLOW_DECODERS, Decoders, _is_large
 from visrl.serve.errors import RequestError
 from visrl.serve.schemas import Limits
 
@@ -61,6 +61,31 @@ async def _use_all() -> None:
     """Have as many processes as ever work at once."""
     decoders = Decoders()
     await asyncio.gather(*(decoders.open(picture(), "p", MAX_PIXELS, MAX_BYTES) for _ in range(DECODERS)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.parametrize(("size", "large"), [((1500, 2000), False), ((2500, 2000), True)])
+def test_large_pictures_are_known_by_their_first_bytes(kind: str, size: tuple[int, int], large: bool) -> None:
+    data = picture(size, kind)
+    assert _is_large(data) == _is_large(data_url(data)) == large
+    assert _is_large(b"?" * 1_000_000)
+    assert not _is_large("data:image/png;base64,@@@")
+
+
+def test_small_pictures_do_not_wait_for_many_large_ones() -> None:
+    async def race() -> list[str]:
+        decoders, order = Decoders(), []
+
+        async def one(data: bytes, name: str) -> None:
+            await decoders.open(data, name, MAX_PIXELS, MAX_BYTES)
+            order.append(name)
+
+        large, small = picture((3000, 2000)), picture()
+        await asyncio.gather(*(one(large, "large") for _ in range(6)), one(small, "small"))
+        return order
+
+    asyncio.run(_use_all())
+    assert "small" in asyncio.run(race())[:2]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

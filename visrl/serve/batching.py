@@ -35,6 +35,7 @@ JOIN_ROWS = 8  # so many rows are worth a prefill of their own while others are 
 JOIN_SHARE = 4  # the more there are; so is one of so many that are being drawn,
 JOIN_S = 0.15  # and one that has waited so long
 FURTHER_SHARE = 2  # a request's texts after its first get one over so much of a batch, so that others' first find room
+LARGE_PIXELS = 4_000_000  # of one row's pictures: such rows are made ready one at a time, and small ones between them
 READY_BATCHES = 2  # rows ready ahead of the engine, in batches: their pictures lie in memory as tensors
 FORGET_ADDS = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
 # Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
@@ -134,6 +135,7 @@ class Batcher:
         self._preparing = 0  # of these, the ones whose pictures are being made ready
         self._ahead = asyncio.Semaphore(READY_BATCHES * max_batch)
         self._further = asyncio.Semaphore(max(1, max_batch // FURTHER_SHARE))
+        self._large = asyncio.Semaphore(1)
         self._preparer = ThreadPoolExecutor(1, "pictures", initializer=_use_one_core)
         self._state: State = "loading"
         self._failure: Exception | None = None
@@ -227,9 +229,13 @@ class Batcher:
         conversation = job.row.conversation
         if not conversation.views:
             return
+        is_large = sum(view.size[0] * view.size[1] for view in conversation.views) > LARGE_PIXELS
         self._preparing += 1
         try:
-            job.prepared = await job.loop.run_in_executor(self._preparer, self._ready().engine.prepare, conversation)
+            async with self._large if is_large else nullcontext():
+                job.prepared = await job.loop.run_in_executor(
+                    self._preparer, self._ready().engine.prepare, conversation
+                )
         except (ValueError, RuntimeError) as error:
             raise _cannot_answer(error) from error
         finally:

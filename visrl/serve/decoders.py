@@ -7,13 +7,17 @@ takes long makes way for others; one whose sender left is soon given up. Nothing
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import IO
 
@@ -26,6 +30,9 @@ DECODERS = 2  # pictures opened at once: each may need its limit of pixels sever
 SLOW_DECODERS = 2  # and so many more that have taken longer than
 SLOW_S = 1.0
 CPU_S = 10.0  # of processor time for one picture; 25 megapixels of the slowest kind take one or two
+LARGE_PIXELS = 4_000_000  # pictures that claim more are opened one at a time, so that small ones find a place
+LATE_BYTES = 100_000  # and those of so many bytes that do not say their size at once
+HEAD = 4_096  # characters or bytes of a picture that are looked at for that
 LEFT_S = 0.5  # how long a picture whose sender has left may still take
 # Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -37,6 +44,7 @@ class Decoders:
     def __init__(self, cpu_s: float = CPU_S) -> None:
         self.cpu_s = cpu_s
         self._places = asyncio.Semaphore(DECODERS)
+        self._large = asyncio.Semaphore(1)
         self._slow_places = SLOW_DECODERS
         self._threads = ThreadPoolExecutor(DECODERS + SLOW_DECODERS, "decoder")
         self._busy: set[_Process] = set()
@@ -47,7 +55,12 @@ class Decoders:
         Raises:
             RequestError: 400 where it is no picture within the limits.
         """
-        await self._places.acquire()
+        lanes = [self._large, self._places] if _is_large(data) else [self._places]
+        with ExitStack() as taken:
+            for lane in lanes:
+                await lane.acquire()
+                taken.callback(lane.release)
+            taken = taken.pop_all()
         loop = asyncio.get_running_loop()
         process = _idle_process()
         self._busy.add(process)
@@ -61,7 +74,7 @@ class Decoders:
             if self._slow_places:
                 is_slow = True
                 self._slow_places -= 1
-                self._places.release()
+                taken.close()
             else:
                 timer = loop.call_later(SLOW_S, make_way)
 
@@ -73,8 +86,7 @@ class Decoders:
             _give_back(process)
             if is_slow:
                 self._slow_places += 1
-            else:
-                self._places.release()
+            taken.close()  # nothing, once it has made way
 
         task.add_done_callback(give_back)
         try:
@@ -95,6 +107,31 @@ class Decoders:
         for process in list(self._busy):
             process.kill()
         self._threads.shutdown(wait=False)
+
+
+def _is_large(data: str | bytes) -> bool:
+    """Whether a picture is to be taken for a large one, by the size that its first bytes claim."""
+    if isinstance(data, str):
+        start = data.find(",", 0, HEAD) + 1
+        try:
+            head = base64.b64decode(data[start : start + HEAD])
+        except ValueError:
+            head = b""
+    else:
+        head = data[:HEAD]
+    for form, places in _CLAIMS:
+        if found := form.search(head):
+            width, height = struct.unpack(places, found[1])
+            return abs(width * height) > LARGE_PIXELS
+    return len(data) > LATE_BYTES
+
+
+_CLAIMS = (  # where a picture's size stands, by its format
+    (re.compile(rb"\A\x89PNG\r\n\x1a\n.{8}(.{8})", re.DOTALL), ">II"),
+    (re.compile(rb"\AGIF8.a(.{4})", re.DOTALL), "<HH"),
+    (re.compile(rb"\ABM.{16}(.{8})", re.DOTALL), "<ii"),
+    (re.compile(rb"\A\xff\xd8.*?\xff[\xc0-\xc2]\x00[\x0b\x11]\x08(.{4})", re.DOTALL), ">HH"),
+)
 
 
 class _Process:
