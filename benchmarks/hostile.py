@@ -1,15 +1,18 @@
 """How a good client fares beside hostile ones: its share answered and slowest before, during and after, and memory.
 
-    python benchmarks/hostile.py --json hostile.json [--requests 3000] [--attackers 8]
+    python benchmarks/hostile.py --json hostile.json [--requests 3000] [--rounds 2] [--attackers 8]
 
 The server is a process of its own with the embedded model. Attackers send what strangers may try, mixed by chance with
 a fixed seed; each attack is one request or one connection. A good client asks about a drawn scene all along.
-Memory is the server's and its decoders', after as many hostile requests as it takes to have used everything once.
+Memory is what is resident of the server's and its decoders'. It is first looked at when everything has been used once:
+after good requests about as many pictures as fill the server's cache of them, and hostile ones of every kind. Rounds
+after the first say whether it still grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import io
@@ -32,7 +35,7 @@ from typing import Any
 import httpx
 import psutil
 from PIL import Image
-from serving import server
+from serving import ask_all, bodies, server
 
 from visrl.data.scenes import draw_ref
 from visrl.engines.endpoint import data_url
@@ -40,7 +43,8 @@ from visrl.models.tiny import CHECKPOINT
 
 NAME = "bench"
 PATH = "/v1/chat/completions"
-WARM = 200  # hostile requests before memory is first looked at
+GOOD_WARM, GOOD_CLIENTS = 256, 32  # good requests before memory is first looked at, each about another picture
+WARM = 200  # hostile ones after them
 LINGERING = 24  # connections that stay open, unread or half sent, at a time
 GOOD_EVERY_S = 0.2
 SETTLE_S = 25.0  # longer than any connection is kept waiting for a client
@@ -263,52 +267,72 @@ def watched(process: psutil.Process) -> Iterator[list[float]]:
         thread.join()
 
 
-def measure(requests: int, attackers: int, warm: int = WARM, settle_s: float = SETTLE_S) -> dict[str, Any]:
+def warm_up(target: Target, url: str, hostile: int, attackers: int) -> None:
+    """Have the server use everything that it has once: its cache of pictures is full, its threads are started."""
+    asks = bodies(GOOD_WARM, NAME)
+    for ask in asks[::8]:
+        ask["model"] = FOCUS["model"]
+    asyncio.run(ask_all(url, asks, GOOD_CLIENTS))
+    attack(target, hostile, attackers, seed=1)
+    target.let_go()
+
+
+def measure(
+    requests: int, attackers: int, warm: int = WARM, settle_s: float = SETTLE_S, rounds: int = 1
+) -> dict[str, Any]:
     """All figures of one run."""
     with server(CHECKPOINT) as (url, process):
         target = Target(url)
-        attack(target, warm, attackers, seed=1)
-        target.let_go()
+        warm_up(target, url, warm, attackers)
         time.sleep(settle_s)
-        before_mb, alone_mb = memory_mb(process), process.memory_info().rss / 1e6
+        resident = [resident_mb(process)]
         good = GoodClient(target)
         good.start()
         begin = time.monotonic()
         time.sleep(settle_s)
         good.await_answers()
-        start = time.monotonic()
+        start = end = time.monotonic()
+        made: Counter[str] = Counter()
         with watched(process) as seen:
-            made = attack(target, requests, attackers, seed=2)
-        end = time.monotonic()
-        target.let_go()
-        time.sleep(settle_s)
+            for number in range(rounds):
+                made += attack(target, requests, attackers, seed=2 + number)
+                end = time.monotonic()
+                target.let_go()
+                time.sleep(settle_s)
+                resident.append(resident_mb(process))
         good.await_answers()
         good.finish()
         spans = {"before": (begin, start), "during": (start, end), "after": (end, time.monotonic())}
         return {
             "requests": requests,
+            "rounds": rounds,
             "attackers": attackers,
             "seconds": round(end - start, 1),
             "kinds": dict(made),
             "good_client": {name: shares(good.answers, *span) for name, span in spans.items()},
             "health": {name: shares(good.health, *span) for name, span in spans.items()},
-            "memory_mb": {
-                "before": round(before_mb), "most": round(max(seen)), "after": round(memory_mb(process)),
-                "server_alone": [round(alone_mb), round(process.memory_info().rss / 1e6)],
-            },
+            # Before, and after each round.
+            "memory_mb": {"all": [both for both, _ in resident], "server": [alone for _, alone in resident],
+                          "most": round(max(seen))},
         }  # fmt: skip
+
+
+def resident_mb(process: psutil.Process) -> tuple[int, int]:
+    """Of the server with its decoders, and of the server alone."""
+    return round(memory_mb(process)), round(process.memory_info().rss / 1e6)
 
 
 def main() -> None:
     """Parse, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attackers", type=int, default=8)
     parser.add_argument("--warm", type=int, default=WARM)
     parser.add_argument("--settle", type=float, default=SETTLE_S)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    text = json.dumps(measure(given.requests, given.attackers, given.warm, given.settle), indent=1)
+    text = json.dumps(measure(given.requests, given.attackers, given.warm, given.settle, given.rounds), indent=1)
     print(text)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")

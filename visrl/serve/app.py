@@ -182,7 +182,7 @@ class _Server:
             await asyncio.gather(task, left, return_exceptions=True)
 
     async def _answer(
-        self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any]] | None, kept: Held
+        self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any] | None] | None, kept: Held
     ) -> list[Choice]:
         """All choices of a request; `chunks` is told of their parts as they come.
 
@@ -213,7 +213,7 @@ class _Server:
         views: list[View],
         index: int,
         seed: int,
-        chunks: asyncio.Queue[dict[str, Any]] | None,
+        chunks: asyncio.Queue[dict[str, Any] | None] | None,
         kept: Held,
     ) -> Choice:
         sent, first = 0, {"role": "assistant"}
@@ -274,21 +274,13 @@ class _Server:
         """The reply as server-sent events. An error after the beginning is an event too: the status is long sent."""
         begun = False
         reply = Reply.begin(asked.model)
-        chunks: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        chunks: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # None: there are no more
         work = asyncio.ensure_future(self._timely(self._answer(asked, chunks, request.scope[HELD]), request))
+        work.add_done_callback(lambda _: chunks.put_nowait(None))
         try:
-            while True:
-                waiting = asyncio.ensure_future(chunks.get())
-                await asyncio.wait({waiting, work}, return_when="FIRST_COMPLETED")
-                if waiting.done():
-                    begun = True
-                    yield await event_of(reply, waiting.result())
-                    continue
-                waiting.cancel()
-                break
-            while not chunks.empty():
+            while (chunk := await chunks.get()) is not None:
                 begun = True
-                yield await event_of(reply, chunks.get_nowait())
+                yield await event_of(reply, chunk)
             choices = await work
             if choices is None:
                 return

@@ -22,12 +22,14 @@ from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend
 from visrl.serve.commands import SHUTDOWN_S, ServeConfig, make_backend
 from visrl.serve.connections import protocol_of
+from visrl.serve.memory import give_back, keep_little
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.safety import Gate, is_local_name
 
 BACKLOG = 1024
 OWN_FILES = 512
+TIDY_S = 10.0  # between two times that memory is given back, while there are requests
 
 
 def run_server(config: ServeConfig) -> None:
@@ -36,6 +38,7 @@ def run_server(config: ServeConfig) -> None:
     Raises:
         ConfigError: the model cannot be loaded or reached, or the port is taken.
     """
+    keep_little()
     with ExitStack() as held:
         # Before the model is loaded: a taken port must not cost that time. What connects meanwhile is told to wait.
         sockets = [held.enter_context(listening) for listening in listen(config.host, config.port)]
@@ -146,11 +149,15 @@ def http_config(app: Gate, **options: Any) -> uvicorn.Config:
 
 async def _serve(sockets: list[socket.socket], config: ServeConfig, app: Gate, backend: Backend) -> None:
     server = uvicorn.Server(http_config(app))
-    watch = asyncio.ensure_future(_watch(server, sockets, config, backend))
+    beside = [
+        asyncio.ensure_future(_watch(server, sockets, config, backend)),
+        asyncio.ensure_future(_tidy(app.metrics)),
+    ]
     try:
         await server.serve(sockets)
     finally:
-        watch.cancel()
+        for task in beside:
+            task.cancel()
 
 
 async def _watch(server: uvicorn.Server, sockets: list[socket.socket], config: ServeConfig, backend: Backend) -> None:
@@ -166,6 +173,16 @@ async def _watch(server: uvicorn.Server, sockets: list[socket.socket], config: S
     while backend.state == "ready":
         await asyncio.sleep(0.5)
     server.should_exit = True
+
+
+async def _tidy(metrics: Metrics) -> None:
+    """Give memory back every now and then, where requests have taken some."""
+    seen = 0
+    while True:
+        await asyncio.sleep(TIDY_S)
+        if (ended := metrics.requests.total()) != seen:
+            seen = ended
+            await asyncio.to_thread(give_back)
 
 
 def _announce(port: int, config: ServeConfig) -> None:
