@@ -291,7 +291,12 @@ def find_question(sample_id: str) -> tuple[Scene, Question]:
 
 @lru_cache(maxsize=256)
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared."""
+    """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared, and the last are kept."""
+    return draw_anew(scene)
+
+
+def draw_anew(scene: Scene) -> Image.Image:
+    """`draw` for who shows a scene once: nothing is kept."""
     image = Image.merge("RGB", (*_shading()[:1], Image.new("L", (SIDE, SIDE), scene.tint), *_shading()[1:]))
     pen = ImageDraw.Draw(image)
     faint = (190, scene.tint - 20, 190)

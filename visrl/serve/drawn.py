@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import deque
 
-from visrl.data.scenes import draw, make_scene, questions_of
+from visrl.data.scenes import draw_anew, make_scene, questions_of
 from visrl.engines.endpoint import data_url
 
 SCENES = 1000  # of which one is drawn
@@ -41,5 +41,5 @@ def _draw_scene() -> bytes:
     scene = make_scene("test", secrets.randbelow(SCENES), max_tags=1)
     # What the embedded model was taught to answer: it cannot tell several tags apart.
     questions = [question.text for question in questions_of(scene) if question.kind in ("colour", "count")]
-    shown = {"name": f"scene {scene.index}", "picture": data_url(draw(scene)), "questions": questions}
+    shown = {"name": f"scene {scene.index}", "picture": data_url(draw_anew(scene)), "questions": questions}
     return json.dumps(shown).encode()
