@@ -43,7 +43,7 @@ from visrl.models.tiny import CHECKPOINT
 
 NAME = "bench"
 PATH = "/v1/chat/completions"
-GOOD_WARM, GOOD_CLIENTS = 256, 32  # good requests before memory is first looked at, each about another picture
+PICTURES, CLIENTS = 256, 32  # good requests, each about another picture, before memory is first looked at
 WARM = 200  # hostile ones after them
 LINGERING = 24  # connections that stay open, unread or half sent, at a time
 GOOD_EVERY_S = 0.2
@@ -267,30 +267,28 @@ def watched(process: psutil.Process) -> Iterator[list[float]]:
         thread.join()
 
 
-def warm_up(target: Target, url: str, hostile: int, attackers: int) -> None:
+def warm_up(target: Target, url: str, pictures: int, hostile: int, attackers: int) -> None:
     """Have the server use everything that it has once: its cache of pictures is full, its threads are started."""
-    asks = bodies(GOOD_WARM, NAME)
+    asks = bodies(pictures, NAME)
     for ask in asks[::8]:
         ask["model"] = FOCUS["model"]
-    asyncio.run(ask_all(url, asks, GOOD_CLIENTS))
+    asyncio.run(ask_all(url, asks, CLIENTS))
     attack(target, hostile, attackers, seed=1)
     target.let_go()
 
 
-def measure(
-    requests: int, attackers: int, warm: int = WARM, settle_s: float = SETTLE_S, rounds: int = 1
-) -> dict[str, Any]:
+def measure(requests: int, attackers: int, pictures: int, warm: int, settle_s: float, rounds: int) -> dict[str, Any]:
     """All figures of one run."""
     with server(CHECKPOINT) as (url, process):
         target = Target(url)
-        warm_up(target, url, warm, attackers)
+        warm_up(target, url, pictures, warm, attackers)
         time.sleep(settle_s)
-        resident = [resident_mb(process)]
         good = GoodClient(target)
         good.start()
         begin = time.monotonic()
         time.sleep(settle_s)
         good.await_answers()
+        resident = [resident_mb(process)]
         start = end = time.monotonic()
         made: Counter[str] = Counter()
         with watched(process) as seen:
@@ -328,11 +326,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attackers", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--warm", type=int, default=WARM)
     parser.add_argument("--settle", type=float, default=SETTLE_S)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    text = json.dumps(measure(given.requests, given.attackers, given.warm, given.settle, given.rounds), indent=1)
+    figures = measure(given.requests, given.attackers, given.pictures, given.warm, given.settle, given.rounds)
+    text = json.dumps(figures, indent=1)
     print(text)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")
