@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
@@ -22,9 +23,10 @@ from serve_help import (
 )
 from waiting import wait_until
 
-from visrl.conversation import Conversation
-from visrl.serve.batching import Batcher, Loaded
+from visrl.conversation import Conversation, Message, Sampling
+from visrl.serve.batching import Batcher, Loaded, _Job, fitting
 from visrl.serve.metrics import Metrics
+from visrl.serve.rows import Row
 from visrl.serve.schemas import Limits
 
 
@@ -88,6 +90,26 @@ def test_the_further_texts_of_a_request_leave_room_for_the_first_of_others() -> 
         assert {reply.result().status_code for reply in (*many, plain)} == {200}
     drawn = [row.conversation.messages[-1].text for batch in engine.batches for row in batch]
     assert next(place for place, text in enumerate(drawn) if "plain" in text) < 6
+
+
+def test_short_rows_do_not_wait_for_long_ones_and_neither_takes_the_others_room() -> None:
+    loop = asyncio.new_event_loop()
+
+    def jobs(*lengths: int) -> list[_Job]:
+        row = Row(Conversation((Message("user", "?"),)), Sampling(), 0)
+        return [_Job(row, loop, loop.create_future(), length=length) for length in lengths]
+
+    def joining(running: list[int], waiting: list[int], most: int = 64) -> list[int]:
+        return [job.length for job in fitting(jobs(*running), jobs(*waiting), most)]
+
+    assert joining([], [4000] * 9 + [100] * 9) == [4000] * 4 + [100] * 4
+    assert joining([4000] * 4, [4000, 100, 4000, 200]) == [100, 200]
+    assert joining([100] * 4, [4000, 4000]) == [4000, 4000]
+    assert joining([100] * 5, [4000, 100]) == []  # the long one would make the short ones too wide: it waits for them
+    assert joining([100] * 3, [4000, 100, 100]) == [4000, 100]
+    assert joining([], [20_000, 20_000, 100]) == [20_000]  # alone any row may be drawn
+    assert joining([100] * 3, [100] * 9, most=4) == [100]
+    loop.close()
 
 
 def test_each_client_gets_its_own_answer() -> None:

@@ -12,7 +12,7 @@ import itertools
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -38,8 +38,10 @@ FURTHER_SHARE = 2  # a request's texts after its first get one over so much of a
 LARGE_PIXELS = 4_000_000  # of one row's pictures: such rows are made ready one at a time, and small ones between them
 READY_BATCHES = 2  # rows ready ahead of the engine, in batches: their pictures lie in memory as tensors
 FORGET_ADDS = 8  # an engine that keeps the last pictures' work must not keep it, and let it grow, for ever
-# Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this.
+# Tokens² × rows of one batch: all rows are padded to the longest, and attention's mask is as large as this. Short rows
+# have as much for themselves, so that none waits for long ones.
 BATCH_AREA = 64_000_000
+SHORT_TOKENS = 1000
 
 State = Literal["loading", "ready", "failed", "stopped"]
 OnToken = Callable[[int, Callable[[], str]], bool]
@@ -204,7 +206,8 @@ class Batcher:
                     arrived = True
                     if self._state != "ready":
                         raise RequestError(503, "the server is shutting down")
-                    job.ready_at, job.length = time.monotonic(), length_guess(row.conversation)
+                    job.ready_at = time.monotonic()
+                    job.length = length_guess(row.conversation, [view.tokens for view in job.prepared])
                     self._waiting.append(job)
                     self._changed.notify_all()
                 return row.finish(await job.future)
@@ -304,13 +307,9 @@ class Batcher:
                 return []
             if self._state == "stopped":
                 return []
-            rows: list[_Job] = []
-            longest = max((job.length for job in self._running.values()), default=0)
-            while self._waiting and (count := len(self._running) + len(rows)) < self._max_batch:
-                longest = max(longest, self._waiting[0].length)
-                if count and longest**2 * (count + 1) > BATCH_AREA:
-                    break
-                rows.append(self._waiting.popleft())
+            rows = fitting(list(self._running.values()), self._waiting, self._max_batch)
+            for job in rows:
+                self._waiting.remove(job)
             return rows
 
     def _is_gathered(self) -> bool:
@@ -393,6 +392,28 @@ class Batcher:
                 job.post(job.fail, RequestError(400, completion.error or "the model cannot take this prompt"))
             else:
                 job.post(job.resolve, completion)
+
+
+def fitting(running: Sequence[_Job], waiting: Iterable[_Job], most: int) -> list[_Job]:
+    """Of the waiting rows those that join the running ones now, oldest first among the short and among the long."""
+    rows: list[_Job] = []
+    longest = max((job.length for job in running), default=0)
+    counts = Counter(job.length <= SHORT_TOKENS for job in running)
+    full: set[bool] = set()
+    for job in waiting:
+        if counts.total() >= most or len(full) == 2:
+            break
+        is_short = job.length <= SHORT_TOKENS
+        wider = max(longest, job.length)
+        areas = [wider**2 * (counts[kind] + (kind == is_short)) for kind in (True, False)]
+        if is_short in full or (counts.total() and max(areas) > BATCH_AREA):
+            full.add(is_short)
+            longest = wider  # what joins before it shall not keep it out for longer
+            continue
+        rows.append(job)
+        counts[is_short] += 1
+        longest = wider
+    return rows
 
 
 def room_of(row: Row, most: int) -> int:

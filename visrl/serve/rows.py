@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,10 +60,13 @@ class Row:
         return replace(completion, text=completion.text[: self.stopped_at], finish_reason="stop")
 
 
-def length_guess(conversation: Conversation) -> int:
-    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and pictures."""
+def length_guess(conversation: Conversation, of_pictures: Sequence[int] = ()) -> int:
+    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and pictures.
+
+    `of_pictures` are the tokens of the pictures, where they are known.
+    """
     text = sum(len(message.text.encode()) for message in conversation.messages)
-    return text + PICTURE_TOKENS * len(conversation.views)
+    return text + (sum(of_pictures) if of_pictures else PICTURE_TOKENS * len(conversation.views))
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:
