@@ -157,6 +157,12 @@ def test_other_stages_say_what_to_write(stage: str) -> None:
         read_config(TrainConfig, None, [*GIVEN, f"stage={stage}"])
 
 
+@pytest.mark.parametrize("whole", ["1", "1.0", "'2'", "100"])
+def test_a_share_of_all_steps_is_not_taken_for_a_number_of_steps(whole: str) -> None:
+    with pytest.raises(ConfigError, match="warmup_ratio is a share of all steps"):
+        read_config(TrainConfig, None, [*GIVEN, f"warmup_ratio={whole}"])
+
+
 def test_two_names_of_one_key_are_refused() -> None:
     with pytest.raises(ConfigError, match="warmup_ratio and warmup_steps are one key"):
         read_config(TrainConfig, None, [*GIVEN, "warmup_ratio=0.1", "warmup_steps=3"])

@@ -110,6 +110,8 @@ def test_32_bits_of_small_values_are_the_values():
     [
         (np.array([[-500, 900]], np.int32), "from -500 to 900"),
         (np.array([[-1.0, 1.0]], np.float32), "from -1 to 1"),
+        (np.array([[-1000.0, 1000.0]], np.float32), "from -1000 to 1000"),
+        (np.array([[-30.0, 200.0]], np.float32), "from -30 to 200"),
         (np.array([[0.0, 1e9]], np.float32), r"from 0 to 1e\+09"),
         (np.array([[0.0, np.nan]], np.float32), "from nan"),
         (np.array([[0.0, np.inf]], np.float32), "from 0 to inf"),

@@ -185,12 +185,18 @@ def translate(kind: type[Config], values: dict[str, Any], where: str = "the conf
     """`values` with keys of older releases and of other programs under their names here.
 
     Raises:
-        ConfigError: a key is there under both names.
+        ConfigError: a key is there under both names, or its value would mean another thing under the new one.
     """
     names = {old: new for old, new in ALIASES.items() if new in kind.model_fields and old in values}
     for old, new in names.items():
         if new in values:
             raise ConfigError(f"{where}: {old} and {new} are one key; give one of them")
+    share = str(values.get("warmup_ratio", "")) if "warmup_ratio" in names else ""
+    if re.fullmatch(r"[1-9]\d*(\.\d*)?", share.strip()):  # which would be as many steps
+        raise ConfigError(
+            f"{where}: warmup_ratio is a share of all steps, below 1 (got {shown(share)}); for a number "
+            "of steps write warmup_steps"
+        )
     return {names.get(key, key): value for key, value in values.items()}
 
 

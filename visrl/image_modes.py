@@ -81,7 +81,8 @@ def _top(samples: NDArray[Any], ranges: tuple[float, ...], overshoot: float, nam
     """
     low, high = float(samples.min()), float(samples.max())
     top = next((top for top in ranges if high <= top * (1 + overshoot)), None)
-    if top is not None and low >= -top * overshoot:
+    # What is below black is measured by what is there: from -1,000 to 1,000 is no picture that is nearly black.
+    if top is not None and low >= -overshoot * max(high, ranges[0]):
         return top
     raise ImageError(
         f"{name} holds samples from {low:g} to {high:g}, of which none is known to be white: scale them to 0 to "
