@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from visrl.config import ConfigError
+from visrl.progress import next_command
 from visrl.records import VisrlWarning
 from visrl.verbs import USER_ERRORS, Verbs
 
@@ -73,3 +75,9 @@ def test_a_warning_of_ours_is_a_line_without_the_place_in_the_program(monkeypatc
 
     told = CliRunner().invoke(app, ["work"]).stdout.splitlines()
     assert told == ["in 3 rows a column is passed by", "a.py:7: UserWarning: of a library"]
+
+
+def test_the_next_command_can_be_typed_as_it_is_printed():
+    line = next_command("serve it", "visrl", "api", "model_name_or_path=my runs/merged")
+    assert line == "next, serve it: visrl api 'model_name_or_path=my runs/merged'"
+    assert shlex.split(line.partition(": ")[2]) == ["visrl", "api", "model_name_or_path=my runs/merged"]

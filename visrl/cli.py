@@ -12,6 +12,7 @@ import typer
 
 from visrl.data.commands import app as data_app
 from visrl.evaluate.commands import app as eval_app
+from visrl.progress import next_command
 from visrl.verbs import Verbs
 
 app = typer.Typer(
@@ -94,8 +95,13 @@ def generate(
         from visrl.evolve.check import check_critic
 
         check_critic(settings, check)
-    else:
-        run(settings)
+        return
+    run(settings)
+    if settings.shard == "1/1":
+        pairs = settings.output_dir.with_name(f"{settings.output_dir.name}-pairs")
+        typer.echo(
+            next_command("keep pairs", "visrl", "filter", f"input_dir={settings.output_dir}", f"output_dir={pairs}")
+        )
 
 
 @app.command(name="filter")
@@ -104,7 +110,10 @@ def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from visrl.config import read_config
     from visrl.evolve.filter import FilterConfig, filter_pairs
 
-    filter_pairs(read_config(FilterConfig, *_given(config, overrides)))
+    settings = read_config(FilterConfig, *_given(config, overrides))
+    filter_pairs(settings)
+    pairs = settings.output_dir / "preferences.jsonl"
+    typer.echo(next_command("train on them", "visrl", "train", "configs/train_rl.yaml", f"dataset={pairs}"))
 
 
 @app.command()
@@ -128,7 +137,9 @@ def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
     from visrl.train.export import ExportConfig
     from visrl.train.export import export as run
 
-    run(read_config(ExportConfig, *_given(config, overrides)))
+    settings = read_config(ExportConfig, *_given(config, overrides))
+    run(settings)
+    typer.echo(next_command("serve it", "visrl", "api", f"model_name_or_path={settings.export_dir}"))
 
 
 @app.command()

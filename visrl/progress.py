@@ -1,8 +1,9 @@
-"""What long work says meanwhile: a bar on a terminal, plain lines with time left elsewhere, and notes."""
+"""What work says: a bar on a terminal or plain lines with time left, notes, and at its end the next command."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,11 @@ def progress(things: Sequence[Thing], what: str, *, units: str = "items") -> Ite
             print(f"{what}: {number} of {len(things)} {units}, about {left:.0f} s left", file=sys.stderr, flush=True)
             last = now
         yield thing
+
+
+def next_command(purpose: str, *words: object) -> str:
+    """The line with which a verb ends: what a user types after it."""
+    return f"next, {purpose}: {shlex.join(str(word) for word in words)}"
 
 
 def note(text: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visrl.failures import MAX_FAILED, Tally
+from visrl.progress import next_command
 from visrl.prompts import JUDGE_TOKENS
 from visrl.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs, json_object
 
@@ -64,7 +65,10 @@ def run(
     from visrl.evaluate.run import evaluate
 
     path, given = split_arguments(config, overrides)
-    evaluate(read_config(EvalConfig, path, [*given, *([f"limit={limit}"] if limit else [])]))
+    settings = read_config(EvalConfig, path, [*given, *([f"limit={limit}"] if limit else [])])
+    evaluate(settings)
+    if not settings.dry_run:
+        typer.echo(next_command("look at them", "visrl", "report", settings.output_dir))
 
 
 @app.command()

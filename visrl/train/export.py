@@ -18,7 +18,7 @@ from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, h
 from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_adapter
 from visrl.models.chain import adapter_chain, described
 from visrl.models.folder import CheckpointError, first_line
-from visrl.models.load import check_finite, load_encoder, load_model, some
+from visrl.models.load import check_finite, load_encoder, load_model, quiet, some
 from visrl.models.settings import ModelSettings
 
 MOST_APART = 1e-3  # of token log-probabilities, in the same type: rounding stays far below
@@ -90,7 +90,7 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
     check_finite(f"as {config.export_dtype} the merged weights", merged.state_dict())
     parents = {"adapter": identity["adapter"], "model": hash_checkpoint(config.model_name_or_path)}
     out = config.export_dir
-    with _staged(out) as stage:
+    with _staged(out) as stage, quiet():
         merged.save_pretrained(stage, max_shard_size=f"{config.export_size}GB")
         encoder.processor.save_pretrained(stage)
         settings.save(stage)

@@ -35,6 +35,7 @@ from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
+from visrl.progress import next_command
 from visrl.records import Journal, Sample, read_jsonl, write_records
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.batches import PictureSampler
@@ -241,10 +242,10 @@ def _foreign_checkpoint(config: TrainConfig) -> Path | None:
 def _next_command(config: TrainConfig) -> str:
     """What to type once a training is done."""
     if config.finetuning_type == "lora":
-        base = config.model_name_or_path
-        merge = f"visrl export model_name_or_path={base} adapter_name_or_path={config.output_dir}"
-        return f"next, merge it: {merge} export_dir={config.output_dir}-merged"
-    return f"next, try it: visrl ask --model {config.output_dir} --image PICTURE QUESTION"
+        names = {"model_name_or_path": config.model_name_or_path, "adapter_name_or_path": config.output_dir}
+        words = [f"{key}={value}" for key, value in names.items()]
+        return next_command("merge it", "visrl", "export", *words, f"export_dir={config.output_dir}-merged")
+    return next_command("try it", "visrl", "ask", "--model", config.output_dir, "--image", "PICTURE", "QUESTION")
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:
