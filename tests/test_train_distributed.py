@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,10 @@ def test_sharded_processes_are_one(tiny: Path, tmp_path: Path, whole: Any) -> No
 
 
 @pytest.mark.slow
-def test_a_failure_in_a_process_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_a_failure_in_a_process_is_told_and_signals_mean_what_they_did(tiny: Path, tmp_path: Path) -> None:
+    told = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in told]
     with pytest.raises(ProcessError, match=r"process [01] of 2: RecordError: no data 'nowhere'"):
         weights_of(tiny, tmp_path / "out", processes=2, dataset="nowhere")
     assert not (tmp_path / "out").exists()
+    assert [signal.getsignal(number) for number in told] == before

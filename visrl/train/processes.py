@@ -82,7 +82,11 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         raise SignalException("interrupted", signal.SIGTERM)  # which ends Python without a traceback, SIGINT does not
 
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, interrupt) if in_main else None
+    # The launcher leaves its handlers behind, which raise an exception of torch's wherever this process is by then.
+    signals = (signal.SIGINT, *(signal.Signals[name] for name in HANDLED.split(",")))
+    before = {number: signal.getsignal(number) for number in signals}
+    if in_main:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         elastic_launch(settings, _ending_with_parent)(work, argument, os.getpid())
     except SignalException as error:
@@ -97,7 +101,8 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
         raise ProcessError(f"process {rank} of {count}: {told}") from error
     finally:
         if in_main:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _ending_with_parent(work: Callable[[Argument], Any], argument: Argument, parent: int) -> None:
