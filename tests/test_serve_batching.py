@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 from serve_help import (
     KnownDrawing,
     KnownEngine,
@@ -23,8 +25,9 @@ from serve_help import (
 )
 from waiting import wait_until
 
-from visrl.conversation import Conversation, Message, Sampling
-from visrl.serve.batching import Batcher, Loaded, _Job, fitting
+from visrl.conversation import Conversation, Message, Sampling, View
+from visrl.prompts import IMAGE
+from visrl.serve.batching import PREPARE_S, Batcher, Loaded, _Job, fitting
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
 from visrl.serve.schemas import Limits
@@ -134,6 +137,35 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
     assert len(engine.said[0]) == 1  # the long row was stopped at its next token, not spoken to its end
     assert metrics.cancelled == 1
     assert engine.running == 0
+
+
+def test_who_leaves_an_idle_engine_before_it_begins_leaves_it_to_others() -> None:
+    class Slow(KnownEngine):
+        def prepare(self, conversation):  # type: ignore[no-untyped-def]
+            time.sleep(4 * PREPARE_S)
+            return super().prepare(conversation)
+
+    engine = Slow(echo)
+    batcher = Batcher(lambda: Loaded(engine), Metrics())
+    seen = Conversation((Message("user", f"{IMAGE} with a picture"),), (View("a", Image.new("RGB", (8, 8))),))
+
+    async def run() -> list[str | None]:
+        being_prepared = asyncio.ensure_future(batcher.submit(Row(seen, Sampling(), 0)))
+        while not batcher._preparing:
+            await asyncio.sleep(0.001)
+        leaves = asyncio.ensure_future(batcher.submit(Row(Conversation((Message("user", "leaves"),)), Sampling(), 0)))
+        while not batcher._waiting:  # the engine waits for company now
+            await asyncio.sleep(0.001)
+        leaves.cancel()
+        return [(await being_prepared).text]
+
+    batcher.start()
+    wait_until(lambda: batcher.state == "ready")
+    try:
+        assert None not in asyncio.run(run())
+        assert batcher.state == "ready"
+    finally:
+        batcher.stop()
 
 
 def test_the_time_of_a_request_is_bounded() -> None:

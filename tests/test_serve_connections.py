@@ -229,7 +229,8 @@ def test_who_keeps_the_server_waiting_makes_room_for_others() -> None:
         wait_until(lambda: len(engine.said) == 64 or metrics.requests["/v1/chat/completions", 429])
         time.sleep(1.2)
         for _ in range(3):
-            assert post(url, body(pictures=[noise()])).status_code == 200
+            reply = post(url, body(pictures=[noise()]))
+            assert reply.status_code == 200, reply.text
 
 
 def test_a_large_reply_arrives_whole() -> None:

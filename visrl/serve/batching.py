@@ -299,18 +299,22 @@ class Batcher:
     def _next_rows(self) -> list[_Job]:
         """The rows that join now, oldest first. Where none runs, waits for some; empty then means stopped."""
         with self._changed:
-            if not self._running:
+            rows: list[_Job] = []
+            while not (rows or self._running or self._state == "stopped"):
                 self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
                 self._changed.wait_for(self._is_gathered, GATHER_S)
                 self._changed.wait_for(lambda: self._is_gathered() or not self._preparing, PREPARE_S)
-            elif not self._may_join():
-                return []
-            if self._state == "stopped":
-                return []
-            rows = fitting(list(self._running.values()), self._waiting, self._max_batch)
-            for job in rows:
-                self._waiting.remove(job)
-            return rows
+                rows = self._joining()  # none where whoever waited has left meanwhile
+            return rows or (self._joining() if self._may_join() else [])
+
+    def _joining(self) -> list[_Job]:
+        """Take the rows out of the queue that join those that run."""
+        if self._state == "stopped":
+            return []
+        rows = fitting(list(self._running.values()), self._waiting, self._max_batch)
+        for job in rows:
+            self._waiting.remove(job)
+        return rows
 
     def _is_gathered(self) -> bool:
         return len(self._waiting) >= min(JOIN_ROWS, self._max_batch) or self._state == "stopped"
