@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from rich.progress import track
-
 Thing = TypeVar("Thing")
 LINE_EVERY = 15.0  # seconds between plain lines
 
@@ -18,6 +16,8 @@ LINE_EVERY = 15.0  # seconds between plain lines
 def progress(things: Sequence[Thing], what: str, *, units: str = "items") -> Iterator[Thing]:
     """Iterate over `things`, showing how far it is."""
     if sys.stderr.isatty():
+        from rich.progress import track  # only for a bar: every verb imports this file before it does anything
+
         yield from track(things, description=what)
         return
     started = last = time.monotonic()
