@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from visrl.evaluate.statistics import paired
 from visrl.evolve.filter import KINDS, PAPER_TABLE
 from visrl.evolve.loop import DemoConfig, EvolveConfig, run_evolve
 from visrl.manifest import read_manifest
 from visrl.records import read_jsonl
+from visrl.statistics import paired
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -32,15 +32,16 @@ from PIL import Image
 
 from visrl.box import Box, Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, Conversation, Sampling
-from visrl.data.scenes import scene_samples
+from visrl.conversation import Conversation
+from visrl.engines.base import Completion, Sampling
 from visrl.engines.local import LocalEngine
-from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder, load_model
 from visrl.models.settings import ModelSettings
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Sample, Trajectory
+from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.scenes import scene_samples
 
 PATCH = 28  # pixels along a merged token's side
 BOX_TOKENS, ANSWER_TOKENS = 18, 8  # of a random model's texts

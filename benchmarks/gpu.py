@@ -48,10 +48,10 @@ from visrl.models.families import language_model
 from visrl.models.load import load_encoder
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer
 from visrl.train.config import TrainConfig
+from visrl.train.dry_run import peak_memory
 from visrl.train.features import FeatureCache
 from visrl.train.items import Batch, Collator, Item
-from visrl.train.memory import peak_memory
-from visrl.train.policy import lora_targets, prepare_model
+from visrl.train.model import lora_targets, prepare_model
 from visrl.train.reference import reference_logps
 from visrl.train.trainer import VisrlTrainer
 

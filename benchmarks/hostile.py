@@ -37,9 +37,9 @@ import psutil
 from PIL import Image
 from serving import ask_all, bodies, server
 
-from visrl.data.scenes import draw_ref
 from visrl.engines.endpoint import data_url
 from visrl.models.tiny import CHECKPOINT
+from visrl.scenes import draw_ref
 
 NAME = "bench"
 PATH = "/v1/chat/completions"

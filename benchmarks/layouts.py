@@ -25,12 +25,12 @@ from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder, load_model
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer, tiny_config
+from visrl.packing.forward import branch_logps
+from visrl.packing.pack import TIGHT_BUCKET
 from visrl.prompts import IMAGE
 from visrl.train.config import TrainConfig
-from visrl.train.forward import branch_logps
 from visrl.train.items import Batch, Collator, Item, Row, encode_item
 from visrl.train.losses import dpo
-from visrl.train.pack import TIGHT_BUCKET
 from visrl.train.trainer import VisrlTrainer
 
 QUESTION, BOX, ANSWER = 24, 18, 8  # tokens, the end of the turn included

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from visrl.evaluate.statistics import interval, paired
 from visrl.evolve.loop import DemoConfig, run_demo
 from visrl.records import read_jsonl
+from visrl.statistics import interval, paired
 
 CHECKPOINTS = ("sft", "iter0-stage1", "iter0-stage2", "iter1-stage1", "iter1-stage2")
 COMPARED = (

@@ -29,15 +29,15 @@ import openai
 import psutil
 from PIL import Image
 
-from visrl.data.scenes import draw_ref, scene_samples
 from visrl.engines.endpoint import data_url
 from visrl.models.tiny import CHECKPOINT
+from visrl.scenes import draw_ref, scene_samples
 
 ROUNDS = 4  # requests that each of the clients makes, one after another
 TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
 SMALL_REQUESTS, LARGE = 40, (5600, 4200)  # of the measurement beside large pictures
 PROGRAM = (
-    "import sys; from visrl.serve.commands import ServeConfig, serve; "
+    "import sys; from visrl.serve.config import ServeConfig, serve; "
     "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench'))"
 )
 

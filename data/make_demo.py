@@ -15,10 +15,10 @@ from visrl.box import Box, overlap
 from visrl.codecs import CODECS
 from visrl.data.info import INFO
 from visrl.data.rows import Writer
-from visrl.data.scenes import scene_samples
 from visrl.data.sharegpt_write import entry_json, ranking_row, sft1_row, sft2_row
 from visrl.prompts import answer_prompt, focus_prompt
 from visrl.records import Picture, Preference, Sample
+from visrl.scenes import scene_samples
 
 HERE = Path(__file__).parent
 SCENES = 24

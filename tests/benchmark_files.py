@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from visrl.box import Box, Size
-from visrl.data.scenes import draw_ref, scene_samples
 from visrl.data.viscot import detection_row, viscot_row
 from visrl.records import Sample
+from visrl.scenes import draw_ref, scene_samples
 
 SIDE = 224
 BAD = [200, 10, 20, 90]  # inverted: no prediction can hit it

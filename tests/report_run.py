@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from visrl.box import Box, iou
-from visrl.evaluate.statistics import interval
 from visrl.manifest import write_manifest
 from visrl.records import write_records
+from visrl.statistics import interval
 
 STAGES = {"sft": 0.50, "iter0-stage1": 0.57, "iter0-stage2": 0.64, "iter1-stage1": 0.65, "iter1-stage2": 0.69}
 CONTROLS = {"no_crop": 0.05, "random": 0.08, "center": 0.14, "truth": 0.93}

@@ -21,7 +21,8 @@ from waiting import PATIENCE_S, wait_until
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
-from visrl.conversation import Completion, Conversation
+from visrl.conversation import Conversation
+from visrl.engines.base import Completion
 from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend, Batcher, Loaded, OnToken
 from visrl.serve.metrics import Metrics

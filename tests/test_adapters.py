@@ -18,17 +18,18 @@ from safetensors.torch import load_file, save_file
 from visrl.cli import main
 from visrl.config import ConfigError, build_config
 from visrl.engines.local import LocalEngine
-from visrl.engines.opening import PolicyConfig, opened_policy
+from visrl.engines.open import PolicyConfig, opened_policy
 from visrl.manifest import ManifestError, hash_checkpoint, write_manifest
 from visrl.models.adapters import attach_adapter, merge_adapter, read_adapter
 from visrl.models.chain import described
 from visrl.models.folder import CheckpointError
 from visrl.models.load import load_model
 from visrl.models.settings import ModelSettings
-from visrl.serve.commands import ServeConfig, load_local
+from visrl.serve.config import ServeConfig
+from visrl.serve.runner import load_local
 from visrl.train.config import TrainConfig
 from visrl.train.export import STAGE, ExportConfig, export
-from visrl.train.policy import check_policy, prepare_model
+from visrl.train.model import check_policy, prepare_model
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 OLD = {"model.language_model.": "model.", "model.visual.": "visual."}

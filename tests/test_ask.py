@@ -25,7 +25,7 @@ from visrl.evaluate.ask import (
     printable,
     short_names,
 )
-from visrl.report.draw import TRUE_COLOUR
+from visrl.pages.draw import TRUE_COLOUR
 
 ROOT = Path(__file__).parent.parent
 

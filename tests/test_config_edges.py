@@ -12,7 +12,7 @@ from visrl.cli import ELSEWHERE, main
 from visrl.config import ConfigError, read_config, read_yaml
 from visrl.evolve.generate import GenerateConfig
 from visrl.models.tiny import CHECKPOINT
-from visrl.serve.commands import ServeConfig
+from visrl.serve.config import ServeConfig
 from visrl.train.config import OTHER_STAGES, TrainConfig
 from visrl.yaml_text import YamlError, parse_yaml
 

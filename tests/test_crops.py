@@ -21,9 +21,8 @@ from serve_help import body, data_url, post, serving
 
 from visrl.box import Box, CropRule, Window, crop_window, iou
 from visrl.codecs import BOX_SPACES, CODECS
-from visrl.conversation import Completion
-from visrl.data.scenes import draw_ref, scene_samples
-from visrl.engines.drawing import Drawing, Text
+from visrl.engines.base import Completion
+from visrl.engines.decoding import Drawing, Text
 from visrl.evaluate.run import EvalConfig, evaluate
 from visrl.evolve.generate import GenerateConfig, generate
 from visrl.evolve.pairs import preferences_of
@@ -31,8 +30,10 @@ from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.records import Trajectory, read_records
-from visrl.serve.commands import ServeConfig, make_backend
+from visrl.scenes import draw_ref, scene_samples
+from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
+from visrl.serve.runner import make_backend
 from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences, sft_rows
 from visrl.train.items import Collator

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from visrl.box import Box
-from visrl.data.scenes import find_question, true_box
 from visrl.models.load import load_encoder
 from visrl.models.tiny import CHECKPOINT
+from visrl.scenes import find_question, true_box
 from visrl.train.config import Phase
 from visrl.train.data import Curriculum
 

@@ -15,13 +15,13 @@ from data_rows import BAD, benchmark, good_boxes, meta, write_lines
 from PIL import Image
 from typer.testing import CliRunner
 
+from visrl.cli.data import app
 from visrl.conversation import crop_view, open_view
-from visrl.data.commands import app
 from visrl.data.named import is_named, named_preferences, named_samples
 from visrl.data.rows import json_items
-from visrl.data.scenes import scene_samples
 from visrl.data.sources import hash_source
 from visrl.records import Picture, RecordError, VisrlWarning
+from visrl.scenes import scene_samples
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"inverted": 2, "outside": 3, "empty": 1, "unparseable": 0}

@@ -15,7 +15,7 @@ from data_rows import viscot
 from waiting import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from visrl.data.commands import app; app()"]
+COMMAND = [sys.executable, "-c", "from visrl.cli.data import app; app()"]
 
 
 def test_an_interrupted_conversion_leaves_no_half_file(tmp_path):

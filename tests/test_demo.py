@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from visrl.config import ConfigError
-from visrl.data.scenes import find_question, true_box
 from visrl.evolve.loop import DemoConfig, run_demo
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory, read_records
+from visrl.scenes import find_question, true_box
 
 SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1}
 

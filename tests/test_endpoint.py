@@ -18,10 +18,11 @@ from http_server import Handler, Script, drip, hang, often_faulty, serving
 from PIL import Image
 
 from visrl.box import Box
-from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, crop_view
+from visrl.conversation import Conversation, Message, View, answer_conversation, crop_view
+from visrl.engines.base import Sampling
 from visrl.engines.client import Ask, Client, Endpoint, EndpointError
 from visrl.engines.endpoint import EndpointEngine
-from visrl.engines.process import free_port
+from visrl.engines.server_process import free_port
 from visrl.records import Picture
 
 

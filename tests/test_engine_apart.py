@@ -14,15 +14,15 @@ from test_train import config as train_config
 from tiny_families import make
 from torch import nn
 
-from visrl.conversation import Sampling
-from visrl.engines.drawing import Row
+from visrl.engines.base import Sampling
+from visrl.engines.decoding import Row
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import KINDS, attending_trees, use_tree_attention
 from visrl.models.families import language_model
 from visrl.models.modes import evaluating
+from visrl.packing.forward import token_logps
 from visrl.train import trainer as training
 from visrl.train.export import _logps
-from visrl.train.forward import token_logps
 from visrl.train.run import train
 
 FAMILIES = ["gemma3", "mllama", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]

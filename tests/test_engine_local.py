@@ -11,19 +11,19 @@ from visrl.box import Box
 from visrl.conversation import (
     Conversation,
     Message,
-    Sampling,
     View,
     answer_conversation,
     crop_view,
     focus_conversation,
     image_view,
 )
-from visrl.data.scenes import scene_samples
-from visrl.engines.drawing import Row
+from visrl.engines.base import Sampling
+from visrl.engines.decoding import Row
 from visrl.engines.local import LocalEngine
 from visrl.images import open_image
 from visrl.models.load import CheckpointError, load_model
 from visrl.records import Picture
+from visrl.scenes import scene_samples
 
 BOXES = [Box(0.05 * n, 0.1, 0.05 * n + 0.3, 0.5) for n in range(6)]
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from visrl.box import Box
 from visrl.cli import app
-from visrl.conversation import Completion
+from visrl.engines.base import Completion
 from visrl.evaluate.answers import answered, with_judgements
-from visrl.evaluate.judge import Judgement, judge_all, read_judgements
 from visrl.evaluate.results import result_row
 from visrl.records import RecordError, Sample, write_records
+from visrl.rewards.judge import Judgement, judge_all, read_judgements
 
 JUDGEMENT = Judgement("1", "gqa", "court", "score: 1", 1.0, 1.0, None, "key")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from visrl.evaluate.detection import judge_boxes, judge_lmms, read_published
+from visrl.rewards.detection import judge_boxes, judge_lmms, read_published
 
 KINDS = ("exact", "shifted", "half", "near_half", "inverted", "unparseable", "wrong_convention", "untidy", "bad_truth")
 UNPARSEABLE = (

@@ -13,7 +13,7 @@ from serve_help import known
 from typer.testing import CliRunner
 
 from visrl.cli import app
-from visrl.evaluate.commands import app as eval_app
+from visrl.cli.evaluate import app as eval_app
 from visrl.evaluate.config import EvalConfig
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import JUDGE_SYSTEM

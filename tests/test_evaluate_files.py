@@ -10,7 +10,7 @@ from test_evaluate_detection import KINDS, oracle, synthetic
 from test_evaluate_judge import Court, serving
 from typer.testing import CliRunner
 
-from visrl.evaluate.commands import app
+from visrl.cli.evaluate import app
 from visrl.evaluate.published import VISCOT_QUESTIONS
 
 

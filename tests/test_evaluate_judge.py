@@ -19,9 +19,12 @@ import pytest
 import uvicorn
 from waiting import wait_until
 
-from visrl.conversation import Completion, Conversation, Sampling
+from visrl.conversation import Conversation
+from visrl.engines.base import Completion, Sampling
 from visrl.engines.client import Client, Endpoint
-from visrl.evaluate.judge import (
+from visrl.prompts import judged_question
+from visrl.records import RecordError
+from visrl.rewards.judge import (
     Answered,
     engine_asker,
     judge_all,
@@ -31,9 +34,7 @@ from visrl.evaluate.judge import (
     read_published,
     read_score,
 )
-from visrl.evaluate.statistics import agreement
-from visrl.prompts import judged_question
-from visrl.records import RecordError
+from visrl.statistics import agreement
 
 
 @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ def test_a_judge_killed_at_any_moment_ends_in_the_same_file(tmp_path):
     with serving(court) as url:
 
         def start(out: Path) -> subprocess.Popen[bytes]:
-            command = "from visrl.evaluate.commands import app; app()"
+            command = "from visrl.cli.evaluate import app; app()"
             options = ["judge", "--predictions", predictions, "--out", out, "--model", "court", "--base-url", url]
             return subprocess.Popen([sys.executable, "-c", command, *map(str, options), "--concurrency", "4"])
 

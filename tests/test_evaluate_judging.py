@@ -11,9 +11,9 @@ from test_evaluate_run import Scripted, over_http, rows_of, scores_of
 from test_evaluate_run import config as run_config
 from waiting import wait_until
 
-from visrl.evaluate.judge import read_judgements
 from visrl.evaluate.run import evaluate
 from visrl.prompts import JUDGE_SYSTEM
+from visrl.rewards.judge import read_judgements
 from visrl.serve.schemas import Limits
 
 REPLIES = {

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visrl.evaluate import metrics, published
+from visrl.evaluate import published
+from visrl.rewards import metrics
 
 
 @pytest.mark.parametrize(

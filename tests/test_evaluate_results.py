@@ -8,9 +8,9 @@ import pytest
 
 from visrl.box import Box
 from visrl.evaluate.compare import compare
-from visrl.evaluate.controls import published_control
 from visrl.evaluate.results import read_results, result_row, summarise
 from visrl.records import RecordError, Sample
+from visrl.rollout.controls import published_control
 
 ROWS = [
     {"id": "1", "dataset": "gqa", "judge": 1.0, "hit": 1, "hit_published": 1, "iou": 0.8},

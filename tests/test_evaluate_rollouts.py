@@ -8,16 +8,18 @@ from tiny_families import make
 
 from visrl.box import Box
 from visrl.codecs import CODECS
-from visrl.conversation import Completion, View
-from visrl.data.scenes import SIDE, scene_samples
+from visrl.conversation import View
+from visrl.engines.base import Completion
 from visrl.engines.local import LocalEngine
-from visrl.evaluate.controls import matched_control
-from visrl.evaluate.rollouts import CROP_MODES, evaluate_samples, greedy_looks
 from visrl.images import ImageError
 from visrl.models.encode import Encoder, PromptError
 from visrl.models.settings import ModelSettings
-from visrl.protocols import REFCOCO, VISCOT, VISRL
 from visrl.records import Sample
+from visrl.rewards.scored import evaluate_samples
+from visrl.rollout.controls import matched_control
+from visrl.rollout.greedy import CROP_MODES, greedy_looks
+from visrl.rollout.protocols import REFCOCO, VISCOT, VISRL
+from visrl.scenes import SIDE, scene_samples
 
 
 class Listener:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from visrl.evaluate import statistics
+from visrl import statistics
 
 
 def test_wilson_by_hand():

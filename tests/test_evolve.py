@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from visrl.box import Box, iou, overlap
 from visrl.codecs import CODECS
-from visrl.conversation import Completion, Sampling
-from visrl.data.scenes import find_question, scene_samples, true_box
+from visrl.engines.base import Completion, Sampling
 from visrl.engines.local import LocalEngine
-from visrl.evolve.critic import SceneOracle
-from visrl.evolve.diversity import needs_replacing, random_box_apart
 from visrl.evolve.pairs import FilterSettings, make_pairs, pick
-from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.records import Sample, Trajectory, Verdict
+from visrl.rewards.critic import SceneOracle
+from visrl.rollout.diversity import needs_replacing, random_box_apart
+from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.scenes import find_question, scene_samples, true_box
 
 corner = st.floats(0, 0.95)
 side = st.floats(0.02, 1.0)

@@ -14,16 +14,17 @@ from tiny_families import MAKERS, make
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from visrl.conversation import Conversation, Message, Sampling, View, answer_conversation, focus_conversation
-from visrl.engines.drawing import Row
+from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
+from visrl.engines.base import Sampling
+from visrl.engines.decoding import Row
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
 from visrl.models.families import FAMILIES, Family, family_of, language_model, projector, vision_tower
 from visrl.models.settings import ModelSettings
-from visrl.train.forward import branch_logps
-from visrl.train.pack import Packed, pack
-from visrl.train.tree import grow
+from visrl.packing.forward import branch_logps
+from visrl.packing.pack import Packed, pack
+from visrl.packing.tree import grow
 
 RESPONSES = {"box": ("[0.10, 0.20, 0.50, 0.70]", "[0.15, 0.25, 0.30, 0.40]"), "answer": ("7", "42.\n")}
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from visrl.models.attention import use_tree_attention
 from visrl.models.families import FAMILIES, base_model, language_model, vision_tower
+from visrl.packing.forward import branch_logps
 from visrl.train import run
 from visrl.train.features import FeatureCache, open_features
-from visrl.train.forward import branch_logps
 
 CPU = torch.device("cpu")
 KEEPING = sorted(name for name, family in FAMILIES.items() if family.keeps_features)

@@ -10,11 +10,11 @@ import pytest
 
 from visrl.box import Box
 from visrl.config import ConfigError
-from visrl.data.scenes import scene_samples
-from visrl.evolve.diversity import random_box_apart
 from visrl.evolve.filter import FilterConfig, filter_pairs, table_lines
 from visrl.manifest import write_manifest
 from visrl.records import Preference, RecordError, Sample, Trajectory, Verdict, read_records, write_records
+from visrl.rollout.diversity import random_box_apart
+from visrl.scenes import scene_samples
 
 DATASET = "scenes:preference@1/0+5"
 SAMPLES = scene_samples("preference", 0, 5, with_box=True, max_tags=1)

@@ -15,7 +15,7 @@ import pytest
 from waiting import PATIENCE_S, wait_until
 
 from visrl.cli import main
-from visrl.engines.process import free_port
+from visrl.engines.server_process import free_port
 from visrl.models.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent

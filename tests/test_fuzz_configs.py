@@ -19,7 +19,7 @@ from visrl.config import Config, ConfigError, read_config
 from visrl.evaluate.config import EvalConfig
 from visrl.evolve.generate import GenerateConfig
 from visrl.models.tiny import CHECKPOINT
-from visrl.serve.commands import ServeConfig
+from visrl.serve.config import ServeConfig
 from visrl.train.config import TrainConfig
 from visrl.train.export import ExportConfig
 

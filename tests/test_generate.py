@@ -25,12 +25,13 @@ from waiting import wait_until
 from visrl.config import ConfigError, read_config
 from visrl.evolve.check import check_critic, check_lines, tell_apart
 from visrl.evolve.generate import GenerateConfig, generate, merge_shards, parse_shard, questions_of
-from visrl.evolve.players import critic_name, original_base
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
 from visrl.records import RecordError, Trajectory, Verdict, read_jsonl, read_records
-from visrl.serve.commands import ServeConfig, make_backend
+from visrl.rewards.open import critic_name, original_base
+from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
+from visrl.serve.runner import make_backend
 
 QUESTIONS = "scenes:preference@1/0+12"
 FILES = ("trajectories.jsonl", "verdicts.jsonl")

@@ -17,7 +17,8 @@ from visrl.engines.local import LocalEngine
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError, load_encoder
 from visrl.models.settings import ModelSettings
-from visrl.serve.commands import ServeConfig, load_local
+from visrl.serve.config import ServeConfig
+from visrl.serve.runner import load_local
 from visrl.train.config import TrainConfig
 from visrl.train.run import train
 

@@ -12,7 +12,7 @@ import pytest
 
 from visrl.config import ConfigError, read_config
 from visrl.engines.client import EndpointError
-from visrl.engines.process import free_port, served
+from visrl.engines.server_process import free_port, served
 from visrl.evolve.generate import GenerateConfig
 from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve, stage_config
 from visrl.evolve.serving import ServerConfig, server_command

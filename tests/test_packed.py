@@ -20,22 +20,22 @@ from visrl.conversation import (
     focus_conversation,
     image_view,
 )
-from visrl.data.scenes import scene_samples
 from visrl.images import open_image
 from visrl.models.attention import BLOCK, _block_mask, use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
 from visrl.models.families import mrope_positions
 from visrl.models.load import load_encoder, load_model
+from visrl.packing.forward import branch_logps
+from visrl.packing.pack import Packed, pack
+from visrl.packing.tree import grow
 from visrl.records import Picture
+from visrl.scenes import scene_samples
 from visrl.train import losses
 from visrl.train.config import TrainConfig
 from visrl.train.data import sft_rows
-from visrl.train.forward import branch_logps
 from visrl.train.items import Collator, Item, encode_item
-from visrl.train.pack import Packed, pack
-from visrl.train.policy import make_tied_embedding_sparse
+from visrl.train.model import make_tied_embedding_sparse
 from visrl.train.trainer import AVERAGED, preference_loss
-from visrl.train.tree import grow
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,12 @@ from typing import Any
 import pytest
 
 from visrl.data.convert import convert
-from visrl.data.scenes import scene_samples
 from visrl.data.sources import read_preferences, read_samples
 from visrl.evaluate.answers import answered, score_answers, with_judgements
 from visrl.evaluate.compare import compare
 from visrl.evaluate.config import EvalConfig
-from visrl.evaluate.controls import matched_control
-from visrl.evaluate.judge import Judgement, judgement_key
 from visrl.evaluate.results import read_results
 from visrl.evaluate.run import evaluate
-from visrl.evolve.critic import ModelCritic
 from visrl.evolve.filter import FilterConfig, filter_pairs
 from visrl.evolve.generate import GenerateConfig, generate
 from visrl.models.tiny import CHECKPOINT
@@ -36,6 +32,10 @@ from visrl.records import (
     to_json,
     write_records,
 )
+from visrl.rewards.critic import ModelCritic
+from visrl.rewards.judge import Judgement, judgement_key
+from visrl.rollout.controls import matched_control
+from visrl.scenes import scene_samples
 from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences
 from visrl.train.items import Branch
@@ -127,7 +127,7 @@ def test_a_critic_asked_about_two_rows_of_one_id_is_asked_twice():
         asked = 0
 
         def complete(self, conversations, sampling, seeds):
-            from visrl.conversation import Completion
+            from visrl.engines.base import Completion
 
             self.asked += len(conversations)
             return [[Completion(f"score: {0.1 * n:.1f}")] for n in range(1, len(conversations) + 1)]

@@ -10,39 +10,31 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from visrl.conversation import (
-    Completion,
-    Conversation,
-    Message,
-    PromptError,
-    Sampling,
-    focus_conversation,
-    open_view,
-    seed_of,
-)
+from visrl.conversation import Conversation, Message, PromptError, focus_conversation, open_view
 from visrl.data.convert import Reading
 from visrl.data.sources import read_samples
 from visrl.data.stats import as_table, measure
+from visrl.engines.base import Completion, Sampling, seed_of
 from visrl.engines.local import LocalEngine
 from visrl.evaluate.answers import answered, score_answers, with_judgements
 from visrl.evaluate.ask import ask
 from visrl.evaluate.config import EvalConfig
-from visrl.evaluate.judge import judge_all
 from visrl.evaluate.results import read_results
-from visrl.evaluate.rollouts import evaluate_samples
 from visrl.evaluate.run import evaluate
-from visrl.evolve.critic import ModelCritic
-from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.models.load import load_encoder
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import focus_prompt
-from visrl.protocols import VISCOT
 from visrl.records import Picture, Sample, Trajectory, read_jsonl, write_records
+from visrl.rewards.critic import ModelCritic
+from visrl.rewards.judge import judge_all
+from visrl.rewards.scored import evaluate_samples
+from visrl.rollout.protocols import VISCOT
+from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.train.config import TrainConfig
 from visrl.train.data import SftSamples
+from visrl.train.dry_run import survey
 from visrl.train.items import Collator
 from visrl.train.run import train
-from visrl.train.survey import survey
 
 GOOD = {"image": "scene:train/0", "question": "What does the red tag say?", "answer": "7", "box": [0.1, 0.1, 0.6, 0.6]}
 BAD = {
@@ -148,7 +140,7 @@ def test_a_policy_that_writes_a_picture_mark_into_its_box_stops_nothing():
         def complete(self, conversations, sampling, seeds):
             return [[Completion("[0.1, 0.1, 0.5, 0.5] <image>")] for _ in conversations]
 
-    from visrl.evaluate.rollouts import greedy_looks
+    from visrl.rollout.greedy import greedy_looks
 
     (look,) = greedy_looks(Marking(), [Sample("a", "scene:train/0", "What?", "x")], protocol=VISCOT)
     assert (look.error, look.answer) == (None, "[0.1, 0.1, 0.5, 0.5] <image>")

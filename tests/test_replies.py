@@ -10,13 +10,14 @@ from PIL import Image
 from visrl import replies
 from visrl.box import Box
 from visrl.codecs import CODECS
-from visrl.conversation import Completion, View
-from visrl.evaluate.detection import read_box
+from visrl.conversation import View
+from visrl.engines.base import Completion
 from visrl.evaluate.results import result_row, summarise
-from visrl.evaluate.rollouts import greedy_looks
-from visrl.evolve.rollout import hear, look_at
 from visrl.records import Sample
 from visrl.replies import spoken, whole_text
+from visrl.rewards.detection import read_box
+from visrl.rollout.greedy import greedy_looks
+from visrl.rollout.rollout import hear, look_at
 
 WHOLE = View("w", Image.new("RGB", (100, 100)))
 

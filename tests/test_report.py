@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from report_run import STAGES, write_run
+from visrl.pages.figures import INKS
 
 from visrl.box import Box
 from visrl.cli import main
 from visrl.manifest import write_manifest
+from visrl.pages.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
 from visrl.records import read_jsonl, write_records
-from visrl.report.commands import report
-from visrl.report.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
-from visrl.report.figures import INKS
-from visrl.report.files import ReportError
 from visrl.report.gallery import OUTCOMES, draw_lot, exhibits
-from visrl.report.page import write_report
+from visrl.report.page import report, write_report
 from visrl.report.run import load_run
+from visrl.report.shapes import ReportError
 from visrl.report.story import caveats, change
 
 

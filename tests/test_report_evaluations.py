@@ -13,9 +13,9 @@ from visrl.box import Box
 from visrl.evaluate.results import result_row, summarise
 from visrl.manifest import write_manifest
 from visrl.records import RecordError, Sample, write_records
-from visrl.report.files import ReportError
 from visrl.report.gallery import comparable, draw_lot
 from visrl.report.run import load_run
+from visrl.report.shapes import ReportError
 
 TRUE = Box(0.1, 0.1, 0.4, 0.4)
 ODD = {

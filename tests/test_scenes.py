@@ -4,7 +4,7 @@ import re
 import pytest
 
 from visrl.box import crop_window
-from visrl.data.scenes import (
+from visrl.scenes import (
     KINDS,
     POOLS,
     SIDE,

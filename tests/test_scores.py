@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from visrl.evaluate.scores import read_published, read_score
+from visrl.rewards.scores import read_published, read_score
 
 READ = {
     # Decimal commas, other digits and marks.

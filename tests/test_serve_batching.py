@@ -25,7 +25,8 @@ from serve_help import (
 )
 from waiting import wait_until
 
-from visrl.conversation import Conversation, Message, Sampling, View
+from visrl.conversation import Conversation, Message, View
+from visrl.engines.base import Sampling
 from visrl.prompts import IMAGE
 from visrl.serve.batching import PREPARE_S, Batcher, Loaded, _Job, fitting
 from visrl.serve.metrics import Metrics

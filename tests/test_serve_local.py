@@ -23,20 +23,22 @@ from serve_help import body, get, post, serving
 from waiting import PATIENCE_S
 
 from visrl.config import ConfigError
-from visrl.conversation import Sampling, focus_conversation, image_view
-from visrl.data.scenes import SIDE, draw_ref, scene_samples
+from visrl.conversation import focus_conversation, image_view
+from visrl.engines.base import Sampling
 from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
 from visrl.engines.local import LocalEngine
-from visrl.engines.opening import model_settings, open_encoder
-from visrl.evolve.rollout import RolloutSettings, roll_out
+from visrl.engines.open import model_settings, open_encoder
+from visrl.engines.server_process import vllm_command
 from visrl.models.tiny import CHECKPOINT
 from visrl.models.tiny.make import make_tiny
 from visrl.records import Picture
-from visrl.serve.commands import ServeConfig, make_backend, serve
+from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.scenes import SIDE, draw_ref, scene_samples
+from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
-from visrl.serve.upstream import vllm_command
+from visrl.serve.runner import make_backend, serve
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_program_serves_curl_and_stops_when_told(checkpoint: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from visrl.serve.commands import ServeConfig, serve; "
+        "import sys; from visrl.serve.config import ServeConfig, serve; "
         "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='tiny'))"
     )
     environment = os.environ | {"API_PORT": "0", "API_KEY": "sesame"}

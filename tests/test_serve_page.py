@@ -13,7 +13,7 @@ from serve_help import get, known
 from waiting import wait_until
 
 from visrl.conversation import Conversation
-from visrl.data.scenes import SIDE
+from visrl.scenes import SIDE
 
 pytestmark = pytest.mark.slow
 

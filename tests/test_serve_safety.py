@@ -21,9 +21,10 @@ from serve_help import NAME, body, data_url, get, known, left_open, picture, pic
 from waiting import PATIENCE_S, wait_until
 
 from visrl.config import ConfigError
-from visrl.serve.commands import ServeConfig, serve
+from visrl.serve.config import ServeConfig
 from visrl.serve.errors import RequestError
 from visrl.serve.pictures import FETCHERS, Fetcher, Opener, is_public
+from visrl.serve.runner import serve
 from visrl.serve.safety import Budget, is_local_name
 from visrl.serve.schemas import ImageUrl, Limits
 

@@ -18,16 +18,17 @@ from serve_help import body, data_url, post, serving
 from test_serve_local import scene_body
 
 from visrl.conversation import View
-from visrl.data.scenes import scene_samples
 from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.local import LocalEngine
-from visrl.engines.opening import ModelConfig, model_settings, open_encoder
-from visrl.evaluate.rollouts import greedy_looks
+from visrl.engines.open import ModelConfig, model_settings, open_encoder
 from visrl.models.settings import ModelSettings
 from visrl.models.tiny import CHECKPOINT
-from visrl.serve.commands import ServeConfig, make_backend
+from visrl.rollout.greedy import greedy_looks
+from visrl.scenes import scene_samples
+from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
+from visrl.serve.runner import make_backend
 
 LISTED = (200, b'{"data": [{"id": "m", "owned_by": "vllm"}]}')
 

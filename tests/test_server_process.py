@@ -18,10 +18,10 @@ from waiting import PATIENCE_S, wait_until
 
 from visrl.config import ConfigError
 from visrl.engines.client import EndpointError
-from visrl.engines.process import start, stop
+from visrl.engines.server_process import start, stop
 from visrl.serve import drawn as scenes
-from visrl.serve.commands import ServeConfig, serve
-from visrl.serve.runner import listen
+from visrl.serve.config import ServeConfig
+from visrl.serve.runner import listen, serve
 
 # Says its own number and its child's, then lives on; the child is what vLLM's workers are.
 SERVER = """
@@ -31,7 +31,7 @@ with open(sys.argv[1] + ".new", "w") as told: told.write(f"{os.getpid()} {child.
 os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(600)
 """
-ASKER = "import sys, time; from visrl.engines.process import start; start(sys.argv[1:]); time.sleep(600)"
+ASKER = "import sys, time; from visrl.engines.server_process import start; start(sys.argv[1:]); time.sleep(600)"
 
 
 def is_alive(number: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import ImageOps
 from safetensors.torch import load_file
+from visrl.pages.figures import Curve, curve_figures
 
 from visrl.config import ConfigError, build_config
 from visrl.data.sources import read_preferences
@@ -21,8 +22,6 @@ from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.tiny.make import make_tiny
 from visrl.records import RecordError, write_records
-from visrl.report.figures import curve_figures
-from visrl.report.run import Curve
 from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences
 from visrl.train.export import ExportConfig, export

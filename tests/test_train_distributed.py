@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from visrl.config import build_config
 from visrl.manifest import read_manifest
 from visrl.train.config import TrainConfig
-from visrl.train.processes import ProcessError
+from visrl.train.distributed import ProcessError
 from visrl.train.run import train
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import torch
 
 from visrl.models.encode import EncodedView, TokenPath
 from visrl.models.families import FAMILIES
-from visrl.train.pack import pack
-from visrl.train.tree import Tree, grow
+from visrl.packing.pack import pack
+from visrl.packing.tree import Tree, grow
 
 PICTURE = 99  # the image token of hand-made paths
 TEXT_ONLY = FAMILIES["llava"]

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from visrl.errors import UserError
+
 Size = tuple[int, int]  # width, height in pixels
 Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the original
 
@@ -22,7 +24,7 @@ VISCOT_HALF_SIDE = 112  # px: Visual-CoT's crop is a square of at least 224 px
 MARGIN = 0.1  # of the box's own width and height, added on each side by the crop rule "margin"
 
 
-class BoxError(ValueError):
+class BoxError(UserError, ValueError):
     """A text or four numbers that are no box; `fault` says why in one word, the message in a sentence."""
 
     def __init__(self, fault: BoxFault, message: str) -> None:

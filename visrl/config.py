@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
+from visrl.errors import UserError
 from visrl.foreign import ALIASES, NO_MEANING, SWITCHED_OFF
 from visrl.redact import hidden, without_secrets
 from visrl.yaml_text import YamlError, parse_yaml
@@ -26,7 +27,7 @@ LARGEST = 2**63 - 1  # what a whole number of torch and numpy holds
 MAX_BYTES = 1_000_000  # of a config file
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be used; the message names the key and the remedy."""
 
 

@@ -1,27 +1,20 @@
-"""What is said to a model: messages with pictures in their places, and how an engine answers. Knows no model.
-
-An engine is anything with `complete`: conversations in, sampled texts out. `engines/local.py` runs a checkpoint in this
-process and computes shared prefixes once; `engines/endpoint.py` asks any OpenAI-compatible server.
-"""
+"""What is said to a model: messages with pictures in their places. Knows no model and no engine."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 from PIL import Image
 
 from visrl.box import CropRule, Size
+from visrl.errors import UserError
 from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
 from visrl.records import Message, Picture
-from visrl.replies import whole_text
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """A text that cannot be put before a model, such as one that holds the model's control tokens."""
 
 
@@ -55,45 +48,6 @@ class Conversation:
             raise PromptError(f"{marks} {IMAGE} marks but {len(self.views)} pictures in one conversation")
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to draw. Temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One sampled text, or the error that took its place. Half characters, which a server may send, are mended: what
-    is said here is shown to models, sent on and written."""
-
-    text: str | None
-    tokens: int = 0
-    finish_reason: Literal["stop", "length", "error"] = "stop"
-    error: str | None = None
-    prompt_tokens: int = 0
-    refused: bool = False  # the model cannot be shown this prompt: asking again would end alike
-
-    def __post_init__(self) -> None:
-        for name, said in (("text", self.text), ("error", self.error)):
-            if said is not None and (mended := whole_text(said)) != said:
-                object.__setattr__(self, name, mended)
-
-
-class Engine(Protocol):
-    """Conversations in, sampled texts out."""
-
-    name: str
-
-    def complete(
-        self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Completion]]:
-        """One completion per seed: `seeds[i]` holds those of conversation i. A failure is a record, no exception."""
-        ...
-
-
 def image_view(picture: Picture, image: Image.Image) -> View:
     """The view of a whole picture that has been opened."""
     return View(picture.ref, image)
@@ -124,9 +78,3 @@ def focus_conversation(question: str, whole: View) -> Conversation:
 def answer_conversation(question: str, whole: View, detail: View) -> Conversation:
     """Step 2 of the `visrl` protocol: the answer, from picture and crop in one user turn."""
     return Conversation((Message("user", answer_prompt(question)),), (whole, detail))
-
-
-def seed_of(run_seed: int, *parts: object) -> int:
-    """A seed in [0, 2^63) of one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
-    text = "\x1f".join(str(part) for part in (run_seed, *parts))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

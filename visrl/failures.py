@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from visrl.errors import UserError
+
 MAX_FAILED = 0.2  # the default of the key `max_failed`: the share that may fail in a run that counts as a success
 _RESULTS = ("box", "no_room", "control")  # first words of errors that are results (see evolve/rollout.py)
 
 
-class FailedRun(RuntimeError):
+class FailedRun(UserError, RuntimeError):
     """A run of which too much failed; the message says how much, of what, why first, and what to do."""
 
 

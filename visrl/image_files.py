@@ -14,6 +14,8 @@ import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
+from visrl.errors import UserError
+
 MAX_PARTS = 100_000  # chunks, segments or blocks of one file: a real picture has some thousand at most
 MAX_STRIPS = 200_000  # strips or tiles of a TIFF
 # JPEGs of cameras and editors have up to 20 scans. An empty scan costs a decoder 0.3 ns a pixel: a second in all.
@@ -25,7 +27,7 @@ _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:=["']|>)([1-8])""")
 _MAX_INFLATED = 1 << 20  # of metadata that may hold an orientation
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A picture that cannot be used; the message names it and says why."""
 
 

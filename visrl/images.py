@@ -117,7 +117,7 @@ def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
 
 
 def _drawn(ref: str) -> Image.Image:
-    from visrl.data.scenes import draw_ref
+    from visrl.scenes import draw_ref
 
     try:
         return draw_ref(ref)

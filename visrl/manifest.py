@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from visrl import __version__
+from visrl.errors import UserError
 from visrl.records import write_text
 
 NAME, STARTED = "manifest.json", "started.json"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "pillow", "numpy")
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError, ValueError):
     """An output folder that belongs to something else than what is asked for."""
 
 

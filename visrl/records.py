@@ -15,13 +15,14 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from visrl.box import Box, Size
+from visrl.errors import UserError
 
 Step = Literal["box", "answer"]
 Origin = Literal["sampled", "random"]
 Place = tuple[str] | tuple[str, int]  # an id, and how many rows before have it where any has
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A line that is not the record it should be; the message names file, line and remedy."""
 
 

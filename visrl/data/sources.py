@@ -22,10 +22,10 @@ from visrl.data.info import find_entry
 from visrl.data.named import check_names, hf_samples, is_named, named_preferences, named_samples
 from visrl.data.own import parse_own
 from visrl.data.rows import Row, read_rows, told_notes
-from visrl.data.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
 from visrl.data.sizes import Sizes
 from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
+from visrl.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
 
 _SCENES = re.compile(
     r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"

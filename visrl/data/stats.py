@@ -10,20 +10,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from PIL import Image
-
-from visrl.box import Size, crop_window
+from visrl.box import CropRule, Size, crop_window
 from visrl.data.convert import Reading, read_format
 from visrl.images import ImageError, picture_size
 from visrl.records import Sample
 
-if TYPE_CHECKING:
-    from visrl.models.encode import Encoder
-
 SAMPLED = 500  # samples whose tokens are counted: the mean is then known to a few per cent
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+class TokenCounter(Protocol):
+    """What a model makes of texts and pictures, in tokens (see models/tokens.py)."""
+
+    @property
+    def crop_rule(self) -> CropRule: ...
+
+    def text(self, text: str) -> int: ...
+
+    def picture(self, size: Size, is_crop: bool) -> int | None:
+        """The tokens of a picture or crop of `size` pixels; None where the model does not take it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -67,10 +75,10 @@ def measure(
     source: str,
     inputs: Iterable[str],
     reading: Reading,
-    encoder: Encoder | None = None,
+    tokens: TokenCounter | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Statistics:
-    """Read all rows of `inputs` and measure them; with an `encoder` also tokens, of a sample of the rows.
+    """Read all rows of `inputs` and measure them; with `tokens` also those, , of a sample of the rows.
 
     Raises:
         RecordError: a file is not there or damaged.
@@ -93,8 +101,8 @@ def measure(
                     drawn.append(record)
                 elif (place := rng.randrange(seen)) < SAMPLED:
                     drawn[place] = record
-    if encoder is not None:
-        _add_tokens(found, drawn, reading, encoder)
+    if tokens is not None:
+        _add_tokens(found, drawn, reading, tokens)
     return found
 
 
@@ -146,20 +154,19 @@ def _add(found: Statistics, sample: Sample, reading: Reading) -> None:
             found.box_aspect.append(sample.box.width * size[0] / (sample.box.height * size[1]))
 
 
-def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, encoder: Encoder) -> None:
-    """Tokens of picture, crop and text, as training would spend them. A picture's tokens depend on its size only."""
-    known: dict[tuple[Size, bool], int | None] = {}
+def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, tokens: TokenCounter) -> None:
+    """Tokens of picture, crop and text, as training would spend them."""
     for sample in samples:
-        text = f"{sample.question}\n{sample.answer}"
-        found.text_tokens.append(len(encoder.tokenizer(text, add_special_tokens=False).input_ids))
+        found.text_tokens.append(tokens.text(f"{sample.question}\n{sample.answer}"))
         size = sample.size or reading.sizes.annotated(sample.image) or _size(sample.image, reading.sizes.images)
         if size is None:
             continue
-        found.refused += not _add_count(found.picture_tokens, _picture_tokens(size, False, encoder, known))
+        found.refused += not _add_count(found.picture_tokens, tokens.picture(size, is_crop=False))
         if sample.box is not None:
-            left, top, right, bottom = crop_window(sample.box, size, encoder.settings.crop_rule)
-            crop = _picture_tokens((right - left, bottom - top), True, encoder, known)
-            found.refused += not _add_count(found.crop_tokens, crop)
+            left, top, right, bottom = crop_window(sample.box, size, tokens.crop_rule)
+            found.refused += not _add_count(
+                found.crop_tokens, tokens.picture((right - left, bottom - top), is_crop=True)
+            )
 
 
 def _add_count(counts: list[int], tokens: int | None) -> bool:
@@ -167,20 +174,6 @@ def _add_count(counts: list[int], tokens: int | None) -> bool:
     if tokens is not None:
         counts.append(tokens)
     return tokens is not None
-
-
-def _picture_tokens(
-    size: Size, is_crop: bool, encoder: Encoder, known: dict[tuple[Size, bool], int | None]
-) -> int | None:
-    from visrl.conversation import PromptError, View
-
-    if (size, is_crop) not in known:
-        blank = View(f"blank {size} {is_crop}", Image.new("RGB", size), is_crop)
-        try:
-            known[size, is_crop] = encoder.encode_views([blank])[0].tokens
-        except PromptError:
-            known[size, is_crop] = None
-    return known[size, is_crop]
 
 
 def _size(ref: str, images: Path | None) -> Size | None:

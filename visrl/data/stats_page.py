@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from visrl.data.stats import Statistics, as_table
-from visrl.report.html import render_page
+from visrl.pages.html import render_page
 
 _LOG_RATIO = 20  # where the largest value is so many medians, bins are spaced by ratio
 
@@ -18,7 +18,7 @@ _LOG_RATIO = 20  # where the largest value is so many medians, bins are spaced b
 def write_page(found: Statistics, title: str, path: str | Path) -> None:
     """Write the page; it needs nothing but itself."""
     figures = [_histogram(name, [float(value) for value in values]) for name, values in found.measures().items()]
-    page = render_page("stats.html", title=title, table=as_table(found), figures=figures)
+    page = render_page(Path(__file__).with_name("stats.html"), title=title, table=as_table(found), figures=figures)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 

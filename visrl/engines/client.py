@@ -20,10 +20,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 import openai
 
-from visrl.conversation import Completion, Sampling
 from visrl.engines.addresses import server_address, with_version
+from visrl.engines.base import Completion, Sampling
 from visrl.engines.transport import MOST_BYTES, ReplyError, bounded_client
 from visrl.engines.wire import read_reply
+from visrl.errors import UserError
 from visrl.redact import SHORTEST, bare_address, hidden, secrets_of
 from visrl.replies import whole_text
 
@@ -41,7 +42,7 @@ CHARACTERS_PER_TOKEN = 1000  # a reply of more was not drawn under the limit tha
 Result = TypeVar("Result")
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError, RuntimeError):
     """A server that cannot be worked with; the message names its address and the remedy."""
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
-from visrl.conversation import Completion, Conversation, Message, Sampling, View
+from visrl.conversation import Conversation, Message, View
+from visrl.engines.base import Completion, Sampling
 from visrl.engines.client import Ask, Client, Endpoint
 from visrl.prompts import IMAGE
 

@@ -17,9 +17,10 @@ from transformers import DynamicCache
 
 from visrl.box import Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, Conversation, PromptError, Sampling
-from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
-from visrl.engines.forest import Field, Forest
+from visrl.conversation import Conversation, PromptError
+from visrl.engines.base import Completion, Sampling
+from visrl.engines.decoding import Drawing, OnToken, Row, Text, draw_tokens
+from visrl.engines.kv_tree import Field, Forest
 from visrl.engines.recompute import RecomputedDrawing, try_out
 from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import attending_trees

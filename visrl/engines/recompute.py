@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from visrl.conversation import Completion, View, focus_conversation
-from visrl.engines.drawing import Drawing, OnToken, Row, Text, draw_tokens
+from visrl.conversation import View, focus_conversation
+from visrl.engines.base import Completion
+from visrl.engines.decoding import Drawing, OnToken, Row, Text, draw_tokens
 from visrl.models.attention import attending_trees
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.folder import CheckpointError
 from visrl.models.load import reading
 from visrl.models.modes import evaluating
-from visrl.train.forward import kept_logits
-from visrl.train.pack import TIGHT_BUCKET, pack
-from visrl.train.tree import grow
+from visrl.packing.forward import kept_logits
+from visrl.packing.pack import TIGHT_BUCKET, pack
+from visrl.packing.tree import grow
 
 
 class RecomputedDrawing(Drawing):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from visrl.conversation import Completion
+from visrl.engines.base import Completion
 from visrl.replies import whole_text
 
 

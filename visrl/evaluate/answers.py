@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visrl.evaluate.files import PathLike, Rows, read_rows, text_of
-from visrl.evaluate.judge import Answered, Judgement, judgement_key
-from visrl.evaluate.metrics import string_scores
+from visrl.evaluate.predictions import PathLike, Rows, read_rows, text_of
 from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
-from visrl.evaluate.scores import is_score
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
 from visrl.replies import spoken
+from visrl.rewards.judge import Answered, Judgement, judgement_key
+from visrl.rewards.metrics import string_scores
+from visrl.rewards.scores import is_score
 
 
 def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset: str = "") -> tuple[Rows, list[str]]:

@@ -21,18 +21,19 @@ from visrl.config import ConfigError, shown_path
 from visrl.conversation import PromptError, View, open_view
 from visrl.data.native import without_mark
 from visrl.data.rows import RowFault
-from visrl.data.scenes import parse_ref, questions_of, true_box
-from visrl.evaluate.metrics import exact_match
-from visrl.evaluate.rollouts import greedy_looks
-from visrl.evolve.rollout import Look, Policy, failure
+from visrl.engines.base import Policy
 from visrl.failures import FailedRun, Tally, is_failure
 from visrl.images import ImageError
+from visrl.pages.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, shrink
 from visrl.records import Picture, Sample
 from visrl.replies import whole_text
-from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, shrink
+from visrl.rewards.metrics import exact_match
+from visrl.rollout.greedy import greedy_looks
+from visrl.rollout.rollout import Look, failure
+from visrl.scenes import parse_ref, questions_of, true_box
 
 if TYPE_CHECKING:
-    from visrl.engines.opening import PolicyConfig
+    from visrl.engines.open import PolicyConfig
 
 COLOURS = (FIRST_COLOUR, LAST_COLOUR, "#0a7d4f", "#8b2fc9", "#c2185b", "#5d4037")
 WHOLE_SIDE, CROP_SIDE, TEXT_WIDTH, GAP = 480, 220, 320, 16  # px
@@ -210,7 +211,7 @@ def ask_models(
         ConfigError: a key of `given` that is none, or a value of the wrong type; no question, or `out` is no picture.
         FailedRun: no model gave a reply to more than the share `max_failed` of the questions.
     """
-    from visrl.engines.opening import opened_policy
+    from visrl.engines.open import opened_policy
 
     if out.suffix.lower() not in PICTURES:
         raise ConfigError(f"out: {shown_path(out)} is no picture's name; end it in {', '.join(PICTURES)}")
@@ -241,7 +242,7 @@ def ask_models(
 def _configs(models: Sequence[str], given: Sequence[str]) -> list[PolicyConfig]:
     """How each model is opened."""
     from visrl.config import read_config
-    from visrl.engines.opening import ModelConfig, PolicyConfig
+    from visrl.engines.open import ModelConfig, PolicyConfig
 
     first = read_config(PolicyConfig, None, [f"model_name_or_path={json.dumps(models[0])}", *given])
     looks = {name: getattr(first, name) for name in ModelConfig.model_fields}

@@ -17,11 +17,11 @@ from visrl.data.rows import RowFault, four_numbers, get_size, get_text, read_row
 from visrl.data.sizes import Sizes
 from visrl.data.sources import read_samples
 from visrl.data.viscot import parse_viscot
-from visrl.evaluate.detection import truth_box
 from visrl.evaluate.published import REFCOCO_SPLITS, VISCOT_QUESTIONS
 from visrl.images import names_file, picture_path
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError, Sample
+from visrl.rewards.detection import truth_box
 
 Benchmark = Literal["samples", "viscot", "viscot-detection", "refcoco"]
 Corners = tuple[float, float, float, float]

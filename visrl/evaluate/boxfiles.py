@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visrl.box import Size
-from visrl.evaluate.detection import Detection, judge_boxes, judge_lmms
-from visrl.evaluate.files import PathLike, Rows, read_rows, text_of
+from visrl.evaluate.predictions import PathLike, Rows, read_rows, text_of
 from visrl.evaluate.published import VISCOT_QUESTIONS, average, average_published_detection
 from visrl.evaluate.results import values_of
 from visrl.records import RecordError
+from visrl.rewards.detection import Detection, judge_boxes, judge_lmms
 
 
 def score_boxes(

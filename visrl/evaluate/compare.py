@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 from visrl.evaluate.results import READINGS, Reading, Row, columns_of, dataset_of, key_of, value_of
-from visrl.evaluate.statistics import paired, paired_mean
 from visrl.records import RecordError
+from visrl.statistics import paired, paired_mean
 
 Pair = tuple[Row, Row]
 

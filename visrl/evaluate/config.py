@@ -7,10 +7,10 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from visrl.box import CropRule
-from visrl.engines.opening import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
+from visrl.engines.open import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
 from visrl.evaluate.benchmarks import Benchmark
-from visrl.evaluate.rollouts import Mode
 from visrl.prompts import JUDGE_TOKENS
+from visrl.rollout.greedy import Mode
 
 
 class EvalConfig(PolicyConfig):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from visrl.evaluate.published import JUDGE_NOTE, REFCOCO_SCORES, VISCOT_QUESTIONS, VISCOT_SCORES
+from visrl.pages.html import render_page
 from visrl.records import write_text
-from visrl.report.html import render_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def unranked(entry: Entry) -> str | None:
 def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[Entry]) -> None:
     """Write the page at `path`: no script, no external address."""
     page = render_page(
-        "leaderboard.html",
+        Path(__file__).with_name("leaderboard.html"),
         lines=leaderboard_lines(entries),
         unranked=[(entry, reason) for entry in entries if (reason := unranked(entry))],
         judge_note=JUDGE_NOTE,

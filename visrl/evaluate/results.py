@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visrl.box import Box, iou
-from visrl.evaluate.detection import is_hit
-from visrl.evaluate.metrics import METRICS, string_scores
-from visrl.evaluate.scores import is_score
-from visrl.evaluate.statistics import interval, mean_interval
 from visrl.records import RecordError, Sample, read_jsonl
+from visrl.rewards.detection import is_hit
+from visrl.rewards.metrics import METRICS, string_scores
+from visrl.rewards.scores import is_score
+from visrl.statistics import interval, mean_interval
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]  # data set, id, and how many rows before have both

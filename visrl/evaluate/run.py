@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from visrl import manifest
 from visrl.box import CropRule
 from visrl.config import ConfigError
-from visrl.engines.opening import (
+from visrl.engines.open import (
     PATIENCE,
     ModelConfig,
     endpoint_of,
@@ -36,17 +36,18 @@ from visrl.evaluate.benchmarks import (
 )
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import NAME, SCORES, Key, key_of, result_row, summarise
-from visrl.evaluate.rollouts import Mode, greedy_looks
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
 from visrl.models.folder import check_folder
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 from visrl.redact import without_secrets
+from visrl.rollout.greedy import Mode, greedy_looks
 
 if TYPE_CHECKING:
-    from visrl.evaluate.judge import AskAll
-    from visrl.evolve.rollout import Look, Policy, Refusal
-    from visrl.protocols import LookProtocol
+    from visrl.engines.base import Policy
+    from visrl.rewards.judge import AskAll
+    from visrl.rollout.protocols import LookProtocol
+    from visrl.rollout.rollout import Look, Refusal
 
 JOURNAL = "journal.jsonl"
 FAILED = "failed.jsonl"  # what failed in a run of which too much did
@@ -135,7 +136,7 @@ def _checked_questions(config: EvalConfig) -> list[Question]:
 
 
 def _protocol(config: EvalConfig) -> LookProtocol:
-    from visrl.protocols import REFCOCO, VISCOT, VISCOT_BOXES, VISRL, VISRL_BOXES
+    from visrl.rollout.protocols import REFCOCO, VISCOT, VISCOT_BOXES, VISRL, VISRL_BOXES
 
     published = {"samples": VISRL, "viscot": VISCOT, "viscot-detection": VISCOT_BOXES, "refcoco": REFCOCO}
     own = published[config.benchmark]
@@ -257,8 +258,8 @@ def _ask(
 
 def _row(policy: Policy, question: Question, look: Look | Refusal, mode: Mode) -> Row:
     """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
-    from visrl.evaluate.detection import published_hit
-    from visrl.evolve.rollout import Look, failure
+    from visrl.rewards.detection import published_hit
+    from visrl.rollout.rollout import Look, failure
 
     if not isinstance(look, Look):
         row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failure(look))
@@ -295,7 +296,7 @@ def _published_text(policy: Policy, look: Look) -> str | None:
 def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """The rows with the judge's two columns, and how many judgements failed or could not be read."""
     from visrl.evaluate.answers import answered, with_judgements
-    from visrl.evaluate.judge import judge_all
+    from visrl.rewards.judge import judge_all
 
     rows = [{key: value for key, value in row.items() if key not in ("judge", "judge_published")} for row in rows]
     judge = config.judge_model_name_or_path
@@ -321,7 +322,7 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
 @contextmanager
 def _judge(config: EvalConfig, name: str) -> Iterator[AskAll]:
     """The judge `name` while it is needed: servers, or a model in this process."""
-    from visrl.evaluate.judge import client_asker, engine_asker
+    from visrl.rewards.judge import client_asker, engine_asker
 
     if config.judge_url:
         from visrl.engines.client import Client

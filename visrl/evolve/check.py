@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import Box
-from visrl.conversation import seed_of
-from visrl.evolve.critic import Critic, count_verdicts, critic_failure
-from visrl.evolve.diversity import random_box_apart
+from visrl.engines.base import seed_of
 from visrl.evolve.generate import GenerateConfig, open_players, questions_of, told
 from visrl.evolve.pairs import FilterSettings
 from visrl.failures import MAX_FAILED, Tally
 from visrl.records import Sample, Trajectory, Verdict
+from visrl.rewards.critic import Critic, count_verdicts, critic_failure
+from visrl.rollout.diversity import random_box_apart
 
 RULE = FilterSettings()  # the paper's thresholds of a win and a loss
 FEW_READ, WELL_APART = 0.9, 0.8  # below these the check warns: our own bounds, not the paper's

@@ -88,7 +88,7 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     if not done:
         write_records(config.output_dir / PREFERENCES, result.preferences)
         if config.pictures:
-            from visrl.report.pairs import write_page
+            from visrl.evolve.pairs_page import write_page
 
             write_page(config.output_dir / PAGE, result, truth, config.pictures, source["image_root"])
         parents = {"input": identity["input"]}

@@ -18,10 +18,6 @@ from pydantic import AfterValidator, Field
 from visrl.box import CropRule
 from visrl.data.sources import hash_source, read_samples
 from visrl.evolve.again import PREFIX, SetAside, clear_aside, set_aside
-from visrl.evolve.critic import count_verdicts, critic_failure
-from visrl.evolve.diversity import TRIGGER
-from visrl.evolve.players import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
-from visrl.evolve.rollout import RolloutSettings, roll_out
 from visrl.failures import Tally, is_failure
 from visrl.manifest import (
     claim_folder,
@@ -34,6 +30,10 @@ from visrl.manifest import (
 )
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 from visrl.redact import without_secrets
+from visrl.rewards.critic import count_verdicts, critic_failure
+from visrl.rewards.open import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
+from visrl.rollout.diversity import TRIGGER
+from visrl.rollout.rollout import RolloutSettings, roll_out
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 

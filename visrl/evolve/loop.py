@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from visrl.config import Config, ConfigError, OneOrMore, build_config, read_yaml
-from visrl.data.scenes import Kind
-from visrl.engines.opening import RequestConfig
+from visrl.engines.open import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
 from visrl.evolve.generate import (
@@ -23,11 +22,12 @@ from visrl.evolve.generate import (
     questions_of,
     read_questions,
 )
-from visrl.evolve.players import NOT_IDENTITY, critic_name
 from visrl.evolve.scores import evaluate_all, summarise, told_scores
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
+from visrl.rewards.open import NOT_IDENTITY, critic_name
+from visrl.scenes import Kind
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig

@@ -13,8 +13,8 @@ from visrl.manifest import package_versions, read_manifest
 from visrl.records import Sample, write_text
 
 if TYPE_CHECKING:
-    from visrl.evaluate.rollouts import Mode
     from visrl.evolve.generate import SamplingConfig
+    from visrl.rollout.greedy import Mode
 
 
 def evaluate_all(
@@ -28,7 +28,7 @@ def evaluate_all(
 ) -> None:
     """Every checkpoint on the same held-out questions, looking as `config` has them look; the controls of the first and
     of the last."""
-    from visrl.evaluate.rollouts import CROP_MODES
+    from visrl.rollout.greedy import CROP_MODES
 
     # Most controls need true boxes.
     bounds = CROP_MODES if all(sample.box for sample in samples) else CROP_MODES[:2]
@@ -41,9 +41,9 @@ def evaluate_all(
 def _evaluate(
     run: Path, samples: Sequence[Sample], name: str, path: str, modes: Sequence[Mode], config: SamplingConfig
 ) -> None:
-    from visrl.engines.opening import PolicyConfig, opened_policy
-    from visrl.evaluate.rollouts import evaluate_samples
+    from visrl.engines.open import PolicyConfig, opened_policy
     from visrl.records import write_records
+    from visrl.rewards.scored import evaluate_samples
 
     folder = run / "eval"
     files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
@@ -89,8 +89,8 @@ def summarise(
 
 
 def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
-    from visrl.evaluate.statistics import interval
     from visrl.records import read_jsonl
+    from visrl.statistics import interval
 
     rows = list(read_jsonl(file))
     scores: dict[str, Any] = {"answer_accuracy": interval([float(row["correct"]) for row in rows]), "n": len(rows)}

@@ -63,7 +63,7 @@ def generate_served(asked: GenerateConfig, server: ServerConfig) -> None:
 
 @contextmanager
 def _served_policy(asked: GenerateConfig, server: ServerConfig) -> Iterator[str]:
-    from visrl.engines.process import free_port, served
+    from visrl.engines.server_process import free_port, served
 
     port = free_port()
     command = server_command(asked, server, port)
@@ -78,18 +78,21 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
     Raises:
         ConfigError: a limit of pixels that the command does not pass on, or passes on and nobody has set.
     """
-    from visrl.engines.opening import open_encoder, policy_settings
+    from visrl.engines.open import open_encoder, policy_settings
 
     settings = policy_settings(asked)
     if server.server == "vllm":
-        from visrl.serve.commands import ServeConfig
-        from visrl.serve.upstream import vllm_command
+        from visrl.engines.server_process import vllm_command
 
-        serve = ServeConfig(
-            model_name_or_path=asked.model_name_or_path, vllm_model=SERVED_NAME, max_images=2,
-            vllm_args=server.server_args, trust_remote_code=asked.trust_remote_code,
-        )  # fmt: skip
-        return vllm_command(serve, open_encoder(asked, settings), port)
+        return vllm_command(
+            asked.model_name_or_path,
+            open_encoder(asked, settings),
+            port,
+            served_name=SERVED_NAME,
+            max_images=2,
+            trust_remote_code=asked.trust_remote_code,
+            more=server.server_args,
+        )
     assert server.server is not None
     words = [*server.server, *server.server_args]
     values: dict[str, object] = {"model": asked.model_name_or_path, "name": SERVED_NAME, "port": port}

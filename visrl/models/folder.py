@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visrl.errors import UserError
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED
 
@@ -26,7 +27,7 @@ MOST_PARTS = 4096  # of anything that a config counts: layers, heads, experts, l
 COUNTS = re.compile(r"depth|num_.*|n_.*|.*_layers|.*_depth")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A folder or name that holds no model this program can load; the message says what is missing."""
 
 

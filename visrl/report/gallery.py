@@ -15,9 +15,9 @@ from PIL import Image
 
 from visrl.box import Box, CropRule, iou
 from visrl.images import ImageError, crop, open_image
+from visrl.pages.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
 from visrl.records import utf8
-from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
-from visrl.report.files import Row
+from visrl.report.shapes import Row
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI

@@ -8,13 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from visrl.manifest import hold
+from visrl.pages import draw
+from visrl.pages.figures import Drawing, curve_figures
+from visrl.pages.html import render_page
 from visrl.records import write_text
-from visrl.report import draw
-from visrl.report.figures import Drawing, control_figure, curve_figures, kind_figure, stage_figure
-from visrl.report.files import Row
+from visrl.report.figures import control_figure, kind_figure, stage_figure
 from visrl.report.gallery import Answered, comparable, count_outcomes, draw_lot, exhibits, shared_ids
-from visrl.report.html import render_page
 from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
+from visrl.report.shapes import Row
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
 
 NAME = "report.html"
@@ -37,7 +41,7 @@ def save(run: Path, page: str) -> Path:
 def render(run: Run) -> str:
     """The page of a run."""
     return render_page(
-        "page.html",
+        Path(__file__).with_name("page.html"),
         run=run,
         lede=lede(run),
         headlines=headlines(run),
@@ -122,3 +126,23 @@ def _gallery(run: Run) -> Row:
         "outcomes": outcomes,
         "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},
     }
+
+
+def report(run: Path) -> None:
+    """Write the report of a run folder, and say what it was made from and what is not there yet.
+
+    Raises:
+        ReportError: no report can be made of it.
+        HeldError: another process writes its page.
+    """
+    loaded = load_run(run)
+    page = render(loaded)
+    with hold(run / "report.html"):  # the page alone: a run may be reported on while it is written
+        path = save(run, page)
+    typer.echo(
+        f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "
+        f"{len(loaded.curves)} training logs, {len(loaded.evaluations)} evaluations, {len(loaded.manifests)} manifests"
+    )
+    if loaded.missing:
+        typer.echo(f"left out, not there yet: {', '.join(loaded.missing)}")
+    typer.echo(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")

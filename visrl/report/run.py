@@ -15,21 +15,25 @@ from typing import Any
 from visrl.box import CropRule
 from visrl.evaluate.results import NAME as RESULTS
 from visrl.evaluate.results import SCORES, dataset_of, read_results
-from visrl.evaluate.statistics import interval
-from visrl.evolve.critic import count_verdicts
 from visrl.manifest import NAME as MANIFEST
+from visrl.pages.figures import Curve
 from visrl.records import Verdict, from_json, place_name, place_of
-from visrl.report.files import ReportError, Row, read_object, read_rows
 from visrl.report.shapes import (
     AnswerShape,
     EvaluationShape,
     LogShape,
     ManifestShape,
     PairShape,
+    ReportError,
+    Row,
     Shape,
     SummaryShape,
     TryShape,
+    read_object,
+    read_rows,
 )
+from visrl.rewards.critic import count_verdicts
+from visrl.statistics import interval
 
 MEASURES = {
     "answer_accuracy": "Answers right",
@@ -98,14 +102,6 @@ class Pairs:
     random_boxes: int
     unparsed: int
     unread: int  # scores that the critic was asked for and that could not be read
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """The training log of one stage, one row a step."""
-
-    title: str
-    rows: list[Row]
 
 
 @dataclass(frozen=True, slots=True)

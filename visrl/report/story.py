@@ -11,10 +11,10 @@ from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
-from visrl.evaluate.statistics import paired
+from visrl.pages.wording import NO_BREAK, count, measured, percent, signed
 from visrl.report.gallery import shared_ids
 from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage, measure_rows
-from visrl.report.wording import NO_BREAK, count, measured, percent, signed
+from visrl.statistics import paired
 
 Verdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
 

@@ -15,7 +15,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from visrl.conversation import Conversation, Sampling, View
+from visrl.conversation import Conversation, View
+from visrl.engines.base import Sampling
 from visrl.serve.batching import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.drawn import Scenes

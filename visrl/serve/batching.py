@@ -23,7 +23,8 @@ import torch
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
-from visrl.conversation import Completion, Conversation
+from visrl.conversation import Conversation
+from visrl.engines.base import Completion
 from visrl.serve.connections import RESERVE
 from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
@@ -48,7 +49,7 @@ OnToken = Callable[[int, Callable[[], str]], bool]
 
 
 class RowDrawing(Protocol):
-    """Texts being drawn, by the numbers of their rows (see `visrl.engines.drawing.Drawing`)."""
+    """Texts being drawn, by the numbers of their rows (see `visrl.engines.decoding.Drawing`)."""
 
     def __len__(self) -> int: ...
     def add(self, rows: Mapping[int, Any]) -> dict[int, Completion]: ...

@@ -8,8 +8,8 @@ import secrets
 import time
 from collections import deque
 
-from visrl.data.scenes import draw_anew, make_scene, questions_of
 from visrl.engines.endpoint import data_url
+from visrl.scenes import draw_anew, make_scene, questions_of
 
 SCENES = 1000  # of which one is drawn
 SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already

@@ -11,18 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from visrl.box import Box, BoxError, crop_window
-from visrl.conversation import (
-    Completion,
-    View,
-    answer_conversation,
-    crop_view,
-    focus_conversation,
-    seed_of,
-)
+from visrl.conversation import View, answer_conversation, crop_view, focus_conversation
+from visrl.engines.base import Completion, seed_of
 from visrl.engines.endpoint import data_url
-from visrl.evolve.rollout import MAX_BOX_TOKENS
 from visrl.records import Picture
 from visrl.replies import spoken
+from visrl.rollout.rollout import MAX_BOX_TOKENS
 from visrl.serve.batching import Backend
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box

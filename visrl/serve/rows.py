@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from visrl.conversation import Completion, Conversation, Sampling
+from visrl.conversation import Conversation
+from visrl.engines.base import Completion, Sampling
 
 PICTURE_TOKENS = 512  # a guess for sizing batches, no limit
 UNSURE = "\ufffd"  # what a tokeniser gives for a character of which not all bytes are there yet

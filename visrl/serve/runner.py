@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,10 +18,11 @@ from typing import Any
 import uvicorn
 
 from visrl.config import ConfigError
-from visrl.conversation import Sampling
+from visrl.engines.base import Sampling
+from visrl.engines.open import model_settings, open_local, refuse_unused, request_of
 from visrl.serve.app import Settings, create_app
-from visrl.serve.batching import Backend
-from visrl.serve.commands import SHUTDOWN_S, ServeConfig, make_backend
+from visrl.serve.batching import Backend, Batcher, Loaded
+from visrl.serve.config import ServeConfig
 from visrl.serve.connections import protocol_of
 from visrl.serve.memory import give_back, keep_little
 from visrl.serve.metrics import Metrics
@@ -28,8 +30,30 @@ from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.safety import Gate, is_local_name
 
 BACKLOG = 1024
+KEPT_BYTES = 64_000_000  # of pictures before the batch in work: strangers seldom send one twice
+PLAIN_KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
+SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 OWN_FILES = 512
 TIDY_S = 10.0  # between two times that memory is given back, while there are requests
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until told to stop (SIGINT or SIGTERM), which lets the requests in work finish.
+
+    Raises:
+        ConfigError: remote code that was not allowed, or a model that cannot be loaded or reached.
+    """
+    config = config.with_environment(os.environ)
+    if config.api_key is not None and not PLAIN_KEY.fullmatch(config.api_key):
+        raise ConfigError("api_key is sent in a header, so it can hold no blanks or control characters")
+    if config.trust_remote_code and not config.allow_remote_code:
+        raise ConfigError(
+            "trust_remote_code runs code that comes with a checkpoint, on a server for others; "
+            "set allow_remote_code=true as well if you mean it"
+        )
+    if ":" in config.name:
+        raise ConfigError(f"the served name {config.name!r} holds a colon, which marks `:focus`; set served_model_name")
+    run_server(config)
 
 
 def run_server(config: ServeConfig) -> None:
@@ -188,3 +212,21 @@ async def _tidy(metrics: Metrics) -> None:
 def _announce(port: int, config: ServeConfig) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"Serving {config.name} and {config.name}:focus at http://{host}:{port} (page) and /v1 (API)", flush=True)
+
+
+def load_local(config: ServeConfig) -> Loaded:
+    """The in-process engine of the config's checkpoint."""
+    settings = model_settings(config)
+    engine = open_local(config, settings, config.device)
+    engine.encoder.cache_bytes = KEPT_BYTES
+    return Loaded(engine, settings.crop_rule)
+
+
+def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
+    """The backend that the config names, not yet started."""
+    if config.infer_backend == "vllm":
+        from visrl.serve.upstream import Upstream
+
+        return Upstream(config, metrics)
+    refuse_unused(request_of(config), "", "infer_backend: vllm")
+    return Batcher(lambda: load_local(config), metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)

@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from visrl.conversation import Conversation, Message, Sampling, View, seed_of
+from visrl.conversation import Conversation, Message, View
+from visrl.engines.base import Sampling, seed_of
 from visrl.prompts import IMAGE
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import passed_on

@@ -5,7 +5,6 @@ slot there too. Batching, there, is vLLM's.
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import threading
 from contextlib import aclosing
@@ -13,37 +12,21 @@ from contextlib import aclosing
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.config import ConfigError
-from visrl.conversation import Completion
+from visrl.engines.base import Completion
 from visrl.engines.client import Ask, Client, Endpoint, EndpointError
 from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial
-from visrl.engines.opening import model_settings, open_encoder, request_of
-from visrl.engines.process import free_port, start, stop, wait_until_served
+from visrl.engines.open import model_settings, open_encoder, request_of
+from visrl.engines.server_process import free_port, start, stop, vllm_command, wait_until_served
 from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError
 from visrl.serve.batching import State, room_of
-from visrl.serve.commands import ServeConfig
+from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.rows import Row
 from visrl.serve.schemas import RequestError
 
 STREAM_BYTES = 64_000_000  # of one stream, which spends some hundred bytes on a token
-
-
-def vllm_command(config: ServeConfig, encoder: Encoder, port: int) -> list[str]:
-    """The command line that serves the config's model with vLLM on a local port.
-
-    vLLM knows one limit for all pictures. They come to it in the sizes that `encoder` gives wholes and crops, so that
-    its limits need only leave both alone.
-    """
-    command = ["vllm", "serve", config.model_name_or_path, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", config.vllm_model or config.model_name_or_path]
-    command += ["--limit-mm-per-prompt", json.dumps({"image": config.max_images})]
-    if (bounds := encoder.bounds()) is not None:
-        command += ["--mm-processor-kwargs", json.dumps({"size": bounds})]
-    if config.trust_remote_code:
-        command.append("--trust-remote-code")
-    return command + config.vllm_args
 
 
 class Upstream:
@@ -116,7 +99,17 @@ class Upstream:
 
     def _start_vllm(self, encoder: Encoder) -> None:
         port = free_port()
-        self._process = start(vllm_command(self._config, encoder, port))
+        self._process = start(
+            vllm_command(
+                self._config.model_name_or_path,
+                encoder,
+                port,
+                served_name=self._model,
+                max_images=self._config.max_images,
+                trust_remote_code=self._config.trust_remote_code,
+                more=self._config.vllm_args,
+            )
+        )
         self._url = f"http://127.0.0.1:{port}/v1"
 
     def _wait_until_served(self) -> None:

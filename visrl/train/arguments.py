@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from visrl.config import ConfigError, shown
 from visrl.train.config import TrainConfig
-from visrl.train.processes import launched
+from visrl.train.distributed import launched
 
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from visrl.box import CropRule
 from visrl.config import Adapters, ConfigError, Listed
-from visrl.data.scenes import KINDS, MAX_TAGS, Kind
+from visrl.scenes import KINDS, MAX_TAGS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 
 PrefLoss = Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "sft"]

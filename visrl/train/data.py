@@ -24,13 +24,13 @@ from visrl.conversation import (
     crop_view,
     focus_conversation,
     open_view,
-    seed_of,
 )
-from visrl.data.scenes import close_up, find_question, scene_samples
+from visrl.engines.base import seed_of
 from visrl.models.encode import Encoder
 from visrl.prompts import IMAGE
-from visrl.protocols import plain_conversation
 from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
+from visrl.rollout.protocols import plain_conversation
+from visrl.scenes import close_up, find_question, scene_samples
 from visrl.train.items import Item, Role, Row
 
 if TYPE_CHECKING:

@@ -169,7 +169,7 @@ def _largest(differences: torch.Tensor) -> float:
 
 def _probe(encoder: Any) -> Any:
     """A packed batch of drawn scenes, to compare log-probabilities on."""
-    from visrl.data.scenes import scene_samples
+    from visrl.scenes import scene_samples
     from visrl.train.data import sft_rows
     from visrl.train.items import Collator, Item
 
@@ -181,7 +181,7 @@ def _probe(encoder: Any) -> Any:
 @torch.no_grad()
 def _logps(model: torch.nn.Module, packed: Any) -> torch.Tensor:
     from visrl.models.attention import attending_trees
-    from visrl.train.forward import token_logps
+    from visrl.packing.forward import token_logps
 
     with attending_trees(model):
         return token_logps(model, packed)

@@ -19,8 +19,8 @@ from visrl.models.families import (
     takes_features,
     trains_features,
 )
-from visrl.train.pack import Packed, moved
-from visrl.train.processes import say
+from visrl.packing.pack import Packed, moved
+from visrl.train.distributed import say
 
 
 def open_features(model: nn.Module, family: Family, limit: int) -> FeatureCache | None:

@@ -14,9 +14,9 @@ import torch
 
 from visrl.conversation import Conversation, PromptError
 from visrl.models.encode import Encoder, TokenPath
+from visrl.packing.pack import BUCKET, Packed, pack
+from visrl.packing.tree import grow
 from visrl.records import RecordError, Step
-from visrl.train.pack import BUCKET, Packed, pack
-from visrl.train.tree import grow
 
 Role = Literal["target", "chosen", "rejected", "mismatched"]
 

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from visrl.images import names_file, picture_path
 from visrl.manifest import PACKAGES, hash_files, package_versions
 from visrl.models.modes import evaluating
+from visrl.packing.forward import branch_logps
 from visrl.progress import progress
 from visrl.records import write_text
+from visrl.train.distributed import dealt, gathered, whole_weights
 from visrl.train.features import FeatureCache
-from visrl.train.forward import branch_logps
 from visrl.train.items import Batch, Collator, Item
-from visrl.train.processes import dealt, gathered, whole_weights
 
 
 def reference_key(parts: dict[str, Any]) -> str:

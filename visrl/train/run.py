@@ -35,21 +35,20 @@ from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
+from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
 from visrl.records import Journal, Sample, read_jsonl, write_records
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences, SftSamples, split
+from visrl.train.distributed import launched, on_processes, processes_wanted, say, sharded
+from visrl.train.dry_run import peak_memory, rehearse, survey
 from visrl.train.features import open_features
 from visrl.train.fields import TrainerFields
 from visrl.train.items import Collator, Item
-from visrl.train.memory import peak_memory
-from visrl.train.pack import BUCKET, TIGHT_BUCKET
-from visrl.train.policy import check_policy, prepare_model
-from visrl.train.processes import launched, on_processes, processes_wanted, say, sharded
+from visrl.train.model import check_policy, prepare_model
 from visrl.train.reference import hash_pictures, reference_key, reference_logps
-from visrl.train.survey import rehearse, survey
 from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer, writing
 
 # Keys that change neither what is learned nor what is written beside it.
@@ -325,8 +324,7 @@ def _told(config: TrainConfig, arguments: TrainingArguments, dataset: Any, valid
 
 def plot_loss(out: Path) -> None:
     """Draw the curves of `log.jsonl`: `training_loss.svg`, and one picture for each further measure."""
-    from visrl.report.figures import curve_figures
-    from visrl.report.run import Curve
+    from visrl.pages.figures import Curve, curve_figures
 
     for drawing in curve_figures([Curve(title=out.name, rows=list(read_jsonl(out / "log.jsonl")))]):
         name = drawing.title.lower().replace(" ", "_").replace("-", "_")

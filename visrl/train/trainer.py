@@ -16,25 +16,26 @@ from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from visrl.errors import UserError
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
 from visrl.models.modes import evaluating
+from visrl.packing.forward import BranchLogps, branch_logps
 from visrl.records import RecordError, Sample
 from visrl.train import losses
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum
+from visrl.train.distributed import dealt, sharded
 from visrl.train.features import FeatureCache
-from visrl.train.forward import BranchLogps, branch_logps
 from visrl.train.items import Batch, Branch, select
-from visrl.train.policy import make_tied_embedding_sparse
-from visrl.train.processes import dealt, sharded
+from visrl.train.model import make_tied_embedding_sparse
 
 COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """A training that must not be called complete; the message says what to change."""
 
 
@@ -221,7 +222,7 @@ class VisrlTrainer(Trainer):
 
     def _roll_out(self) -> dict[str, float]:
         from visrl.engines.local import LocalEngine
-        from visrl.evaluate.rollouts import evaluate_samples, measures
+        from visrl.rewards.scored import evaluate_samples, measures
 
         policy = self.accelerator.unwrap_model(self.model)
         engine = LocalEngine(policy, self.encoder)

@@ -1,7 +1,7 @@
 """The embedded model: a tiny Qwen2-VL with a tokenizer and a processor of its own, loadable offline.
 
 `make.py` draws its random start; `configs/tiny/train_sft.yaml` and `train_sft_2.yaml` are the recipe that warms it up;
-`checkpoint/` holds the result with the manifest of the run that made it, `before/` manifest and log of the run before.
+`checkpoint/` holds the result with the manifest of the run that made it (docs/tiny/: those of the run before).
 """
 
 from pathlib import Path

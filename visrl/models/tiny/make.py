@@ -21,9 +21,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from visrl.data.scenes import scene_samples
 from visrl.models.settings import ModelSettings
 from visrl.prompts import BOX_SENTENCE, FOCUS_SENTENCE, answer_prompt, focus_prompt
+from visrl.scenes import scene_samples
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

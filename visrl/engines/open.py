@@ -21,10 +21,10 @@ from visrl.failures import MAX_FAILED
 from visrl.models.settings import ModelSettings
 
 if TYPE_CHECKING:
+    from visrl.engines.base import Policy
     from visrl.engines.client import Endpoint
     from visrl.engines.endpoint import EndpointEngine
     from visrl.engines.local import LocalEngine
-    from visrl.evolve.rollout import Policy
     from visrl.models.encode import Encoder
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from visrl.box import CropRule
 from visrl.config import ConfigError
-from visrl.engines.opening import (
+from visrl.engines.open import (
     PATIENCE,
     ModelConfig,
     PolicyConfig,
@@ -30,11 +30,10 @@ from visrl.manifest import read_manifest
 from visrl.records import Sample
 
 if TYPE_CHECKING:
-    from visrl.conversation import Engine
+    from visrl.engines.base import Engine, Policy
     from visrl.engines.endpoint import EndpointEngine
-    from visrl.evolve.critic import Critic
-    from visrl.evolve.rollout import Policy
     from visrl.models.settings import ModelSettings
+    from visrl.rewards.critic import Critic
 
 
 class PlayersConfig(PolicyConfig):
@@ -152,8 +151,8 @@ def _open_critic(
     stack: ExitStack,
 ) -> Critic:
     from visrl.engines.local import LocalEngine
-    from visrl.evolve.critic import ModelCritic, SceneOracle
     from visrl.models.settings import ModelSettings
+    from visrl.rewards.critic import ModelCritic, SceneOracle
 
     name = critic_name(config, samples)
     if not config.critic_url:

@@ -11,23 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-# Errors that are the user's to mend: their message is the whole story. By the module that raises them, for what a
-# module raises that was never imported cannot have been raised.
-USER_ERRORS = {
-    "visrl.box": "BoxError",
-    "visrl.config": "ConfigError",
-    "visrl.conversation": "PromptError",
-    "visrl.engines.client": "EndpointError",
-    "visrl.failures": "FailedRun",
-    "visrl.images": "ImageError",
-    "visrl.manifest": "ManifestError",
-    "visrl.models.folder": "CheckpointError",
-    "visrl.records": "RecordError",
-    "visrl.report.files": "ReportError",
-    "visrl.train.processes": "ProcessError",
-    "visrl.train.trainer": "TrainingError",
-}
-
+from visrl.errors import UserError
 
 # How requests to a server are put, for verbs of the command line that take no config (see `RequestConfig`).
 MaxTokensKey = Annotated[
@@ -67,7 +51,7 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("visrl: interrupted; the same command goes on where this one stopped", err=True)
             raise typer.Exit(130) from None
-        except _user_errors() as error:
+        except (OSError, UserError) as error:
             if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
                 raise  # who reads what is printed has had enough of it, as `… | head`: no fault, and typer ends it
             typer.echo(f"visrl: {error}", err=True)
@@ -92,9 +76,3 @@ def _told(message: Warning | str, category: type[Warning], filename: str, lineno
 
 
 _PYTHONS = warnings.formatwarning
-
-
-def _user_errors() -> tuple[type[BaseException], ...]:
-    """The errors of `USER_ERRORS` that can have been raised, and those of the file system."""
-    raised = (getattr(sys.modules[module], name) for module, name in USER_ERRORS.items() if module in sys.modules)
-    return (OSError, *raised)

@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from visrl.conversation import Completion, Conversation, PromptError, Sampling
+from visrl.conversation import Conversation, PromptError
+from visrl.engines.base import Completion, Sampling
 from visrl.models.encode import Encoder, TokenPath
 
 ReadText = Callable[[], str]

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import Field
 
+from visrl.cli.verbs import Verbs
 from visrl.config import Config, ConfigError, build_config, read_yaml
-from visrl.verbs import Verbs
 
 app = typer.Typer(cls=Verbs, help="Convert, check and describe data sets.", no_args_is_help=True)
 
@@ -176,10 +176,10 @@ def stats(
 
     space = _space(box_space) if box_space else None
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
-    encoder = _encoder(model, image_max_pixels, crop_max_pixels) if model else None
+    tokens = _token_counts(model, image_max_pixels, crop_max_pixels) if model else None
     with _progress() as tick:
         reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
-        found = measure(source, inputs, reading, encoder, tick)
+        found = measure(source, inputs, reading, tokens, tick)
     print(as_table(found))
     if html:
         from visrl.data.stats_page import write_page
@@ -188,13 +188,14 @@ def stats(
         print(f"wrote {html}")
 
 
-def _encoder(model: str, image_max_pixels: int | None, crop_max_pixels: int | None) -> Any:
+def _token_counts(model: str, image_max_pixels: int | None, crop_max_pixels: int | None) -> Any:
     from visrl.models.load import CheckpointError, load_encoder
     from visrl.models.settings import ModelSettings
+    from visrl.models.tokens import TokenCounts
 
     settings = ModelSettings.load(model).with_given(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
     try:
-        return load_encoder(model, settings)
+        return TokenCounts(load_encoder(model, settings))
     except CheckpointError as error:
         raise ConfigError(f"--model: {error}") from error
 

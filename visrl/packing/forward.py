@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from visrl.train.pack import Packed
+from visrl.packing.pack import Packed
 
 PART = 2**18  # logits that are held in fp32 at a time
 

@@ -5,6 +5,12 @@ However this process ends, by an error, a signal or SIGKILL, the server ends wit
 
 from __future__ import annotations
 
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from visrl.models.encode import Encoder
+
 import os
 import shutil
 import signal
@@ -134,3 +140,28 @@ def served(command: Sequence[str], port: int, name: str, log: Path, start_s: flo
     finally:
         client.close()
         stop(process)
+
+
+def vllm_command(
+    model: str,
+    encoder: Encoder,
+    port: int,
+    *,
+    served_name: str,
+    max_images: int,
+    trust_remote_code: bool = False,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The command line that serves `model` with vLLM on a local port.
+
+    vLLM knows one limit for all pictures. They come to it in the sizes that `encoder` gives wholes and crops, so that
+    its limits need only leave both alone.
+    """
+    command = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", served_name]
+    command += ["--limit-mm-per-prompt", json.dumps({"image": max_images})]
+    if (bounds := encoder.bounds()) is not None:
+        command += ["--mm-processor-kwargs", json.dumps({"size": bounds})]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
+    return [*command, *more]

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from visrl.data.commands import app as data_app
-from visrl.evaluate.commands import app as eval_app
+from visrl.cli.data import app as data_app
+from visrl.cli.evaluate import app as eval_app
+from visrl.cli.verbs import Verbs
 from visrl.progress import next_command
-from visrl.verbs import Verbs
 
 app = typer.Typer(
     name="visrl",
@@ -146,9 +146,12 @@ def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
 def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Serve a checkpoint behind the OpenAI protocol; a model name ending in `:focus` looks before it answers."""
     from visrl.config import read_config
-    from visrl.serve.commands import ServeConfig, serve
+    from visrl.serve.config import ServeConfig
 
-    serve(read_config(ServeConfig, *_given(config, overrides)))
+    settings = read_config(ServeConfig, *_given(config, overrides))
+    from visrl.serve.runner import serve
+
+    serve(settings)
 
 
 @app.command()
@@ -171,7 +174,7 @@ def ask(
 
     `policy_url=http://…/v1` (or --policy-url) asks a server, `policy_served_name`, `codec` and the others go with it.
     """
-    from visrl.engines.opening import PolicyConfig
+    from visrl.engines.open import PolicyConfig
     from visrl.evaluate.ask import ask_models
 
     given = [text for text in questions if text.partition("=")[0].strip() in PolicyConfig.known_keys() and "=" in text]
@@ -186,7 +189,7 @@ def ask(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
     """One self-contained HTML page for a run: scores, loop, curves, controls and a gallery."""
-    from visrl.report.commands import report as write
+    from visrl.report.page import report as write
 
     write(run)
 
@@ -255,7 +258,3 @@ def main(arguments: list[str] | None = None, defaults: list[str] | None = None) 
 def main_stage2() -> None:
     """The program `visrl-cli-stage2`: `train` with rl_stage=2."""
     main(defaults=["rl_stage=2"])
-
-
-if __name__ == "__main__":
-    main()

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from visrl.conversation import Completion, Conversation, Engine, Message, Sampling
-from visrl.evaluate.scores import is_score, read_published, read_score
+from visrl.conversation import Conversation, Message
+from visrl.engines.base import Completion, Engine, Sampling
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, JUDGE_TOKENS, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, utf8, write_records
 from visrl.replies import whole_text
+from visrl.rewards.scores import is_score, read_published, read_score
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
     from visrl.engines.client import Ask, Client

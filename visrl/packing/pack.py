@@ -15,7 +15,7 @@ import torch
 
 from visrl.models.encode import EncodedView
 from visrl.models.families import Family, Layout
-from visrl.train.tree import Tree
+from visrl.packing.tree import Tree
 
 BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
 TIGHT_BUCKET = 16  # the same where shapes may be many, as on a CPU, and padding costs more than they do

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from visrl.box import Box, BoxError, Size, clamp, padding
-from visrl.conversation import seed_of
+from visrl.engines.base import seed_of
 from visrl.records import Sample
 
 Control = Literal["random", "center"]

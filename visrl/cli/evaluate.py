@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from visrl.cli.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs, json_object
 from visrl.failures import MAX_FAILED, Tally
 from visrl.progress import next_command
 from visrl.prompts import JUDGE_TOKENS
-from visrl.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs, json_object
 
 if TYPE_CHECKING:
-    from visrl.evaluate.judge import Judgement
+    from visrl.rewards.judge import Judgement
 
 
 class RunUnlessNamed(Verbs):
@@ -114,10 +114,10 @@ def judge(
     """Ask a judge about every answer, with the published prompt."""
     from visrl.config import build_config
     from visrl.engines.client import Client, Endpoint
-    from visrl.engines.opening import RequestConfig
+    from visrl.engines.open import RequestConfig
     from visrl.evaluate.answers import answered
-    from visrl.evaluate.judge import client_asker, judge_all
     from visrl.manifest import hold
+    from visrl.rewards.judge import client_asker, judge_all
 
     rows, _ = _answer_rows(predictions, truth)
     asked = [one for one in map(answered, rows) if one is not None]
@@ -159,9 +159,9 @@ def judge(
 @app.command()
 def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
     """How far two judges agree on the same answers."""
-    from visrl.evaluate.judge import read_judgements
-    from visrl.evaluate.statistics import agreement
     from visrl.records import RecordError
+    from visrl.rewards.judge import read_judgements
+    from visrl.statistics import agreement
 
     first, second = (_by_answer(read_judgements(path)) for path in (a, b))
     both = [(first[key], second[key]) for key in first if key in second]
@@ -231,7 +231,7 @@ def _by_answer(judgements: Iterable[Judgement]) -> dict[tuple[str, str, int], Ju
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:
     from visrl.codecs import CODECS
     from visrl.evaluate.boxfiles import box_totals, folder_totals, score_boxes
-    from visrl.evaluate.files import files_by_dataset
+    from visrl.evaluate.predictions import files_by_dataset
     from visrl.evaluate.results import summarise
     from visrl.evaluate.tables import summary_lines
     from visrl.records import RecordError
@@ -264,10 +264,10 @@ def _score_answers(
     predictions: Path, truth: Path | None, judgements: Path | None, out: Path | None, as_json: bool
 ) -> None:
     from visrl.evaluate.answers import with_averages, with_judgements
-    from visrl.evaluate.judge import read_judgements
     from visrl.evaluate.results import summarise
     from visrl.evaluate.tables import summary_lines
     from visrl.records import RecordError
+    from visrl.rewards.judge import read_judgements
 
     rows, missing = _answer_rows(predictions, truth)
     if judgements is not None:
@@ -292,7 +292,7 @@ def _score_answers(
 
 def _answer_rows(predictions: Path, truth: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
     from visrl.evaluate.answers import score_answers
-    from visrl.evaluate.files import files_by_dataset
+    from visrl.evaluate.predictions import files_by_dataset
 
     if not predictions.is_dir():
         return score_answers(predictions, truth)

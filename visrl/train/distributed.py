@@ -18,12 +18,14 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from visrl.errors import UserError
+
 Argument = TypeVar("Argument")
 HANDLED = "SIGTERM,SIGHUP,SIGQUIT"  # by torch's launcher; SIGINT by us
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """One of the processes that train together failed; the message is its own."""
 
 

@@ -1,6 +1,6 @@
 """Greedy rollouts over questions: a model's own box and the controls that bound it, under any protocol.
 
-What is drawn here is scored in results.py; the demo and training curves score it at once (`evaluate_samples`).
+Nothing here scores: see rewards/ and evaluate/results.py.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from visrl.box import Box, BoxError, CropRule, iou
-from visrl.conversation import Conversation, Sampling, View
-from visrl.evaluate.controls import WHOLE, matched_control, published_control, true_box
-from visrl.evaluate.metrics import exact_match
-from visrl.evolve.rollout import Look, Policy, Refusal, answer_all, begin, failure, hear, look_at
-from visrl.protocols import VISRL, LookProtocol, plain_conversation
+from visrl.box import Box, BoxError, CropRule
+from visrl.conversation import Conversation, View
+from visrl.engines.base import Policy, Sampling
 from visrl.records import Sample, place_name
+from visrl.rollout.controls import WHOLE, matched_control, published_control, true_box
+from visrl.rollout.protocols import VISRL, LookProtocol, plain_conversation
+from visrl.rollout.rollout import Look, Refusal, answer_all, begin, hear, look_at
 
 # "no_box" is one turn of picture and question; "no_crop" is the second step, shown the whole picture for a crop.
 Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CROP_MODES: tuple[Mode, ...] = ("own", "no_crop", "random", "center", "truth")
-BATCH = 64
-
-EvalRow = dict[str, Any]
 
 
 def greedy_looks(
@@ -90,58 +85,3 @@ def control_box(sample: Sample, whole: View, mode: Mode, protocol: LookProtocol 
         return published_control(mode, whole.size, f"{sample.source}/{place_name(sample.place)}", seed)
     assert mode == "no_crop", mode
     return WHOLE
-
-
-# --- Scored at once: drawn scenes, and what a training run watches ---------------------------------------------------
-
-
-def evaluate_samples(
-    policy: Policy,
-    samples: Sequence[Sample],
-    *,
-    mode: Mode = "own",
-    crop_rule: CropRule = "exact",
-    root: str | Path | None = None,
-    seed: int = 0,
-) -> list[EvalRow]:
-    """One row per sample: question, boxes, prediction, whether it is right, IoU, and the error where there was one."""
-    rows: list[EvalRow] = []
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
-        looks = greedy_looks(policy, part, mode=mode, root=root, crop_rule=crop_rule, seed=seed)
-        rows += [eval_row(sample, look, mode) for sample, look in zip(part, looks, strict=True)]
-    return rows
-
-
-def eval_row(sample: Sample, look: Look | Refusal, mode: Mode) -> EvalRow:
-    """The record of one question: a look without a box counts IoU 0 and a wrong answer, with its error kept."""
-    found = look if isinstance(look, Look) else None
-    box, answer = (found.box, found.answer) if found else (None, None)
-    return {
-        "id": sample.id,
-        "kind": sample.source.removeprefix("scenes-"),
-        "mode": mode,
-        "question": sample.question,
-        "answer": sample.answer,
-        "image": sample.image,
-        "true_box": sample.box.as_list() if sample.box else None,
-        "box": box.as_list() if box else None,
-        "box_text": found.text if found else "",
-        "prediction": answer,
-        "correct": answer is not None and exact_match(answer, [sample.answer]) == 1.0,
-        "iou": iou(box, sample.box) if box and sample.box else (0.0 if sample.box else None),
-        "error": look.error if isinstance(look, Look) else failure(look),
-        **({"repeat": sample.repeat} if sample.repeat else {}),
-    }
-
-
-def measures(rows: Sequence[EvalRow]) -> dict[str, float]:
-    """What a training run watches: accuracy, parse rate, mean IoU where boxes are known, and their mean as a score."""
-    accuracy = float(np.mean([row["correct"] for row in rows]))
-    found = {"accuracy": accuracy, "parse_rate": float(np.mean([row["box"] is not None for row in rows]))}
-    known = [row["iou"] for row in rows if row["iou"] is not None]
-    if known:
-        found["iou"] = float(np.mean(known))
-        found["iou_50"] = float(np.mean([value > 0.5 for value in known]))
-    found["score"] = (accuracy + found.get("iou", accuracy)) / 2
-    return found

@@ -1,9 +1,7 @@
-"""`visrl api`: the server's config, and starting and stopping it. Heavy things are imported when they are needed."""
+"""What `visrl api` takes. Imports no torch: a typo is refused at once."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,17 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from visrl.config import ConfigError
-from visrl.engines.opening import ModelConfig, RequestConfig, ServerUrl, refuse_unused, request_of
+from visrl.engines.open import ModelConfig, RequestConfig, ServerUrl
 
 if TYPE_CHECKING:
-    from visrl.serve.batching import Backend, Loaded
-    from visrl.serve.metrics import Metrics
     from visrl.serve.schemas import Limits
 
 ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
-KEPT_BYTES = 64_000_000  # of pictures before the batch in work: strangers seldom send one twice
-PLAIN_KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
-SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 
 
 class ServeConfig(ModelConfig, RequestConfig):
@@ -101,47 +94,3 @@ class ServeConfig(ModelConfig, RequestConfig):
             waiting_rows=self.max_waiting,
             connections=self.max_connections,
         )
-
-
-def serve(config: ServeConfig) -> None:
-    """Serve until told to stop (SIGINT or SIGTERM), which lets the requests in work finish.
-
-    Raises:
-        ConfigError: remote code that was not allowed, or a model that cannot be loaded or reached.
-    """
-    from visrl.serve.runner import run_server
-
-    config = config.with_environment(os.environ)
-    if config.api_key is not None and not PLAIN_KEY.fullmatch(config.api_key):
-        raise ConfigError("api_key is sent in a header, so it can hold no blanks or control characters")
-    if config.trust_remote_code and not config.allow_remote_code:
-        raise ConfigError(
-            "trust_remote_code runs code that comes with a checkpoint, on a server for others; "
-            "set allow_remote_code=true as well if you mean it"
-        )
-    if ":" in config.name:
-        raise ConfigError(f"the served name {config.name!r} holds a colon, which marks `:focus`; set served_model_name")
-    run_server(config)
-
-
-def load_local(config: ServeConfig) -> Loaded:
-    """The in-process engine of the config's checkpoint."""
-    from visrl.engines.opening import model_settings, open_local
-    from visrl.serve.batching import Loaded
-
-    settings = model_settings(config)
-    engine = open_local(config, settings, config.device)
-    engine.encoder.cache_bytes = KEPT_BYTES
-    return Loaded(engine, settings.crop_rule)
-
-
-def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
-    """The backend that the config names, not yet started."""
-    from visrl.serve.batching import Batcher
-
-    if config.infer_backend == "vllm":
-        from visrl.serve.upstream import Upstream
-
-        return Upstream(config, metrics)
-    refuse_unused(request_of(config), "", "infer_backend: vllm")
-    return Batcher(lambda: load_local(config), metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)

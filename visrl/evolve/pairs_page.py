@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from visrl.box import Box, iou
 from visrl.images import ImageError, open_image
+from visrl.pages.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
+from visrl.pages.html import render_page
 from visrl.records import place_name, write_text
-from visrl.report.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, Mark, annotate, data_uri, shrink
 from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
-from visrl.report.html import render_page
 
 if TYPE_CHECKING:
     from visrl.evolve.pairs import Filtered, Judged
@@ -57,7 +57,7 @@ def write_page(path: Path, result: Filtered, truth: dict[Place, Box], count: int
         for miss in result.missed
     }
     page = render_page(
-        "pairs.html",
+        Path(__file__).with_name("pairs.html"),
         questions=result.questions,
         kept=[_card(*kept[name], truth.get(kept[name][0].place), root) for name in draw_lot(kept, count)],
         kept_count=result.kept,

@@ -10,45 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from visrl.box import Box, BoxError, CropRule, Size
-from visrl.codecs import Codec
-from visrl.conversation import (
-    Completion,
-    Conversation,
-    Engine,
-    PromptError,
-    Sampling,
-    View,
-    crop_view,
-    focus_conversation,
-    open_view,
-    seed_of,
-)
-from visrl.evolve.diversity import TRIGGER, needs_replacing, random_box_apart
+from visrl.conversation import Conversation, PromptError, View, crop_view, focus_conversation, open_view
+from visrl.engines.base import Completion, Policy, Sampling, seed_of
 from visrl.images import ImageError
-from visrl.protocols import VISRL, LookProtocol
 from visrl.records import Origin, Picture, Place, Sample, Trajectory
 from visrl.replies import spoken
+from visrl.rollout.diversity import TRIGGER, needs_replacing, random_box_apart
+from visrl.rollout.protocols import VISRL, LookProtocol
 
 MAX_BOX_TOKENS = VISRL.box_tokens
 MAX_ANSWER_TOKENS = VISRL.answer_tokens
 
 Refusal = ImageError | PromptError  # why a question cannot be asked
-
-
-class Policy(Engine, Protocol):
-    """An engine whose box text can be read: it knows its codec and the size its processor gives a picture."""
-
-    @property
-    def codec(self) -> Codec: ...
-
-    def processed_size(self, size: Size, is_crop: bool = False) -> Size: ...
-
-    def forget(self) -> None:
-        """Drop what was kept of earlier conversations."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from visrl.train.tree import Tree
+from visrl.packing.tree import Tree
 
 
 @dataclass(slots=True)

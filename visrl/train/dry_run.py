@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import tempfile
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainingArguments
 
 from visrl.conversation import PromptError
 from visrl.images import ImageError
+from visrl.packing.pack import Packed
 from visrl.progress import progress
 from visrl.train.arguments import training_arguments
 from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
 from visrl.train.data import Curriculum, Preferences
+from visrl.train.distributed import processes_wanted
 from visrl.train.items import Collator, TooLong
-from visrl.train.memory import peak_memory
-from visrl.train.pack import Packed
-from visrl.train.processes import processes_wanted
 from visrl.train.reference import reference_logps
 from visrl.train.trainer import VisrlTrainer
 
@@ -193,3 +195,13 @@ def _steps(config: TrainConfig, items: int) -> int:
         return given.max_steps
     batches = math.ceil(items / (given.train_batch_size * processes_wanted(config.processes)))
     return math.ceil(given.num_train_epochs * max(1, math.ceil(batches / given.gradient_accumulation_steps)))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage says here begins with the peak of the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

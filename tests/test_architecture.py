@@ -1,0 +1,49 @@
+"""The order of the house: a room uses only what stands above it, and no two files use each other."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+ORDER = (
+    "errors", "yaml_text", "redact", "foreign", "config", "plugins", "failures", "box", "prompts", "replies",
+    "statistics", "progress", "records", "codecs", "pages", "scenes", "data_url", "image_files", "image_modes",
+    "images", "manifest", "conversation", "data", "models", "packing", "engines", "rollout", "rewards", "train",
+    "evaluate", "report", "evolve", "serve", "environment", "cli",
+)  # fmt: skip
+
+
+def uses() -> dict[str, set[str]]:
+    """For every file of the package, as a dotted name, the files that it imports anywhere in its text."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "visrl").rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names} & files.keys()
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports by a relative name"
+                modules = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
+                found[name] |= modules or ({str(node.module)} & files.keys())
+    return found
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_every_import_goes_up_the_house():
+    places = {"": -1} | {name: place for place, name in enumerate(ORDER)}
+    assert {room(name) for name in uses()} == places.keys()
+    wrong = [
+        f"{name} uses {used}" for name, all_used in uses().items() for used in all_used
+        if places[room(used)] > places[room(name)] and name != "visrl"
+    ]  # fmt: skip
+    assert not wrong
+
+
+def test_no_two_files_use_each_other():
+    files = {name: {used for used in all_used if used != "visrl"} for name, all_used in uses().items()}
+    assert set(TopologicalSorter(files).static_order()) == files.keys()

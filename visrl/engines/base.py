@@ -1,0 +1,75 @@
+"""What every engine is: conversations in, sampled completions out. Knows no model and no box text.
+
+`local.py` runs a checkpoint in this process and computes shared prefixes once; `endpoint.py` asks any OpenAI-compatible
+server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from visrl.box import Size
+from visrl.codecs import Codec
+from visrl.conversation import Conversation
+from visrl.replies import whole_text
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled text, or the error that took its place. Half characters, which a server may send, are mended: what
+    is said here is shown to models, sent on and written."""
+
+    text: str | None
+    tokens: int = 0
+    finish_reason: Literal["stop", "length", "error"] = "stop"
+    error: str | None = None
+    prompt_tokens: int = 0
+    refused: bool = False  # the model cannot be shown this prompt: asking again would end alike
+
+    def __post_init__(self) -> None:
+        for name, said in (("text", self.text), ("error", self.error)):
+            if said is not None and (mended := whole_text(said)) != said:
+                object.__setattr__(self, name, mended)
+
+
+class Engine(Protocol):
+    """Conversations in, sampled texts out."""
+
+    name: str
+
+    def complete(
+        self, conversations: Sequence[Conversation], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """One completion per seed: `seeds[i]` holds those of conversation i. A failure is a record, no exception."""
+        ...
+
+
+class Policy(Engine, Protocol):
+    """An engine whose box text can be read: it knows its codec and the size its processor gives a picture."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def processed_size(self, size: Size, is_crop: bool = False) -> Size: ...
+
+    def forget(self) -> None:
+        """Drop what was kept of earlier conversations."""
+        ...
+
+
+def seed_of(run_seed: int, *parts: object) -> int:
+    """A seed in [0, 2^63) of one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
+    text = "\x1f".join(str(part) for part in (run_seed, *parts))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,36 @@
+"""What a user adds from outside the package, by the name `module:object`: a loss, a reward, a format, a benchmark.
+
+The module is imported as `import module` would: from what is installed or on PYTHONPATH, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from visrl.config import ConfigError
+
+
+def is_plugin(name: str) -> bool:
+    """Whether `name` has the form `module:object`."""
+    module, colon, attribute = name.partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def load_plugin(name: str, kind: str) -> Any:
+    """The object that `module:object` names; `kind` says in an error what it was to be ("a loss").
+
+    Raises:
+        ConfigError: no such form, no such module, or nothing of that name in it.
+    """
+    if not is_plugin(name):
+        raise ConfigError(f"{name!r} is no {kind}; one of your own is named as module:object")
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{kind} {name!r}: there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{kind} {name!r}: {module} has no {attribute!r}") from error
