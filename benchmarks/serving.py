@@ -37,7 +37,7 @@ ROUNDS = 4  # requests that each of the clients makes, one after another
 TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
 SMALL_REQUESTS, LARGE = 40, (5600, 4200)  # of the measurement beside large pictures
 PROGRAM = (
-    "import sys; from visrl.serve.config import ServeConfig, serve; "
+    "import sys; from visrl.serve.config import ServeConfig; from visrl.serve.runner import serve; "
     "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='bench'))"
 )
 

@@ -26,7 +26,7 @@ from visrl.engines.base import Completion
 from visrl.serve.app import Settings, create_app
 from visrl.serve.batching import Backend, Batcher, Loaded, OnToken
 from visrl.serve.metrics import Metrics
-from visrl.serve.rows import Row
+from visrl.serve.requests import QueuedRequest
 from visrl.serve.runner import http_config
 
 NAME = "known"
@@ -44,10 +44,10 @@ class KnownEngine:
         self,
         speak: Callable[[Conversation], str],
         token_s: float = 0.0,
-        drawing: type[KnownDrawing] | None = None,
+        batch: type[KnownBatch] | None = None,
     ) -> None:
-        self.speak, self.token_s, self.drawing = speak, token_s, drawing or KnownDrawing
-        self.batches: list[list[Row]] = []
+        self.speak, self.token_s, self.batch = speak, token_s, batch or KnownBatch
+        self.batches: list[list[QueuedRequest]] = []
         self.said: list[str] = []
         self.prepared: list[tuple[str, int]] = []  # the thread in which pictures were made ready, and rows then running
         self.running = 0
@@ -72,22 +72,22 @@ class KnownEngine:
         self.reads += 1
         return text
 
-    def begin(self, on_token: OnToken | None = None) -> KnownDrawing:
-        return self.drawing(self, on_token)
+    def begin(self, on_token: OnToken | None = None) -> KnownBatch:
+        return self.batch(self, on_token)
 
 
-class KnownDrawing:
+class KnownBatch:
     """What a `KnownEngine` is saying."""
 
     def __init__(self, engine: KnownEngine, on_token: OnToken | None) -> None:
         self.engine, self.on_token = engine, on_token
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, QueuedRequest] = {}
         self.said: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
+    def add(self, rows: Mapping[int, QueuedRequest]) -> dict[int, Completion]:
         self.engine.batches.append(list(rows.values()))
         self.rows |= rows
         self.said |= dict.fromkeys(rows, "")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from report_run import STAGES, write_run
-from visrl.pages.figures import INKS
 
 from visrl.box import Box
 from visrl.cli import main
 from visrl.manifest import write_manifest
 from visrl.pages.draw import FIRST_COLOUR, TRUE_COLOUR, annotate, data_uri
+from visrl.pages.figures import INKS
 from visrl.records import read_jsonl, write_records
 from visrl.report.gallery import OUTCOMES, draw_lot, exhibits
 from visrl.report.page import report, write_report

@@ -28,7 +28,7 @@ from waiting import PATIENCE_S, wait_until
 from visrl.conversation import Conversation
 from visrl.serve.batching import Batcher, Loaded
 from visrl.serve.metrics import Metrics
-from visrl.serve.rows import Row, held_back
+from visrl.serve.requests import QueuedRequest, held_back
 
 
 def client_of(url: str) -> openai.OpenAI:
@@ -129,7 +129,7 @@ def test_what_may_become_a_stop_or_a_character_is_held_back() -> None:
     assert held_back("hello", ("lo w",)) == 2
     assert held_back("abc", ()) == 0
     assert held_back("ab\ufffd", ("zz",)) == 1
-    row = Row(Conversation(()), None, 0, ("lo",))  # type: ignore[arg-type]
+    row = QueuedRequest(Conversation(()), None, 0, ("lo",))  # type: ignore[arg-type]
     assert [row.see(text) for text in ("h", "hel", "help")] == [(True, "h"), (True, "he"), (True, "help")]
     assert row.see("help lo")[0] is False
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from serve_help import (
-    KnownDrawing,
+    KnownBatch,
     KnownEngine,
     body,
     echo,
@@ -28,9 +28,9 @@ from waiting import wait_until
 from visrl.conversation import Conversation, Message, View
 from visrl.engines.base import Sampling
 from visrl.prompts import IMAGE
-from visrl.serve.batching import PREPARE_S, Batcher, Loaded, _Job, fitting
+from visrl.serve.batching import PREPARE_S, Batcher, Loaded, PendingRequest, fitting
 from visrl.serve.metrics import Metrics
-from visrl.serve.rows import Row
+from visrl.serve.requests import QueuedRequest
 from visrl.serve.schemas import Limits
 
 
@@ -40,7 +40,7 @@ def test_rows_of_many_clients_are_computed_together() -> None:
         first = pool.submit(post, url, body())
         wait_until(lambda: engine.running)
         others = [pool.submit(post, url, body()) for _ in range(15)]
-        wait_until(lambda: metrics.waiting_rows() == len(engine.prepared) - 1 == 15)
+        wait_until(lambda: metrics.waiting_requests() == len(engine.prepared) - 1 == 15)
         engine.go_on.set()
         assert {reply.result().status_code for reply in [first, *others]} == {200}
     assert [len(batch) for batch in engine.batches] == [1, 15]
@@ -75,7 +75,7 @@ def test_a_picture_that_cannot_be_made_ready_is_a_400_and_holds_nobody_up() -> N
             reply = post(url, body("bad"))
             assert (reply.status_code, "cannot take" in reply.text) == (400, True)
         assert post(url, body("good")).status_code == 200
-    assert metrics.waiting_rows() == 0
+    assert metrics.waiting_requests() == 0
     assert len(engine.batches) == 1
 
 
@@ -85,7 +85,7 @@ def test_the_further_texts_of_a_request_leave_room_for_the_first_of_others() -> 
     with serving(batcher, metrics) as url, ThreadPoolExecutor(4) as pool:
         engine.go_on.clear()
         many = [pool.submit(post, url, body("many", n=16)) for _ in range(2)]
-        wait_until(lambda: len(engine.prepared) == 4 and metrics.waiting_rows() >= 28)
+        wait_until(lambda: len(engine.prepared) == 4 and metrics.waiting_requests() >= 28)
         assert post(url, body("too many", n=16)).status_code == 429
         ready = len(engine.prepared)
         plain = pool.submit(post, url, body("plain"))
@@ -99,9 +99,9 @@ def test_the_further_texts_of_a_request_leave_room_for_the_first_of_others() -> 
 def test_short_rows_do_not_wait_for_long_ones_and_neither_takes_the_others_room() -> None:
     loop = asyncio.new_event_loop()
 
-    def jobs(*lengths: int) -> list[_Job]:
-        row = Row(Conversation((Message("user", "?"),)), Sampling(), 0)
-        return [_Job(row, loop, loop.create_future(), length=length) for length in lengths]
+    def jobs(*lengths: int) -> list[PendingRequest]:
+        row = QueuedRequest(Conversation((Message("user", "?"),)), Sampling(), 0)
+        return [PendingRequest(row, loop, loop.create_future(), length=length) for length in lengths]
 
     def joining(running: list[int], waiting: list[int], most: int = 64) -> list[int]:
         return [job.length for job in fitting(jobs(*running), jobs(*waiting), most)]
@@ -151,10 +151,12 @@ def test_who_leaves_an_idle_engine_before_it_begins_leaves_it_to_others() -> Non
     seen = Conversation((Message("user", f"{IMAGE} with a picture"),), (View("a", Image.new("RGB", (8, 8))),))
 
     async def run() -> list[str | None]:
-        being_prepared = asyncio.ensure_future(batcher.submit(Row(seen, Sampling(), 0)))
+        being_prepared = asyncio.ensure_future(batcher.submit(QueuedRequest(seen, Sampling(), 0)))
         while not batcher._preparing:
             await asyncio.sleep(0.001)
-        leaves = asyncio.ensure_future(batcher.submit(Row(Conversation((Message("user", "leaves"),)), Sampling(), 0)))
+        leaves = asyncio.ensure_future(
+            batcher.submit(QueuedRequest(Conversation((Message("user", "leaves"),)), Sampling(), 0))
+        )
         while not batcher._waiting:  # the engine waits for company now
             await asyncio.sleep(0.001)
         leaves.cancel()
@@ -205,14 +207,14 @@ def test_a_full_queue_is_told_to_come_back() -> None:
 
 
 def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
-    class PickyDrawing(KnownDrawing):
+    class PickyBatch(KnownBatch):
         def add(self, rows):  # type: ignore[no-untyped-def]
             if any("bad" in row.conversation.messages[0].text for row in rows.values()):
                 raise ValueError("a prompt this model cannot take")
             return super().add(rows)
 
     metrics = Metrics()
-    engine = KnownEngine(echo, 0.002, PickyDrawing)
+    engine = KnownEngine(echo, 0.002, PickyBatch)
     batcher = Batcher(lambda: Loaded(engine), metrics)
     with serving(batcher, metrics) as url, ThreadPoolExecutor(8) as pool:
         questions = ["bad" if number == 3 else f"q{number}" for number in range(8)]
@@ -221,7 +223,7 @@ def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
     assert "cannot take" in replies[3].json()["error"]["message"]
 
 
-class NarrowDrawing(KnownDrawing):
+class NarrowBatch(KnownBatch):
     """Says one text at a time only, and no bad one."""
 
     def step(self):  # type: ignore[no-untyped-def]
@@ -230,7 +232,7 @@ class NarrowDrawing(KnownDrawing):
         return super().step()
 
 
-class ClosedDrawing(NarrowDrawing):
+class ClosedBatch(NarrowBatch):
     """Breaks as soon as another row joins."""
 
     def add(self, rows):  # type: ignore[no-untyped-def]
@@ -240,8 +242,8 @@ class ClosedDrawing(NarrowDrawing):
         return ended
 
 
-@pytest.mark.parametrize("drawing", [NarrowDrawing, ClosedDrawing])
-def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownDrawing]) -> None:
+@pytest.mark.parametrize("drawing", [NarrowBatch, ClosedBatch])
+def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownBatch]) -> None:
     """Rows that were being drawn together are drawn again, each by itself; a stream goes on where it was."""
 
     metrics, engine = Metrics(), KnownEngine(echo, drawing=drawing)
@@ -252,7 +254,7 @@ def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownDra
         asked = [
             pool.submit(post, url, body(word, pictures=[], stream=word == "flow")) for word in ("b", "flow", "bad")
         ]
-        wait_until(lambda: metrics.waiting_rows() == 3)
+        wait_until(lambda: metrics.waiting_requests() == 3)
         engine.go_on.set()
         first, plain, streamed, bad = [reply.result() for reply in (first, *asked)]
     assert [reply.json()["choices"][0]["message"]["content"] for reply in (first, plain)] == ["first", "b"]
@@ -263,17 +265,17 @@ def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownDra
 
 
 def test_too_little_memory_makes_smaller_batches(capfd: pytest.CaptureFixture[str]) -> None:
-    class SmallDrawing(KnownDrawing):
+    class SmallBatch(KnownBatch):
         def step(self):  # type: ignore[no-untyped-def]
             if len(self) > 2 or "huge" in next(iter(self.rows.values())).conversation.messages[0].text:
                 raise torch.OutOfMemoryError("out of memory")
             return super().step()
 
-    metrics, engine = Metrics(), KnownEngine(echo, drawing=SmallDrawing)
+    metrics, engine = Metrics(), KnownEngine(echo, drawing=SmallBatch)
     with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
         engine.go_on.clear()
         asked = [pool.submit(post, url, body(f"question {n}", pictures=[], stream=n == 7)) for n in range(8)]
-        wait_until(lambda: engine.running and metrics.waiting_rows() + engine.running == 8)
+        wait_until(lambda: engine.running and metrics.waiting_requests() + engine.running == 8)
         engine.go_on.set()
         replies = [reply.result() for reply in asked]
         assert post(url, body("huge", pictures=[])).status_code == 500
@@ -300,15 +302,15 @@ def test_rows_join_and_are_answered_while_others_are_drawn() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
-    class BrokenDrawing(KnownDrawing):
+    class BrokenBatch(KnownBatch):
         def step(self):  # type: ignore[no-untyped-def]
             raise RuntimeError("out of memory") if len(self) > 1 else MemoryError("nobody foresaw this")
 
-    metrics, engine = Metrics(), KnownEngine(echo, drawing=BrokenDrawing)
+    metrics, engine = Metrics(), KnownEngine(echo, drawing=BrokenBatch)
     with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(4) as pool:
         engine.go_on.clear()
         replies = [pool.submit(post, url, body(n=2)) for _ in range(4)]
-        wait_until(lambda: engine.running and metrics.waiting_rows() + engine.running == 8)
+        wait_until(lambda: engine.running and metrics.waiting_requests() + engine.running == 8)
         engine.go_on.set()
         assert [reply.result().status_code for reply in replies] == [503] * 4
         assert get(f"{url}/health").status_code == 503

@@ -10,7 +10,7 @@ import pytest
 from serve_help import body, data_url, known, picture, picture_part, post
 
 from visrl.serve.errors import RequestError
-from visrl.serve.fields import ANSWERED_WITH, CHANGES_NOTHING, DRAWN_WITH, HONOURED_NOWHERE, for_the_box
+from visrl.serve.fields import ANSWERED_WITH, CHANGES_NOTHING, HONOURED_NOWHERE, SAMPLED_WITH, for_the_box
 from visrl.serve.schemas import ChatRequest, Limits, read_request
 
 USER = {"role": "user", "content": "What is it?"}
@@ -140,7 +140,7 @@ def test_a_field_that_nobody_honours_is_refused_by_name(name: str, is_passed_on:
 
 
 def test_values_that_ask_for_nothing_pass_and_are_not_kept() -> None:
-    for name, harmless in (DRAWN_WITH | ANSWERED_WITH | HONOURED_NOWHERE).items():
+    for name, harmless in (SAMPLED_WITH | ANSWERED_WITH | HONOURED_NOWHERE).items():
         for value in harmless:
             assert read(**{name: value}).passed == {}
     for name in CHANGES_NOTHING:

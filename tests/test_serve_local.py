@@ -234,7 +234,7 @@ def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_program_serves_curl_and_stops_when_told(checkpoint: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from visrl.serve.config import ServeConfig, serve; "
+        "import sys; from visrl.serve.config import ServeConfig; from visrl.serve.runner import serve; "
         "serve(ServeConfig(model_name_or_path=sys.argv[1], served_model_name='tiny'))"
     )
     environment = os.environ | {"API_PORT": "0", "API_KEY": "sesame"}

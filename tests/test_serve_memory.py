@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from visrl import scenes
-from visrl.serve.drawn import _draw_scene
+from visrl.serve.scenes import _draw_scene
 
 # Four threads each take 50 MB in blocks of 100 kB and free all but every fiftieth of them, as caches do.
 PROGRAM = """

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import ImageOps
 from safetensors.torch import load_file
-from visrl.pages.figures import Curve, curve_figures
 
 from visrl.config import ConfigError, build_config
 from visrl.data.sources import read_preferences
@@ -21,6 +20,7 @@ from visrl.images import open_image
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import CheckpointError, load_encoder, load_model
 from visrl.models.tiny.make import make_tiny
+from visrl.pages.figures import Curve, curve_figures
 from visrl.records import RecordError, write_records
 from visrl.train.config import TrainConfig
 from visrl.train.data import Preferences

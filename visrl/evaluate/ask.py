@@ -53,7 +53,7 @@ class Truth:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Answer:
     """What one checkpoint made of one question; `truth` is None where it is not known."""
 
     model: str
@@ -89,7 +89,7 @@ class Reply:
         ]
 
 
-def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_rule: CropRule) -> list[Reply]:
+def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_rule: CropRule) -> list[Answer]:
     """Both steps at temperature 0 for every question about the picture `image` (a path, or `scene:POOL/INDEX`).
 
     Raises:
@@ -102,7 +102,7 @@ def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_r
             raise look
         if isinstance(look, PromptError):  # the other questions can be asked
             look = Look(sample.question, open_view(Picture(image)), "", None, failure(look))
-        replies.append(Reply(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
+        replies.append(Answer(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
     return replies
 
 
@@ -122,7 +122,7 @@ def hint(image: str, question: str) -> str:
     return f"{image} has no answer to this; it has to {', '.join(answerable)}" if answerable else ""
 
 
-def answer_sheet(by_question: Sequence[Sequence[Reply]]) -> Image.Image:
+def answer_sheet(by_question: Sequence[Sequence[Answer]]) -> Image.Image:
     """One picture of all replies: a row a question, with every checkpoint's box on it, crop and answer beside it."""
     font = ImageFont.load_default(size=FONT_SIZE)
     rows = [_row(replies, font) for replies in by_question]
@@ -134,7 +134,7 @@ def answer_sheet(by_question: Sequence[Sequence[Reply]]) -> Image.Image:
     return sheet
 
 
-def _row(replies: Sequence[Reply], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _row(replies: Sequence[Answer], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     whole: View = replies[0].look.whole
     several = len(replies) > 1
     marks = [
@@ -161,7 +161,7 @@ def _row(replies: Sequence[Reply], font: ImageFont.FreeTypeFont | ImageFont.Imag
     return row
 
 
-def _panel(reply: Reply, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+def _panel(reply: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     """Crop and answer of one reply, with its colour along the crop."""
     look = reply.look
     crop = shrink(look.detail.image, CROP_SIDE) if look.detail else Image.new("RGB", (CROP_SIDE, 60), "#e8e8ea")
@@ -219,7 +219,7 @@ def ask_models(
         questions = [without_mark(question) for question in questions]
     except RowFault as error:
         raise ConfigError(f"ask a question about the picture: {error}") from error
-    replies: list[list[Reply]] = []
+    replies: list[list[Answer]] = []
     configs = _configs(models, given)
     for name, config in zip(short_names(models), configs, strict=True):
         with opened_policy(config) as opened:

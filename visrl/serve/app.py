@@ -19,14 +19,14 @@ from visrl.conversation import Conversation, View
 from visrl.engines.base import Sampling
 from visrl.serve.batching import Backend
 from visrl.serve.connections import RESERVE, Held
-from visrl.serve.drawn import Scenes
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.metrics import Metrics
 from visrl.serve.pictures import Fetcher, Opener
-from visrl.serve.replies import Choice, Reply, event, event_of, model_list, whole_reply
-from visrl.serve.rows import Row
+from visrl.serve.replies import ChatReply, Choice, event, event_of, model_list, whole_reply
+from visrl.serve.requests import QueuedRequest
 from visrl.serve.safety import HELD, Budget, Gate
+from visrl.serve.scenes import Scenes
 from visrl.serve.schemas import (
     FOCUS_SUFFIX,
     WHOLE_SUFFIX,
@@ -153,7 +153,7 @@ class _Server:
         choices = await self._timely(self._answer(asked, None, request.scope[HELD]), request)
         if choices is None:
             return Response(status_code=499)  # nobody is there to read it
-        return await whole_reply(Reply.begin(asked.model), choices)
+        return await whole_reply(ChatReply.begin(asked.model), choices)
 
     async def _read(self, request: Request) -> ChatRequest:
         # Not by `request.body()`, which would keep the bytes as long as the request.
@@ -235,7 +235,7 @@ class _Server:
                 tell({"content": text[sent:]})
                 sent = len(text)
 
-        row = Row(
+        row = QueuedRequest(
             conversation,
             asked.sampling(self.settings.sampling),
             seed,
@@ -274,7 +274,7 @@ class _Server:
     async def _stream(self, asked: ChatRequest, request: Request) -> AsyncIterator[bytes]:
         """The reply as server-sent events. An error after the beginning is an event too: the status is long sent."""
         begun = False
-        reply = Reply.begin(asked.model)
+        reply = ChatReply.begin(asked.model)
         chunks: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # None: there are no more
         work = asyncio.ensure_future(self._timely(self._answer(asked, chunks, request.scope[HELD]), request))
         work.add_done_callback(lambda _: chunks.put_nowait(None))

@@ -28,7 +28,7 @@ from visrl.engines.base import Completion
 from visrl.serve.connections import RESERVE
 from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
-from visrl.serve.rows import Row, length_guess
+from visrl.serve.requests import QueuedRequest, length_guess
 
 GATHER_S = 0.004  # how long the first row of an idle engine waits for company
 PREPARE_S = 0.1  # how long it waits for company whose pictures are being made ready
@@ -48,7 +48,7 @@ State = Literal["loading", "ready", "failed", "stopped"]
 OnToken = Callable[[int, Callable[[], str]], bool]
 
 
-class RowDrawing(Protocol):
+class RunningBatch(Protocol):
     """Texts being drawn, by the numbers of their rows (see `visrl.engines.decoding.Drawing`)."""
 
     def __len__(self) -> int: ...
@@ -56,13 +56,13 @@ class RowDrawing(Protocol):
     def step(self) -> dict[int, Completion]: ...
 
 
-class RowEngine(Protocol):
+class ServedEngine(Protocol):
     """What the worker needs of an engine: rows in, completions out, a say after each token."""
 
     @property
     def codec(self) -> Codec: ...
     def processed_size(self, size: Size) -> Size: ...
-    def begin(self, on_token: OnToken | None = None) -> RowDrawing: ...
+    def begin(self, on_token: OnToken | None = None) -> RunningBatch: ...
     def prepare(self, conversation: Conversation) -> Sequence[Any]: ...
     def keep(self, prepared: Iterable[Any]) -> None: ...
     def forget(self) -> None: ...
@@ -72,7 +72,7 @@ class RowEngine(Protocol):
 class Loaded:
     """An engine and the crop rule of its checkpoint."""
 
-    engine: RowEngine
+    engine: ServedEngine
     crop_rule: CropRule = "exact"
 
 
@@ -92,14 +92,14 @@ class Backend(Protocol):
     def stop(self) -> None: ...
     @property
     def is_passed_on(self) -> bool: ...  # whether rows may hold vLLM's own fields
-    async def submit(self, row: Row) -> Completion: ...
+    async def submit(self, row: QueuedRequest) -> Completion: ...
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class PendingRequest:
     """A row that waits; two jobs are never the same one, whatever they ask."""
 
-    row: Row
+    row: QueuedRequest
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Completion]
     prepared: Sequence[Any] = ()  # its pictures, ready for the engine
@@ -131,8 +131,8 @@ class Batcher:
         self._load, self._metrics = load, metrics
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._loaded: Loaded | None = None
-        self._waiting: deque[_Job] = deque()
-        self._running: dict[int, _Job] = {}  # by their numbers in the drawing; the engine's thread alone touches it
+        self._waiting: deque[PendingRequest] = deque()
+        self._running: dict[int, PendingRequest] = {}  # by their numbers; the engine's thread alone touches it
         self._changed = threading.Condition()
         self._arriving = 0  # rows that do not wait for the engine yet
         self._preparing = 0  # of these, the ones whose pictures are being made ready
@@ -143,7 +143,7 @@ class Batcher:
         self._state: State = "loading"
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        metrics.waiting_rows = lambda: len(self._waiting) + self._arriving
+        metrics.waiting_requests = lambda: len(self._waiting) + self._arriving
 
     @property
     def state(self) -> State:
@@ -183,7 +183,7 @@ class Batcher:
         if self._loaded is not None or self._failure is not None:  # loading cannot be stopped, and is not waited for
             self._thread.join()
 
-    async def submit(self, row: Row) -> Completion:
+    async def submit(self, row: QueuedRequest) -> Completion:
         """The completion of one row; cancelling this frees its place.
 
         Raises:
@@ -191,7 +191,7 @@ class Batcher:
                 500 where computing failed.
         """
         loop = asyncio.get_running_loop()
-        job = _Job(row, loop, loop.create_future())
+        job = PendingRequest(row, loop, loop.create_future())
         with self._changed:
             if self._state != "ready":
                 raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
@@ -224,7 +224,7 @@ class Batcher:
                 with self._changed:
                     self._arriving -= 1
 
-    async def _prepare(self, job: _Job) -> None:
+    async def _prepare(self, job: PendingRequest) -> None:
         """Make the pictures of a job ready, in the thread for that.
 
         Raises:
@@ -269,7 +269,7 @@ class Batcher:
             for job in left:
                 job.post(job.fail, RequestError(503, "the server is shutting down"))
 
-    def _serve(self, engine: RowEngine) -> None:
+    def _serve(self, engine: ServedEngine) -> None:
         """Draw, token after token, until told to stop."""
         drawing = engine.begin(self._on_token)
         numbers = itertools.count()
@@ -283,7 +283,7 @@ class Batcher:
                     added += 1
                     self._add(engine, drawing, {next(numbers): job for job in fresh})
                 if self._running:
-                    self._metrics.batch_rows.add(len(self._running))
+                    self._metrics.batch_sizes.add(len(self._running))
                     self._end(drawing.step())
             except (ValueError, RuntimeError) as error:
                 if len(self._running) == 1:
@@ -297,10 +297,10 @@ class Batcher:
                 engine.forget()
                 added = 0
 
-    def _next_rows(self) -> list[_Job]:
+    def _next_rows(self) -> list[PendingRequest]:
         """The rows that join now, oldest first. Where none runs, waits for some; empty then means stopped."""
         with self._changed:
-            rows: list[_Job] = []
+            rows: list[PendingRequest] = []
             while not (rows or self._running or self._state == "stopped"):
                 self._changed.wait_for(lambda: self._waiting or self._state == "stopped")
                 self._changed.wait_for(self._is_gathered, GATHER_S)
@@ -308,7 +308,7 @@ class Batcher:
                 rows = self._joining()  # none where whoever waited has left meanwhile
             return rows or (self._joining() if self._may_join() else [])
 
-    def _joining(self) -> list[_Job]:
+    def _joining(self) -> list[PendingRequest]:
         """Take the rows out of the queue that join those that run."""
         if self._state == "stopped":
             return []
@@ -327,7 +327,7 @@ class Batcher:
         enough = min(JOIN_ROWS, 1 + len(self._running) // JOIN_SHARE)
         return len(self._waiting) >= enough or time.monotonic() - self._waiting[0].ready_at >= JOIN_S
 
-    def _add(self, engine: RowEngine, drawing: RowDrawing, jobs: dict[int, _Job]) -> None:
+    def _add(self, engine: ServedEngine, drawing: RunningBatch, jobs: dict[int, PendingRequest]) -> None:
         """Let jobs join; where they cannot all, one by one.
 
         Raises:
@@ -361,7 +361,7 @@ class Batcher:
             f"Out of memory with {count} rows at once; at most {count // 2} from now on (max_batch).", file=sys.stderr
         )
 
-    def _draw_alone(self, engine: RowEngine) -> None:
+    def _draw_alone(self, engine: ServedEngine) -> None:
         """Draw every running row again, each by itself."""
         for number, job in dict(self._running).items():
             try:
@@ -399,9 +399,9 @@ class Batcher:
                 job.post(job.resolve, completion)
 
 
-def fitting(running: Sequence[_Job], waiting: Iterable[_Job], most: int) -> list[_Job]:
+def fitting(running: Sequence[PendingRequest], waiting: Iterable[PendingRequest], most: int) -> list[PendingRequest]:
     """Of the waiting rows those that join the running ones now, oldest first among the short and among the long."""
-    rows: list[_Job] = []
+    rows: list[PendingRequest] = []
     longest = max((job.length for job in running), default=0)
     counts = Counter(job.length <= SHORT_TOKENS for job in running)
     full: set[bool] = set()
@@ -421,7 +421,7 @@ def fitting(running: Sequence[_Job], waiting: Iterable[_Job], most: int) -> list
     return rows
 
 
-def room_of(row: Row, most: int) -> int:
+def room_of(row: QueuedRequest, most: int) -> int:
     """How many rows may wait where `most` may in all: the last places are for the first texts of requests."""
     return most - most // RESERVE if row.index else most
 

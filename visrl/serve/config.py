@@ -91,6 +91,6 @@ class ServeConfig(ModelConfig, RequestConfig):
             max_tokens=self.max_tokens_limit,
             choices=self.max_choices,
             request_s=self.request_timeout_s,
-            waiting_rows=self.max_waiting,
+            waiting_requests=self.max_waiting,
             connections=self.max_connections,
         )

@@ -21,7 +21,7 @@ CHANGES_NOTHING = frozenset(
 )  # fmt: skip
 
 # What vLLM honours, with the values that ask for nothing. These hold for the box of `:focus` too,
-DRAWN_WITH: dict[str, tuple[Any, ...]] = {
+SAMPLED_WITH: dict[str, tuple[Any, ...]] = {
     "top_k": (None, -1, 0),
     "min_p": (None, 0),
     "repetition_penalty": (None, 1),
@@ -111,7 +111,7 @@ def passed_on(given: Mapping[str, Any], is_passed_on: bool) -> dict[str, Any]:
     for name, value in given.items():
         if name in CHANGES_NOTHING:
             continue
-        by_vllm = DRAWN_WITH.get(name) or ANSWERED_WITH.get(name)
+        by_vllm = SAMPLED_WITH.get(name) or ANSWERED_WITH.get(name)
         if _asks_nothing(value, by_vllm or HONOURED_NOWHERE.get(name, (None,))):
             continue
         if by_vllm is None or not is_passed_on:
@@ -122,7 +122,7 @@ def passed_on(given: Mapping[str, Any], is_passed_on: bool) -> dict[str, Any]:
 
 def for_the_box(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of passed-on fields, those that the first step of `:focus` is drawn with."""
-    return {name: value for name, value in fields.items() if name in DRAWN_WITH}
+    return {name: value for name, value in fields.items() if name in SAMPLED_WITH}
 
 
 def _asks_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:

@@ -21,7 +21,7 @@ from visrl.serve.batching import Backend
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box
 from visrl.serve.replies import Choice
-from visrl.serve.rows import Row
+from visrl.serve.requests import QueuedRequest
 
 LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut
 WHOLE = Box(0.0, 0.0, 1.0, 1.0)
@@ -54,11 +54,11 @@ class Focus:
         }
 
 
-async def look(backend: Backend, question: str, whole: View, answer: Row) -> tuple[Focus, Completion]:
+async def look(backend: Backend, question: str, whole: View, answer: QueuedRequest) -> tuple[Focus, Completion]:
     """Step 1: ask for the box, drawn as `answer` is to be, read it, cut the crop."""
     box_sampling = replace(answer.sampling, max_tokens=MAX_BOX_TOKENS)
     seed = seed_of(answer.seed, "box")
-    row = Row(focus_conversation(question, whole), box_sampling, seed, passed=for_the_box(answer.passed))
+    row = QueuedRequest(focus_conversation(question, whole), box_sampling, seed, passed=for_the_box(answer.passed))
     completion = await backend.submit(row)
     text = spoken(completion.text or "")
     box: Box | None = None
@@ -76,7 +76,7 @@ async def answer_with_focus(
     backend: Backend,
     question: str,
     whole: View,
-    row: Row,
+    row: QueuedRequest,
     on_look: Callable[[dict[str, Any]], None] | None = None,
 ) -> Choice:
     """Both steps. `row` says how the answer is drawn (sampling, seed, stops, `on_text`); its conversation is replaced.
@@ -99,7 +99,7 @@ async def answer_with_focus(
     )
 
 
-async def answer_from_whole(backend: Backend, question: str, whole: View, row: Row) -> Choice:
+async def answer_from_whole(backend: Backend, question: str, whole: View, row: QueuedRequest) -> Choice:
     """The second step alone, shown the whole picture in place of a crop: what focus is to be compared with.
 
     Raises:
@@ -110,7 +110,7 @@ async def answer_from_whole(backend: Backend, question: str, whole: View, row: R
     return await answer_plainly(backend, row)
 
 
-async def answer_plainly(backend: Backend, row: Row) -> Choice:
+async def answer_plainly(backend: Backend, row: QueuedRequest) -> Choice:
     """One step: the conversation as it is.
 
     Raises:

@@ -40,8 +40,8 @@ class Metrics:
         self.seconds = Histogram(SECONDS)
         self.tokens: Counter[str] = Counter()
         self.cancelled = 0
-        self.batch_rows = Histogram(ROWS)
-        self.waiting_rows: Callable[[], int] = lambda: 0
+        self.batch_sizes = Histogram(ROWS)
+        self.waiting_requests: Callable[[], int] = lambda: 0
         self.ready: Callable[[], bool] = lambda: False
 
     def begin(self) -> None:
@@ -70,9 +70,9 @@ class Metrics:
             *_single(
                 "visrl_rows_cancelled_total", "counter", "Rows whose client left or ran out of time.", self.cancelled
             ),
-            *_single("visrl_rows_waiting", "gauge", "Rows that wait for the engine.", self.waiting_rows()),
+            *_single("visrl_rows_waiting", "gauge", "Rows that wait for the engine.", self.waiting_requests()),
             *_head("visrl_batch_rows", "histogram", "Rows computed together."),
-            *self.batch_rows.lines("visrl_batch_rows"),
+            *self.batch_sizes.lines("visrl_batch_rows"),
             *_single("visrl_model_ready", "gauge", "1 once the model is loaded.", int(self.ready())),
         ]
         return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatReply:
     """What is common to a reply and all its chunks."""
 
     id: str
@@ -36,8 +36,8 @@ class Reply:
     created: int
 
     @staticmethod
-    def begin(model: str) -> Reply:
-        return Reply(f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time()))
+    def begin(model: str) -> ChatReply:
+        return ChatReply(f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time()))
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -94,14 +94,14 @@ def event(data: dict[str, Any] | str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-async def event_of(reply: Reply, chunk: dict[str, Any]) -> bytes:
+async def event_of(reply: ChatReply, chunk: dict[str, Any]) -> bytes:
     """One piece of a streamed reply; one with a crop is large, and written in a thread."""
     if "focus" in chunk["delta"]:
         return await asyncio.to_thread(lambda: event(reply.chunk(**chunk)))
     return event(reply.chunk(**chunk))
 
 
-async def whole_reply(reply: Reply, choices: list[Choice]) -> Response:
+async def whole_reply(reply: ChatReply, choices: list[Choice]) -> Response:
     """The reply to a request that does not stream; one with crops is written and sent choice by choice."""
     if all(choice.focus is None for choice in choices):
         return JSONResponse(reply.whole(choices))

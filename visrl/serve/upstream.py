@@ -23,7 +23,7 @@ from visrl.models.load import CheckpointError
 from visrl.serve.batching import State, room_of
 from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
-from visrl.serve.rows import Row
+from visrl.serve.requests import QueuedRequest
 from visrl.serve.schemas import RequestError
 
 STREAM_BYTES = 64_000_000  # of one stream, which spends some hundred bytes on a token
@@ -129,7 +129,7 @@ class Upstream:
         endpoint = Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s, **request)
         return Client(endpoint, most_bytes=STREAM_BYTES)
 
-    async def submit(self, row: Row) -> Completion:
+    async def submit(self, row: QueuedRequest) -> Completion:
         """The completion of one row; cancelling this closes the stream, which frees the slot there.
 
         Raises:
@@ -150,7 +150,7 @@ class Upstream:
         finally:
             self._in_work -= 1
 
-    async def _stream(self, row: Row) -> Completion:
+    async def _stream(self, row: QueuedRequest) -> Completion:
         if self._client is None:  # made in the loop that uses it
             self._client = self._new_client()
         try:

@@ -16,7 +16,7 @@ OnText = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Row:
+class QueuedRequest:
     """One text to draw. `on_text` is told the visible text so far, in the event loop, as it grows."""
 
     conversation: Conversation
