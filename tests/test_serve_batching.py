@@ -242,11 +242,11 @@ class ClosedBatch(NarrowBatch):
         return ended
 
 
-@pytest.mark.parametrize("drawing", [NarrowBatch, ClosedBatch])
-def test_a_model_that_fails_midway_costs_nobody_an_answer(drawing: type[KnownBatch]) -> None:
+@pytest.mark.parametrize("batch", [NarrowBatch, ClosedBatch])
+def test_a_model_that_fails_midway_costs_nobody_an_answer(batch: type[KnownBatch]) -> None:
     """Rows that were being drawn together are drawn again, each by itself; a stream goes on where it was."""
 
-    metrics, engine = Metrics(), KnownEngine(echo, drawing=drawing)
+    metrics, engine = Metrics(), KnownEngine(echo, batch=batch)
     with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
         engine.go_on.clear()
         first = pool.submit(post, url, body("first", pictures=[]))
@@ -271,7 +271,7 @@ def test_too_little_memory_makes_smaller_batches(capfd: pytest.CaptureFixture[st
                 raise torch.OutOfMemoryError("out of memory")
             return super().step()
 
-    metrics, engine = Metrics(), KnownEngine(echo, drawing=SmallBatch)
+    metrics, engine = Metrics(), KnownEngine(echo, batch=SmallBatch)
     with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
         engine.go_on.clear()
         asked = [pool.submit(post, url, body(f"question {n}", pictures=[], stream=n == 7)) for n in range(8)]
@@ -306,7 +306,7 @@ def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
         def step(self):  # type: ignore[no-untyped-def]
             raise RuntimeError("out of memory") if len(self) > 1 else MemoryError("nobody foresaw this")
 
-    metrics, engine = Metrics(), KnownEngine(echo, drawing=BrokenBatch)
+    metrics, engine = Metrics(), KnownEngine(echo, batch=BrokenBatch)
     with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(4) as pool:
         engine.go_on.clear()
         replies = [pool.submit(post, url, body(n=2)) for _ in range(4)]
