@@ -141,7 +141,7 @@ def test_the_subset_the_reference_took(tmp_path):
 
 def test_commands_start_without_torch():
     code = (
-        "import sys; from visrl.data import commands, check, convert; "
+        "import sys; from visrl.cli import data; from visrl.data import check, convert; "
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

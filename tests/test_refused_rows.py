@@ -23,6 +23,7 @@ from visrl.evaluate.results import read_results
 from visrl.evaluate.run import evaluate
 from visrl.models.load import load_encoder
 from visrl.models.tiny import CHECKPOINT
+from visrl.models.tokens import TokenCounts
 from visrl.prompts import focus_prompt
 from visrl.records import Picture, Sample, Trajectory, read_jsonl, write_records
 from visrl.rewards.critic import ModelCritic
@@ -208,7 +209,7 @@ def test_what_is_put_to_a_model_is_checked_once_for_all(engine):
 
 def test_statistics_count_pictures_that_the_model_does_not_take(folder, tmp_path):
     rows = dataset(tmp_path / "rows.jsonl", [GOOD, BAD["thin"] | {"size": [800, 2], "box": None}])
-    found = measure("visrl", [rows], Reading(), load_encoder(CHECKPOINT))
+    found = measure("visrl", [rows], Reading(), TokenCounts(load_encoder(CHECKPOINT)))
     assert (len(found.picture_tokens), found.refused) == (1, 1)
     assert "1 of the pictures and crops" in as_table(found)
 

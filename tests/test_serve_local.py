@@ -219,7 +219,9 @@ def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
         image_max_pixels=512 * 512, crop_max_pixels=700 * 700,
     )  # fmt: skip
     encoder = open_encoder(config, model_settings(config))
-    command = vllm_command(config, encoder, 8123)
+    command = vllm_command(
+        str(checkpoint), encoder, 8123, served_name=config.name, max_images=config.max_images, more=config.vllm_args
+    )
     assert command[:3] == ["vllm", "serve", str(checkpoint)]
     assert command[command.index("--port") + 1] == "8123"
     told = json.loads(command[command.index("--mm-processor-kwargs") + 1])

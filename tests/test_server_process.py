@@ -19,7 +19,7 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.engines.client import EndpointError
 from visrl.engines.server_process import start, stop
-from visrl.serve import drawn as scenes
+from visrl.serve import scenes
 from visrl.serve.config import ServeConfig
 from visrl.serve.runner import listen, serve
 
