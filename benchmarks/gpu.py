@@ -50,7 +50,7 @@ from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer
 from visrl.train.config import TrainConfig
 from visrl.train.dry_run import peak_memory
 from visrl.train.features import FeatureCache
-from visrl.train.items import Batch, Collator, Item
+from visrl.train.items import Collator, Item, TrainingBatch
 from visrl.train.model import lora_targets, prepare_model
 from visrl.train.reference import reference_logps
 from visrl.train.trainer import VisrlTrainer
@@ -158,7 +158,7 @@ def run_ours(folder: Path, scratch: Path, items: Sequence[Item], per_step: int, 
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    batch: Batch = collator(items[:per_step])["batch"]
+    batch: TrainingBatch = collator(items[:per_step])["batch"]
     facts = {"operations": needed_operations(model, batch, given.checkpointing), "tokens": batch.packed.tokens}
     return {"seconds": clock.seconds() + once / EPOCHS, "compiled_late": late(clock), **facts}
 
@@ -192,7 +192,7 @@ def late(clock: Clock) -> int:
     return clock.compiled[-1] - clock.compiled[min(WARM, len(clock.compiled)) - 1]
 
 
-def needed_operations(model: torch.nn.Module, batch: Batch, checkpointing: bool) -> float:
+def needed_operations(model: torch.nn.Module, batch: TrainingBatch, checkpointing: bool) -> float:
     """Of a step's distinct tokens: 2 per weight forward, 2 backward (to activations: base weights are frozen), 2 more
     where layers are recomputed; the frozen vision tower forward only; attention and the output layer left out."""
     decoder = language_model(model)

@@ -29,7 +29,7 @@ from visrl.packing.forward import branch_logps
 from visrl.packing.pack import TIGHT_BUCKET
 from visrl.prompts import IMAGE
 from visrl.train.config import TrainConfig
-from visrl.train.items import Batch, Collator, Item, Row, encode_item
+from visrl.train.items import Collator, Item, TrainingBatch, TrainingRow, encode_item
 from visrl.train.losses import dpo
 from visrl.train.trainer import VisrlTrainer
 
@@ -102,7 +102,7 @@ def make_items(shape: Shape, pictures: int, seed: int) -> list[Item]:
             rows = []
             for step, talk, length in (("box", box_talk, BOX), ("answer", answer_talk, ANSWER)):
                 pair = (("chosen", digits(length - 1)), ("rejected", digits(length - 1)))
-                rows.append(Row(f"{name}/{step}", step, talk, pair))
+                rows.append(TrainingRow(f"{name}/{step}", step, talk, pair))
             items.append(Item(name, tuple(rows)))
     return items
 
@@ -128,11 +128,11 @@ class Ours:
             (f"{row.key}/{role}" for item in items for row in item.rows for role, _ in row.responses), -50.0
         )
 
-    def batch(self, items: Sequence[Item]) -> dict[str, Batch]:
+    def batch(self, items: Sequence[Item]) -> dict[str, TrainingBatch]:
         self.encoder.forget()  # in a real run the pictures of a step are new
         return self.collator(items)
 
-    def logps(self, batch: dict[str, Batch]) -> Tensor:
+    def logps(self, batch: dict[str, TrainingBatch]) -> Tensor:
         return branch_logps(self.model, batch["batch"].packed).sums
 
 
@@ -230,7 +230,7 @@ def stage2_loss(policy: Tensor, reference: Tensor) -> Tensor:
     return 0.5 * rows.sum() / (len(rows) / 2)
 
 
-def trl_row(row: Row) -> dict[str, Any]:
+def trl_row(row: TrainingRow) -> dict[str, Any]:
     """A row in TRL's conversational form."""
     content: list[dict[str, str]] = []
     for number, text in enumerate(row.conversation.messages[0].text.split(IMAGE)):

@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from visrl.train.items import Batch, Item
+from visrl.train.items import Item, TrainingBatch
 
 EPOCHS = 5  # over which ours spreads its one reference pass
 
@@ -89,7 +89,7 @@ def flops(work: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def floor_flops(ours: Ours, batch: Batch) -> float:
+def floor_flops(ours: Ours, batch: TrainingBatch) -> float:
     """Each distinct token forward and backward once, and a fifth of a forward pass for the reference.
 
     A backward pass costs twice the forward pass. Attention is counted between tokens and their ancestors only.

@@ -35,8 +35,9 @@ from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.runner import make_backend
 from visrl.train.config import TrainConfig
-from visrl.train.data import Preferences, sft_rows
+from visrl.train.data import Preferences
 from visrl.train.items import Collator
+from visrl.train.rows import sft_rows
 from visrl.train.run import train
 
 POOL = "scenes:test/0+1"

@@ -10,7 +10,7 @@ from visrl.models.load import load_encoder
 from visrl.models.tiny import CHECKPOINT
 from visrl.scenes import find_question, true_box
 from visrl.train.config import Phase
-from visrl.train.data import Curriculum
+from visrl.train.curriculum import Curriculum
 
 
 @pytest.fixture(scope="module")

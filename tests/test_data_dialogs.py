@@ -335,7 +335,7 @@ def test_a_conversation_survives_our_own_files_and_the_way_back(tmp_path):
 def test_a_conversation_is_the_prompt_in_training(tmp_path):
     from visrl.models.load import load_encoder
     from visrl.models.tiny import CHECKPOINT
-    from visrl.train.data import preference_row
+    from visrl.train.rows import preference_row
 
     encoder = load_encoder(CHECKPOINT)
 

@@ -32,9 +32,9 @@ from visrl.records import Picture
 from visrl.scenes import scene_samples
 from visrl.train import losses
 from visrl.train.config import TrainConfig
-from visrl.train.data import sft_rows
 from visrl.train.items import Collator, Item, encode_item
 from visrl.train.model import make_tied_embedding_sparse
+from visrl.train.rows import sft_rows
 from visrl.train.trainer import AVERAGED, preference_loss
 
 

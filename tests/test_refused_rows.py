@@ -33,7 +33,7 @@ from visrl.rollout.protocols import VISCOT
 from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.train.config import TrainConfig
 from visrl.train.data import SftSamples
-from visrl.train.dry_run import survey
+from visrl.train.dry_run import scan_dataset
 from visrl.train.items import Collator
 from visrl.train.run import train
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_shown_is_dropped_and_counted_by_row(tiny, folder, tmp_pa
     assert "1 items" in told
     assert json.loads((out / "manifest.json").read_text())["items"] == 1
     encoder = load_encoder(tiny)
-    found, part = survey(SftSamples(encoder, read_samples(rows), folder), Collator(encoder, cutoff=2048))
+    found, part = scan_dataset(SftSamples(encoder, read_samples(rows), folder), Collator(encoder, cutoff=2048))
     assert [len(samples) for _, samples in part.groups] == [10]
     assert found.rows == 4
 

@@ -145,6 +145,11 @@ class TrainConfig(TrainerFields):
         section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") == "dpo" else None
         return {**plain, **(section or {}), **given}
 
+    @property
+    def stage_name(self) -> str:
+        """What is trained, in words."""
+        return "warm-up" if self.stage == "sft" else f"stage {self.rl_stage}"
+
     def training_arguments(self) -> dict[str, Any]:
         """What the config says beyond our own keys: fields of `transformers.TrainingArguments`."""
         return self.trainer_values()

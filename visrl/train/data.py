@@ -1,164 +1,25 @@
-"""Training data as items: drawn scenes with a curriculum, samples with boxes (SFT), preferences (stages 1 and 2)."""
+"""What is trained on: samples (SFT), preferences (stages 1 and 2) or a curriculum, as data sets of items."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
-from visrl.box import Box
 from visrl.config import ConfigError
-from visrl.conversation import (
-    Conversation,
-    Message,
-    PromptError,
-    View,
-    answer_conversation,
-    crop_view,
-    focus_conversation,
-    open_view,
-)
-from visrl.engines.base import seed_of
+from visrl.data.sources import read_preferences, read_samples
 from visrl.models.encode import Encoder
-from visrl.prompts import IMAGE
-from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
-from visrl.rollout.protocols import plain_conversation
-from visrl.scenes import close_up, find_question, scene_samples
-from visrl.train.items import Item, Role, Row
-
-if TYPE_CHECKING:
-    from visrl.train.config import Phase, Task
-
-
-class Curriculum(Dataset[Item]):
-    """Drawn scenes in the order of a curriculum: a pure function of the index, read in sequence.
-
-    Every scene is seen once. An item is one scene with its questions, so that the picture is computed once for all.
-    """
-
-    def __init__(self, encoder: Encoder, phases: Sequence[Phase], batch_size: int) -> None:
-        self.encoder = encoder
-        self.phases = phases
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return self.batch_size * sum(phase.steps for phase in self.phases)
-
-    def __getitem__(self, index: int) -> Item:
-        left = index
-        for phase in self.phases:
-            if left < phase.steps * self.batch_size:
-                break
-            left -= phase.steps * self.batch_size
-        samples = self._samples(phase, index)
-        return Item(samples[0].image, tuple(self._rows(phase, index, samples)))
-
-    def _samples(self, phase: Phase, index: int) -> list[Sample]:
-        """The questions of scene `index`; where it allows none of the phase's kinds, of the next free one."""
-        samples: list[Sample] = []
-        place = index
-        while not samples:
-            samples = scene_samples(
-                "train",
-                place,
-                1,
-                per_scene=phase.per_scene,
-                kinds=tuple(phase.kinds),
-                with_box=True,
-                max_tags=phase.max_tags,
-            )
-            place += len(self)
-        return samples
-
-    def _rows(self, phase: Phase, index: int, samples: Sequence[Sample]) -> list[Row]:
-        rows: list[Row] = []
-        for sample in samples:
-            if phase.grid is not None and sample.box is not None:
-                sample = replace(sample, box=_on_grid(sample.box, phase.grid))
-            detail = None
-            chance = np.random.default_rng(seed_of(index, sample.id))
-            if phase.close_up is not None:
-                low, high = phase.close_up
-                detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
-            if phase.loose and sample.box is not None:
-                detail = _with_sides_moved(detail or sample.box, -phase.loose, phase.loose, chance)
-            if phase.margin and sample.box is not None:
-                detail = detail or sample.box
-                sample = replace(sample, box=_with_sides_moved(sample.box, -phase.margin, 0.0, chance))
-            rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
-        return rows
-
-
-def _with_sides_moved(box: Box, outward: float, inward: float, chance: np.random.Generator) -> Box:
-    """`box` with each side moved by a chance share of its width or height, between `outward` (below 0) and `inward`."""
-    dx0, dy0, dx1, dy1 = chance.uniform(outward, inward, size=4)
-    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 - dx1 * box.width, box.y1 - dy1 * box.height)
-    return Box(*(min(1.0, max(0.0, corner)) for corner in corners))
-
-
-def _on_grid(box: Box, grid: int) -> Box:
-    """The smallest box around `box` whose corners are multiples of 1/grid."""
-    low = [math.floor(value * grid) / grid for value in (box.x0, box.y0)]
-    high = [math.ceil(value * grid) / grid for value in (box.x1, box.y1)]
-    return Box(*low, *high)
-
-
-def sft_rows(
-    encoder: Encoder,
-    sample: Sample,
-    tasks: Sequence[Task] = ("locate", "read"),
-    *,
-    root: str | Path | None = None,
-    detail: Box | None = None,
-) -> list[Row]:
-    """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer). One
-    without a box gives (image, question → answer), asked in the one turn of the evaluation's mode `no_box`: the prompts
-    of the two steps ask for a box first, and what answers them without one would unlearn to look.
-
-    "point" gives (image, question → first corner of the box, in tenths): a curriculum's way to where before how large.
-    The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
-    another box in its place (a curriculum's close-up).
-
-    Raises:
-        ImageError, PromptError: the picture cannot be opened, or the row not be shown to the model.
-    """
-    name = sample.id
-    if sample.box is None and not sample.answer:
-        raise PromptError(f"row {name} has neither a box nor an answer: there is nothing to learn from it")
-    whole = open_view(Picture(sample.image, size=sample.size), root)
-    if sample.box is None:
-        talk = plain_conversation(sample.question, whole)
-        return [Row(f"{name}/answer", "answer", talk, (("target", sample.answer),))] if "read" in tasks else []
-    try:
-        processed = encoder.processed_size(whole.size)
-    except PromptError as error:
-        raise PromptError(f"row {name}, {sample.image[:80]}: {error}") from error
-    text = encoder.codec.format(sample.box, whole.size, processed)
-    said = encoder.codec.parse(text, whole.size, processed)
-    rows = []
-    if "locate" in tasks:
-        talk = focus_conversation(sample.question, whole)
-        rows.append(Row(f"{name}/box", "box", talk, (("target", text),)))
-    if "point" in tasks:
-        corner = _on_grid(sample.box, 10)
-        talk = focus_conversation(sample.question, whole)
-        rows.append(Row(f"{name}/point", "box", talk, (("target", f"[{corner.x0:.1f}, {corner.y0:.1f}]"),)))
-    if "read" in tasks and sample.answer:
-        talk = answer_conversation(sample.question, whole, crop_of(whole, detail or said, encoder))
-        rows.append(Row(f"{name}/answer", "answer", talk, (("target", sample.answer),)))
-    return rows
-
-
-def crop_of(whole: View, box: Box, encoder: Encoder) -> View:
-    """The crop of `box`, under the checkpoint's own crop rule."""
-    return crop_view(whole, Picture(whole.key, box), encoder.settings.crop_rule)
+from visrl.records import Preference, RecordError, Sample, belongs_to
+from visrl.train.config import TrainConfig
+from visrl.train.curriculum import Curriculum
+from visrl.train.items import Item, TrainingRow
+from visrl.train.rows import preference_row, sft_rows
 
 
 class SftSamples(Dataset[Item]):
@@ -241,13 +102,62 @@ class Preferences(Dataset[Item]):
             rows = [self._with_mismatched(index, row) for row in rows]
         return Item(name, tuple(rows))
 
-    def _with_mismatched(self, index: int, row: Row) -> Row:
+    def _with_mismatched(self, index: int, row: TrainingRow) -> TrainingRow:
         for further in range(1, len(self.groups)):
             for other in self.groups[(index + further) % len(self.groups)][1]:
                 if other.step == row.step:
                     response = other.rejected if index % 2 else other.chosen
                     return replace(row, responses=(*row.responses, ("mismatched", response)))
         raise RecordError(f"{row.key}: KTO needs a second item with a row of its step, and there is none")
+
+
+def build_data(
+    config: TrainConfig, encoder: Encoder, arguments: TrainingArguments
+) -> tuple[Dataset[Item], Dataset[Item] | None]:
+    """The items to train on, and those to validate on (None without `val_size`).
+
+    Raises:
+        ConfigError: no data named, none for this stage, or a curriculum where it does not belong.
+    """
+    if config.curriculum:
+        if config.stage != "sft" or config.val_size:
+            raise ConfigError("curriculum: only stage sft draws scenes with true boxes, and none to validate on")
+        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return Curriculum(encoder, config.curriculum, step), None
+    if not config.dataset:
+        raise ConfigError("dataset: name the data to train on")
+    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
+    dataset: SftSamples | Preferences
+    if config.stage == "sft":
+        samples = read_samples(config.dataset, with_box=True, **places)
+        dataset = SftSamples(encoder, samples[: config.max_samples], config.image_root)
+    else:
+        dataset = Preferences(
+            encoder,
+            read_preferences(config.dataset, **places),
+            stage=config.rl_stage,
+            root=config.image_root,
+            mismatched=config.pref_loss == "kto",
+        )
+        dataset.groups = dataset.groups[: config.max_samples]
+    if not len(dataset):
+        other = "; preferences over answers are trained with rl_stage=2" if config.stage != "sft" else ""
+        raise ConfigError(f"dataset: {config.dataset} holds nothing for {config.stage_name}{other}")
+    return split(dataset, config.val_size, arguments.seed) if config.val_size else (dataset, None)
+
+
+def read_rollout_samples(config: TrainConfig) -> list[Sample]:
+    """The held-out samples that every evaluation rolls out; none without `rollout_samples`.
+
+    Raises:
+        ConfigError: no data named to take them from.
+    """
+    if not config.rollout_samples:
+        return []
+    if config.rollout_dataset is None:
+        raise ConfigError("rollout_dataset: name the held-out samples that rollout_samples are taken from")
+    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
+    return read_samples(config.rollout_dataset, with_box=True, **places)[: config.rollout_samples]
 
 
 Items = TypeVar("Items", bound="SftSamples | Preferences")
@@ -275,33 +185,3 @@ def part_of(dataset: Items, members: Sequence[int]) -> Items:
     part = copy(dataset)
     part.groups = [dataset.groups[number] for number in members]  # type: ignore[assignment]
     return part
-
-
-def preference_row(
-    encoder: Encoder, preference: Preference, root: str | Path | None = None, item: str | None = None
-) -> Row:
-    """The row of one preference: its prompt and pictures with the chosen and the rejected response. `item` is the name
-    of its item where it belongs to a data set, whose ids may repeat."""
-    whole_picture, *details = preference.images
-    whole = open_view(whole_picture, root)
-    views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
-    talk = Conversation((*preference.context, Message("user", preference.prompt)), tuple(views))
-    if preference.context:
-        _check_kept(encoder, talk)
-    responses: tuple[tuple[Role, str], ...] = (("chosen", preference.chosen), ("rejected", preference.rejected))
-    return Row(f"{item or preference.id}/{preference.step}", preference.step, talk, responses, preference.weight)
-
-
-def _check_kept(encoder: Encoder, talk: Conversation) -> None:
-    """That the model's chat template shows the whole conversation: some leave out system messages or earlier turns.
-
-    Raises:
-        PromptError: it does not; the message says what is left out.
-    """
-    shown = encoder.render(talk)
-    for message in talk.messages:
-        if any(part.strip() not in shown for part in message.text.split(IMAGE)):
-            raise PromptError(
-                f"the model's chat template leaves out what the {message.role} says before the question: "
-                f"{message.text[:60]!r}; take it out of the data, or train another model"
-            )

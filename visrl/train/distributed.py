@@ -34,7 +34,7 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def sharded(arguments: TrainingArguments) -> bool:
+def shards_weights(arguments: TrainingArguments) -> bool:
     """Whether weights are split over the processes, so that no part of the model can be called by itself."""
     by_launcher = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
     return by_launcher or bool(arguments.fsdp or arguments.deepspeed)
@@ -122,7 +122,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def dealt(batches: Sequence[Any]) -> list[tuple[Any, bool]]:
+def shard_batches(batches: Sequence[Any]) -> list[tuple[Any, bool]]:
     """This process's part of `batches`, and whether each counts: all get equally many, as processes that share a
     model must call it equally often, so some see a batch again that is another's."""
     state = PartialState()
@@ -131,6 +131,6 @@ def dealt(batches: Sequence[Any]) -> list[tuple[Any, bool]]:
     return [(batches[n % len(batches)], n < len(batches)) for n in mine]
 
 
-def gathered(values: dict[str, Any]) -> dict[str, Any]:
+def gather_dicts(values: dict[str, Any]) -> dict[str, Any]:
     """The entries of every process's dictionary in one."""
     return {key: value for part in gather_object([values]) for key, value in part.items()}

@@ -21,15 +21,16 @@ from visrl.images import ImageError
 from visrl.packing.pack import Packed
 from visrl.progress import progress
 from visrl.train.arguments import training_arguments
-from visrl.train.batches import PictureSampler
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum, Preferences
+from visrl.train.curriculum import Curriculum
+from visrl.train.data import Preferences
 from visrl.train.distributed import processes_wanted
 from visrl.train.items import Collator, TooLong
 from visrl.train.reference import reference_logps
+from visrl.train.sampler import SameImageSampler
 from visrl.train.trainer import VisrlTrainer
 
-NAMED = 3  # reasons told of each kind of drop
+NAMED = 3  # reasons named of each kind of drop
 KINDS: dict[str, type[ValueError]] = {
     "over cutoff_len": TooLong,
     "whose picture cannot be opened": ImageError,
@@ -39,7 +40,7 @@ UNUSABLE = tuple(KINDS.values())
 
 
 @dataclass
-class Survey:
+class DatasetScan:
     """What every item of a data set is: its tokens when each is computed once, and when each row is computed by
     itself."""
 
@@ -57,7 +58,7 @@ class Survey:
         self.tokens.append(packed.tokens)
         self.separate += packed.naive_tokens
 
-    def told(self, dropping: bool) -> str:
+    def format_counts(self, dropping: bool) -> str:
         """Counts, in a few lines."""
         total = sum(self.tokens)
         lines = [
@@ -72,35 +73,35 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(dataset: Any, collator: Collator) -> tuple[Survey, Any]:
+def scan_dataset(dataset: Any, collator: Collator) -> tuple[DatasetScan, Any]:
     """Encode every item of `dataset` as training would; what was found, and the part of it that can be used: of an item
     with a row that cannot, the others.
 
     A curriculum cannot leave anything out: its scenes are drawn, and each is as good as the next.
     """
     if isinstance(dataset, Curriculum):
-        found = Survey()
+        found = DatasetScan()
         for number in progress(range(len(dataset)), "reading items"):
             found.add(collator([dataset[number]])["batch"].packed)
         return found, dataset
-    dropped = Survey()
+    dropped = DatasetScan()
     if not (isinstance(dataset, Preferences) and dataset.mismatched):
-        found, part = _one_pass(dataset, collator, dropped)
+        found, part = _scan_once(dataset, collator, dropped)
         return replace(found, dropped=dropped.dropped), part
     part = copy(dataset)
     part.mismatched = False  # a row is not to blame for the response of another that it is shown with
-    found, part = _one_pass(part, collator, dropped)
+    found, part = _scan_once(part, collator, dropped)
     part.mismatched = True
     while True:  # whatever leaves changes whose response another row is shown with
         count = dropped.rows
-        found, part = _one_pass(part, collator, dropped)
+        found, part = _scan_once(part, collator, dropped)
         if dropped.rows == count:
             return replace(found, dropped=dropped.dropped), part
 
 
-def _one_pass(dataset: Any, collator: Collator, dropped: Survey) -> tuple[Survey, Any]:
+def _scan_once(dataset: Any, collator: Collator, dropped: DatasetScan) -> tuple[DatasetScan, Any]:
     """What the items of `dataset` are, and those that can be used; what cannot is added to `dropped`."""
-    found, groups = Survey(), []
+    found, groups = DatasetScan(), []
     for number in progress(range(len(dataset)), "reading items"):
         name, records = dataset.groups[number]
         try:
@@ -117,7 +118,7 @@ def _one_pass(dataset: Any, collator: Collator, dropped: Survey) -> tuple[Survey
     return found, part
 
 
-def _usable(dataset: Any, number: int, collator: Collator, dropped: Survey) -> list[Any]:
+def _usable(dataset: Any, number: int, collator: Collator, dropped: DatasetScan) -> list[Any]:
     """The rows of an item that can be used, each tried by itself; the others are added to `dropped`."""
     usable = []
     for record in dataset.groups[number][1]:
@@ -131,7 +132,7 @@ def _usable(dataset: Any, number: int, collator: Collator, dropped: Survey) -> l
     return usable
 
 
-def rehearse(dataset: Any, found: Survey, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
+def dry_run(dataset: Any, found: DatasetScan, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
     """Print steps and memory. Memory is measured: the heaviest step is taken as it would be (twice, as the optimiser
     holds nothing before the first), on this machine, and what it did is thrown away with the process."""
     config = visrl_config
@@ -170,7 +171,9 @@ def _heaviest_step(dataset: Any, tokens: list[int], arguments: TrainingArguments
     """The items of the optimisation step of the first epoch that holds the batch with most tokens, that batch first."""
     size = arguments.train_batch_size
     shuffled = not isinstance(dataset, Curriculum)
-    order = PictureSampler(dataset.pictures(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
+    order = (
+        SameImageSampler(dataset.pictures(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
+    )
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     heavy = max(range(len(batches)), key=lambda n: sum(tokens[item] for item in batches[n]))
     first = heavy - heavy % arguments.gradient_accumulation_steps

@@ -170,8 +170,8 @@ def _largest(differences: torch.Tensor) -> float:
 def _probe(encoder: Any) -> Any:
     """A packed batch of drawn scenes, to compare log-probabilities on."""
     from visrl.scenes import scene_samples
-    from visrl.train.data import sft_rows
     from visrl.train.items import Collator, Item
+    from visrl.train.rows import sft_rows
 
     samples = scene_samples("validation", 0, 4, with_box=True)
     items = [Item(sample.id, tuple(sft_rows(encoder, sample))) for sample in samples]

@@ -22,7 +22,7 @@ Role = Literal["target", "chosen", "rejected", "mismatched"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrainingRow:
     """One conversation with its responses: a target (SFT), or chosen and rejected, and for KTO a response of another
     row. `key` names it in the cache of reference log-probabilities."""
 
@@ -36,7 +36,7 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Item:
     id: str
-    rows: tuple[Row, ...]
+    rows: tuple[TrainingRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Branch:
 
 
 @dataclass(slots=True)
-class Batch:
+class TrainingBatch:
     """A packed batch and what its branches are; `items` counts whole items, `targets` response tokens."""
 
     packed: Packed
@@ -64,7 +64,7 @@ class TooLong(RecordError):
     """A sequence over `cutoff_len`."""
 
 
-def told(key: str) -> str:
+def format_row(key: str) -> str:
     """What an error calls the row of a key; that of a preference names its item, for its id may stand for several."""
     return key if key.startswith("item ") else f"row {key}"
 
@@ -81,13 +81,13 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
         try:
             paths += encoder.encode(row.conversation, [text for _, text in row.responses])
         except PromptError as error:
-            raise PromptError(f"{told(row.key)}: {error}") from error
+            raise PromptError(f"{format_row(row.key)}: {error}") from error
         branches += [Branch(number, row.key, row.step, role, row.weight) for role, _ in row.responses]
     return paths, branches
 
 
 class Collator:
-    """Items → `Batch`. Items that show the same picture share its tokens.
+    """Items → `TrainingBatch`. Items that show the same picture share its tokens.
 
     Raises:
         TooLong: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
@@ -102,7 +102,7 @@ class Collator:
         self.bin_length = bin_length
         self.bucket = bucket
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, TrainingBatch]:
         # All pictures of a batch go through the image processor together.
         with suppress(PromptError):  # the row that shows a picture which cannot be used is named below
             self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
@@ -118,14 +118,14 @@ class Collator:
         trees = grow([paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs")
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
         branches = [branch for _, group in by_picture.values() for branch in group]
-        return {"batch": Batch(packed, branches, len(items), int(packed.target.numel()))}
+        return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
 
     def _check_lengths(self, paths: Sequence[TokenPath], branches: Sequence[Branch]) -> None:
         """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features."""
         for path, branch in zip(paths, branches, strict=True):
             if self.cutoff is not None and len(path.ids) > self.cutoff:
                 raise TooLong(
-                    f"{told(branch.row)}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
+                    f"{format_row(branch.row)}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
                     f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
                 )
 

@@ -19,9 +19,9 @@ from visrl.models.modes import evaluating
 from visrl.packing.forward import branch_logps
 from visrl.progress import progress
 from visrl.records import write_text
-from visrl.train.distributed import dealt, gathered, whole_weights
+from visrl.train.distributed import gather_dicts, shard_batches, whole_weights
 from visrl.train.features import FeatureCache
-from visrl.train.items import Batch, Collator, Item
+from visrl.train.items import Collator, Item, TrainingBatch
 
 
 def reference_key(parts: dict[str, Any]) -> str:
@@ -61,8 +61,8 @@ def reference_logps(
     count = len(items)  # type: ignore[arg-type]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     with whole_weights(model), evaluating(model):
-        for members, _ in progress(dealt(batches), "reference log-probabilities", units="batches"):
-            batch: Batch = collator([items[n] for n in members])["batch"]
+        for members, _ in progress(shard_batches(batches), "reference log-probabilities", units="batches"):
+            batch: TrainingBatch = collator([items[n] for n in members])["batch"]
             if features is not None:
                 features.fill(batch.packed, device)
             sums = branch_logps(model, batch.packed.to(device)).sums.tolist()
@@ -70,7 +70,7 @@ def reference_logps(
             assert len(named) == len(sums), "two responses of one name"
             assert not named.keys() & logps.keys(), "two responses of one name"
             logps |= named
-    logps = gathered(logps)
+    logps = gather_dicts(logps)
     if state.is_main_process:
         write_text(cache, json.dumps({"key": key, "logps": logps}))
     state.wait_for_everyone()

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError
-from visrl.data.sources import hash_source, read_preferences, read_samples
+from visrl.data.sources import hash_source
 from visrl.engines.recompute import try_out
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import (
@@ -37,19 +36,21 @@ from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
-from visrl.records import Journal, Sample, read_jsonl, write_records
 from visrl.train.arguments import check_start, refusals, training_arguments
-from visrl.train.batches import PictureSampler
+from visrl.train.checkpoints import MarkComplete, check_resume, foreign_checkpoint, last_complete_checkpoint, writing
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum, Preferences, SftSamples, split
-from visrl.train.distributed import launched, on_processes, processes_wanted, say, sharded
-from visrl.train.dry_run import peak_memory, rehearse, survey
+from visrl.train.curriculum import Curriculum
+from visrl.train.data import SftSamples, build_data, read_rollout_samples
+from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
+from visrl.train.dry_run import dry_run, peak_memory, scan_dataset
 from visrl.train.features import open_features
 from visrl.train.fields import TrainerFields
-from visrl.train.items import Collator, Item
+from visrl.train.items import Collator
+from visrl.train.log import JsonLog, plot_loss
 from visrl.train.model import check_policy, prepare_model
 from visrl.train.reference import hash_pictures, reference_key, reference_logps
-from visrl.train.trainer import COMPLETE, JsonLog, MarkComplete, VisrlTrainer, writing
+from visrl.train.sampler import SameImageSampler
+from visrl.train.trainer import VisrlTrainer
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
@@ -106,36 +107,36 @@ def train_here(config: TrainConfig) -> None:
     if not config.dry_run and not _replaces(config, identity) and is_complete(out, identity):
         say(f"{out} is already complete")
         return
-    _check_resume(config)
+    check_resume(config)
     arguments = training_arguments(config)
     if notice := _own_settings(config).other_rule(settings.crop_rule):
         say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
     set_seed(arguments.seed)
     dataset, validation = build_data(config, encoder, arguments)
-    rollouts = _rollouts(config)
+    rollouts = read_rollout_samples(config)
     bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
     collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
     if config.drop_unusable or config.dry_run:
-        found, dataset = survey(dataset, collator)
-        say(found.told(config.drop_unusable))
+        found, dataset = scan_dataset(dataset, collator)
+        say(found.format_counts(config.drop_unusable))
         if validation is not None:
-            to_validate, validation = survey(validation, collator)
-            say(f"to validate on: {to_validate.told(config.drop_unusable)}")
+            to_validate, validation = scan_dataset(validation, collator)
+            say(f"to validate on: {to_validate.format_counts(config.drop_unusable)}")
     for part in (dataset, validation):
         if isinstance(part, SftSamples) and (count := part.without_box()):
             say(f"{count:,} questions have no box: what is learned of them is the answer to the whole picture")
         if part is not None and not len(part):  # type: ignore[arg-type]
-            raise ConfigError(f"dataset: {config.dataset} holds no row for {_stage(config)} that can be used")
+            raise ConfigError(f"dataset: {config.dataset} holds no row for {config.stage_name} that can be used")
     model = prepare_model(config).to(arguments.device)
-    if not sharded(arguments):
+    if not shards_weights(arguments):
         try_out(model, encoder, config.model_name_or_path)
     limit = int(config.feature_cache_gb * 1e9)
-    features = None if sharded(arguments) else open_features(model, encoder.family, limit)
+    features = None if shards_weights(arguments) else open_features(model, encoder.family, limit)
     common: dict[str, Any] = {
         "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
     }  # fmt: skip
     if config.dry_run:
-        rehearse(dataset, found, **common)
+        dry_run(dataset, found, **common)
         return
     with refusals():
         trainer = VisrlTrainer(
@@ -151,7 +152,7 @@ def train_here(config: TrainConfig) -> None:
         if _replaces(config, identity):
             _clear(out)
         claim_folder(out, identity)
-    say(_told(config, arguments, dataset, validation))
+    say(_format_data(config, arguments, dataset, validation))
     if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
         items: list[Any] = [part for part in (dataset, validation) if part is not None]
         shown = hash_pictures((picture for part in items for picture in part.pictures()), config.image_root)
@@ -165,7 +166,7 @@ def train_here(config: TrainConfig) -> None:
             key=reference_key(parts),
             features=features,
         )
-    resume = last_complete_checkpoint(out, arguments) or _foreign_checkpoint(config)
+    resume = last_complete_checkpoint(out, arguments) or foreign_checkpoint(config)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.check_trained(resume)
     facts = {
@@ -209,35 +210,6 @@ def _clear(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _check_resume(config: TrainConfig) -> None:
-    """Refuse a `resume_from_checkpoint` that cannot be done before anything is claimed.
-
-    Raises:
-        ConfigError: there is no such checkpoint, or one that is not to be gone on from.
-    """
-    given, out = config.resume_from_checkpoint, config.output_dir
-    own = [path for path in out.glob("checkpoint-*") if (path / COMPLETE).is_file()]
-    if given is True and not own:
-        raise ConfigError(
-            f"resume_from_checkpoint: {out} has no checkpoint to go on from; leave the key out to start anew"
-        )
-    if given is False and own:
-        raise ConfigError(
-            f"resume_from_checkpoint=false: {out} has {len(own)} checkpoints of this very training; leave the key out "
-            "to go on from the newest, or give another output_dir to start anew"
-        )
-    if isinstance(given, str) and not (Path(given) / "trainer_state.json").is_file():
-        raise ConfigError(
-            f"resume_from_checkpoint: {given} is no checkpoint of a training (no trainer_state.json there); "
-            "name a folder checkpoint-N, or true for the newest of output_dir"
-        )
-
-
-def _foreign_checkpoint(config: TrainConfig) -> Path | None:
-    given = config.resume_from_checkpoint
-    return Path(given) if isinstance(given, str) else None
-
-
 def _next_command(config: TrainConfig) -> str:
     """What to type once a training is done."""
     if config.finetuning_type == "lora":
@@ -264,71 +236,14 @@ def _own_settings(config: TrainConfig) -> ModelSettings:
     return ModelSettings.load(config.model_name_or_path, *(config.adapter_name_or_path or ())[-1:])
 
 
-def build_data(
-    config: TrainConfig, encoder: Encoder, arguments: TrainingArguments
-) -> tuple[Dataset[Item], Dataset[Item] | None]:
-    """The items to train on, and those to validate on (None without `val_size`).
-
-    Raises:
-        ConfigError: no data named, none for this stage, or a curriculum where it does not belong.
-    """
-    if config.curriculum:
-        if config.stage != "sft" or config.val_size:
-            raise ConfigError("curriculum: only stage sft draws scenes with true boxes, and none to validate on")
-        step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        return Curriculum(encoder, config.curriculum, step), None
-    if not config.dataset:
-        raise ConfigError("dataset: name the data to train on")
-    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
-    dataset: SftSamples | Preferences
-    if config.stage == "sft":
-        samples = read_samples(config.dataset, with_box=True, **places)
-        dataset = SftSamples(encoder, samples[: config.max_samples], config.image_root)
-    else:
-        dataset = Preferences(
-            encoder,
-            read_preferences(config.dataset, **places),
-            stage=config.rl_stage,
-            root=config.image_root,
-            mismatched=config.pref_loss == "kto",
-        )
-        dataset.groups = dataset.groups[: config.max_samples]
-    if not len(dataset):
-        other = "; preferences over answers are trained with rl_stage=2" if config.stage != "sft" else ""
-        raise ConfigError(f"dataset: {config.dataset} holds nothing for {_stage(config)}{other}")
-    return split(dataset, config.val_size, arguments.seed) if config.val_size else (dataset, None)
-
-
-def _rollouts(config: TrainConfig) -> list[Sample]:
-    if not config.rollout_samples:
-        return []
-    if config.rollout_dataset is None:
-        raise ConfigError("rollout_dataset: name the held-out samples that rollout_samples are taken from")
-    places: dict[str, Any] = {"dataset_dir": config.dataset_dir, "image_root": config.image_root}
-    return read_samples(config.rollout_dataset, with_box=True, **places)[: config.rollout_samples]
-
-
-def _stage(config: TrainConfig) -> str:
-    return "warm-up" if config.stage == "sft" else f"stage {config.rl_stage}"
-
-
-def _told(config: TrainConfig, arguments: TrainingArguments, dataset: Any, validation: Any) -> str:
+def _format_data(config: TrainConfig, arguments: TrainingArguments, dataset: Any, validation: Any) -> str:
     """What is trained on, in a line."""
-    told = f"{len(dataset)} items for {_stage(config)}"
+    text = f"{len(dataset)} items for {config.stage_name}"
     if not isinstance(dataset, Curriculum):
         pictures = dataset.pictures()
-        sampler = PictureSampler(pictures, arguments.train_batch_size, arguments.seed)
-        told += f", of {len(set(pictures))} pictures; {sampler.sharing()} share theirs with another of their batch"
-    return f"{told}; {len(validation)} to validate on" if validation is not None else told
-
-
-def plot_loss(out: Path) -> None:
-    """Draw the curves of `log.jsonl`: `training_loss.svg`, and one picture for each further measure."""
-    from visrl.pages.figures import Curve, curve_figures
-
-    for drawing in curve_figures([Curve(title=out.name, rows=list(read_jsonl(out / "log.jsonl")))]):
-        name = drawing.title.lower().replace(" ", "_").replace("-", "_")
-        (out / f"training_{name}.svg").write_text(drawing.svg, encoding="utf-8")
+        sampler = SameImageSampler(pictures, arguments.train_batch_size, arguments.seed)
+        text += f", of {len(set(pictures))} pictures; {sampler.sharing()} share theirs with another of their batch"
+    return f"{text}; {len(validation)} to validate on" if validation is not None else text
 
 
 def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
@@ -338,31 +253,6 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
         encoder.processor.save_pretrained(out)
         encoder.settings.save(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
-
-
-def last_complete_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
-    """The newest checkpoint that was written to its end; what a kill left of another, and log lines after it, are
-    removed by the first process while the others wait."""
-    with arguments.main_process_first(local=False, desc="looking for a checkpoint"):
-        found = sorted(out.glob("checkpoint-*"), key=_step)
-        complete = [checkpoint for checkpoint in found if (checkpoint / COMPLETE).is_file()]
-        newest = complete[-1] if complete else None
-        if arguments.process_index == 0:
-            for checkpoint in set(found) - set(complete):
-                shutil.rmtree(checkpoint)
-            _cut_log(out / "log.jsonl", _step(newest) if newest else 0)
-    return newest
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drop log lines after the checkpoint that training resumes from: they will be written again."""
-    if path.is_file():
-        Journal(path).close()  # cuts the line that a kill left unfinished
-        write_records(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from visrl.errors import UserError
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
 from visrl.models.modes import evaluating
 from visrl.packing.forward import BranchLogps, branch_logps
 from visrl.records import RecordError, Sample
 from visrl.train import losses
-from visrl.train.batches import PictureSampler
+from visrl.train.checkpoints import TrainingError, check_finite, resumed_step, writing
 from visrl.train.config import TrainConfig
-from visrl.train.data import Curriculum
-from visrl.train.distributed import dealt, sharded
+from visrl.train.curriculum import Curriculum
+from visrl.train.distributed import shard_batches, shards_weights
 from visrl.train.features import FeatureCache
-from visrl.train.items import Batch, Branch, select
+from visrl.train.items import Branch, TrainingBatch, select
+from visrl.train.log import RunningMeans
 from visrl.train.model import make_tied_embedding_sparse
+from visrl.train.sampler import EpochOrder, SameImageSampler
 
-COMPLETE = "complete"  # the marker in a checkpoint that was written to its end
 AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
-
-
-class TrainingError(UserError, RuntimeError):
-    """A training that must not be called complete; the message says what to change."""
 
 
 class VisrlTrainer(Trainer):
@@ -66,9 +57,9 @@ class VisrlTrainer(Trainer):
         self.features = features
         self.validation = validation
         self.rollouts = rollouts
-        self._watched = Watched()
+        self._meters = RunningMeans()
         assert self.model is not None
-        if self.args.world_size == 1 and not sharded(self.args):
+        if self.args.world_size == 1 and not shards_weights(self.args):
             make_tied_embedding_sparse(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -77,8 +68,8 @@ class VisrlTrainer(Trainer):
         pictures = getattr(self.train_dataset, "pictures", None)
         if pictures is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        sampler = PictureSampler(pictures(), self.args.train_batch_size, self.args.seed)
-        self.add_callback(OrderOfEpoch(sampler))
+        sampler = SameImageSampler(pictures(), self.args.train_batch_size, self.args.seed)
+        self.add_callback(EpochOrder(sampler))
         return sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -101,20 +92,22 @@ class VisrlTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        batch: Batch = inputs["batch"]
+        batch: TrainingBatch = inputs["batch"]
         if self.features is not None:
             self.features.fill(batch.packed, self.args.device)
         batch.packed = batch.packed.to(self.args.device)
         return inputs
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, TrainingBatch]], device: torch.device
+    ) -> torch.Tensor:
         """What the loss is divided by: rows (SFT) or items (preferences) of all ranks and accumulation steps."""
         total = torch.tensor(float(sum(self._count(samples["batch"]) for samples in batch_samples)), device=device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum() / self.args.world_size  # gradients are averaged over ranks
         return total
 
-    def _count(self, batch: Batch) -> int:
+    def _count(self, batch: TrainingBatch) -> int:
         return len(batch.branches) if self.visrl_config.stage == "sft" else batch.items
 
     def compute_loss(
@@ -124,7 +117,7 @@ class VisrlTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        batch: Batch = inputs["batch"]
+        batch: TrainingBatch = inputs["batch"]
         per_row = self._losses(model, batch)
         if not torch.isfinite(per_row).all():
             raise TrainingError(
@@ -135,18 +128,18 @@ class VisrlTrainer(Trainer):
         loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else self._count(batch))
         return (loss, {}) if return_outputs else loss
 
-    def _losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def _losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
         logps = branch_logps(model, batch.packed)
         return self._sft(batch, logps) if self.visrl_config.stage == "sft" else self._preference(batch, logps)
 
-    def _sft(self, batch: Batch, logps: BranchLogps) -> torch.Tensor:
+    def _sft(self, batch: TrainingBatch, logps: BranchLogps) -> torch.Tensor:
         """Mean over each response's tokens: a short answer counts as much as a long box."""
         per_row = losses.sft(logps.sums / logps.counts)
         for number, branch in enumerate(batch.branches):
-            self._watched.add(f"nll/{branch.step}", per_row[number])
+            self._meters.add(f"nll/{branch.step}", per_row[number])
         return per_row
 
-    def _preference(self, batch: Batch, logps: BranchLogps) -> torch.Tensor:
+    def _preference(self, batch: TrainingBatch, logps: BranchLogps) -> torch.Tensor:
         """Weighted loss of every row, to be divided by items."""
         config, device = self.visrl_config, logps.sums.device
         chosen, rejected = select(batch.branches, "chosen", device), select(batch.branches, "rejected", device)
@@ -168,10 +161,10 @@ class VisrlTrainer(Trainer):
         with torch.no_grad():
             gains = beta * losses.margin(w, r, ref_w, ref_r)
             for n, row in enumerate(rows):
-                self._watched.add(f"rewards/margins/{row.step}", gains[n])
-                self._watched.add(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
-                self._watched.add(f"logps/chosen/{row.step}", logps.sums[chosen[n]])
-                self._watched.add(f"logps/rejected/{row.step}", logps.sums[rejected[n]])
+                self._meters.add(f"rewards/margins/{row.step}", gains[n])
+                self._meters.add(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
+                self._meters.add(f"logps/chosen/{row.step}", logps.sums[chosen[n]])
+                self._meters.add(f"logps/rejected/{row.step}", logps.sums[rejected[n]])
         return weight * loss
 
     def _kl(self, rows: Sequence[Branch], policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -183,7 +176,7 @@ class VisrlTrainer(Trainer):
         for step in {row.step for row in rows}:
             own = policy.new_tensor([gain for other, gain in pairs if other == step])
             kl[step] = losses.kto_kl(own, torch.zeros_like(own))
-            self._watched.add(f"kl/{step}", kl[step])
+            self._meters.add(f"kl/{step}", kl[step])
         return torch.stack([kl[row.step] for row in rows])
 
     def _lambda(self, step: str) -> float:
@@ -209,15 +202,15 @@ class VisrlTrainer(Trainer):
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        model, since_log, validation = self.model_wrapped, self._watched, Watched()
+        model, since_log, validation = self.model_wrapped, self._meters, RunningMeans()
         size, count = self.args.eval_batch_size, len(self.validation)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         with evaluating(model):
-            for members, counts in dealt(batches):
+            for members, counts in shard_batches(batches):
                 inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
-                self._watched = validation if counts else Watched()
-                self._watched.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
-        self._watched = since_log
+                self._meters = validation if counts else RunningMeans()
+                self._meters.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
+        self._meters = since_log
         return {f"eval_{name}": value for name, value in validation.means().items()}
 
     def _roll_out(self) -> dict[str, float]:
@@ -249,70 +242,11 @@ class VisrlTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of what was watched since the last log."""
+        """Log, with the running means since the last log."""
         if "loss" in logs:
-            logs = {**logs, **self._watched.means()}
-            self._watched = Watched()
+            logs = {**logs, **self._meters.means()}
+            self._meters = RunningMeans()
         super().log(logs, start_time)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What a disk that takes no more makes of writing weights and states, as a sentence.
-
-    Raises:
-        TrainingError: something could not be written.
-    """
-    try:
-        yield
-    except TrainingError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise TrainingError(
-            f"{folder} cannot be written ({why}); {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there; make "
-            "room, and the same command goes on where this one stopped"
-        ) from error
-
-
-def resumed_step(checkpoint: Path) -> int:
-    """The step that a checkpoint was written at."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-
-
-def check_finite(model: Any, step: int) -> None:
-    """Refuse weights that are no numbers any more.
-
-    Raises:
-        TrainingError: so it is.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise TrainingError(
-                f"{name} holds no numbers any more after step {step}; lower learning_rate or set max_grad_norm; this "
-                "training is not complete"
-            )
-
-
-class Watched:
-    """Means of what is watched between two log lines, over all ranks."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
-
-    def add(self, name: str, value: torch.Tensor, count: int = 1) -> None:
-        self._sums[name] += float(value.detach())
-        self._counts[name] += count
-
-    def means(self) -> dict[str, float]:
-        """The mean of everything watched, called on all ranks alike."""
-        parts = gather_object([(dict(self._sums), dict(self._counts))])
-        names = sorted({name for sums, _ in parts for name in sums})
-        return {
-            name: sum(sums.get(name, 0.0) for sums, _ in parts) / sum(counts.get(name, 0) for _, counts in parts)
-            for name in names
-        }
 
 
 def reference_of(branches: Sequence[Branch], reference: Mapping[str, float] | None) -> list[float]:
@@ -358,35 +292,3 @@ def preference_loss(
         case "sft":
             return losses.sft(chosen / chosen_counts)
     raise ValueError(f"pref_loss {config.pref_loss!r} is not a pairwise loss")
-
-
-class OrderOfEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins, a resumed one included."""
-
-    def __init__(self, sampler: PictureSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when all of it is on disk, so that a kill in the middle of writing leaves none to resume."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_finite(kwargs["model"], state.global_step)
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-class JsonLog(TrainerCallback):
-    """Appends every log line to `log.jsonl` in the output folder, for curves."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "log.jsonl"
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"step": state.global_step, **logs}) + "\n")

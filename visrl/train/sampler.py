@@ -8,11 +8,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 
-class PictureSampler(Sampler[int]):
+class SameImageSampler(Sampler[int]):
     """The items of an epoch in random order, those of one picture beside each other in one batch.
 
     A pure function of seed and epoch. A picture with more items than a batch holds fills several.
@@ -49,6 +51,16 @@ class PictureSampler(Sampler[int]):
             shown = [self.pictures[number] for number in order[start : start + self.batch_size]]
             count += sum(shown.count(picture) > 1 for picture in shown)
         return count
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins, a resumed one included."""
+
+    def __init__(self, sampler: SameImageSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def _parts(group: list[int], size: int) -> list[list[int]]:

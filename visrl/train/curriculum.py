@@ -1,0 +1,87 @@
+"""The warm-up's curriculum: drawn scenes in phases, from where something is to what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from visrl.box import Box
+from visrl.engines.base import seed_of
+from visrl.models.encode import Encoder
+from visrl.records import Sample
+from visrl.scenes import close_up, find_question, scene_samples
+from visrl.train.items import Item, TrainingRow
+from visrl.train.rows import on_grid, sft_rows
+
+if TYPE_CHECKING:
+    from visrl.train.config import Phase
+
+
+class Curriculum(Dataset[Item]):
+    """Drawn scenes in the order of a curriculum: a pure function of the index, read in sequence.
+
+    Every scene is seen once. An item is one scene with its questions, so that the picture is computed once for all.
+    """
+
+    def __init__(self, encoder: Encoder, phases: Sequence[Phase], batch_size: int) -> None:
+        self.encoder = encoder
+        self.phases = phases
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return self.batch_size * sum(phase.steps for phase in self.phases)
+
+    def __getitem__(self, index: int) -> Item:
+        left = index
+        for phase in self.phases:
+            if left < phase.steps * self.batch_size:
+                break
+            left -= phase.steps * self.batch_size
+        samples = self._samples(phase, index)
+        return Item(samples[0].image, tuple(self._rows(phase, index, samples)))
+
+    def _samples(self, phase: Phase, index: int) -> list[Sample]:
+        """The questions of scene `index`; where it allows none of the phase's kinds, of the next free one."""
+        samples: list[Sample] = []
+        place = index
+        while not samples:
+            samples = scene_samples(
+                "train",
+                place,
+                1,
+                per_scene=phase.per_scene,
+                kinds=tuple(phase.kinds),
+                with_box=True,
+                max_tags=phase.max_tags,
+            )
+            place += len(self)
+        return samples
+
+    def _rows(self, phase: Phase, index: int, samples: Sequence[Sample]) -> list[TrainingRow]:
+        rows: list[TrainingRow] = []
+        for sample in samples:
+            if phase.grid is not None and sample.box is not None:
+                sample = replace(sample, box=on_grid(sample.box, phase.grid))
+            detail = None
+            chance = np.random.default_rng(seed_of(index, sample.id))
+            if phase.close_up is not None:
+                low, high = phase.close_up
+                detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
+            if phase.loose and sample.box is not None:
+                detail = _with_sides_moved(detail or sample.box, -phase.loose, phase.loose, chance)
+            if phase.margin and sample.box is not None:
+                detail = detail or sample.box
+                sample = replace(sample, box=_with_sides_moved(sample.box, -phase.margin, 0.0, chance))
+            rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
+        return rows
+
+
+def _with_sides_moved(box: Box, outward: float, inward: float, chance: np.random.Generator) -> Box:
+    """`box` with each side moved by a chance share of its width or height, between `outward` (below 0) and `inward`."""
+    dx0, dy0, dx1, dy1 = chance.uniform(outward, inward, size=4)
+    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 - dx1 * box.width, box.y1 - dy1 * box.height)
+    return Box(*(min(1.0, max(0.0, corner)) for corner in corners))
