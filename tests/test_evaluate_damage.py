@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from visrl.box import Box
 from visrl.cli import app
 from visrl.engines.base import Completion
-from visrl.evaluate.answers import answered, with_judgements
+from visrl.evaluate.answers import answer_to_judge, with_judgements
 from visrl.evaluate.results import result_row
 from visrl.records import RecordError, Sample, write_records
 from visrl.rewards.judge import Judgement, judge_all, read_judgements
@@ -45,7 +45,7 @@ def test_what_is_no_judgement_is_named(change, said, tmp_path):
 
 def test_judgements_of_before_and_with_more_room_fit_their_answers(tmp_path):
     row = result_row(Sample("1", "a.png", "What?", "seven", source="gqa"), prediction="7 \ud83d")
-    asked = answered(row)
+    asked = answer_to_judge(row)
     assert asked is not None
     says = lambda asks, on_reply=None: [on_reply(n, Completion("score: 1", None)) for n, _ in enumerate(asks)]  # noqa: E731
     (usual,) = judge_all([asked], says, "court")

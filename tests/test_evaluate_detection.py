@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from visrl.rewards.detection import judge_boxes, judge_lmms, read_published
+from visrl.rewards.detection import judge_boxes, judge_lmms, read_published_box
 
 KINDS = ("exact", "shifted", "half", "near_half", "inverted", "unparseable", "wrong_convention", "untidy", "bad_truth")
 UNPARSEABLE = (
@@ -194,11 +194,11 @@ def test_truth_outside_by_floating_point_noise_is_not_bad():
 
 
 def test_published_parsing_to_the_letter():
-    assert read_published("[0.1, 0.2, 0.3, 0.4] .") == [0.1, 0.2, 0.3, 0.4]
-    assert read_published("1 .5, 0.2, 0.3, 0.4") == [15.0, 0.2, 0.3, 0.4]  # " ." goes wherever it stands
-    assert read_published("[1, 2, 3, 4, five]") == [1, 2, 3, 4]
-    assert read_published("[1, 2, 3]") is None
-    assert read_published("[1;2;3;4]") is None
+    assert read_published_box("[0.1, 0.2, 0.3, 0.4] .") == [0.1, 0.2, 0.3, 0.4]
+    assert read_published_box("1 .5, 0.2, 0.3, 0.4") == [15.0, 0.2, 0.3, 0.4]  # " ." goes wherever it stands
+    assert read_published_box("[1, 2, 3, 4, five]") == [1, 2, 3, 4]
+    assert read_published_box("[1, 2, 3]") is None
+    assert read_published_box("[1;2;3;4]") is None
 
 
 def test_lmms_eval_counts_one_half_as_right_and_four_zeros_as_unparsed():

@@ -246,7 +246,7 @@ def test_judge_score_agree_compare_and_leaderboard_from_end_to_end(tmp_path, mon
 
 
 def test_only_whole_benchmarks_are_ranked():
-    from visrl.evaluate.leaderboard import Entry, leaderboard_lines
+    from visrl.evaluate.leaderboard import LeaderboardEntry, leaderboard_lines
     from visrl.evaluate.results import summarise
 
     rows = [
@@ -254,10 +254,10 @@ def test_only_whole_benchmarks_are_ranked():
         for name, count in VISCOT_QUESTIONS.items()
         for index in range(count)
     ]
-    ranked = leaderboard_lines([Entry("mine", summarise(rows), "court")])
+    ranked = leaderboard_lines([LeaderboardEntry("mine", summarise(rows), "court")])
     assert len(ranked) == 29
     assert [line.score for line in ranked] == sorted((line.score for line in ranked), reverse=True)
     mine = next(line for line in ranked if not line.published)
     assert mine.low < mine.score < mine.high
     assert 0.74 < mine.score < 0.76
-    assert len(leaderboard_lines([Entry("mine", summarise(rows[1:]), "court")])) == 28
+    assert len(leaderboard_lines([LeaderboardEntry("mine", summarise(rows[1:]), "court")])) == 28

@@ -25,13 +25,13 @@ from visrl.engines.client import Client, Endpoint
 from visrl.prompts import judged_question
 from visrl.records import RecordError
 from visrl.rewards.judge import (
-    Answered,
+    AnswerToJudge,
     engine_asker,
     judge_all,
     judge_ask,
     judgement_key,
     read_judgements,
-    read_published,
+    read_published_score,
     read_score,
 )
 from visrl.statistics import agreement
@@ -69,13 +69,13 @@ from visrl.statistics import agreement
     ],
 )
 def test_both_readings_of_a_reply(reply, published, ours):
-    assert read_published(reply) == published
+    assert read_published_score(reply) == published
     assert read_score(reply) == ours
 
 
 def test_the_prompt_is_the_published_one():
     row = "<image>\nWhat is it? Please provide the bounding box coordinate of the region that can help you."
-    ask = judge_ask(Answered("1", judged_question(row), "a cat", "cat"))
+    ask = judge_ask(AnswerToJudge("1", judged_question(row), "a cat", "cat"))
     system, user = ask.messages
     assert system["content"].startswith("\nYou are responsible for proofreading the answers, ")
     assert system["content"].endswith(
@@ -86,7 +86,7 @@ def test_the_prompt_is_the_published_one():
 
 
 def test_a_judges_limit_is_part_of_what_was_asked():
-    answered = Answered("1", "What is it?", "a cat", "cat")
+    answered = AnswerToJudge("1", "What is it?", "a cat", "cat")
     assert judge_ask(answered).sampling.max_tokens == 256
     assert judge_ask(answered, 4000).sampling.max_tokens == 4000
     assert judgement_key(answered, "court") != judgement_key(answered, "court", 4000)
@@ -176,8 +176,8 @@ def judging(url: str) -> Iterator[Client]:
         client.close()
 
 
-def answers_of(*kinds: str) -> list[Answered]:
-    return [Answered(str(index), "<image>\nQ?", "truth", f"{kind} {index}") for index, kind in enumerate(kinds)]
+def answers_of(*kinds: str) -> list[AnswerToJudge]:
+    return [AnswerToJudge(str(index), "<image>\nQ?", "truth", f"{kind} {index}") for index, kind in enumerate(kinds)]
 
 
 KINDS = ("good", "busy", "wrong", "down", "slow", "garbage", "never", "refused", "mute", "good")

@@ -12,7 +12,7 @@ from visrl.data.info import read_info
 from visrl.data.native import parse_visrl, visrl_row
 from visrl.data.rows import json_items, parsed_row, read_rows
 from visrl.data.sources import read_preferences, read_samples
-from visrl.evaluate.predictions import read_rows as read_predictions
+from visrl.evaluate.predictions import read_predictions
 from visrl.records import (
     Journal,
     Preference,

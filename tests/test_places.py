@@ -11,7 +11,7 @@ import pytest
 
 from visrl.data.convert import convert
 from visrl.data.sources import read_preferences, read_samples
-from visrl.evaluate.answers import answered, score_answers, with_judgements
+from visrl.evaluate.answers import answer_to_judge, score_answers, with_judgements
 from visrl.evaluate.compare import compare
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import read_results
@@ -256,7 +256,7 @@ def test_an_evaluation_answers_every_row_of_an_id_and_resumes(tmp_path):
 
 def test_judgements_find_their_answers_among_rows_of_one_id():
     rows = [{"id": "a", "dataset": "d", "question": f"Q{n}", "answer": "x", "prediction": f"p{n}"} for n in range(2)]
-    asked = [one for one in map(answered, rows) if one is not None]
+    asked = [one for one in map(answer_to_judge, rows) if one is not None]
     said = [
         Judgement("a", "d", "court", "…", 0.25 + 0.5 * n, 0.0, None, judgement_key(one, "court"))
         for n, one in enumerate(asked)

@@ -16,7 +16,7 @@ from visrl.data.sources import read_samples
 from visrl.data.stats import as_table, measure
 from visrl.engines.base import Completion, Sampling, seed_of
 from visrl.engines.local import LocalEngine
-from visrl.evaluate.answers import answered, score_answers, with_judgements
+from visrl.evaluate.answers import answer_to_judge, score_answers, with_judgements
 from visrl.evaluate.ask import ask
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import read_results
@@ -179,7 +179,7 @@ def test_half_a_character_in_an_answer_of_another_program_is_judged_like_any(tmp
         + "\n"
     )
     rows, _ = score_answers(tmp_path / "said.jsonl")
-    asked = [one for one in map(answered, rows) if one is not None]
+    asked = [one for one in map(answer_to_judge, rows) if one is not None]
 
     def court(asks, on_reply):
         for number, one in enumerate(asks):

@@ -15,7 +15,7 @@ from visrl.engines.base import Completion
 from visrl.evaluate.results import result_row, summarise
 from visrl.records import Sample
 from visrl.replies import spoken, whole_text
-from visrl.rewards.detection import read_box
+from visrl.rewards.detection import parse_box
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.rollout import hear, look_at
 
@@ -78,7 +78,7 @@ def test_boxes_and_answers_are_read_outside_of_thinking():
     assert (look.box, look.text) == (Box(0.1, 0.1, 0.2, 0.2), "[0.1, 0.1, 0.2, 0.2]")
     hear(look, Completion("<think>eight? no</think>\n7"))
     assert look.answer == "7"
-    assert read_box(aloud, (100, 100), CODECS["visrl"]) == look.box
+    assert parse_box(aloud, (100, 100), CODECS["visrl"]) == look.box
     cut = look_at(Says(), "?", WHOLE, Completion("<think>[0.5, 0.5, 0.6, 0.6], or"))
     assert (cut.box, cut.text) == (None, "")
     assert "ended inside its thinking" in cut.error

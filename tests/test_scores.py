@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from visrl.rewards.scores import read_published, read_score
+from visrl.rewards.reply_scores import read_published_score, read_score
 
 READ = {
     # Decimal commas, other digits and marks.
@@ -63,10 +63,10 @@ def test_what_is_not_plainly_one_score_is_not_read(reply):
 
 
 def test_the_published_reading_stays_to_the_letter():
-    assert read_published("score: 0,8") == 0.0  # "score: 0" and no more
-    assert read_published("Score (0-1): 0.9") == 0.0
-    assert read_published("score: 0.8-0.9") == 0.8
-    assert read_published("<think>score: 0.5</think> score: 1") == 0.0  # twice
+    assert read_published_score("score: 0,8") == 0.0  # "score: 0" and no more
+    assert read_published_score("Score (0-1): 0.9") == 0.0
+    assert read_published_score("score: 0.8-0.9") == 0.8
+    assert read_published_score("<think>score: 0.5</think> score: 1") == 0.0  # twice
 
 
 @pytest.mark.parametrize(

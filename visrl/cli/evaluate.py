@@ -115,12 +115,12 @@ def judge(
     from visrl.config import build_config
     from visrl.engines.client import Client, Endpoint
     from visrl.engines.open import RequestConfig
-    from visrl.evaluate.answers import answered
+    from visrl.evaluate.answers import answer_to_judge
     from visrl.manifest import hold
     from visrl.rewards.judge import client_asker, judge_all
 
     rows, _ = _answer_rows(predictions, truth)
-    asked = [one for one in map(answered, rows) if one is not None]
+    asked = [one for one in map(answer_to_judge, rows) if one is not None]
     said = {
         "max_tokens_key": max_tokens_key,
         "omit_fields": omit_field,
@@ -203,14 +203,14 @@ def leaderboard(
     judge_name: Annotated[str, typer.Option("--judge", help="Who judged these results.")] = "not said",
 ) -> None:
     """One self-contained page: your results among the published ones, which keep their own colour."""
-    from visrl.evaluate.leaderboard import Entry, write_leaderboard
+    from visrl.evaluate.leaderboard import LeaderboardEntry, write_leaderboard
     from visrl.evaluate.results import read_results, summarise
 
     entries = []
     for given in map(str, results):
         name, equals, path = given.partition("=")
         rows = read_results(path if equals else given)
-        entries.append(Entry(name if equals else Path(given).stem, summarise(rows), judge_name))
+        entries.append(LeaderboardEntry(name if equals else Path(given).stem, summarise(rows), judge_name))
     write_leaderboard(out, entries)
     typer.echo(f"leaderboard: {out}")
 

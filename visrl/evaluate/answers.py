@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from visrl.evaluate.predictions import PathLike, Rows, read_rows, text_of
+from visrl.evaluate.predictions import PathLike, Rows, predicted_text, read_predictions
 from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
 from visrl.replies import spoken
-from visrl.rewards.judge import Answered, Judgement, judgement_key
+from visrl.rewards.judge import AnswerToJudge, Judgement, judgement_key
 from visrl.rewards.metrics import string_scores
-from visrl.rewards.scores import is_score
+from visrl.rewards.reply_scores import is_score
 
 
 def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset: str = "") -> tuple[Rows, list[str]]:
@@ -29,7 +29,7 @@ def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset:
     Raises:
         RecordError: an unreadable file, a question that the truth does not hold or that is answered twice.
     """
-    rows = read_rows(predictions)
+    rows = read_predictions(predictions)
     known: dict[Any, dict[str, Any]] = {}
     for number, row in enumerate([] if truth is None else _benchmark_rows(truth), start=1):
         name = _number(row, f"{truth}, row {number}")
@@ -49,12 +49,12 @@ def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset:
     return results, [str(name) for name in known if name not in seen]
 
 
-def answered(row: Mapping[str, Any]) -> Answered | None:
+def answer_to_judge(row: Mapping[str, Any]) -> AnswerToJudge | None:
     """What a judge is asked about a result row of answers; None where the model gave no answer."""
     if row.get("prediction") is None:
         return None
     question = f"{IMAGE}\n{row.get('question', '')}"
-    return Answered(str(row["id"]), question, str(row["answer"]), row["prediction"], str(row.get("dataset") or ""))
+    return AnswerToJudge(str(row["id"]), question, str(row["answer"]), row["prediction"], str(row.get("dataset") or ""))
 
 
 def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]) -> Rows:
@@ -70,7 +70,7 @@ def with_judgements(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judg
     judges = {(one.judge, one.max_tokens) for one in judgements}
     merged: Rows = []
     for row in rows:
-        asked = answered(row)
+        asked = answer_to_judge(row)
         keys = [(asked.dataset, asked.id, judgement_key(asked, *judge)) for judge in judges] if asked else []
         one = next((said[key] for key in keys if key in said), None)
         if asked and one is None and (asked.dataset, asked.id) in names:
@@ -107,7 +107,7 @@ def _answer_row(row: Mapping[str, Any], truth: Mapping[str, Any] | None, where: 
         question, answer = str(row.get("question_text", "")), row["gt_answer_text"]
     else:
         raise RecordError(f"{where}: no reference answer; give the benchmark's file of this data set with --truth")
-    written = row["pred_answer_text"] if "pred_answer_text" in row else text_of(row, where)
+    written = row["pred_answer_text"] if "pred_answer_text" in row else predicted_text(row, where)
     prediction = spoken(written) if isinstance(written, str) else written
     result = {
         "id": str(row["question_id"]),
@@ -133,7 +133,7 @@ def _number(row: Mapping[str, Any], where: str) -> str | int | None:
 
 
 def _benchmark_rows(path: PathLike) -> Rows:
-    rows = read_rows(path)
+    rows = read_predictions(path)
     for number, row in enumerate(rows, start=1):
         turns = row.get("conversations")
         told = isinstance(turns, list) and turns and all(_has_value(turn) for turn in turns)

@@ -28,7 +28,7 @@ Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class BenchmarkQuestion:
     """A question, and where boxes are what is scored, its ground truth in pixels as published, be it a box or not.
 
     Within a data set `sample.id` is what names a question in prediction files too: its number (answers), or its line.
@@ -47,7 +47,7 @@ def read_benchmark(
     boxes: str | None = None,
     image_root: str | None = None,
     limit: int | None = None,
-) -> list[Question]:
+) -> list[BenchmarkQuestion]:
     """The questions, data set after data set, at most `limit` of each.
 
     `data` is the folder of the benchmark's files, or for "samples" what `data.sources.read_samples` takes, which looks
@@ -60,7 +60,7 @@ def read_benchmark(
     """
     if benchmark == "samples":
         samples = read_samples(data, with_box=True, dataset_dir=dataset_dir, image_root=image_root)
-        return [Question(sample) for sample in samples[:limit]]
+        return [BenchmarkQuestion(sample) for sample in samples[:limit]]
     suffix = ".json" if benchmark == "viscot" else ".jsonl"
     published = REFCOCO_SPLITS if benchmark == "refcoco" else tuple(VISCOT_QUESTIONS)
     names = tuple(datasets or published)
@@ -75,7 +75,7 @@ def read_benchmark(
     return questions
 
 
-def incomplete(benchmark: Benchmark, questions: Sequence[Question]) -> dict[str, tuple[int, int]]:
+def incomplete(benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]) -> dict[str, tuple[int, int]]:
     """Of the data sets of the Visual-CoT benchmark that are not asked in full: how many there are, of how many."""
     if benchmark in ("samples", "refcoco"):
         return {}
@@ -84,7 +84,7 @@ def incomplete(benchmark: Benchmark, questions: Sequence[Question]) -> dict[str,
             if count != VISCOT_QUESTIONS.get(name, count)}  # fmt: skip
 
 
-def missing_pictures(questions: Iterable[Question], image_root: str | None) -> dict[str, list[str]]:
+def missing_pictures(questions: Iterable[BenchmarkQuestion], image_root: str | None) -> dict[str, list[str]]:
     """The pictures that are not under `image_root`, each once, by data set."""
     missing: dict[str, list[str]] = {}
     seen: set[str] = set()
@@ -98,7 +98,7 @@ def missing_pictures(questions: Iterable[Question], image_root: str | None) -> d
     return missing
 
 
-def missing_told(missing: dict[str, list[str]], image_root: str | None) -> str:
+def format_missing(missing: dict[str, list[str]], image_root: str | None) -> str:
     """What is missing, where it belongs and where it comes from, in lines."""
     lines = [f"{sum(map(len, missing.values())):,} pictures are missing under {image_root or '.'}:"]
     for name, refs in missing.items():
@@ -119,7 +119,7 @@ def _files(folder: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
     return files
 
 
-def _viscot(path: Path, name: str, sizes: Sizes) -> Iterator[Question]:
+def _viscot(path: Path, name: str, sizes: Sizes) -> Iterator[BenchmarkQuestion]:
     """Rows of benchmark JSON. A row whose box is bad is asked all the same, and holds no true box."""
 
     def parse(raw: Any, number: int) -> tuple[Sample]:
@@ -134,7 +134,7 @@ def _viscot(path: Path, name: str, sizes: Sizes) -> Iterator[Question]:
     return _questions(path, parse)
 
 
-def _boxed(path: Path, name: str) -> Iterator[Question]:
+def _boxed(path: Path, name: str) -> Iterator[BenchmarkQuestion]:
     """Rows of detection or RefCOCO JSONL: an expression and four pixels, be they a box or not."""
 
     def parse(raw: Any, number: int) -> tuple[Sample]:
@@ -142,19 +142,19 @@ def _boxed(path: Path, name: str) -> Iterator[Question]:
         truth = four_numbers(raw.get("bbox"), "bbox")
         return (Sample(str(number), ref, expression, "", truth_box(truth, size), name, truth, size),)
 
-    return (Question(replace(one.sample, raw=None), one.sample.raw) for one in _questions(path, parse))
+    return (BenchmarkQuestion(replace(one.sample, raw=None), one.sample.raw) for one in _questions(path, parse))
 
 
-def _questions(path: Path, parse: Any) -> Iterator[Question]:
+def _questions(path: Path, parse: Any) -> Iterator[BenchmarkQuestion]:
     for row in read_rows(path, parse):
         if row.fault:
             raise RecordError(f"{path}, row {row.number}: {row.reason}; a benchmark must be whole: mend or replace it")
         (sample,) = row.records
         assert isinstance(sample, Sample)
-        yield Question(sample)
+        yield BenchmarkQuestion(sample)
 
 
-def _check_names(questions: Iterable[Question]) -> None:
+def _check_names(questions: Iterable[BenchmarkQuestion]) -> None:
     counts = Counter((question.sample.source, question.sample.id) for question in questions)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice is not None:

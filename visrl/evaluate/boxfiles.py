@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visrl.box import Size
-from visrl.evaluate.predictions import PathLike, Rows, read_rows, text_of
+from visrl.evaluate.predictions import PathLike, Rows, predicted_text, read_predictions
 from visrl.evaluate.published import VISCOT_QUESTIONS, average, average_published_detection
 from visrl.evaluate.results import values_of
 from visrl.records import RecordError
@@ -30,23 +30,23 @@ def score_boxes(
     Raises:
         RecordError: an empty or unreadable file, files of different length, or a row without what it needs.
     """
-    rows = read_rows(predictions)
+    rows = read_predictions(predictions)
     if any(_lmms_entry(row) is not None for row in rows):
         return [_lmms_row(row, f"{predictions}, row {number}", dataset, number, codec or "visrl")
                 for number, row in enumerate(rows, start=1)]  # fmt: skip
-    told, told_in = rows, predictions
+    told, truth_file = rows, predictions
     if truth is not None:
-        told, told_in = read_rows(truth), truth
+        told, truth_file = read_predictions(truth), truth
         if len(told) != len(rows):
             raise RecordError(
                 f"{predictions} has {len(rows)} rows and {truth} {len(told)}; they must belong together line by line"
             )
     boxes, sizes = [], []
     for number, row in enumerate(told, start=1):
-        box, size = _truth(row, f"{told_in}, row {number}", truth is None)
+        box, size = _truth(row, f"{truth_file}, row {number}", truth is None)
         boxes.append(box)
         sizes.append(size)
-    texts = [text_of(row, f"{predictions}, row {number}") for number, row in enumerate(rows, start=1)]
+    texts = [predicted_text(row, f"{predictions}, row {number}") for number, row in enumerate(rows, start=1)]
     found = judge_boxes(texts, boxes, sizes, codec or "viscot")
     return [
         _box_row(str(number), dataset, text, one) | {"question": str(row.get("expression") or row.get("prompt") or "")}

@@ -17,7 +17,7 @@ from visrl.records import write_text
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LeaderboardEntry:
     """Results of one checkpoint: its name, `results.summarise` of its rows, and who judged them."""
 
     name: str
@@ -26,7 +26,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LeaderboardLine:
     """One line of the page; `low` and `high` are None where the source gives no interval."""
 
     name: str
@@ -39,24 +39,29 @@ class Line:
     note: str
 
 
-def leaderboard_lines(entries: Sequence[Entry]) -> list[Line]:
+def leaderboard_lines(entries: Sequence[LeaderboardEntry]) -> list[LeaderboardLine]:
     """Published scores and ours, best first. Ours is the judge's score as published (failures counted 0).
 
     An entry without a judge's score, or without all 11 data sets, is not ranked as if it had: see `unranked`.
     """
-    lines = [Line(row.base, row.method, row.score, None, None, row.judge, True, row.source) for row in VISCOT_SCORES]
+    lines = [
+        LeaderboardLine(row.base, row.method, row.score, None, None, row.judge, True, row.source)
+        for row in VISCOT_SCORES
+    ]
     for entry in entries:
         if unranked(entry) is None:
             score = entry.summary["columns"]["judge_published"]["counted"]
             left_out = entry.summary["columns"]["judge"]["left_out"]
             note = f"failures left out, our reading: {left_out['mean']:.3f}" if left_out else "no reply could be read"
             lines.append(
-                Line(entry.name, "yours", score["mean"], score["low"], score["high"], entry.judge, False, note)
+                LeaderboardLine(
+                    entry.name, "yours", score["mean"], score["low"], score["high"], entry.judge, False, note
+                )
             )
     return sorted(lines, key=lambda line: -line.score)
 
 
-def unranked(entry: Entry) -> str | None:
+def unranked(entry: LeaderboardEntry) -> str | None:
     """Why an entry cannot stand among the published averages, or None where it can."""
     if not entry.summary["columns"].get("judge_published", {}).get("counted"):
         return "no judge has scored it"
@@ -71,7 +76,7 @@ def unranked(entry: Entry) -> str | None:
     return f"not the whole benchmark: {'; '.join(short)}" if short else None
 
 
-def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[Entry]) -> None:
+def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[LeaderboardEntry]) -> None:
     """Write the page at `path`: no script, no external address."""
     page = render_page(
         Path(__file__).with_name("leaderboard.html"),

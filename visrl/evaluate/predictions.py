@@ -17,7 +17,7 @@ PathLike = str | os.PathLike[str]
 Rows = list[dict[str, Any]]
 
 
-def read_rows(path: PathLike) -> Rows:
+def read_predictions(path: PathLike) -> Rows:
     """The objects in a JSONL file or a JSON list.
 
     Raises:
@@ -43,7 +43,7 @@ def read_rows(path: PathLike) -> Rows:
     return rows
 
 
-def text_of(row: Mapping[str, Any], where: str) -> str | None:
+def predicted_text(row: Mapping[str, Any], where: str) -> str | None:
     """What the model wrote; None where it gave no answer.
 
     Raises:

@@ -20,7 +20,7 @@ from visrl.box import Box, iou
 from visrl.records import RecordError, Sample, read_jsonl
 from visrl.rewards.detection import is_hit
 from visrl.rewards.metrics import METRICS, string_scores
-from visrl.rewards.scores import is_score
+from visrl.rewards.reply_scores import is_score
 from visrl.statistics import interval, mean_interval
 
 Row = Mapping[str, Any]

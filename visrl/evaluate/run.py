@@ -28,10 +28,10 @@ from visrl.engines.open import (
     policy_settings,
 )
 from visrl.evaluate.benchmarks import (
-    Question,
+    BenchmarkQuestion,
+    format_missing,
     incomplete,
     missing_pictures,
-    missing_told,
     read_benchmark,
 )
 from visrl.evaluate.config import EvalConfig
@@ -107,7 +107,7 @@ def _evaluate(config: EvalConfig) -> Path:
 # --- Before anything runs ---------------------------------------------------------------------------------------------
 
 
-def _checked_questions(config: EvalConfig) -> list[Question]:
+def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
     """The questions, with what was read said, once no picture is missing."""
     questions = read_benchmark(
         config.benchmark,
@@ -128,7 +128,7 @@ def _checked_questions(config: EvalConfig) -> list[Question]:
         print(f"  {name}: {count:,} of its {whole:,} published questions")
     missing = missing_pictures(questions, config.image_root)
     if missing:
-        told = missing_told(missing, config.image_root)
+        told = format_missing(missing, config.image_root)
         if not config.allow_missing_pictures:
             raise RecordError(f"{told}\nset image_root, or allow_missing_pictures=true to count them as failed")
         print(f"{told}\ntheir questions count as failed")
@@ -146,7 +146,7 @@ def _protocol(config: EvalConfig) -> LookProtocol:
     return allowed[config.protocol or own.name]
 
 
-def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Question]) -> dict[str, Any]:
+def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[BenchmarkQuestion]) -> dict[str, Any]:
     """What decides the rows of this run: no address, no patience, no judge."""
     free = PATIENCE | {"output_dir", "retry_failed", "dry_run", "dataset_dir", "image_root", "box_dir"}
     kept = {
@@ -174,7 +174,7 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Qu
 
 
 def _answers(
-    config: EvalConfig, protocol: LookProtocol, questions: Sequence[Question], identity: dict[str, Any]
+    config: EvalConfig, protocol: LookProtocol, questions: Sequence[BenchmarkQuestion], identity: dict[str, Any]
 ) -> tuple[list[Row], CropRule]:
     """A row for every question, in order, and the crop rule; those that are there already are not asked again."""
     from visrl.progress import progress
@@ -236,12 +236,12 @@ def _known_rows(config: EvalConfig) -> dict[Key, Row]:
     return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
 
 
-def _key(question: Question) -> Key:
+def _key(question: BenchmarkQuestion) -> Key:
     return question.sample.source, question.sample.id, question.sample.repeat
 
 
 def _ask(
-    policy: Policy, part: Sequence[Question], protocol: LookProtocol, config: EvalConfig, rule: CropRule
+    policy: Policy, part: Sequence[BenchmarkQuestion], protocol: LookProtocol, config: EvalConfig, rule: CropRule
 ) -> list[Row]:
     samples = [question.sample for question in part]
     looks = greedy_looks(
@@ -256,7 +256,7 @@ def _ask(
     return [_row(policy, question, look, config.mode) for question, look in zip(part, looks, strict=True)]
 
 
-def _row(policy: Policy, question: Question, look: Look | Refusal, mode: Mode) -> Row:
+def _row(policy: Policy, question: BenchmarkQuestion, look: Look | Refusal, mode: Mode) -> Row:
     """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
     from visrl.rewards.detection import published_hit
     from visrl.rollout.rollout import Look, failure
@@ -295,14 +295,14 @@ def _published_text(policy: Policy, look: Look) -> str | None:
 
 def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """The rows with the judge's two columns, and how many judgements failed or could not be read."""
-    from visrl.evaluate.answers import answered, with_judgements
+    from visrl.evaluate.answers import answer_to_judge, with_judgements
     from visrl.rewards.judge import judge_all
 
     rows = [{key: value for key, value in row.items() if key not in ("judge", "judge_published")} for row in rows]
     judge = config.judge_model_name_or_path
     if judge is None:
         return rows, {}
-    asked = [one for one in map(answered, rows) if one is not None]
+    asked = [one for one in map(answer_to_judge, rows) if one is not None]
     file = config.output_dir / f"judgements-{re.sub(r'[^A-Za-z0-9._-]+', '-', judge).strip('-')}.jsonl"
     with _judge(config, judge) as ask_all:
         print(f"{judge} judges {len(asked):,} answers → {file}")

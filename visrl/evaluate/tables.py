@@ -34,7 +34,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         columns = [column for column in summary["columns"] if column in family and column not in differing]
         if columns:
             rows = [
-                [name, str(entry["n"]), *(percent(_counted(entry, column)) for column in columns)]
+                [name, str(entry["n"]), *(format_percent(_counted(entry, column)) for column in columns)]
                 for name, entry in _lines_of(summary)
             ]
             lines += ["", *table(["", "n", *columns], rows)]
@@ -80,13 +80,13 @@ def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> lis
 _NOTES = {"unparseable": "box texts that hold no box", "bad_truth": "with a ground truth that is no box"}
 
 
-def percent(entry: Mapping[str, float] | None) -> str:
+def format_percent(entry: Mapping[str, float] | None) -> str:
     """`54.3 [52.1, 56.4]`, in percent; a dash where there is no figure."""
     return f"{entry['mean']:.1%} [{entry['low']:.1%}, {entry['high']:.1%}]".replace("%", "") if entry else "–"
 
 
 def _summary_row(name: str, entry: Mapping[str, Any]) -> list[str]:
-    return [name, *(percent(entry[reading]) for reading in READINGS), str(entry["unread"])]
+    return [name, *(format_percent(entry[reading]) for reading in READINGS), str(entry["unread"])]
 
 
 def _comparison_row(name: str, reading: str, entry: Mapping[str, Any] | None) -> list[str]:

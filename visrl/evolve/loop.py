@@ -22,7 +22,7 @@ from visrl.evolve.generate import (
     questions_of,
     read_questions,
 )
-from visrl.evolve.scores import evaluate_all, summarise, told_scores
+from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
@@ -217,13 +217,13 @@ def _run(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
                 image_root=config.image_root, with_box=True,
             )  # fmt: skip
             evaluate_all(run, samples, checkpoints, config, controls=config.controls, clock=clock)
-    summary = summarise(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
+    summary = write_summary(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
     write_manifest(
         run, verb=verb, config=shown, parents=parents, seconds=summary["seconds"], chain=_chain(run), last=current
     )
     report = write_report(run)
-    print(told_scores(summary))
+    print(format_scores(summary))
     print(f"last checkpoint: {current}")
     print(f"report: {report}")
     return report

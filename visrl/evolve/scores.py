@@ -60,7 +60,7 @@ def _evaluate(
     print(f"evaluated {name} on {len(samples)} held-out questions ({', '.join(modes)})")
 
 
-def summarise(
+def write_summary(
     run: Path, names: Sequence[str], iterations: int, *, seed: int, clock: StepClock, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Write `summary.json` from the files of the run; the summary. `names` are the checkpoints, `config` is shown."""
@@ -110,7 +110,7 @@ def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
     return scores
 
 
-def told_scores(summary: dict[str, Any]) -> str:
+def format_scores(summary: dict[str, Any]) -> str:
     """The scores of every checkpoint, the controls and the costs, as text."""
     lines = []
     for stage in summary["stages"]:

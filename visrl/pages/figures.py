@@ -76,7 +76,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class SvgFigure:
     """A figure for the page: its title, its SVG, and what it shows in words."""
 
     title: str
@@ -84,7 +84,7 @@ class Drawing:
     alt: str
 
 
-def curve_figures(curves: Sequence[Curve]) -> list[Drawing]:
+def curve_figures(curves: Sequence[Curve]) -> list[SvgFigure]:
     """The training logs on one axis of steps, a band for each stage; panels without data are left out."""
     with matplotlib.rc_context(RC):
         return [found for title, series in PANELS if (found := _panel(curves, title, series))]
@@ -98,7 +98,7 @@ def is_drawn(value: Any) -> bool:
 # --- What every figure is made with ----------------------------------------------------------------------------------
 
 
-def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str, bool]]) -> Drawing | None:
+def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str, bool]]) -> SvgFigure | None:
     series = [entry for entry in series if any(entry[0] in row for curve in curves for row in curve.rows)]
     if not series:
         return None
@@ -131,7 +131,7 @@ def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str
     spoken = "; ".join(
         f"{name} starts at {values[0]:.2f} and ends at {values[-1]:.2f}" for name, values in words.items()
     )
-    return drawing(figure, title, f"{title} over the training steps: {spoken}")
+    return svg_figure(figure, title, f"{title} over the training steps: {spoken}")
 
 
 def _line(axes: Axes, points: np.ndarray[Any, Any], ink: str, dashed: bool, label: str | None) -> None:
@@ -173,7 +173,7 @@ def percent_axis(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
 
 
-def drawing(figure: Figure, title: str, alt: str) -> Drawing:
+def svg_figure(figure: Figure, title: str, alt: str) -> SvgFigure:
     """The figure as an SVG element: the page's colours, ids that cannot clash, no address of any kind."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -186,4 +186,4 @@ def drawing(figure: Figure, title: str, alt: str) -> Drawing:
     for name, stand_in in INKS.items():
         body = body.replace(stand_in, f"var(--{name})")
     view = re.findall(r'viewBox="[^"]*"', head)[0]
-    return Drawing(title, f'<svg {view} role="img" aria-label="{html.escape(alt)}">{body.strip()}', alt)
+    return SvgFigure(title, f'<svg {view} role="img" aria-label="{html.escape(alt)}">{body.strip()}', alt)

@@ -8,12 +8,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from visrl.pages.figures import INKS, RC, Drawing, canvas, drawing, legend, percent_axis
+from visrl.pages.figures import INKS, RC, SvgFigure, canvas, legend, percent_axis, svg_figure
 from visrl.pages.wording import measured, percent
 from visrl.report.run import CONTROLS, MEASURES, Score, Scores, Stage
 
 
-def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -> Drawing | None:
+def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -> SvgFigure | None:
     """One measure over the stages of training, with 95 % intervals; `ceiling` is the SFT true-box control's score."""
     shown = [stage for stage in stages if measure in stage.scores]
     if not shown:
@@ -49,10 +49,10 @@ def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -
         alt = f"{MEASURES[measure]}: " + "; ".join(
             f"{stage.title} {_spelt(stage.scores[measure], measure)}" for stage in shown
         )
-        return drawing(figure, MEASURES[measure], alt)
+        return svg_figure(figure, MEASURES[measure], alt)
 
 
-def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> Drawing | None:
+def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> SvgFigure | None:
     """One measure under each control, worst bound at the top, for the first and the last checkpoint."""
     names = [name for name in CONTROLS if any(measure in scores.get(name, {}) for scores in controls.values())]
     if not names:
@@ -72,10 +72,10 @@ def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> Draw
             words += [f"{label}, {CONTROLS[names[y]].lower()} {measured(score.mean, measure)}" for y, score in rows]
         axes.set_yticks(range(len(names)), [CONTROLS[name] for name in names])
         _finish_rows(axes, len(names), measure)
-        return drawing(figure, MEASURES[measure], f"{MEASURES[measure]} under each control: " + "; ".join(words))
+        return svg_figure(figure, MEASURES[measure], f"{MEASURES[measure]} under each control: " + "; ".join(words))
 
 
-def kind_figure(first: Stage, last: Stage, measure: str) -> Drawing | None:
+def kind_figure(first: Stage, last: Stage, measure: str) -> SvgFigure | None:
     """One measure by kind of question: from the first checkpoint to the last."""
     kinds = [kind for kind in first.by_kind if measure in first.by_kind[kind] and kind in last.by_kind]
     if not kinds:
@@ -93,7 +93,7 @@ def kind_figure(first: Stage, last: Stage, measure: str) -> Drawing | None:
         _finish_rows(axes, len(kinds), measure)
         words = [f"{kind} from {measured(a, measure)} to {measured(b, measure)}"
                  for kind, a, b in zip(kinds, before, after, strict=True)]  # fmt: skip
-        return drawing(figure, MEASURES[measure], f"{MEASURES[measure]} by kind: " + "; ".join(words))
+        return svg_figure(figure, MEASURES[measure], f"{MEASURES[measure]} by kind: " + "; ".join(words))
 
 
 def _reference(axes: Axes, value: float, ink: str, label: str) -> None:

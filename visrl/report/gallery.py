@@ -27,7 +27,7 @@ LONGEST_LABEL = 12  # characters of a name that is written on a picture
 OUTCOMES = ("wrong → right", "right → wrong", "right both times", "wrong both times")
 
 
-class Answered(Protocol):
+class AnswerSet(Protocol):
     """What is compared: a checkpoint of a run, or an evaluation. `rows` are its answers by question."""
 
     @property
@@ -81,21 +81,21 @@ def outcome(first: Row, last: Row) -> str:
     return OUTCOMES[0] if after else OUTCOMES[1]
 
 
-def count_outcomes(first: Answered, last: Answered, ids: Iterable[str]) -> dict[str, int]:
+def count_outcomes(first: AnswerSet, last: AnswerSet, ids: Iterable[str]) -> dict[str, int]:
     """How many of the questions have each outcome, all of `OUTCOMES` named."""
     counts = Counter(outcome(first.rows[name], last.rows[name]) for name in ids)
     return {name: counts[name] for name in OUTCOMES}
 
 
-def shared_ids(stages: Iterable[Answered]) -> list[str]:
+def shared_ids(stages: Iterable[AnswerSet]) -> list[str]:
     """The questions that all of the stages answered, in the order of the first."""
     first, *rest = [stage.rows for stage in stages]
     return [name for name in first if all(name in rows for rows in rest)]
 
 
-def comparable(stages: Sequence[Answered]) -> list[Answered]:
+def comparable(stages: Sequence[AnswerSet]) -> list[AnswerSet]:
     """Those of `stages` that answered questions of the first one, so many that all have some in common."""
-    chosen: list[Answered] = []
+    chosen: list[AnswerSet] = []
     for stage in stages:
         if shared_ids([*chosen, stage]):
             chosen.append(stage)
@@ -103,7 +103,7 @@ def comparable(stages: Sequence[Answered]) -> list[Answered]:
 
 
 def exhibits(
-    stages: Sequence[Answered], rule: CropRule, count: int = PICTURES, root: str | None = None
+    stages: Sequence[AnswerSet], rule: CropRule, count: int = PICTURES, root: str | None = None
 ) -> list[Exhibit]:
     """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops.
 
@@ -112,7 +112,7 @@ def exhibits(
     return [_exhibit(stages, rule, root, name) for name in draw_lot(shared_ids(stages), count)]
 
 
-def _exhibit(stages: Sequence[Answered], rule: CropRule, root: str | None, name: str) -> Exhibit:
+def _exhibit(stages: Sequence[AnswerSet], rule: CropRule, root: str | None, name: str) -> Exhibit:
     ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
     rows = [stage.rows[name] for stage, _ in ends]
     boxes = [Box(*row["box"]) if row.get("box") else None for row in rows]

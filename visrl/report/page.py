@@ -12,11 +12,11 @@ import typer
 
 from visrl.manifest import hold
 from visrl.pages import draw
-from visrl.pages.figures import Drawing, curve_figures
+from visrl.pages.figures import SvgFigure, curve_figures
 from visrl.pages.html import render_page
 from visrl.records import write_text
 from visrl.report.figures import control_figure, kind_figure, stage_figure
-from visrl.report.gallery import Answered, comparable, count_outcomes, draw_lot, exhibits, shared_ids
+from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, shared_ids
 from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
 from visrl.report.shapes import Row
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
@@ -60,7 +60,7 @@ def render(run: Run) -> str:
     )
 
 
-def _present(drawings: Any) -> list[Drawing]:
+def _present(drawings: Any) -> list[SvgFigure]:
     return [drawing for drawing in drawings if drawing]
 
 
@@ -110,7 +110,7 @@ def _kinds(run: Run) -> Row:
 
 def _gallery(run: Run) -> Row:
     """The questions to look at, and how their outcomes compare with those of all questions."""
-    stages: list[Answered] = [stage for stage in run.stages if stage.rows]
+    stages: list[AnswerSet] = [stage for stage in run.stages if stage.rows]
     if not run.stages:
         stages = comparable([evaluation for evaluation in run.evaluations if evaluation.rows])
     ids = shared_ids(stages) if stages else []

@@ -29,8 +29,8 @@ from visrl.report.shapes import (
     Shape,
     SummaryShape,
     TryShape,
-    read_object,
-    read_rows,
+    read_run_object,
+    read_run_rows,
 )
 from visrl.rewards.critic import count_verdicts
 from visrl.statistics import interval
@@ -163,7 +163,7 @@ def load_run(folder: Path) -> Run:
     is_training = (folder / LOG).exists()
     if not is_loop and not is_training and not evaluations:
         raise ReportError(f"{folder} holds no {', '.join(LOOP_MARKS)}, {LOG} or {SCORES}; {REMEDY}")
-    summary = read_object(folder / "summary.json", SummaryShape) if (folder / "summary.json").is_file() else {}
+    summary = read_run_object(folder / "summary.json", SummaryShape) if (folder / "summary.json").is_file() else {}
     stages = _stages(folder, summary)
     run = Run(
         folder=folder,
@@ -174,7 +174,7 @@ def load_run(folder: Path) -> Run:
         curves=_curves(folder),
         evaluations=evaluations,
         manifests={
-            str(path.parent.relative_to(folder)): read_object(path, ManifestShape)
+            str(path.parent.relative_to(folder)): read_run_object(path, ManifestShape)
             for path in sorted(folder.rglob(MANIFEST))
         },
         missing=[],
@@ -209,7 +209,7 @@ def _stages(folder: Path, summary: Row) -> list[Stage]:
     stages = []
     for iteration, name in sorted(told.keys() | files.keys()):
         file, entry = files.get((iteration, name)), told.get((iteration, name))
-        rows = read_rows(file, AnswerShape) if file else []
+        rows = read_run_rows(file, AnswerShape) if file else []
         if entry is None and not rows:
             continue
         scores = _scores(entry) if entry else measure_rows(rows)
@@ -253,7 +253,9 @@ def _controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, 
         if stage and not told:
             file = "sft" if stage[0].name == "sft" else f"iter{stage[0].iteration}-{stage[0].name}"
             paths = {name: folder / "eval" / f"{file}.{name}.jsonl" for name in CONTROLS}
-            told = {name: measure_rows(read_rows(path, AnswerShape)) for name, path in paths.items() if path.is_file()}
+            told = {
+                name: measure_rows(read_run_rows(path, AnswerShape)) for name, path in paths.items() if path.is_file()
+            }
         if told and stage:
             told["own"] = stage[0].scores
             found[which] = {name: told[name] for name in CONTROLS if told.get(name)}
@@ -291,7 +293,9 @@ def _tally(folder: Path) -> dict[str, Any]:
         folder / "generate/verdicts.jsonl": Shape,  # the records' own reader looks at them
         folder / "filter/preferences.jsonl": PairShape,
     }
-    tries, verdicts, preferences = (read_rows(path, shape) if path.is_file() else None for path, shape in files.items())
+    tries, verdicts, preferences = (
+        read_run_rows(path, shape) if path.is_file() else None for path, shape in files.items()
+    )
     tries = tries or []
     judged = count_verdicts(from_json(Verdict, row) for row in verdicts or [])
     return {
@@ -308,7 +312,7 @@ def _curves(folder: Path) -> list[Curve]:
     """The training logs of the run, in the order of training; a plain training folder has one, at its top."""
     found = []
     for path in sorted(folder.rglob("log.jsonl"), key=lambda path: _natural(str(path.relative_to(folder)))):
-        rows = [row for row in read_rows(path, LogShape) if row.get("step") is not None]
+        rows = [row for row in read_run_rows(path, LogShape) if row.get("step") is not None]
         parts = [re.sub(r"^(iter|stage)(\d+)$", r"\1 \2", part) for part in path.relative_to(folder).parts[:-1]]
         if rows:
             found.append(Curve(", ".join(parts) or "training", rows))
@@ -320,7 +324,7 @@ def _evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for path in [folder / SCORES, *sorted(folder.glob(f"*/{SCORES}"))]:
         if path.is_file():
-            facts = read_object(path, EvaluationShape)
+            facts = read_run_object(path, EvaluationShape)
             counted = {column: entry.get("counted") for column, entry in facts.get("columns", {}).items()}
             scores = _scores(counted, tuple(counted))
             found.append(Evaluation(path.parent.resolve().name, facts, scores, *_answers(path.parent / RESULTS)))

@@ -154,7 +154,7 @@ class ReportError(UserError, ValueError):
     """A run folder that no report can be made of; the message names file and remedy."""
 
 
-def read_rows(path: Path, shape: type[Shape]) -> list[Row]:
+def read_run_rows(path: Path, shape: type[Shape]) -> list[Row]:
     """The objects of a JSONL file, each of the shape given; an unfinished last line is left out.
 
     Raises:
@@ -175,7 +175,7 @@ def read_rows(path: Path, shape: type[Shape]) -> list[Row]:
     return rows
 
 
-def read_object(path: Path, shape: type[Shape]) -> Row:
+def read_run_object(path: Path, shape: type[Shape]) -> Row:
     """The object of a JSON file, of the shape given.
 
     Raises:

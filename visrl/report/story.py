@@ -16,7 +16,7 @@ from visrl.report.gallery import shared_ids
 from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage, measure_rows
 from visrl.statistics import paired
 
-Verdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
+ChangeVerdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Change:
     """A later checkpoint against an earlier one in one measure; `text` holds the difference and its interval."""
 
     text: str
-    verdict: Verdict
+    verdict: ChangeVerdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from visrl.images import ImageError
 from visrl.prompts import IMAGE, critic_answer_prompt, critic_box_prompt
 from visrl.records import Picture, RecordError, Sample, Trajectory, Verdict
 from visrl.rewards.metrics import exact_match
-from visrl.rewards.scores import read_score
+from visrl.rewards.reply_scores import read_score
 from visrl.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 
 ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole picture it has 3.5)
@@ -110,7 +110,7 @@ class ModelCritic:
     """A model that scores the box by its crop, and the answer by the whole picture, both against the reference answer.
 
     The paper's critic is the original base model. It is asked greedily first, and again with sampling, up to
-    `attempts` times in all, while its reply cannot be read (`visrl.rewards.scores.read_score`).
+    `attempts` times in all, while its reply cannot be read (`visrl.rewards.reply_scores.read_score`).
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def judge_boxes(
     `texts` are the model's answers (None: it gave none), `truths` four pixels (x0, y0, x1, y1) of the original image,
     `sizes` its width and height. `codec` names how our reading takes the text; the published rule knows one way only.
     """
-    numbers = [read_published(text) for text in texts]
+    numbers = [read_published_box(text) for text in texts]
     squares = [_square_pixels(four, size) for four, size in zip(numbers, sizes, strict=True)]
     shifted = [_shifted(truth, size) for truth, size in zip(truths, sizes, strict=True)]
     predicted_N4, shifted_N4 = (np.array(rows, np.float64).reshape(-1, 4) for rows in (squares, shifted))
@@ -84,7 +84,7 @@ def is_hit(overlap: float) -> bool:
 # --- The published rule -----------------------------------------------------------------------------------------------
 
 
-def read_published(text: str | None) -> list[float] | None:
+def read_published_box(text: str | None) -> list[float] | None:
     """The first four numbers of a predicted box, to the letter of the published scorer; None is unparseable."""
     if not isinstance(text, str):
         return None
@@ -128,7 +128,7 @@ def _iou_lmms(a: Sequence[float], b: Sequence[float]) -> float:
 # --- Our reading ------------------------------------------------------------------------------------------------------
 
 
-def read_box(text: str | None, size: Size, codec: Codec) -> Box | None:
+def parse_box(text: str | None, size: Size, codec: Codec) -> Box | None:
     """The one box in `text`, or None. What reaches from a padded square's picture into its padding is cut off there."""
     if text is None:
         return None
@@ -147,7 +147,7 @@ def read_box(text: str | None, size: Size, codec: Codec) -> Box | None:
 def _detection(
     text: str | None, truth: Sequence[float], size: Size, codec: Codec, hit_published: bool, unparseable: bool
 ) -> Detection:
-    box, true_box = read_box(text, size, codec), truth_box(truth, size)
+    box, true_box = parse_box(text, size, codec), truth_box(truth, size)
     if true_box is None:
         return Detection(box, None, None, hit_published, unparseable, bad_truth=True)
     overlap = 0.0 if box is None else iou(box, true_box)

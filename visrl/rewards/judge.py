@@ -19,7 +19,7 @@ from visrl.engines.base import Completion, Engine, Sampling
 from visrl.prompts import IMAGE, JUDGE_SYSTEM, JUDGE_TOKENS, judge_prompt
 from visrl.records import Journal, RecordError, read_jsonl, utf8, write_records
 from visrl.replies import whole_text
-from visrl.rewards.scores import is_score, read_published, read_score
+from visrl.rewards.reply_scores import is_score, read_published_score, read_score
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
     from visrl.engines.client import Ask, Client
@@ -34,7 +34,7 @@ class AskAll(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnswerToJudge:
     """An answer to be judged. `question` is what `prompts.judged_question` gives of the benchmark's first turn."""
 
     id: str
@@ -67,21 +67,21 @@ class Judgement:
 # --- Asking ---------------------------------------------------------------------------------------------------------
 
 
-def judge_ask(answered: Answered, max_tokens: int = JUDGE_TOKENS) -> Ask:
+def judge_ask(answer: AnswerToJudge, max_tokens: int = JUDGE_TOKENS) -> Ask:
     """The published prompt about one answer, at temperature 0."""
     from visrl.engines.client import Ask
 
-    return Ask(_messages(answered), Sampling(temperature=0.0, max_tokens=max_tokens))
+    return Ask(_messages(answer), Sampling(temperature=0.0, max_tokens=max_tokens))
 
 
-def _messages(answered: Answered) -> list[dict[str, str]]:
-    asked = judge_prompt(answered.question, answered.reference, answered.prediction)
-    # What was answered may come from any program's file.
+def _messages(answer: AnswerToJudge) -> list[dict[str, str]]:
+    asked = judge_prompt(answer.question, answer.reference, answer.prediction)
+    # An answer may come from any program's file.
     return [{"role": "system", "content": JUDGE_SYSTEM}, {"role": "user", "content": whole_text(asked)}]
 
 
 def judge_all(
-    answers: Sequence[Answered],
+    answers: Sequence[AnswerToJudge],
     ask_all: AskAll,
     judge: str,
     journal: str | os.PathLike[str] | None = None,
@@ -98,7 +98,7 @@ def judge_all(
     Raises:
         RecordError: the journal holds a line that is no judgement, or another judge's.
     """
-    keys = [judgement_key(answered, judge, max_tokens) for answered in answers]
+    keys = [judgement_key(answer, judge, max_tokens) for answer in answers]
     earlier = [] if journal is None else list(read_judgements(journal))
     other = next((done.judge for done in earlier if done.judge != judge), None)
     if other is not None:
@@ -109,8 +109,8 @@ def judge_all(
     kept = None if journal is None else Journal(journal)
 
     def on_reply(index: int, completion: Completion) -> None:
-        answered = answers[order[index]]
-        judgement = _judgement(answered, judge, keys[order[index]], completion, max_tokens)
+        answer = answers[order[index]]
+        judgement = _judgement(answer, judge, keys[order[index]], completion, max_tokens)
         known[judgement.key] = judgement
         if kept is not None:
             kept.append([asdict(judgement)])
@@ -123,8 +123,8 @@ def judge_all(
         if kept is not None:
             kept.close()
     judgements = [
-        Judgement(**{**asdict(known[key]), "id": answered.id, "dataset": answered.dataset})
-        for key, answered in zip(keys, answers, strict=True)
+        Judgement(**{**asdict(known[key]), "id": answer.id, "dataset": answer.dataset})
+        for key, answer in zip(keys, answers, strict=True)
     ]
     if journal is not None:
         write_records(journal, (asdict(judgement) for judgement in judgements))
@@ -213,21 +213,21 @@ def _without_marks(ask: Ask) -> list[dict[str, Any]]:
     ]
 
 
-def _judgement(answered: Answered, judge: str, key: str, completion: Completion, max_tokens: int) -> Judgement:
+def _judgement(answer: AnswerToJudge, judge: str, key: str, completion: Completion, max_tokens: int) -> Judgement:
     return Judgement(
-        id=answered.id,
-        dataset=answered.dataset,
+        id=answer.id,
+        dataset=answer.dataset,
         judge=judge,
         reply=completion.text,
         score=read_score(completion.text),
-        published=read_published(completion.text),
+        published=read_published_score(completion.text),
         error=completion.error,
         key=key,
         max_tokens=max_tokens,
     )
 
 
-def judgement_key(answered: Answered, judge: str, max_tokens: int = JUDGE_TOKENS) -> str:
+def judgement_key(answer: AnswerToJudge, judge: str, max_tokens: int = JUDGE_TOKENS) -> str:
     """What a judgement is a judgement of: a hash of the judge's name, its limit and every word it was asked."""
-    parts = [judge, str(max_tokens), *(message["content"] for message in _messages(answered))]
+    parts = [judge, str(max_tokens), *(message["content"] for message in _messages(answer))]
     return hashlib.blake2b(utf8("\x1f".join(parts)), digest_size=12).hexdigest()

@@ -42,7 +42,7 @@ _TAG = re.compile(r"<score>([^<>\n]{1,40})</score>")
 _QUOTES = str.maketrans({**dict.fromkeys("*`\"'“”„‘’$", ""), "−": "-", "⁄": "/", "∕": "/"})
 
 
-def read_published(reply: str | None) -> float:
+def read_published_score(reply: str | None) -> float:
     """The score in a reply, to the letter of the published scorer.
 
     In lower case it must hold `score: ` followed by digits and dots exactly once, else 0; more than 1 is 1. The
