@@ -175,7 +175,7 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
     rolling = RolloutSettings(rounds=rounds, temperature=1.0, diversity=False)
     for player in players.values():  # warm
         roll_out(player, setting.samples[-1:], rolling)
-    ours.prefilled_tokens = players["ours"].prompt_tokens = 0
+    players["ours"].prompt_tokens, before = 0, ours.prefilled_tokens
     seconds: dict[str, list[float]] = {name: [] for name in players}
     cpu: dict[str, list[float]] = {name: [] for name in players}
     tried: dict[str, list[Trajectory]] = {name: [] for name in players}
@@ -191,7 +191,7 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
                 cpu[name].append((time.process_time() - used) / len(part))
     asked = repeats * len(setting.samples)
     ratios, cpu_ratios = ([b / a for a, b in zip(s["ours"], s["loop"], strict=True)] for s in (seconds, cpu))
-    prefilled, alone = ours.prefilled_tokens / asked, players["ours"].prompt_tokens / asked
+    prefilled, alone = (ours.prefilled_tokens - before) / asked, players["ours"].prompt_tokens / asked
     return {
         "shape": setting.name,
         "questions": asked,

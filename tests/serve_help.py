@@ -23,8 +23,9 @@ from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation
 from visrl.engines.base import Completion
+from visrl.engines.decoding import OnToken
 from visrl.serve.app import Settings, create_app
-from visrl.serve.batching import Backend, Batcher, Loaded, OnToken
+from visrl.serve.batching import Backend, Batcher, Loaded
 from visrl.serve.metrics import Metrics
 from visrl.serve.requests import QueuedRequest
 from visrl.serve.runner import http_config

@@ -22,7 +22,7 @@ from serve_help import body, data_url, post, serving
 from visrl.box import Box, CropRule, Window, crop_window, iou
 from visrl.codecs import BOX_SPACES, CODECS
 from visrl.engines.base import Completion
-from visrl.engines.decoding import Drawing, Text
+from visrl.engines.decoding import DecodeBatch, RunningSequence
 from visrl.evaluate.run import EvalConfig, evaluate
 from visrl.evolve.generate import GenerateConfig, generate
 from visrl.evolve.pairs import preferences_of
@@ -71,13 +71,13 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
 
 def write_box(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Let every engine answer step 1 with `text`; step 2 is the model's own."""
-    complete = Drawing.complete
+    complete = DecodeBatch.complete
 
-    def complete_with_box(self: Drawing, drawn: Text, is_cut: bool = False) -> Completion:
-        said = text if len(drawn.row.conversation.views) == 1 else "7"
+    def complete_with_box(self: DecodeBatch, drawn: RunningSequence, is_cut: bool = False) -> Completion:
+        said = text if len(drawn.request.conversation.views) == 1 else "7"
         return replace(complete(self, drawn, is_cut), text=said)
 
-    monkeypatch.setattr(Drawing, "complete", complete_with_box)
+    monkeypatch.setattr(DecodeBatch, "complete", complete_with_box)
 
 
 def generated(checkpoint: Path, out: Path) -> list[Trajectory]:

@@ -14,8 +14,7 @@ from test_train import config as train_config
 from tiny_families import make
 from torch import nn
 
-from visrl.engines.base import Sampling
-from visrl.engines.decoding import Row
+from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import KINDS, attending_trees, use_tree_attention
 from visrl.models.families import language_model
@@ -52,11 +51,11 @@ def test_a_used_engine_leaves_the_models_own_forward_to_the_bit(name: str) -> No
     first = engine.complete(conversations, Sampling(max_tokens=3), [[0]] * len(conversations))
     assert attention_of(model) == attention
     assert own_forward(model, encoder).equal(wanted)
-    drawing = engine.begin()  # as a server has it: rows join between steps, and others use the model meanwhile
-    done = drawing.add({0: Row(conversations[0], Sampling(max_tokens=3), 0)})
-    while len(drawing):
+    running = engine.begin()  # as a server has it: rows join between steps, and others use the model meanwhile
+    done = running.add({0: Request(conversations[0], Sampling(max_tokens=3), 0)})
+    while len(running):
         assert own_forward(model, encoder).equal(wanted)
-        done |= drawing.step()
+        done |= running.step()
     assert done[0] == first[0][0]
     assert attention_of(model) == attention
 
@@ -147,7 +146,7 @@ def test_engines_of_one_model_in_several_threads_do_not_mix_their_settings() -> 
     model, encoder = make("qwen2_vl")
     attention, wanted = attention_of(model), own_forward(model, encoder)
     talk = talks(1, 1)[0][0]
-    rows = [Row(talk, Sampling(1.0, max_tokens=12), seed) for seed in range(3)]
+    rows = [Request(talk, Sampling(1.0, max_tokens=12), seed) for seed in range(3)]
     alone = [LocalEngine(model, encoder).generate([row])[0] for row in rows]
     engines = [LocalEngine(model, encoder) for _ in rows]
     works = [lambda n=n: [engines[n].generate([rows[n]])[0] for _ in range(3)] for n in range(len(rows))]

@@ -17,8 +17,7 @@ from visrl.conversation import (
     focus_conversation,
     image_view,
 )
-from visrl.engines.base import Sampling
-from visrl.engines.decoding import Row
+from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.images import open_image
 from visrl.models.load import CheckpointError, load_model
@@ -102,7 +101,7 @@ def test_the_second_step_computes_only_what_is_new(engine, talks):
 
 
 def test_every_row_has_its_own_limits_and_can_be_stopped(engine, talks):
-    rows = [Row(talks[0][0], Sampling(max_tokens=3), 0), Row(talks[0][0], Sampling(max_tokens=7), 0)]
+    rows = [Request(talks[0][0], Sampling(max_tokens=3), 0), Request(talks[0][0], Sampling(max_tokens=7), 0)]
     seen: list[tuple[int, str]] = []
 
     def watch(row: int, read: Callable[[], str]) -> bool:
@@ -138,7 +137,7 @@ def test_rows_that_end_early_change_nothing_for_the_others(engine, talks):
     """Most trees and forks end after a token or two and are left out of the steps that follow."""
     lengths = [[1, 9, 2], [1, 1, 1], [12, 1, 4], [2, 1, 1], [1, 2, 1], [1, 1, 3]]
     rows = [
-        Row(talk, Sampling(temperature, 0.9, length), seed)
+        Request(talk, Sampling(temperature, 0.9, length), seed)
         for talk, own in zip(talks[0], lengths, strict=True)
         for seed, length in enumerate(own)
         for temperature in (0.0, 1.0)
@@ -157,19 +156,19 @@ def test_rows_that_end_early_change_nothing_for_the_others(engine, talks):
 def test_rows_that_join_later_change_nothing_for_anyone(engine, talks, limit):
     """Rows of both steps, several of one picture, join and leave at any token; each says what it says alone."""
     rows = [
-        Row(talk, Sampling(float(n % 2), 0.9, 1 + 11 * (n + sample) % 43), 10 * n + sample)
+        Request(talk, Sampling(float(n % 2), 0.9, 1 + 11 * (n + sample) % 43), 10 * n + sample)
         for n, talk in enumerate([*talks[0], *talks[1]])
         for sample in range(2 + n % 3)
     ]
     order = np.random.default_rng(limit).permutation(len(rows)).tolist()
     engine.forget()
-    drawing, done, slots = engine.begin(), {}, []
-    while order or len(drawing):
-        if len(drawing) < limit:
-            done |= drawing.add({n: rows[n] for n in order[:3]})
+    running, done, slots = engine.begin(), {}, []
+    while order or len(running):
+        if len(running) < limit:
+            done |= running.add({n: rows[n] for n in order[:3]})
             del order[:3]
-        done |= drawing.step()
-        slots.append(drawing._field.visible.shape[2] if len(drawing) else 0)
+        done |= running.step()
+        slots.append(running._slots.visible.shape[2] if len(running) else 0)
     assert len(done) == len(rows)
     for n, row in enumerate(rows):
         engine.forget()

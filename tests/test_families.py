@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
-from visrl.engines.base import Sampling
-from visrl.engines.decoding import Row
+from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
@@ -167,14 +166,14 @@ def test_rows_that_join_change_nothing(name: str) -> None:
     """A row that joins between two steps, and the one it joins, say what they say together from the start."""
     model, encoder = make(name)
     engine = LocalEngine(model.eval(), encoder)
-    rows = [Row(talk, Sampling(1.0, max_tokens=4 + n), n) for n, (talk, _) in enumerate(talks(1, 2))]
+    rows = [Request(talk, Sampling(1.0, max_tokens=4 + n), n) for n, (talk, _) in enumerate(talks(1, 2))]
     together = engine.generate(rows)
     engine.forget()
-    drawing, done = engine.begin(), {}
+    running, done = engine.begin(), {}
     for n, row in enumerate(rows):
-        done |= drawing.add({n: row}) | drawing.step()
-    while len(drawing):
-        done |= drawing.step()
+        done |= running.add({n: row}) | running.step()
+    while len(running):
+        done |= running.step()
     assert [done[n] for n in range(len(rows))] == together
 
 

@@ -1,7 +1,12 @@
 """What every engine is: conversations in, sampled completions out. Knows no model and no box text.
 
-`local.py` runs a checkpoint in this process and computes shared prefixes once; `endpoint.py` asks any OpenAI-compatible
-server.
+Three protocols, each with what the one before it has:
+
+- `Engine` completes conversations: all that a critic or a judge needs.
+- `Policy` is an engine whose box text can be read: what rollouts, evaluation and training ask. `endpoint.py` (any
+  OpenAI-compatible server) and `local.py` (a checkpoint in this process) are both.
+- `DecodingEngine` (decoding.py) decodes step by step, so that requests join and leave a running batch: what the server
+  schedules. `local.py` alone is one.
 """
 
 from __future__ import annotations
@@ -19,11 +24,20 @@ from visrl.replies import whole_text
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to draw. Temperature 0 is greedy."""
+    """How tokens are sampled. Temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample asked of an engine: a conversation, how to sample its reply, and the seed of that."""
+
+    conversation: Conversation
+    sampling: Sampling
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)

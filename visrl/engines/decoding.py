@@ -1,129 +1,142 @@
-"""Texts that are drawn side by side, one token of each at every step; others may join between two steps.
+"""Continuous batching: a running batch of sequences that grow by one token per decode step; requests join and leave
+between two steps.
 
-How the next token's logits come about is the engine's business: here are the draws, and where a text ends.
+Where the next token's logits come from is the engine's: from a KV cache (`CachedBatch`, local.py), or by a forward pass
+over the whole sequence (`RecomputedBatch`, recompute.py). Here a token is sampled, and a sequence ends.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from visrl.conversation import Conversation, PromptError
-from visrl.engines.base import Completion, Sampling
-from visrl.models.encode import Encoder, TokenPath
+from visrl.engines.base import Completion, Policy, Request
+from visrl.models.encode import EncodedView, Encoder, TokenPath
 
 ReadText = Callable[[], str]
-OnToken = Callable[[int, ReadText], bool]  # told the row and how to read its text so far; False stops the row
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sample to draw: a conversation, how to draw it, and its seed."""
-
-    conversation: Conversation
-    sampling: Sampling
-    seed: int
+# Called after every token with the number of its request and a function that decodes the text so far; False stops it.
+OnToken = Callable[[int, ReadText], bool]
 
 
 @dataclass(slots=True)
-class Text:
-    """What has been drawn of a row, after its prompt."""
+class RunningSequence:
+    """A request that is being decoded: its prompt, and the tokens sampled so far."""
 
-    row: Row
+    request: Request
     prompt: TokenPath
-    uniform: np.ndarray | None  # random numbers, one a token, the same whatever else is drawn; None where greedy
+    uniform: np.ndarray | None  # random numbers, one per token, the same in any batch; None where greedy
     tokens: list[int] = field(default_factory=list)
 
     @staticmethod
-    def of(row: Row, prompt: TokenPath) -> Text:
-        """The empty text of a row."""
-        sampling = row.sampling
+    def of(request: Request, prompt: TokenPath) -> RunningSequence:
+        """The sequence of a request before its first token."""
+        sampling = request.sampling
         hot = sampling.temperature > 0
-        return Text(row, prompt, np.random.default_rng(row.seed).random(sampling.max_tokens + 1) if hot else None)
+        uniform = np.random.default_rng(request.seed).random(sampling.max_tokens + 1) if hot else None
+        return RunningSequence(request, prompt, uniform)
 
 
-class Drawing(ABC):
-    """The texts being drawn, by the numbers that the caller gave their rows; its length is how many there are."""
+class DecodeBatch(ABC):
+    """The running batch: sequences by the numbers that the caller gave their requests; its length is how many run."""
 
     def __init__(self, encoder: Encoder, on_token: OnToken | None = None) -> None:
         self.encoder = encoder
-        self.texts: dict[int, Text] = {}
+        self.sequences: dict[int, RunningSequence] = {}
         self._on_token = on_token
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.sequences)
 
     @abstractmethod
-    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
-        """Let rows join, and draw the first token of each; those that have ended with it, or cannot be drawn at all.
+    def add(self, requests: Mapping[int, Request]) -> dict[int, Completion]:
+        """Let requests join: prefill their prompts and sample the first token of each. Returns the completions of those
+        that ended with it, or that cannot be computed at all.
 
         Raises:
-            ValueError, RuntimeError: what the model raises. The drawing is of no more use where its length has changed;
-                else none of `rows` has joined, and the others go on.
+            ValueError, RuntimeError: what the model raises. The batch is of no more use where its length has changed;
+                else none of `requests` has joined, and the others go on.
         """
 
     @abstractmethod
     def step(self) -> dict[int, Completion]:
-        """Draw the next token of every text; those that have ended with it.
+        """One decode step: the next token of every sequence. Returns the completions of those that ended with it.
 
         Raises:
-            ValueError, RuntimeError: what the model raises; the drawing is of no more use then.
+            ValueError, RuntimeError: what the model raises; the batch is of no more use then.
         """
 
-    def read(self, rows: Mapping[int, Row]) -> tuple[dict[int, Text], dict[int, Completion]]:
-        """The empty texts of rows, and errors in place of those whose prompts no model may be shown."""
-        texts, failed = {}, {}
+    def start(self, requests: Mapping[int, Request]) -> tuple[dict[int, RunningSequence], dict[int, Completion]]:
+        """The sequences of requests, and errors in place of those whose prompts no model may be shown."""
+        sequences, failed = {}, {}
         known: dict[int, TokenPath] = {}  # of conversations: samples of one share its prompt
-        for number, row in rows.items():
-            talk = row.conversation
+        for number, request in requests.items():
+            talk = request.conversation
             try:
                 if id(talk) not in known:
                     known[id(talk)] = self.encoder.encode(talk, [None], max_tokens=self.encoder.max_tokens)[0]
-                texts[number] = Text.of(row, known[id(talk)])
+                sequences[number] = RunningSequence.of(request, known[id(talk)])
             except PromptError as error:
                 failed[number] = Completion(None, finish_reason="error", error=str(error), refused=True)
-        return texts, failed
+        return sequences, failed
 
-    def take(self, tokens: Mapping[int, int]) -> dict[int, Completion]:
-        """Add a token to each of these texts; those that end here leave."""
+    def append(self, tokens: Mapping[int, int]) -> dict[int, Completion]:
+        """Append a token to each of these sequences; those that end with it leave the batch."""
         ended = {}
         for number, token in tokens.items():
-            text = self.texts[number]
+            sequence = self.sequences[number]
             go_on = token != self.encoder.end_id
             if go_on:
-                text.tokens.append(token)
-                go_on = self._on_token is None or self._on_token(number, partial(self.encoder.decode, text.tokens))
-            if not go_on or len(text.tokens) >= text.row.sampling.max_tokens:
-                ended[number] = self.complete(self.texts.pop(number), is_cut=go_on)
+                sequence.tokens.append(token)
+                go_on = self._on_token is None or self._on_token(number, partial(self.encoder.decode, sequence.tokens))
+            if not go_on or len(sequence.tokens) >= sequence.request.sampling.max_tokens:
+                ended[number] = self.complete(self.sequences.pop(number), is_cut=go_on)
         return ended
 
-    def complete(self, text: Text, is_cut: bool = False) -> Completion:
-        """A text as a whole; `is_cut` says that its row allows no more tokens."""
+    def complete(self, sequence: RunningSequence, is_cut: bool = False) -> Completion:
+        """The completion of a sequence that has ended; `is_cut` says that its request allows no more tokens."""
         return Completion(
-            self.encoder.decode(text.tokens),
-            len(text.tokens),
+            self.encoder.decode(sequence.tokens),
+            len(sequence.tokens),
             "length" if is_cut else "stop",
-            prompt_tokens=len(text.prompt.ids),
+            prompt_tokens=len(sequence.prompt.ids),
         )
 
 
-def draw_tokens(logits: torch.Tensor, texts: Sequence[Text]) -> list[int]:
-    """The next token of each text from its `logits` [texts, vocabulary]: the arg-max, or an inverse-CDF draw from the
-    nucleus.
+class DecodingEngine(Policy, Protocol):
+    """A policy that decodes step by step, for a scheduler above it (serve/batching.py)."""
+
+    def begin(self, on_token: OnToken | None = None) -> DecodeBatch:
+        """An empty running batch; one of an engine is in use at a time."""
+        ...
+
+    def prepare(self, conversation: Conversation) -> Sequence[EncodedView]:
+        """The images of a conversation, ready for the vision tower; may run in another thread than the decoding."""
+        ...
+
+    def keep(self, prepared: Iterable[EncodedView]) -> None:
+        """Have what `prepare` gave at hand for the next `DecodeBatch.add`."""
+        ...
+
+
+def sample_tokens(logits: torch.Tensor, sequences: Sequence[RunningSequence]) -> list[int]:
+    """The next token of each sequence from its `logits` [sequences, vocabulary]: the arg-max where greedy, else by
+    inverse CDF of the softmax at its temperature, cut to the top-p nucleus.
     """
     chosen: list[int] = logits.argmax(-1).tolist()
-    hot = [(n, text, text.uniform[len(text.tokens)]) for n, text in enumerate(texts) if text.uniform is not None]
+    hot = [(n, one, one.uniform[len(one.tokens)]) for n, one in enumerate(sequences) if one.uniform is not None]
     if not hot:
         return chosen
     device = logits.device
-    temperature = torch.tensor([text.row.sampling.temperature for _, text, _ in hot], device=device)
+    temperature = torch.tensor([one.request.sampling.temperature for _, one, _ in hot], device=device)
     probabilities = torch.softmax(logits[[n for n, _, _ in hot]] / temperature[:, None], dim=-1).double()
-    top_p = torch.tensor([text.row.sampling.top_p for _, text, _ in hot], device=device, dtype=torch.float64)
+    top_p = torch.tensor([one.request.sampling.top_p for _, one, _ in hot], device=device, dtype=torch.float64)
     if (top_p < 1).any():
         probabilities = _nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
@@ -135,7 +148,7 @@ def draw_tokens(logits: torch.Tensor, texts: Sequence[Text]) -> list[int]:
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """`probabilities` [rows, vocabulary] with everything outside the smallest set of mass ≥ top_p set to 0."""
+    """`probabilities` [sequences, vocabulary] with everything outside the smallest set of mass ≥ top_p set to 0."""
     ordered, order = probabilities.sort(dim=-1, descending=True)
     outside = ordered.cumsum(-1) - ordered >= top_p[:, None]
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))

@@ -1,7 +1,8 @@
-"""Generation for families whose tokens see more than what came before them: every token computes its whole text again.
+"""Decoding without a KV cache, for families whose tokens see more than what came before them: every decode step is a
+forward pass over the whole sequences.
 
-Slow, and exact by the same packing that trains: nothing here knows a family. Samples of one prompt share it within a
-step. Models of these families that are to be fast are served by vLLM or SGLang.
+Slow, and exact by the same packed sequences that train: nothing here knows a family. Samples of one prompt share it
+within a step. Models of these families that are to be fast are served by vLLM or SGLang.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from PIL import Image
 
 from visrl.conversation import View, focus_conversation
-from visrl.engines.base import Completion
-from visrl.engines.decoding import Drawing, OnToken, Row, Text, draw_tokens
+from visrl.engines.base import Completion, Request
+from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence, sample_tokens
 from visrl.models.attention import attending_trees
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.folder import CheckpointError
@@ -27,34 +28,34 @@ from visrl.packing.pack import TIGHT_BUCKET, pack
 from visrl.packing.tree import grow
 
 
-class RecomputedDrawing(Drawing):
-    """Texts that are drawn without any kept keys and values."""
+class RecomputedBatch(DecodeBatch):
+    """A running batch of which no keys and values are kept."""
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder, on_token: OnToken | None = None) -> None:
         super().__init__(encoder, on_token)
         self.model = model
 
     @torch.inference_mode()
-    def add(self, rows: Mapping[int, Row]) -> dict[int, Completion]:
-        texts, failed = self.read(rows)
-        tokens = self._draw(texts)
-        self.texts |= texts
-        return failed | self.take(tokens)
+    def add(self, requests: Mapping[int, Request]) -> dict[int, Completion]:
+        sequences, failed = self.start(requests)
+        tokens = self._sample(sequences)
+        self.sequences |= sequences
+        return failed | self.append(tokens)
 
     @torch.inference_mode()
     def step(self) -> dict[int, Completion]:
-        return self.take(self._draw(self.texts))
+        return self.append(self._sample(self.sequences))
 
-    def _draw(self, texts: Mapping[int, Text]) -> dict[int, int]:
-        if not texts:
+    def _sample(self, sequences: Mapping[int, RunningSequence]) -> dict[int, int]:
+        if not sequences:
             return {}
-        logits = next_logits(self.model, self.encoder, [self._longer(text) for text in texts.values()])
-        return dict(zip(texts, draw_tokens(logits, list(texts.values())), strict=True))
+        logits = next_logits(self.model, self.encoder, [self._path(one) for one in sequences.values()])
+        return dict(zip(sequences, sample_tokens(logits, list(sequences.values())), strict=True))
 
-    def _longer(self, text: Text) -> TokenPath:
-        """The prompt with the tokens drawn so far, and one more for what follows."""
-        prompt = text.prompt
-        ids = np.concatenate([prompt.ids, np.array([*text.tokens, self.encoder.end_id], dtype=np.int64)])
+    def _path(self, sequence: RunningSequence) -> TokenPath:
+        """The prompt with the tokens sampled so far, and one more for what follows."""
+        prompt = sequence.prompt
+        ids = np.concatenate([prompt.ids, np.array([*sequence.tokens, self.encoder.end_id], dtype=np.int64)])
         grids = [view.grid for view in prompt.views]
         positions = self.encoder.family.positions(ids, self.encoder.image_token_id, grids)
         return replace(prompt, ids=ids, positions=positions, start=len(prompt.ids))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ import torch
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
-from visrl.conversation import Conversation
 from visrl.engines.base import Completion
+from visrl.engines.decoding import DecodeBatch, DecodingEngine, ReadText
 from visrl.serve.connections import RESERVE
 from visrl.serve.errors import RequestError
 from visrl.serve.metrics import Metrics
@@ -45,34 +45,13 @@ BATCH_AREA = 64_000_000
 SHORT_TOKENS = 1000
 
 State = Literal["loading", "ready", "failed", "stopped"]
-OnToken = Callable[[int, Callable[[], str]], bool]
-
-
-class RunningBatch(Protocol):
-    """Texts being drawn, by the numbers of their rows (see `visrl.engines.decoding.Drawing`)."""
-
-    def __len__(self) -> int: ...
-    def add(self, rows: Mapping[int, Any]) -> dict[int, Completion]: ...
-    def step(self) -> dict[int, Completion]: ...
-
-
-class ServedEngine(Protocol):
-    """What the worker needs of an engine: rows in, completions out, a say after each token."""
-
-    @property
-    def codec(self) -> Codec: ...
-    def processed_size(self, size: Size) -> Size: ...
-    def begin(self, on_token: OnToken | None = None) -> RunningBatch: ...
-    def prepare(self, conversation: Conversation) -> Sequence[Any]: ...
-    def keep(self, prepared: Iterable[Any]) -> None: ...
-    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """An engine and the crop rule of its checkpoint."""
 
-    engine: ServedEngine
+    engine: DecodingEngine
     crop_rule: CropRule = "exact"
 
 
@@ -269,9 +248,9 @@ class Batcher:
             for job in left:
                 job.post(job.fail, RequestError(503, "the server is shutting down"))
 
-    def _serve(self, engine: ServedEngine) -> None:
+    def _serve(self, engine: DecodingEngine) -> None:
         """Draw, token after token, until told to stop."""
-        drawing = engine.begin(self._on_token)
+        batch = engine.begin(self._on_token)
         numbers = itertools.count()
         added, cores = 0, torch.get_num_threads()
         while (fresh := self._next_rows()) or self._running:
@@ -281,10 +260,10 @@ class Batcher:
             try:
                 if fresh:
                     added += 1
-                    self._add(engine, drawing, {next(numbers): job for job in fresh})
+                    self._add(engine, batch, {next(numbers): job for job in fresh})
                 if self._running:
                     self._metrics.batch_sizes.add(len(self._running))
-                    self._end(drawing.step())
+                    self._end(batch.step())
             except (ValueError, RuntimeError) as error:
                 if len(self._running) == 1:
                     self._fail(next(iter(self._running)), error)
@@ -292,7 +271,7 @@ class Batcher:
                     self._draw_fewer()
                 else:
                     self._draw_alone(engine)
-                drawing = engine.begin(self._on_token)
+                batch = engine.begin(self._on_token)
             if not self._running and added >= FORGET_ADDS:
                 engine.forget()
                 added = 0
@@ -327,28 +306,28 @@ class Batcher:
         enough = min(JOIN_ROWS, 1 + len(self._running) // JOIN_SHARE)
         return len(self._waiting) >= enough or time.monotonic() - self._waiting[0].ready_at >= JOIN_S
 
-    def _add(self, engine: ServedEngine, drawing: RunningBatch, jobs: dict[int, PendingRequest]) -> None:
+    def _add(self, engine: DecodingEngine, batch: DecodeBatch, jobs: dict[int, PendingRequest]) -> None:
         """Let jobs join; where they cannot all, one by one.
 
         Raises:
-            ValueError, RuntimeError: the model failed in a way that leaves the drawing of no more use.
+            ValueError, RuntimeError: the model failed in a way that leaves the batch of no more use.
         """
         self._running |= jobs
         engine.keep(view for job in jobs.values() for view in job.prepared)
         for job in jobs.values():
-            job.prepared = ()  # large tensors, which the drawing needs but once
-        before = len(drawing)
+            job.prepared = ()  # large tensors, which the batch needs but once
+        before = len(batch)
         try:
-            self._end(drawing.add({number: job.row for number, job in jobs.items()}))
+            self._end(batch.add({number: job.row.request for number, job in jobs.items()}))
         except (ValueError, RuntimeError) as error:
-            if len(drawing) != before or isinstance(error, torch.OutOfMemoryError):
+            if len(batch) != before or isinstance(error, torch.OutOfMemoryError):
                 raise
             if len(jobs) == 1:
                 self._fail(next(iter(jobs)), error)
                 return
             # One caller's bad prompt must not fail the others.
             for number, job in jobs.items():
-                self._add(engine, drawing, {number: job})
+                self._add(engine, batch, {number: job})
 
     def _draw_fewer(self) -> None:
         """Queue all running rows again, half as many to be drawn together from now on."""
@@ -361,14 +340,14 @@ class Batcher:
             f"Out of memory with {count} rows at once; at most {count // 2} from now on (max_batch).", file=sys.stderr
         )
 
-    def _draw_alone(self, engine: ServedEngine) -> None:
+    def _draw_alone(self, engine: DecodingEngine) -> None:
         """Draw every running row again, each by itself."""
         for number, job in dict(self._running).items():
             try:
-                drawing = engine.begin(self._on_token)
-                self._end(drawing.add({number: job.row}))
-                while len(drawing):
-                    self._end(drawing.step())
+                batch = engine.begin(self._on_token)
+                self._end(batch.add({number: job.row.request}))
+                while len(batch):
+                    self._end(batch.step())
             except (ValueError, RuntimeError) as error:
                 self._fail(number, error)
 
@@ -377,7 +356,7 @@ class Batcher:
         job = self._running.pop(number)
         job.post(job.fail, _cannot_answer(error))
 
-    def _on_token(self, number: int, read: Callable[[], str]) -> bool:
+    def _on_token(self, number: int, read: ReadText) -> bool:
         """Whether a row is to go on; its client is told of the text so far."""
         job = self._running[number]
         if job.row.cancelled or self._state != "ready":

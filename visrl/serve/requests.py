@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from visrl.conversation import Conversation
-from visrl.engines.base import Completion, Sampling
+from visrl.engines.base import Completion, Request, Sampling
 
 PICTURE_TOKENS = 512  # a guess for sizing batches, no limit
 UNSURE = "\ufffd"  # what a tokeniser gives for a character of which not all bytes are there yet
@@ -29,6 +29,11 @@ class QueuedRequest:
     cancelled: bool = False
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far
+
+    @property
+    def request(self) -> Request:
+        """What the engine is asked."""
+        return Request(self.conversation, self.sampling, self.seed)
 
     @property
     def is_followed(self) -> bool:
