@@ -42,6 +42,7 @@ from visrl.models.tiny import CHECKPOINT
 from visrl.records import Sample, Trajectory
 from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.scenes import scene_samples
+from visrl.sequences import batched
 
 PATCH = 28  # pixels along a merged token's side
 BOX_TOKENS, ANSWER_TOKENS = 18, 8  # of a random model's texts
@@ -71,8 +72,8 @@ class GenerateLoop:
     ) -> list[list[Completion]]:
         rows = [talk for talk, own in zip(conversations, seeds, strict=True) for _ in own]
         texts: list[Completion] = []
-        for start in range(0, len(rows), LOOP_ROWS):
-            texts += self._batch(rows[start : start + LOOP_ROWS], sampling)
+        for part in batched(rows, LOOP_ROWS):
+            texts += self._batch(part, sampling)
         drawn = iter(texts)
         return [[next(drawn) for _ in own] for own in seeds]
 
@@ -179,7 +180,7 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in players}
     cpu: dict[str, list[float]] = {name: [] for name in players}
     tried: dict[str, list[Trajectory]] = {name: [] for name in players}
-    parts = [setting.samples[start : start + batch] for start in range(0, len(setting.samples), batch)]
+    parts = batched(setting.samples, batch)
     for _ in range(repeats):
         for part in parts:
             for name, player in players.items():

@@ -32,6 +32,7 @@ from PIL import Image
 from visrl.engines.endpoint import data_url
 from visrl.models.tiny import CHECKPOINT
 from visrl.scenes import draw_ref, scene_samples
+from visrl.sequences import batched
 
 ROUNDS = 4  # requests that each of the clients makes, one after another
 TOKENS = 32  # of an answer: the length of a box with its brackets, or of a short sentence
@@ -211,8 +212,8 @@ def watch_memory(url: str, process: psutil.Process, clients: int, requests: int)
         ask["model"] = "bench:focus"
     steps = [process.memory_info().rss / 1e6]
     failed, tenth = 0, max(1, len(asks) // 10)
-    for start in range(0, len(asks), tenth):
-        _, lost, _ = asyncio.run(ask_all(url, asks[start : start + tenth], clients))
+    for part in batched(asks, tenth):
+        _, lost, _ = asyncio.run(ask_all(url, part, clients))
         failed += lost
         steps.append(process.memory_info().rss / 1e6)
     return {"requests": len(asks), "failed": failed, "rss_mb": [round(step) for step in steps]}

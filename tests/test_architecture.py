@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = (
     "errors", "yaml_text", "redact", "foreign", "config", "plugins", "failures", "box", "prompts", "replies",
-    "statistics", "progress", "records", "codecs", "pages", "scenes", "data_url", "image_files", "image_modes",
-    "images", "manifest", "conversation", "data", "models", "packing", "engines", "rollout", "rewards", "train",
-    "evaluate", "report", "evolve", "serve", "environment", "cli",
+    "sequences", "statistics", "progress", "records", "codecs", "pages", "scenes", "data_url", "image_files",
+    "image_modes", "images", "manifest", "conversation", "data", "models", "packing", "engines", "rollout", "rewards",
+    "train", "evaluate", "report", "evolve", "serve", "environment", "cli",
 )  # fmt: skip
 
 

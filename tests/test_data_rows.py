@@ -14,7 +14,7 @@ from visrl.data import rows
 from visrl.data.native import parse_visrl
 from visrl.data.refcoco import parse_refcoco
 from visrl.data.rows import BadLine, Writer, json_bytes, json_items, parsed_row
-from visrl.data.sharegpt import Entry, parse_sharegpt
+from visrl.data.sharegpt import DatasetEntry, parse_sharegpt
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import parse_detection, parse_meta, parse_viscot
 from visrl.records import RecordError
@@ -114,8 +114,8 @@ def test_half_a_surrogate_pair_goes_back_as_it_came():
 
 SIZES = Sizes()
 SIZES._sizes = {viscot(number, *case)["image"][0]: case[1] for number, case in enumerate(good_boxes(20) + BAD)}
-RANKING = Entry("r", None, True, {}, box_space="image")  # type: ignore[arg-type]
-SFT = Entry("s", None, columns={})  # type: ignore[arg-type]
+RANKING = DatasetEntry("r", None, True, {}, box_space="image")  # type: ignore[arg-type]
+SFT = DatasetEntry("s", None, columns={})  # type: ignore[arg-type]
 
 
 def said(text: str, speaker: str = "gpt") -> dict[str, str]:
@@ -168,7 +168,7 @@ OTHER_TOOLS = [
     STEP_ROW | {"conversations": [said("<image>a", "human"), said("b"), said("c", "human")]},
 ]
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "h", "images": "images"}
-ALPACA = Entry("t", None, False, ALPACA_COLUMNS, formatting="alpaca")  # type: ignore[arg-type]
+ALPACA = DatasetEntry("t", None, False, ALPACA_COLUMNS, formatting="alpaca")  # type: ignore[arg-type]
 ALPACA_ROW = {"instruction": "<image>q", "input": "i", "output": "o", "h": [["a", "b"]], "images": ["a.jpg"]}
 PARSERS = [
     (lambda raw, number: parse_viscot(raw, number, SIZES), viscot(0, *good_boxes(1)[0])),

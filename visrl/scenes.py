@@ -74,7 +74,7 @@ class Tag:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class SceneQuestion:
     """A question with one answer and the tag that must be seen to give it."""
 
     kind: Kind
@@ -174,24 +174,26 @@ def _dots(rng: np.random.Generator, middle: np.ndarray, count: int) -> tuple[tup
 # --- Questions ------------------------------------------------------------------------------------------------------
 
 
-def questions_of(scene: Scene) -> list[Question]:
+def questions_of(scene: Scene) -> list[SceneQuestion]:
     """Every question that has exactly one answer in this scene, in a fixed order."""
-    found: list[Question] = []
+    found: list[SceneQuestion] = []
     shapes = [tag.shape for tag in scene.tags]
     for index, tag in enumerate(scene.tags):
         if tag.text:
-            found.append(Question("colour", f"Which number is on the {tag.colour} tag?", tag.text, index))
+            found.append(SceneQuestion("colour", f"Which number is on the {tag.colour} tag?", tag.text, index))
             if shapes.count(tag.shape) == 1:
-                found.append(Question("shape", f"Which number is on the {tag.shape}?", tag.text, index))
+                found.append(SceneQuestion("shape", f"Which number is on the {tag.shape}?", tag.text, index))
         else:
-            found.append(Question("count", f"How many dots are on the {tag.colour} tag?", str(len(tag.dots)), index))
+            found.append(
+                SceneQuestion("count", f"How many dots are on the {tag.colour} tag?", str(len(tag.dots)), index)
+            )
         for side, neighbour in _neighbours(scene, index):
             if scene.tags[neighbour].text:
                 text = f"Which number is {side} the {tag.colour} tag?"
-                found.append(Question("relation", text, scene.tags[neighbour].text, neighbour))
+                found.append(SceneQuestion("relation", text, scene.tags[neighbour].text, neighbour))
     for side, index in _extremes(scene):
         if scene.tags[index].text:
-            found.append(Question("edge", f"Which number is on the {side} tag?", scene.tags[index].text, index))
+            found.append(SceneQuestion("edge", f"Which number is on the {side} tag?", scene.tags[index].text, index))
     return found
 
 
@@ -218,12 +220,12 @@ def _extremes(scene: Scene) -> Iterator[tuple[str, int]]:
             yield side, order[0]
 
 
-def true_box(scene: Scene, question: Question) -> Box:
+def true_box(scene: Scene, question: SceneQuestion) -> Box:
     """The focus box of a question: the whole tag."""
     return Box.from_pixels(scene.tags[question.target].box, (SIDE, SIDE))
 
 
-def close_up(scene: Scene, question: Question, zoom: float) -> Box:
+def close_up(scene: Scene, question: SceneQuestion, zoom: float) -> Box:
     """A box between the question's digit or dots alone (`zoom` 0) and the whole tag (1): what a curriculum reads."""
     tag = scene.tags[question.target]
     corners = [c + zoom * (b - c) for c, b in zip(tag.content, tag.box, strict=True)]
@@ -255,10 +257,10 @@ def scene_samples(
     return samples
 
 
-def _choose(scene: Scene, count: int, kinds: tuple[Kind, ...]) -> list[Question]:
+def _choose(scene: Scene, count: int, kinds: tuple[Kind, ...]) -> list[SceneQuestion]:
     rng = np.random.default_rng([0xA5C, POOLS.index(scene.pool), scene.index])
     left = [question for question in questions_of(scene) if question.kind in kinds]
-    chosen: list[Question] = []
+    chosen: list[SceneQuestion] = []
     turn = scene.index
     while left and len(chosen) < count:
         kind = kinds[turn % len(kinds)]
@@ -272,7 +274,7 @@ def _choose(scene: Scene, count: int, kinds: tuple[Kind, ...]) -> list[Question]
     return chosen
 
 
-def find_question(sample_id: str) -> tuple[Scene, Question]:
+def find_question(sample_id: str) -> tuple[Scene, SceneQuestion]:
     """Scene and question of a sample's id: what an oracle may look up, and training data does not hold.
 
     Raises:

@@ -76,7 +76,7 @@ def convert(
     """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
     from visrl.data.convert import Reading, Selection
     from visrl.data.convert import convert as run
-    from visrl.data.rows import told_notes
+    from visrl.data.rows import format_notes
     from visrl.data.sizes import Sizes
 
     given = {
@@ -115,7 +115,7 @@ def convert(
     if summary.picture_folder is not None:
         folder = summary.picture_folder
         print(f"wrote {summary.pictures:,} pictures to {folder}; the rows name them from {folder.parent} (image_root)")
-    for line in told_notes(summary.notes):
+    for line in format_notes(summary.notes):
         print(line)
     if summary.bad:
         faults = ", ".join(f"{count:,} {fault}" for fault, count in summary.bad.most_common())

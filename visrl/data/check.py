@@ -14,7 +14,7 @@ from typing import Any
 
 from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE, Size
 from visrl.data.convert import Reading, dataset_of, other_format, read_format
-from visrl.data.rows import Row, told_notes
+from visrl.data.rows import DataRow, format_notes
 from visrl.data.sizes import FOLDERS, viscot_path
 from visrl.images import ImageError, names_file, open_image, picture_path
 from visrl.records import Sample
@@ -109,7 +109,7 @@ def check(
     return report
 
 
-def _find_duplicate(report: Report, row: Row, path: str, seen: set[int]) -> None:
+def _find_duplicate(report: Report, row: DataRow, path: str, seen: set[int]) -> None:
     for record in row.records:
         if not isinstance(record, Sample):
             continue
@@ -120,7 +120,7 @@ def _find_duplicate(report: Report, row: Row, path: str, seen: set[int]) -> None
         seen.add(key)
 
 
-def _look_at(report: Report, row: Row, ref: str, size: Size | None, root: Path | None) -> None:
+def _look_at(report: Report, row: DataRow, ref: str, size: Size | None, root: Path | None) -> None:
     """Open a picture once: is it there, whole, of its annotated `size` and of a shape that a model can take?"""
     if root is None:
         return
@@ -140,7 +140,7 @@ def _look_at(report: Report, row: Row, ref: str, size: Size | None, root: Path |
         report.note("absurd", f"{ref} is {width} × {height}: too small or too thin for the models' processors")
 
 
-def _pictures(row: Row) -> Iterator[tuple[str, Size | None]]:
+def _pictures(row: DataRow) -> Iterator[tuple[str, Size | None]]:
     """The pictures of a row with their annotated sizes, of a bad one as far as it says so."""
     for record in row.records:
         if isinstance(record, Sample):
@@ -156,13 +156,13 @@ def _pictures(row: Row) -> Iterator[tuple[str, Size | None]]:
         yield viscot_path(dataset_of(row), value) if "bboxs" in row.raw else value, None
 
 
-def _split(row: Row, path: str) -> str:
+def _split(row: DataRow, path: str) -> str:
     """The split that a row names, or the file it stands in."""
     split = row.raw.get("split") if isinstance(row.raw, dict) else None
     return sys.intern(split) if isinstance(split, str) else Path(path).stem
 
 
-def _origin(row: Row, ref: str) -> str:
+def _origin(row: DataRow, ref: str) -> str:
     parts = Path(ref).parts
     return dataset_of(row) or (parts[1] if len(parts) > 2 else "")
 
@@ -178,7 +178,7 @@ def as_text(report: Report, root: Path | None) -> str:
                 lines.append(f"    and {count - len(shown):,} more; `visrl data convert` lists all in OUT.bad.jsonl")
     for other, count in report.other_formats.most_common():
         lines.append(f"  {count:,} of them have the keys of {other}: read them with --from {other}")
-    lines += told_notes(report.notes)
+    lines += format_notes(report.notes)
     found = {"duplicates": report.duplicates, "leaks": report.leaks, **report.unusable}
     for kind, count in found.items():
         if count:

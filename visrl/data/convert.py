@@ -18,12 +18,12 @@ from typing import Any
 from visrl.box import Size
 from visrl.codecs import BoxSpace
 from visrl.data.hf import ParquetWriter, is_hf, read_hf
-from visrl.data.info import Entry, find_entry
+from visrl.data.info import DatasetEntry, find_entry
 from visrl.data.native import pool_row, visrl_row
 from visrl.data.own import parse_own
 from visrl.data.picture_files import PictureFiles
 from visrl.data.refcoco import parse_refcoco, refcoco_row
-from visrl.data.rows import Parse, Row, RowFault, Writer, parsed_row, read_rows
+from visrl.data.rows import DataRow, Parse, RowFault, Writer, parsed_row, read_rows
 from visrl.data.sharegpt import parse_sharegpt, read_sharegpt
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
 from visrl.data.sizes import Sizes
@@ -84,7 +84,7 @@ class Summary:
     picture_folder: Path | None = None
 
 
-def read_format(name: str, path: str, reading: Reading) -> Iterator[Row]:
+def read_format(name: str, path: str, reading: Reading) -> Iterator[DataRow]:
     """The rows of a file in the format `name`.
 
     Raises:
@@ -104,7 +104,7 @@ def _parser(name: str, path: str, reading: Reading) -> Parse:
         RecordError: there is no such format.
     """
     if name == "sharegpt":
-        entry = Entry(Path(path).stem, Path(path), columns={}, formatting="")
+        entry = DatasetEntry(Path(path).stem, Path(path), columns={}, formatting="")
         return lambda raw, number: parse_sharegpt(raw, number, entry, reading.sizes, reading.box_space)
     parsers: dict[str, Parse] = {
         "visrl": lambda raw, number: parse_own(raw, number, reading.sizes),
@@ -190,7 +190,7 @@ def _refuse_overwriting(out: Path, inputs: Iterable[str]) -> None:
 def _selected(
     source: str, inputs: Iterable[str], reading: Reading, selection: Selection, summary: Summary,
     progress: Callable[[int], None],
-) -> Iterator[tuple[str, Row]]:  # fmt: skip
+) -> Iterator[tuple[str, DataRow]]:  # fmt: skip
     """The wanted rows of all files, counted."""
     places = Counter[str]()
     for path in inputs:
@@ -207,14 +207,14 @@ def _selected(
 
 
 def _units(
-    rows: Iterable[tuple[str, Row]], as_it_stood: bool, grouped: bool
-) -> Iterator[tuple[str, Row, tuple[Sample | Preference, ...]]]:
+    rows: Iterable[tuple[str, DataRow]], as_it_stood: bool, grouped: bool
+) -> Iterator[tuple[str, DataRow, tuple[Sample | Preference, ...]]]:
     """What becomes one row of the output each, with the row it came from; nothing for a bad row.
 
     Preferences of one item that follow each other are one unit where they are `grouped`, each its own otherwise.
     """
     group: tuple[Preference, ...] = ()
-    last: tuple[str, Row] | None = None
+    last: tuple[str, DataRow] | None = None
     for path, row in rows:
         if as_it_stood or row.fault:
             if row.fault:
@@ -234,7 +234,7 @@ def _units(
         yield *last, group
 
 
-def dataset_of(row: Row) -> str:
+def dataset_of(row: DataRow) -> str:
     """The data set a row belongs to, as far as a bad row says it."""
     if row.records and isinstance(row.records[0], Sample):
         return row.records[0].source
@@ -289,7 +289,7 @@ def _target_row(target: str, sizes: Sizes, space: BoxSpace) -> Callable[[tuple[S
     return to_row
 
 
-def _image(row: Row) -> str:
+def _image(row: DataRow) -> str:
     record = row.records[0] if row.records else None
     if isinstance(record, Sample):
         return record.image
@@ -335,7 +335,7 @@ class _Files:
     def _placed(self, raw: Any) -> Any:
         return raw if self.pictures is None else self.pictures.placed(raw)
 
-    def list_bad(self, path: str, row: Row, fault: str, reason: str, summary: Summary) -> None:
+    def list_bad(self, path: str, row: DataRow, fault: str, reason: str, summary: Summary) -> None:
         if self.bad is None:
             self.bad = self.stack.enter_context(Writer(self.bad_path))
         summary.bad[fault] += 1
@@ -343,7 +343,7 @@ class _Files:
             {"file": path, "row": row.number, "fault": fault, "reason": reason, "raw": self._placed(row.raw)}
         )
 
-    def describe(self, box_space: BoxSpace, like: Entry | None) -> None:
+    def describe(self, box_space: BoxSpace, like: DatasetEntry | None) -> None:
         """Name the files in `dataset_info.json`; a copy is described as its original is, or as little."""
         if self.target not in _SHAREGPT or (like and not like.formatting):
             return

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from visrl.data.info import STEP_COLUMNS, TAGS, Entry
+from visrl.data.info import STEP_COLUMNS, TAGS, DatasetEntry
 from visrl.data.native import parse_pictures
 from visrl.data.rows import RowFault, check_text, get_text
 from visrl.prompts import IMAGE
@@ -65,7 +65,7 @@ class Dialog:
         return self.rejected is not None or self.rejected_step is not None
 
 
-def parse_dialog(raw: Any, entry: Entry) -> Dialog:
+def parse_dialog(raw: Any, entry: DatasetEntry) -> Dialog:
     """The dialog of a row.
 
     Raises:
@@ -104,7 +104,7 @@ def _refuse_columns(raw: dict[str, Any], columns: dict[str, str]) -> None:
             raise RowFault("tools", f"{key!r}: calls of tools are not read")
 
 
-def _columns(raw: dict[str, Any], entry: Entry) -> dict[str, str]:
+def _columns(raw: dict[str, Any], entry: DatasetEntry) -> dict[str, str]:
     """Which of the row's columns holds what: as the entry says, or by the names in common use."""
     if entry.columns:
         columns = dict(entry.columns)
@@ -160,7 +160,7 @@ def _path(value: Any) -> Any:
 # --- Turns ------------------------------------------------------------------------------------------------------------
 
 
-def _message_turns(raw: dict[str, Any], columns: dict[str, str], entry: Entry) -> list[Turn]:
+def _message_turns(raw: dict[str, Any], columns: dict[str, str], entry: DatasetEntry) -> list[Turn]:
     key = columns["messages"]
     messages = raw.get(key)
     if not isinstance(messages, list) or not messages:
@@ -174,7 +174,7 @@ def _message_turns(raw: dict[str, Any], columns: dict[str, str], entry: Entry) -
     return turns
 
 
-def _message(message: Any, entry: Entry, where: str) -> Turn:
+def _message(message: Any, entry: DatasetEntry, where: str) -> Turn:
     """One message by the entry's tags, or by the names in common use where no entry says them."""
     tags, roles = entry.tags, _USUAL_ROLES
     if entry.columns:
@@ -234,7 +234,7 @@ def _without_system(raw: dict[str, Any], columns: dict[str, str], turns: list[Tu
 
 
 def _replies(
-    raw: dict[str, Any], columns: dict[str, str], entry: Entry, turns: list[Turn]
+    raw: dict[str, Any], columns: dict[str, str], entry: DatasetEntry, turns: list[Turn]
 ) -> tuple[str | None, str | None, list[Turn]]:
     """The chosen and the rejected reply, where there are two, and the turns before them."""
     chosen, rejected = _reply(raw, columns, entry, "chosen"), _reply(raw, columns, entry, "rejected")
@@ -261,7 +261,7 @@ def _replies(
     return turns[-1].text, worse[-1].text, turns[:-1]
 
 
-def _reply(raw: dict[str, Any], columns: dict[str, str], entry: Entry, column: str) -> str | None:
+def _reply(raw: dict[str, Any], columns: dict[str, str], entry: DatasetEntry, column: str) -> str | None:
     """One of two replies: a string, a message, or a list of one message."""
     key = columns.get(column, "")
     value = raw.get(key) if key else None
@@ -289,7 +289,7 @@ def _weight(raw: dict[str, Any], columns: dict[str, str]) -> float:
 # --- What must hold, and what is left out -----------------------------------------------------------------------------
 
 
-def _check_order(dialog: Dialog, entry: Entry) -> None:
+def _check_order(dialog: Dialog, entry: DatasetEntry) -> None:
     """User and assistant take turns, the user first; the last turn is a reply, or what two replies answer."""
     if (dialog.chosen_step is None) != (dialog.rejected_step is None):
         raise RowFault("unparseable", "a ranking of boxes needs both chosen_step and rejected_step")

@@ -17,7 +17,7 @@ from typing import Any
 
 from visrl.data.native import parse_visrl
 from visrl.data.own import VOTED, one_answer, with_size
-from visrl.data.rows import Parsed, Row, RowFault, json_value, parsed_row
+from visrl.data.rows import DataRow, Parsed, RowFault, json_value, parsed_row
 from visrl.data.sizes import Sizes
 from visrl.records import RecordError
 
@@ -46,7 +46,7 @@ def is_hf(path: str | os.PathLike[str]) -> bool:
 def read_hf(
     source: str | os.PathLike[str], *, split: str = "train", columns: dict[str, str] | None = None,
     sizes: Sizes | None = None,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[DataRow]:  # fmt: skip
     """The rows of a data set: a parquet file, a folder, or `owner/name` on the hub, streamed.
 
     Raises:

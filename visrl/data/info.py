@@ -41,7 +41,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class DatasetEntry:
     """What `dataset_info.json` says of one data set. `box_space` is None where nothing is said, `columns` is empty
     where it names none (`formatting` too where no entry describes the file), and `refusal` says why the data set cannot
     be used, where it cannot."""
@@ -59,7 +59,7 @@ class Entry:
         return self.columns.get(name, "")
 
 
-def read_info(folder: str | os.PathLike[str]) -> dict[str, Entry]:
+def read_info(folder: str | os.PathLike[str]) -> dict[str, DatasetEntry]:
     """The data sets of a folder's `dataset_info.json`, by name; those of no use here say why in `refusal`.
 
     Raises:
@@ -78,7 +78,7 @@ def read_info(folder: str | os.PathLike[str]) -> dict[str, Entry]:
     return {name: _entry(name, value, path) for name, value in info.items()}
 
 
-def find_entry(path: str | os.PathLike[str], name: str | None = None) -> Entry:
+def find_entry(path: str | os.PathLike[str], name: str | None = None) -> DatasetEntry:
     """The entry for a data file, from the `dataset_info.json` beside it; without columns where there is none.
 
     `path` may be the folder and `name` the data set's. Of several entries for one file that with most columns is taken.
@@ -97,31 +97,31 @@ def find_entry(path: str | os.PathLike[str], name: str | None = None) -> Entry:
         raise RecordError(f"{path} is a folder: name one of its data sets: {_near('', entries)}")
     of_file = [entry for entry in entries.values() if entry.path == path]
     if not of_file:
-        return Entry(path.stem, path, columns={}, formatting="")
+        return DatasetEntry(path.stem, path, columns={}, formatting="")
     return _usable(max(of_file, key=lambda entry: (not entry.refusal, len(entry.columns))))
 
 
-def _usable(entry: Entry) -> Entry:
+def _usable(entry: DatasetEntry) -> DatasetEntry:
     if entry.refusal:
         raise RecordError(entry.refusal)
     return entry
 
 
-def _near(name: str, entries: dict[str, Entry]) -> str:
+def _near(name: str, entries: dict[str, DatasetEntry]) -> str:
     """The names there are, the most similar first."""
     names = sorted(entries, key=lambda each: (-difflib.SequenceMatcher(None, name, each).ratio(), each))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) + more) or "none"
 
 
-def _entry(name: str, value: Any, path: Path) -> Entry:
+def _entry(name: str, value: Any, path: Path) -> DatasetEntry:
     """The entry that `value` describes, or one with the reason why it cannot be used."""
     if refusal := _refusal(value):
-        return Entry(name, path.parent / name, refusal=f"{path}, data set {name!r}: {refusal}")
+        return DatasetEntry(name, path.parent / name, refusal=f"{path}, data set {name!r}: {refusal}")
     formatting = value.get("formatting", "alpaca")
     columns, tags = value.get("columns", {}), value.get("tags", {})
     usual = SHAREGPT_COLUMNS if formatting == "sharegpt" else ALPACA_COLUMNS
-    return Entry(
+    return DatasetEntry(
         name,
         path.parent / value["file_name"],
         value.get("ranking", False),

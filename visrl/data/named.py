@@ -13,7 +13,7 @@ from pathlib import Path
 
 from visrl.data.hf import read_hf
 from visrl.data.info import INFO, find_entry, read_info
-from visrl.data.rows import Row, told_notes
+from visrl.data.rows import DataRow, format_notes
 from visrl.data.sharegpt import read_sharegpt
 from visrl.data.sizes import Sizes
 from visrl.images import names_file, picture_path
@@ -142,7 +142,7 @@ def _placed(
 
 
 def _taken(
-    rows: Iterable[Row], path: str | os.PathLike[str], options: str, beside: str = ""
+    rows: Iterable[DataRow], path: str | os.PathLike[str], options: str, beside: str = ""
 ) -> Iterator[Sample | Preference]:
     """The records of good rows; what of the others and of columns is left out is said at the end, in warnings.
 
@@ -151,7 +151,7 @@ def _taken(
     Raises:
         RecordError: no row can be read.
     """
-    good, bad, first = 0, Counter[str](), Row(0, None)
+    good, bad, first = 0, Counter[str](), DataRow(0, None)
     notes = Counter[str]()
     for row in rows:
         good += not row.fault
@@ -160,7 +160,7 @@ def _taken(
             first = first if bad else row
             bad[row.fault] += 1
         yield from row.records
-    for line in told_notes(notes):
+    for line in format_notes(notes):
         warnings.warn(f"{path}: {line}", VisrlWarning, stacklevel=4)
     if beside and not good and set(bad) == {"no_picture"}:
         left_out = f"{beside} is left out: none of its {bad.total():,} rows has a picture"

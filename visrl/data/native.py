@@ -73,7 +73,7 @@ def parse_pictures(values: Any, size: Any, key: str) -> tuple[Picture, ...]:
     return tuple(parse_picture(value, annotated) for value in values)
 
 
-def said_text(raw: dict[str, Any], key: str, default: str | None = None) -> str:
+def text_or_number(raw: dict[str, Any], key: str, default: str | None = None) -> str:
     """The text under `key`. A number is read as its text: 7 as "7", 2.5 as "2.5".
 
     Raises:
@@ -118,7 +118,7 @@ def _preference(raw: dict[str, Any], number: int) -> Preference:
     unknown = set(raw) - _PREFERENCE_KEYS
     if unknown:
         raise RowFault("unparseable", f"a preference has no {min(unknown)!r}; it has {sorted(_PREFERENCE_KEYS)}")
-    prompt, chosen, rejected = get_text(raw, "prompt"), said_text(raw, "chosen"), said_text(raw, "rejected")
+    prompt, chosen, rejected = get_text(raw, "prompt"), text_or_number(raw, "chosen"), text_or_number(raw, "rejected")
     step, weight = raw.get("step"), raw.get("weight", 1.0)
     if step not in ("box", "answer"):
         raise RowFault("unparseable", f'\'step\' must be "box" or "answer", not {str(step)[:60]}')
@@ -158,8 +158,8 @@ def _context(values: Any) -> tuple[Message, ...]:
 
 
 def _sample(raw: dict[str, Any], number: int) -> Sample:
-    image, question = get_text(raw, "image"), without_mark(said_text(raw, "question"))
-    answer, source = said_text(raw, "answer", ""), said_text(raw, "source", "")
+    image, question = get_text(raw, "image"), without_mark(text_or_number(raw, "question"))
+    answer, source = text_or_number(raw, "answer", ""), text_or_number(raw, "source", "")
     box = Box(*four_numbers(raw["box"], "box")) if raw.get("box") is not None else None
     size = _side_list(raw["size"]) if raw.get("size") is not None else None
     if raw.get("width") is not None or raw.get("height") is not None:

@@ -1,6 +1,6 @@
 """Rows of data files, one by one: JSON lists and JSONL as streams, in and out. Knows no format and no picture.
 
-Every row of every file becomes one `Row`: good with its records, or bad with a fault in one word and a reason in a
+Every row of every file becomes one `DataRow`: good with its records, or bad with a fault in one word and a reason in a
 sentence. `raw` is what stood there, so that a file can be written back as it was read, bad rows included.
 """
 
@@ -44,7 +44,7 @@ class BadLine(str):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """One row of a data file: `records` where it is good, else `fault` and `reason`. Rows are numbered from 1.
 
     `notes` name what a good row holds and its records have no place for; equal sentences are counted together.
@@ -65,7 +65,7 @@ class Parsed(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def told_notes(notes: Counter[str]) -> list[str]:
+def format_notes(notes: Counter[str]) -> list[str]:
     """Notes of many rows, a line each."""
     return [f"in {count:,} {'row' if count == 1 else 'rows'} {note}" for note, count in notes.most_common()]
 
@@ -76,7 +76,7 @@ _DECODER = json.JSONDecoder()
 Parse = Callable[[Any, int], tuple[Sample | Preference, ...] | Parsed]
 
 
-def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[Row]:
+def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[DataRow]:
     """The rows of a JSON list or JSONL file. `parse` makes records of one row or raises `RowFault` or `BoxError`.
 
     Raises:
@@ -86,22 +86,22 @@ def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[Row]:
         yield parsed_row(raw, number, parse)
 
 
-def parsed_row(raw: Any, number: int, parse: Parse) -> Row:
+def parsed_row(raw: Any, number: int, parse: Parse) -> DataRow:
     """The row that `parse` makes of `raw`, good or bad."""
     if isinstance(raw, BadLine):
-        return Row(number, raw, fault="unparseable", reason=_why_not_json(raw))
+        return DataRow(number, raw, fault="unparseable", reason=_why_not_json(raw))
     try:
         parsed = parse(raw, number)
         records, notes = parsed if isinstance(parsed, Parsed) else (parsed, ())
         for record in records:
             if isinstance(record, Sample):
                 _refuse_marks(record)
-        return Row(number, raw, records, notes=notes)
+        return DataRow(number, raw, records, notes=notes)
     except RowFault as error:
-        return Row(number, raw, fault=error.fault, reason=str(error))
+        return DataRow(number, raw, fault=error.fault, reason=str(error))
     except BoxError as error:
         fault = "unparseable" if error.fault in _BOX_TEXT_FAULTS else error.fault
-        return Row(number, raw, fault=fault, reason=str(error))
+        return DataRow(number, raw, fault=fault, reason=str(error))
 
 
 def _refuse_marks(sample: Sample) -> None:

@@ -14,9 +14,9 @@ from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.dialogs import CHOSEN_CROP, MESSAGES, Dialog, Turn, parse_dialog
 from visrl.data.grounding import filled_turns
-from visrl.data.info import Entry
+from visrl.data.info import DatasetEntry
 from visrl.data.native import check_shown, row_name
-from visrl.data.rows import SAME, Parsed, Row, RowFault, four_numbers, parsed_row, read_rows
+from visrl.data.rows import SAME, DataRow, Parsed, RowFault, four_numbers, parsed_row, read_rows
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import bare_question, without_marks
 from visrl.prompts import IMAGE
@@ -26,7 +26,7 @@ _ALONE = "each question of several turns is a sample of its own, asked without t
 _SYSTEM = "the system message is left out: a sample is asked with the prompt of visrl alone"
 
 
-def read_sharegpt(entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None) -> Iterator[Row]:
+def read_sharegpt(entry: DatasetEntry, sizes: Sizes, box_space: BoxSpace | None = None) -> Iterator[DataRow]:
     """The rows of a data set; rankings become preferences, the others samples.
 
     Raises:
@@ -40,7 +40,7 @@ def read_sharegpt(entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None)
     if entry.path.suffix == ".parquet" or entry.path.is_dir():
         from visrl.data.hf import raw_rows
 
-        rows: Iterable[Row] = (parsed_row(raw, n, parse) for n, raw in enumerate(raw_rows(entry.path), start=1))
+        rows: Iterable[DataRow] = (parsed_row(raw, n, parse) for n, raw in enumerate(raw_rows(entry.path), start=1))
     elif entry.path.suffix in (".csv", ".tsv", ".arrow", ".txt"):
         raise RecordError(
             f"{entry.path}: {entry.path.suffix} files are not read; write it as .json, .jsonl or .parquet"
@@ -50,7 +50,9 @@ def read_sharegpt(entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None)
     yield from rows
 
 
-def parse_sharegpt(raw: Any, number: int, entry: Entry, sizes: Sizes, box_space: BoxSpace | None = None) -> Parsed:
+def parse_sharegpt(
+    raw: Any, number: int, entry: DatasetEntry, sizes: Sizes, box_space: BoxSpace | None = None
+) -> Parsed:
     """The records of one row: a sample for each question, one preference, or the two preferences of a step-level item.
 
     Raises:
@@ -83,7 +85,7 @@ def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
 
 
 def _samples(
-    name: str, turns: tuple[Turn, ...], pictures: tuple[Picture, ...], boxes: dict[int, Box], entry: Entry,
+    name: str, turns: tuple[Turn, ...], pictures: tuple[Picture, ...], boxes: dict[int, Box], entry: DatasetEntry,
     sizes: Sizes, space: BoxSpace | None,
 ) -> Iterator[Sample]:  # fmt: skip
     """A sample for each question. A crop shown after a box, or beside the picture, is the box of its question."""

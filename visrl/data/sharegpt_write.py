@@ -12,7 +12,7 @@ from typing import Any
 from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.dialogs import CHOSEN_CROP
-from visrl.data.info import INFO, STEP_COLUMNS, Entry
+from visrl.data.info import INFO, STEP_COLUMNS, DatasetEntry
 from visrl.data.rows import RowFault
 from visrl.data.viscot import need_answer, need_box
 from visrl.manifest import hold
@@ -67,9 +67,9 @@ def ranking_row(preferences: Sequence[Preference]) -> dict[str, Any]:
         row["weight"] = first.weight
     box, answer = steps.get("box"), steps.get("answer")
     if box is not None:
-        row |= {"chosen_step": _said(box.chosen), "rejected_step": _said(box.rejected)}
+        row |= {"chosen_step": _gpt_message(box.chosen), "rejected_step": _gpt_message(box.rejected)}
     if answer is not None:
-        row |= {"chosen": _said(answer.chosen), "rejected": _said(answer.rejected)}
+        row |= {"chosen": _gpt_message(answer.chosen), "rejected": _gpt_message(answer.rejected)}
     if box is not None and answer is not None:
         crop = next((picture.crop for picture in answer.images if picture.crop), None)
         if answer.prompt != f"{box.prompt}\n{IMAGE}" or crop is None:
@@ -91,7 +91,7 @@ def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
         return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
-def copied_entry(entry: Entry, file_name: str) -> dict[str, Any]:
+def copied_entry(entry: DatasetEntry, file_name: str) -> dict[str, Any]:
     """The description of a file that holds the rows of `entry` as they stood."""
     described: dict[str, Any] = {"file_name": file_name, "formatting": entry.formatting}
     if entry.ranking:
@@ -126,7 +126,7 @@ def _row(name: str, prompt: str, reply: str, pictures: list[Picture], size: Size
     row = {
         "id": name,
         "images": [picture_json(picture) for picture in pictures],
-        "conversations": [{"from": "human", "value": prompt}, _said(reply)],
+        "conversations": [{"from": "human", "value": prompt}, _gpt_message(reply)],
     }
     return row if size is None else row | {"size": list(size)}
 
@@ -136,7 +136,7 @@ def _context(preference: Preference) -> list[dict[str, str]]:
     return [{"from": speakers[message.role], "value": message.text} for message in preference.context]
 
 
-def _said(text: str) -> dict[str, str]:
+def _gpt_message(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
 
 

@@ -21,7 +21,7 @@ from visrl.data.hf import is_hf
 from visrl.data.info import find_entry
 from visrl.data.named import check_names, hf_samples, is_named, named_preferences, named_samples
 from visrl.data.own import parse_own
-from visrl.data.rows import Row, read_rows, told_notes
+from visrl.data.rows import DataRow, format_notes, read_rows
 from visrl.data.sizes import Sizes
 from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
@@ -47,16 +47,16 @@ def read_samples(
     if spec.startswith("scenes:"):
         return _drawn_samples(spec, with_box)
     if is_named(spec, dataset_dir):
-        return told_apart(named_samples(spec, dataset_dir, image_root))
+        return number_repeats(named_samples(spec, dataset_dir, image_root))
     if is_hf(spec):
-        return told_apart(hf_samples(spec, image_root))
+        return number_repeats(hf_samples(spec, image_root))
     if not Path(spec).is_file():
         check_names(spec, dataset_dir)
         raise RecordError(
             f"no data {spec!r}: give a JSONL or parquet file of samples, a name in {dataset_dir}/dataset_info.json, "
             "or scenes:POOL/START+COUNT"
         )
-    return told_apart(_own_records(Sample, spec, image_root))
+    return number_repeats(_own_records(Sample, spec, image_root))
 
 
 def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
@@ -79,7 +79,7 @@ def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
     raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
 
 
-def told_apart(samples: list[Sample]) -> list[Sample]:
+def number_repeats(samples: list[Sample]) -> list[Sample]:
     """The samples of a data set, in its order, those of one id numbered: an id is its user's, and may stand for several
     rows."""
     seen: dict[str, int] = {}
@@ -136,12 +136,12 @@ def _own_records(kind: type[Kept], path: str, image_root: str | None) -> list[Ke
     if bad:
         lists = f"`visrl data check --from visrl {shlex.quote(path)}` counts them all"
         raise RecordError(f"{first}; so are {bad - 1:,} more ({lists})" if bad > 1 else first)
-    for line in told_notes(notes):
+    for line in format_notes(notes):
         warnings.warn(f"{path}: {line}", VisrlWarning, stacklevel=3)
     return records
 
 
-def _hint(row: Row, path: str) -> str:
+def _hint(row: DataRow, path: str) -> str:
     """What to do with a file whose first bad row is understood under another format."""
     other = other_format(row.raw, "visrl", path, Reading()) if row.fault else None
     if other is None:

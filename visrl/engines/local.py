@@ -25,6 +25,7 @@ from visrl.models.encode import EncodedView, Encoder
 from visrl.models.load import load_encoder, load_model, note_dtype, reading
 from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
+from visrl.sequences import batched
 
 LONG_TEXT = 4096  # characters
 
@@ -104,9 +105,8 @@ class LocalEngine:
         groups = list(group_by_image(dict(enumerate(requests))).values())
         long = [members for members in groups if any(_is_long(requests[n].conversation) for n in members)]
         short = [members for members in groups if members not in long]
-        batches = [short[start : start + self.batch_size] for start in range(0, len(short), self.batch_size)]
         with evaluating(self.model):
-            for batch in [*batches, *([members] for members in long)]:
+            for batch in [*batched(short, self.batch_size), *([members] for members in long)]:
                 numbers = [n for members in batch for n in members]
                 running = self.begin(on_token)
                 done |= running.add({n: requests[n] for n in numbers})

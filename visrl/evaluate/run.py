@@ -42,6 +42,7 @@ from visrl.models.folder import check_folder
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 from visrl.redact import without_secrets
 from visrl.rollout.greedy import Mode, greedy_looks
+from visrl.sequences import batched
 
 if TYPE_CHECKING:
     from visrl.engines.base import Policy
@@ -182,7 +183,7 @@ def _answers(
     known = _known_rows(config)
     tally = Tally("questions", config.max_failed)
     tally.count(_failure(row, config) for row in known.values())
-    parts = [questions[start : start + config.batch_size] for start in range(0, len(questions), config.batch_size)]
+    parts = batched(questions, config.batch_size)
     waiting = [part for part in parts if not all(_key(question) in known for question in part)]
     settings = policy_settings(config)
     rule = config.crop_rule or protocol.crop_rule or settings.crop_rule

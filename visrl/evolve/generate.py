@@ -34,6 +34,7 @@ from visrl.rewards.critic import count_verdicts, critic_failure
 from visrl.rewards.open import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
 from visrl.rollout.diversity import TRIGGER
 from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.sequences import batched
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 
@@ -239,7 +240,7 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
 
 def batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
     """Batches with fixed members: what is computed together never depends on when a run was stopped."""
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
+    return batched(samples, size)
 
 
 def parse_shard(text: str) -> tuple[int, int]:

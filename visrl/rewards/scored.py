@@ -14,6 +14,7 @@ from visrl.records import Sample
 from visrl.rewards.metrics import exact_match
 from visrl.rollout.greedy import Mode, greedy_looks
 from visrl.rollout.rollout import Look, Refusal, failure
+from visrl.sequences import batched
 
 BATCH = 64
 
@@ -31,8 +32,7 @@ def evaluate_samples(
 ) -> list[EvalRow]:
     """One row per sample: question, boxes, prediction, whether it is right, IoU, and the error where there was one."""
     rows: list[EvalRow] = []
-    for start in range(0, len(samples), BATCH):
-        part = samples[start : start + BATCH]
+    for part in batched(samples, BATCH):
         looks = greedy_looks(policy, part, mode=mode, root=root, crop_rule=crop_rule, seed=seed)
         rows += [eval_row(sample, look, mode) for sample, look in zip(part, looks, strict=True)]
     return rows

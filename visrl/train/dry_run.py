@@ -20,6 +20,7 @@ from visrl.conversation import PromptError
 from visrl.images import ImageError
 from visrl.packing.pack import Packed
 from visrl.progress import progress
+from visrl.sequences import batched
 from visrl.train.arguments import training_arguments
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
@@ -174,7 +175,7 @@ def _heaviest_step(dataset: Any, tokens: list[int], arguments: TrainingArguments
     order = (
         SameImageSampler(dataset.pictures(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
     )
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = batched(order, size)
     heavy = max(range(len(batches)), key=lambda n: sum(tokens[item] for item in batches[n]))
     first = heavy - heavy % arguments.gradient_accumulation_steps
     members = batches[first : first + arguments.gradient_accumulation_steps]

@@ -13,6 +13,8 @@ from typing import Any
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from visrl.sequences import batched
+
 
 class SameImageSampler(Sampler[int]):
     """The items of an epoch in random order, those of one picture beside each other in one batch.
@@ -42,13 +44,13 @@ class SameImageSampler(Sampler[int]):
         groups: dict[str, list[int]] = {}
         for number in chance.sample(range(len(self.pictures)), len(self.pictures)):
             groups.setdefault(self.pictures[number], []).append(number)
-        return _filled([part for group in groups.values() for part in _parts(group, self.batch_size)], self.batch_size)
+        return _filled([part for group in groups.values() for part in batched(group, self.batch_size)], self.batch_size)
 
     def sharing(self) -> int:
         """How many items of the first epoch meet another one of their picture in their batch."""
         order, count = self.order(0), 0
-        for start in range(0, len(order), self.batch_size):
-            shown = [self.pictures[number] for number in order[start : start + self.batch_size]]
+        for batch in batched(order, self.batch_size):
+            shown = [self.pictures[number] for number in batch]
             count += sum(shown.count(picture) > 1 for picture in shown)
         return count
 
@@ -61,10 +63,6 @@ class EpochOrder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
-
-
-def _parts(group: list[int], size: int) -> list[list[int]]:
-    return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 def _filled(groups: list[list[int]], batch_size: int) -> list[int]:
