@@ -7,10 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 ORDER = (
+    "callable_package",
     "errors", "yaml_text", "redact", "foreign", "config", "plugins", "failures", "box", "prompts", "replies",
     "sequences", "statistics", "progress", "records", "codecs", "pages", "scenes", "data_url", "image_files",
     "image_modes", "images", "manifest", "conversation", "data", "models", "packing", "engines", "rollout", "rewards",
-    "train", "evaluate", "report", "evolve", "serve", "environment", "cli",
+    "policy", "train", "evaluate", "report", "evolve", "serve", "environment", "cli",
 )  # fmt: skip
 
 
@@ -42,6 +43,15 @@ def test_every_import_goes_up_the_house():
         if places[room(used)] > places[room(name)] and name != "visrl"
     ]  # fmt: skip
     assert not wrong
+
+
+def test_the_front_door_names_modules_and_imports_none():
+    """Every module stands below it: it may name them in its table and to type checkers, and import none."""
+    tree = ast.parse((ROOT / "visrl" / "__init__.py").read_text(encoding="utf-8"))
+    typed = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    hidden = {node for block in typed for node in ast.walk(block)}
+    real = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and node not in hidden]
+    assert {ast.unparse(node).split()[1] for node in real} == {"importlib", "typing"}
 
 
 def test_no_two_files_use_each_other():

@@ -1,3 +1,88 @@
-"""visrl: teach a vision-language model where to look."""
+"""visrl: teach a vision-language model where to look.
+
+The library's front door: `NAMES` is its map, from every public name to the module that defines it. A name is imported
+when it is first used, so `import visrl` costs nothing: no torch, no transformers, not one module of this package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Public name → module, or module:name where it is called otherwise there. Names that are packages too (train, evaluate,
+# evolve, serve, report) can be called: see callable_package.py.
+NAMES = {
+    # A checkpoint at work
+    "load_policy": "visrl.policy",
+    "LoadedPolicy": "visrl.policy",
+    "Look": "visrl.rollout.rollout",
+    "ask": "visrl.policy",
+    # What flows from step to step
+    "Box": "visrl.box",
+    "iou": "visrl.box",
+    "Sample": "visrl.records",
+    "Picture": "visrl.records",
+    "Trajectory": "visrl.records",
+    "Verdict": "visrl.records",
+    "Preference": "visrl.records",
+    "read_samples": "visrl.data.sources",
+    "read_preferences": "visrl.data.sources",
+    "read_records": "visrl.records",
+    "write_records": "visrl.records",
+    # The verbs
+    "train": "visrl.train",
+    "export": "visrl.train.export",
+    "evaluate": "visrl.evaluate",
+    "serve": "visrl.serve",
+    "report": "visrl.report",
+    # What the verbs are told
+    "PolicyConfig": "visrl.engines.open",
+    "TrainConfig": "visrl.train.config",
+    "ExportConfig": "visrl.train.export",
+    "EvalConfig": "visrl.evaluate.config",
+    "ServeConfig": "visrl.serve.config",
+    # What a user can mend
+    "UserError": "visrl.errors",
+}
+
+__all__ = ["__version__", *NAMES]
+
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from visrl.box import Box as Box
+    from visrl.box import iou as iou
+    from visrl.data.sources import read_preferences as read_preferences
+    from visrl.data.sources import read_samples as read_samples
+    from visrl.engines.open import PolicyConfig as PolicyConfig
+    from visrl.errors import UserError as UserError
+    from visrl.evaluate.config import EvalConfig as EvalConfig
+    from visrl.evaluate.run import evaluate as evaluate
+    from visrl.policy import LoadedPolicy as LoadedPolicy
+    from visrl.policy import ask as ask
+    from visrl.policy import load_policy as load_policy
+    from visrl.records import Picture as Picture
+    from visrl.records import Preference as Preference
+    from visrl.records import Sample as Sample
+    from visrl.records import Trajectory as Trajectory
+    from visrl.records import Verdict as Verdict
+    from visrl.records import read_records as read_records
+    from visrl.records import write_records as write_records
+    from visrl.report.page import report as report
+    from visrl.rollout.rollout import Look as Look
+    from visrl.serve.config import ServeConfig as ServeConfig
+    from visrl.serve.runner import serve as serve
+    from visrl.train.config import TrainConfig as TrainConfig
+    from visrl.train.export import ExportConfig as ExportConfig
+    from visrl.train.export import export as export
+    from visrl.train.run import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module 'visrl' has no attribute {name!r}")
+    path, _, attribute = NAMES[name].partition(":")
+    module = import_module(path)
+    return module if path == f"{__name__}.{name}" else getattr(module, attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *NAMES})

@@ -182,6 +182,22 @@ def build_config(kind: type[AnyConfig], values: dict[str, Any], where: str) -> A
         raise ConfigError(f"{where}: {_first_fault(error)}") from error
 
 
+def as_config(kind: type[AnyConfig], given: AnyConfig | str | Path | None, keys: Mapping[str, Any]) -> AnyConfig:
+    """The config that a verb is called with in Python: a config of `kind`, the path of a YAML file, or `keys` alone;
+    `keys` go over what is given.
+
+    Raises:
+        ConfigError: as `read_config` and `build_config`.
+        TypeError: something else is given for a config.
+    """
+    if given is None or isinstance(given, str | Path):
+        values = kind.with_sections(read_yaml(given) if given is not None else {}, keys)
+        return build_config(kind, values, where=f"{kind.__name__}" if given is None else str(given))
+    if not isinstance(given, kind):
+        raise TypeError(f"give a {kind.__name__}, the path of a YAML file or keys, not {type(given).__name__}")
+    return build_config(kind, {**given.model_dump(exclude_unset=True), **keys}, kind.__name__) if keys else given
+
+
 def translate(kind: type[Config], values: dict[str, Any], where: str = "the config") -> dict[str, Any]:
     """`values` with keys of older releases and of other programs under their names here.
 

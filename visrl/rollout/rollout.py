@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from visrl.box import Box, BoxError, CropRule, Size
 from visrl.conversation import Conversation, PromptError, View, crop_view, focus_conversation, open_view
 from visrl.engines.base import Completion, Policy, Sampling, seed_of
@@ -52,6 +54,16 @@ class Look:
     origin: Origin = "sampled"
     seed: int = 0
     detail: View | None = field(default=None, repr=False)
+
+    @property
+    def box_pixels(self) -> tuple[float, float, float, float] | None:
+        """The box's corners (x0, y0, x1, y1) in pixels of the picture, which is upright."""
+        return self.box.to_pixels(self.whole.size) if self.box else None
+
+    @property
+    def crop(self) -> Image.Image | None:
+        """What the answer was given from beside the whole picture, in the picture's own pixels."""
+        return self.detail.image if self.detail else None
 
 
 def read_box(policy: Policy, text: str, size: Size) -> Box:

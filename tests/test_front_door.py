@@ -1,0 +1,131 @@
+"""`import visrl`: what it gives, what it costs, and the few lines that load a checkpoint and ask it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import visrl
+from visrl.models.tiny import CHECKPOINT
+
+ROOT = Path(__file__).parents[1]
+SCENE, QUESTION, ANSWER = "scene:test@1/5", "Which number is on the red tag?", "7"
+
+
+def fresh(code: str) -> str:
+    """What `code` prints in a new process."""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return ran.stdout
+
+
+def test_the_front_door_costs_no_torch_and_not_one_module_of_the_package():
+    code = """
+import json, sys, time
+before, start = set(sys.modules), time.perf_counter()
+import visrl
+seconds = time.perf_counter() - start
+names = dir(visrl)
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+inside = [name for name in sys.modules if name.startswith("visrl.")]
+visrl.Box, visrl.Sample, visrl.TrainConfig, visrl.train, visrl.evaluate, visrl.serve, visrl.report
+heavy = sorted(loaded & {"torch", "transformers", "pydantic", "PIL"})
+print(json.dumps([seconds, heavy, inside, "torch" in sys.modules]))
+"""
+    seconds, loaded, inside, torch = json.loads(fresh(code))
+    assert (loaded, inside, torch) == ([], [], False)
+    assert seconds < 0.5
+
+
+def test_every_public_name_is_there_and_is_what_type_checkers_see():
+    tree = ast.parse((ROOT / "visrl" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.asname: (node.module, alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed.keys() == visrl.NAMES.keys()
+    assert set(visrl.__all__) <= set(dir(visrl))
+    for name, (module, attribute) in typed.items():
+        defined = getattr(importlib.import_module(module), attribute)
+        given = getattr(visrl, name)
+        assert (given.function() if hasattr(given, "function") else given) is defined, name
+        assert defined.__module__ == module, f"{name} is named where it is defined"
+        assert defined.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'loadpolicy'"):
+        visrl.loadpolicy  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name, path in visrl.NAMES.items() if path == f"visrl.{name}"])
+def test_a_verb_that_is_a_package_can_be_called_and_imported_from(name):
+    """Whatever was imported of the package before: that makes it an attribute of `visrl`, in place of any function."""
+    package = importlib.import_module(f"visrl.{name}")
+    assert getattr(visrl, name) is package
+    function = package.function()
+    assert function.__name__ == name
+    assert callable(package)
+    assert package.__signature__ == inspect.signature(function)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    with visrl.load_policy(CHECKPOINT) as policy:
+        yield policy
+
+
+def test_five_lines_load_a_checkpoint_and_ask(policy):
+    look = policy.ask(SCENE, QUESTION)
+    assert look.answer == ANSWER
+    assert look.error is None
+    left, top, right, bottom = look.box_pixels
+    assert visrl.Box.from_pixels(look.box_pixels, look.whole.size).as_list() == pytest.approx(look.box.as_list())
+    assert abs(look.crop.width - (right - left)) < 2 or look.crop.width == 28  # rounded outward, 28 px at least
+    assert abs(look.crop.height - (bottom - top)) < 2 or look.crop.height == 28
+
+
+def test_a_picture_may_be_a_path_a_data_url_or_in_memory(policy, tmp_path):
+    from visrl.engines.endpoint import data_url
+    from visrl.images import open_image
+
+    image = open_image(SCENE)
+    image.save(tmp_path / "scene.png")
+    asked = [SCENE, image, tmp_path / "scene.png", str(tmp_path / "scene.png"), data_url(image)]
+    looks = [policy.ask(one, QUESTION) for one in asked]
+    assert {(look.box, look.answer, look.crop.tobytes()) for look in looks} == {
+        (looks[0].box, ANSWER, looks[0].crop.tobytes())
+    }
+
+
+def test_what_cannot_be_asked_is_refused_in_a_sentence(policy, tmp_path):
+    with pytest.raises(visrl.UserError, match="no picture at"):
+        policy.ask(tmp_path / "none.png", QUESTION)
+    with pytest.raises(visrl.UserError, match="ask a question about the picture"):
+        policy.ask(Image.new("RGB", (64, 64)), " ")
+    with pytest.raises(visrl.UserError, match="did you mean 'image_max_pixels'"):
+        visrl.load_policy(CHECKPOINT, image_maxpixels=3136)
+    with pytest.raises(visrl.UserError, match=r"no model|no such|nothing"):
+        visrl.load_policy(tmp_path / "none")
+
+
+def test_one_call_asks_as_a_loaded_policy_does(policy):
+    look = visrl.ask(visrl.PolicyConfig(model_name_or_path=str(CHECKPOINT)), SCENE, QUESTION)
+    assert (look.box, look.answer) == (policy.ask(SCENE, QUESTION).box, ANSWER)
+
+
+def test_a_policy_rolls_out_questions_as_generate_does(policy):
+    samples = visrl.read_samples("scenes:preference@1/0+3")
+    trajectories = policy.roll_out(samples, rounds=2, seed=3)
+    assert [(t.sample_id, t.round, t.branch) for t in trajectories] == [
+        (sample.id, r, b) for sample in samples for r in (0, 1) for b in (0, 1)
+    ]
+    assert policy.roll_out(samples[1:2], rounds=2, seed=3) == trajectories[4:8]
+    assert policy.roll_out(samples[1:2], rounds=2, seed=4) != trajectories[4:8]

@@ -1,0 +1,152 @@
+"""A checkpoint at work, from Python: load it, ask it about a picture, roll it out on questions.
+
+The same two steps, engines and settings as those of every verb. Nothing here knows prompts, box text or files of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visrl.box import CropRule
+from visrl.config import as_config
+from visrl.conversation import PromptError
+from visrl.data.native import without_mark
+from visrl.data.rows import RowFault
+from visrl.engines.open import OpenedPolicy, PolicyConfig, opened_policy
+from visrl.images import ImageError
+from visrl.records import Sample, Trajectory
+from visrl.rollout.diversity import TRIGGER
+from visrl.rollout.greedy import greedy_looks
+from visrl.rollout.rollout import Look, RolloutSettings, roll_out
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BATCH = 64  # questions rolled out together, as `visrl generate` has it
+
+
+class LoadedPolicy:
+    """A checkpoint that is ready to be asked, in this process or behind servers.
+
+    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at pictures.
+    Connections to servers end with `close()`, or with the block where it is used as `with load_policy(…) as policy:`.
+    """
+
+    def __init__(self, opened: OpenedPolicy, crop_rule: CropRule | None = None, held: ExitStack | None = None) -> None:
+        self.engine = opened.policy
+        self.settings = opened.settings
+        self.crop_rule: CropRule = crop_rule or opened.settings.crop_rule
+        self._held = held or ExitStack()
+
+    def ask(self, image: str | Path | Image.Image, question: str) -> Look:
+        """Where the model looks for the answer, what it sees there and what it answers, at temperature 0.
+
+        Args:
+            image: a path, a data URL, a drawn scene (`scene:POOL/INDEX`) or a PIL image.
+            question: a text without marks of pictures.
+
+        Returns:
+            The `Look`: `box` in fractions of the picture, `box_pixels` in its pixels, `crop` as a PIL image, `answer`,
+            and `error` where there is no answer (its first word says what failed).
+
+        Raises:
+            ImageError: the picture cannot be opened, or is one that the model does not take.
+            PromptError: the question is empty, or holds what only a prompt may hold.
+        """
+        try:
+            sample = Sample("", _reference(image), without_mark(question), "")
+        except RowFault as error:
+            raise PromptError(f"ask a question about the picture: {error}") from error
+        (look,) = greedy_looks(self.engine, [sample], crop_rule=self.crop_rule)
+        if isinstance(look, (ImageError, PromptError)):
+            raise look
+        return look
+
+    def roll_out(
+        self,
+        samples: Sequence[Sample],
+        *,
+        rounds: int = 5,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        diversity: bool = True,
+        trigger: float = TRIGGER,
+        seed: int = 0,
+        image_root: str | Path | None = None,
+    ) -> list[Trajectory]:
+        """`rounds` × 2 sampled trajectories of every question: a box, and the answer given from its crop.
+
+        Every draw has a seed of its own, so that a question's trajectories do not depend on the others. A try that
+        fails is a trajectory with its `error`.
+
+        Args:
+            samples: questions with their pictures; true boxes and answers are not looked at.
+            rounds: N of Algorithm 1 (VisRL, arXiv 2503.07523); a round is two boxes.
+            temperature: of boxes and answers alike; 0 is greedy.
+            top_p: the share of probability that is sampled from.
+            diversity: whether the second box of a round that says the same as the first is replaced by a random one.
+            trigger: T, the IoU from which on two boxes say the same.
+            seed: the run's; the same gives the same trajectories.
+            image_root: the folder that relative paths of pictures start from.
+
+        Returns:
+            `len(samples)` × `rounds` × 2 trajectories, in order of sample, round and branch.
+        """
+        settings = RolloutSettings(rounds, temperature, top_p, trigger, diversity, self.crop_rule, seed)
+        parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+        return [one for part in parts for one in roll_out(self.engine, part, settings, image_root)]
+
+    def close(self) -> None:
+        """End the connections to servers; a model in this process has none."""
+        self._held.close()
+
+    def __enter__(self) -> LoadedPolicy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None = None, **keys: Any) -> LoadedPolicy:
+    """The policy of a checkpoint, loaded into this process, or reached at the servers of `policy_url`.
+
+    Args:
+        model: a checkpoint's folder, its name on a hub, or a `PolicyConfig`.
+        crop_rule: how crops are cut; by default as the checkpoint was made for.
+        keys: keys of `PolicyConfig`, as of every verb that asks a policy: `adapter_name_or_path`, `image_max_pixels`,
+            `policy_url`, `policy_served_name`, `codec` …
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), or keys that do not go together.
+        CheckpointError: a model that cannot be loaded.
+        EndpointError: a server that does not answer, or serves another model.
+    """
+    if isinstance(model, PolicyConfig):
+        config = as_config(PolicyConfig, model, keys)
+    else:
+        config = as_config(PolicyConfig, None, {"model_name_or_path": str(model), **keys})
+    with ExitStack() as held:
+        opened = held.enter_context(opened_policy(config))
+        return LoadedPolicy(opened, crop_rule, held.pop_all())
+
+
+def ask(model: str | Path | PolicyConfig, image: str | Path | Image.Image, question: str, **keys: Any) -> Look:
+    """`load_policy(model, **keys).ask(image, question)`, for one question; a model asked again is better kept loaded.
+
+    Raises:
+        ConfigError, CheckpointError, EndpointError, ImageError, PromptError: as of these two.
+    """
+    with load_policy(model, **keys) as policy:
+        return policy.ask(image, question)
+
+
+def _reference(image: str | Path | Image.Image) -> str:
+    """A picture by reference, as records have it; one in memory is its own PNG, pixel by pixel."""
+    if isinstance(image, str | Path):
+        return str(image)
+    from visrl.engines.endpoint import data_url
+
+    return data_url(image)
