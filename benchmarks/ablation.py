@@ -15,8 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from visrl.evolve.config import DemoConfig, EvolveConfig
 from visrl.evolve.filter import KINDS, PAPER_TABLE
-from visrl.evolve.loop import DemoConfig, EvolveConfig, run_evolve
+from visrl.evolve.loop import run_evolve
 from visrl.manifest import read_manifest
 from visrl.records import read_jsonl
 from visrl.statistics import paired

@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from visrl.evolve.loop import DemoConfig, run_demo
+from visrl.evolve.config import DemoConfig
+from visrl.evolve.demo import run_demo
 from visrl.records import read_jsonl
 from visrl.statistics import interval, paired
 

@@ -4,9 +4,7 @@ import pytest
 import yaml
 
 from visrl.config import ConfigError, read_config
-from visrl.evolve.filter import FilterConfig
-from visrl.evolve.generate import GenerateConfig
-from visrl.evolve.loop import DemoConfig
+from visrl.evolve.config import DemoConfig, FilterConfig, GenerateConfig
 from visrl.train.config import TrainConfig
 from visrl.train.export import ExportConfig
 

@@ -10,7 +10,7 @@ import pytest
 
 from visrl.cli import ELSEWHERE, main
 from visrl.config import ConfigError, read_config, read_yaml
-from visrl.evolve.generate import GenerateConfig
+from visrl.evolve.config import GenerateConfig
 from visrl.models.tiny import CHECKPOINT
 from visrl.serve.config import ServeConfig
 from visrl.train.config import OTHER_STAGES, TrainConfig

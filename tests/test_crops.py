@@ -24,7 +24,8 @@ from visrl.codecs import BOX_SPACES, CODECS
 from visrl.engines.base import Completion
 from visrl.engines.decoding import DecodeBatch, RunningSequence
 from visrl.evaluate.run import EvalConfig, evaluate
-from visrl.evolve.generate import GenerateConfig, generate
+from visrl.evolve.config import GenerateConfig
+from visrl.evolve.generate import generate
 from visrl.evolve.pairs import preferences_of
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder

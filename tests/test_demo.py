@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from visrl.config import ConfigError
-from visrl.evolve.loop import DemoConfig, run_demo
+from visrl.evolve.config import DemoConfig
+from visrl.evolve.demo import run_demo
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory, read_records

@@ -10,9 +10,7 @@ import pytest
 
 from visrl.cli import main
 from visrl.config import read_config
-from visrl.evolve.filter import FilterConfig
-from visrl.evolve.generate import GenerateConfig
-from visrl.evolve.loop import EvolveConfig
+from visrl.evolve.config import EvolveConfig, FilterConfig, GenerateConfig
 
 ROOT = Path(__file__).parent.parent
 FEWER = {

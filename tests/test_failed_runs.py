@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from visrl.cli import app
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.run import evaluate
-from visrl.evolve.generate import GenerateConfig, generate
+from visrl.evolve.config import GenerateConfig
+from visrl.evolve.generate import generate
 from visrl.failures import FailedRun, Tally, is_failure
 from visrl.manifest import ManifestError, read_manifest
 from visrl.records import Trajectory, read_records, write_records

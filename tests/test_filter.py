@@ -10,7 +10,8 @@ import pytest
 
 from visrl.box import Box
 from visrl.config import ConfigError
-from visrl.evolve.filter import FilterConfig, filter_pairs, table_lines
+from visrl.evolve.config import FilterConfig
+from visrl.evolve.filter import filter_pairs, table_lines
 from visrl.manifest import write_manifest
 from visrl.records import Preference, RecordError, Sample, Trajectory, Verdict, read_records, write_records
 from visrl.rollout.diversity import random_box_apart

@@ -17,7 +17,7 @@ import pytest
 from visrl.cli import main
 from visrl.config import Config, ConfigError, read_config
 from visrl.evaluate.config import EvalConfig
-from visrl.evolve.generate import GenerateConfig
+from visrl.evolve.config import GenerateConfig
 from visrl.models.tiny import CHECKPOINT
 from visrl.serve.config import ServeConfig
 from visrl.train.config import TrainConfig

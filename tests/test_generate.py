@@ -24,7 +24,8 @@ from waiting import wait_until
 
 from visrl.config import ConfigError, read_config
 from visrl.evolve.check import check_critic, check_lines, tell_apart
-from visrl.evolve.generate import GenerateConfig, generate, merge_shards, parse_shard, questions_of
+from visrl.evolve.config import GenerateConfig, parse_shard
+from visrl.evolve.generate import generate, merge_shards, questions_of
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
 from visrl.records import RecordError, Trajectory, Verdict, read_jsonl, read_records

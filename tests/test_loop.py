@@ -13,9 +13,9 @@ import pytest
 from visrl.config import ConfigError, read_config
 from visrl.engines.client import EndpointError
 from visrl.engines.server_process import free_port, served
-from visrl.evolve.generate import GenerateConfig
-from visrl.evolve.loop import TINY_RL, EvolveConfig, plan, run_evolve, stage_config
-from visrl.evolve.serving import ServerConfig, server_command
+from visrl.evolve.config import TINY_RL, EvolveConfig, GenerateConfig, ServerConfig
+from visrl.evolve.loop import plan, run_evolve, stage_config
+from visrl.evolve.serving import server_command
 from visrl.manifest import ManifestError, hash_checkpoint, hash_files, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Trajectory, read_records

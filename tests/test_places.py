@@ -16,8 +16,9 @@ from visrl.evaluate.compare import compare
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.results import read_results
 from visrl.evaluate.run import evaluate
-from visrl.evolve.filter import FilterConfig, filter_pairs
-from visrl.evolve.generate import GenerateConfig, generate
+from visrl.evolve.config import FilterConfig, GenerateConfig
+from visrl.evolve.filter import filter_pairs
+from visrl.evolve.generate import generate
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import answer_prompt, focus_prompt
 from visrl.records import (

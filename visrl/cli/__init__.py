@@ -53,7 +53,8 @@ def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | Non
 def demo(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Run the whole loop on drawn scenes with the embedded model, and write a report."""
     from visrl.config import read_config
-    from visrl.evolve.loop import DemoConfig, run_demo
+    from visrl.evolve.config import DemoConfig
+    from visrl.evolve.demo import run_demo
 
     run_demo(read_config(DemoConfig, *_given(config, overrides)))
 
@@ -86,7 +87,7 @@ def generate(
 ) -> None:
     """Samples → trajectories → verdicts: sample boxes, crop, answer, let the critic score."""
     from visrl.config import read_config
-    from visrl.evolve.generate import GenerateConfig
+    from visrl.evolve.config import GenerateConfig
     from visrl.evolve.generate import generate as run
 
     path, given = _given(config, overrides)
@@ -108,7 +109,8 @@ def generate(
 def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Verdicts → preferences: the best and the worst trajectory of every question that has both."""
     from visrl.config import read_config
-    from visrl.evolve.filter import FilterConfig, filter_pairs
+    from visrl.evolve.config import FilterConfig
+    from visrl.evolve.filter import filter_pairs
 
     settings = read_config(FilterConfig, *_given(config, overrides))
     filter_pairs(settings)
@@ -125,7 +127,8 @@ def evolve(
 ) -> None:
     """Iterations of generate → filter → stage 1 → stage 2, with the plan printed first; resumable."""
     from visrl.config import read_config
-    from visrl.evolve.loop import EvolveConfig, run_evolve
+    from visrl.evolve.config import EvolveConfig
+    from visrl.evolve.loop import run_evolve
 
     run_evolve(read_config(EvolveConfig, *_given(config, overrides)), shard=shard, plan_only=plan)
 

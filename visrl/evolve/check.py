@@ -15,7 +15,8 @@ from typing import Any
 
 from visrl.box import Box
 from visrl.engines.base import seed_of
-from visrl.evolve.generate import GenerateConfig, open_players, questions_of, told
+from visrl.evolve.config import GenerateConfig
+from visrl.evolve.generate import format_counts, opened_policy_and_critic, questions_of
 from visrl.evolve.pairs import FilterSettings
 from visrl.failures import MAX_FAILED, Tally
 from visrl.records import Sample, Trajectory, Verdict
@@ -46,8 +47,8 @@ def check_critic(config: GenerateConfig, count: int) -> dict[str, Any]:
     Raises: as `visrl generate` for its critic.
     """
     samples = questions_of(config, with_box=True)[:count]
-    with open_players(config, samples) as play:
-        result = measure_critic(play.critic, samples, config.seed, config.max_failed)
+    with opened_policy_and_critic(config, samples) as models:
+        result = measure_critic(models.critic, samples, config.seed, config.max_failed)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     Path(config.output_dir, "check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(check_lines(result)))
@@ -104,7 +105,7 @@ def tell_apart(right: Sequence[float | None], wrong: Sequence[float | None]) -> 
 
 def check_lines(result: dict[str, Any]) -> list[str]:
     """The check as text: counts, shares, and a warning where the critic is not to be trusted."""
-    lines = [f"critic {result['critic']}, {result['questions']} questions: {told(Counter(result['counts']))}"]
+    lines = [f"critic {result['critic']}, {result['questions']} questions: {format_counts(Counter(result['counts']))}"]
     for what, right, wrong in (("answers", "reference", "another's"), ("boxes", "true", "random")):
         found = result[what]
         if found is None:

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from visrl.box import Box, iou
-from visrl.config import Config, ConfigError, OneOrMore
+from visrl.config import ConfigError
 from visrl.data.sources import hash_source
+from visrl.evolve.config import FilterConfig
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
-from visrl.evolve.pairs import Filtered, FilterSettings, Judged, Pair, Rule, make_pairs
+from visrl.evolve.pairs import Filtered, Judged, Pair, make_pairs
 from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
 from visrl.records import Place, Record, RecordError, Trajectory, Verdict, read_records, write_records
 
@@ -23,35 +22,6 @@ GOOD_IOU = 0.5  # the paper's table calls a box positive above this IoU with the
 # The paper's shares in percent (REFERENCE, "data-generation ablation"): winner and loser Positive or Negative.
 PAPER_TABLE = {"WP-LP": 0.43, "WP-LN": 64.64, "WN-LP": 1.64, "WN-LN": 33.29}
 KINDS = tuple(PAPER_TABLE)
-
-
-class RuleConfig(Config):
-    """The keys of the filter's rule."""
-
-    rule: Rule = "paper"
-    """"released" is the released code's order: best and worst answer first, their boxes after."""
-    t_max: float = Field(0.8, ge=0, le=1)
-    t_min: float = Field(0.2, ge=0, le=1)
-    use_box_critic: bool = True
-    """False is the paper's ablation: answers alone decide. `critic.box` is the same key."""
-
-    def filter_settings(self) -> FilterSettings:
-        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic)
-
-
-class FilterConfig(RuleConfig):
-    """What `visrl filter` takes: folders of `visrl generate` (one, or its shards in order), and the rule."""
-
-    input_dir: OneOrMore[Path] = Field(min_length=1)
-    dataset: str | None = None
-    """By default what the folders were generated from."""
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    max_samples: int | None = Field(None, ge=1)
-    image_root: str | None = None
-    pictures: int = Field(24, ge=0)
-    """Kept and dropped questions, so many of each, that the page shows; 0: no page."""
-    output_dir: Path
 
 
 def filter_pairs(config: FilterConfig) -> dict[str, Any]:

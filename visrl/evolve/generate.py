@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
-
-from pydantic import AfterValidator, Field
+from typing import Any
 
 from visrl.box import CropRule
 from visrl.data.sources import hash_source, read_samples
-from visrl.evolve.again import PREFIX, SetAside, clear_aside, set_aside
+from visrl.engines.base import Policy
+from visrl.engines.open import opened_policy
+from visrl.evolve.batches import PREFIX, SetAside, clear_aside, keep_whole_batches, set_aside, shard_of
+from visrl.evolve.config import GenerateConfig, SamplingConfig
 from visrl.failures import Tally, is_failure
 from visrl.manifest import (
     claim_folder,
@@ -30,49 +31,12 @@ from visrl.manifest import (
 )
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
 from visrl.redact import without_secrets
-from visrl.rewards.critic import count_verdicts, critic_failure
-from visrl.rewards.open import NOT_IDENTITY, Players, PlayersConfig, critic_name, players
-from visrl.rollout.diversity import TRIGGER
+from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_failure
+from visrl.rewards.open import NOT_IDENTITY, Grading, critic_name, opened_critic
 from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.sequences import batched
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
-
-
-def _valid_shard(text: str) -> str:
-    parse_shard(text)
-    return text
-
-
-class SamplingConfig(PlayersConfig):
-    """The keys of Algorithm 1's sampling, beside those of its engines."""
-
-    image_root: str | None = None
-    rounds: int = Field(5, ge=1)
-    """N of Algorithm 1; a round is two boxes. The released code uses 3."""
-    temperature: float = Field(1.0, ge=0)
-    """The paper names none and the released code samples at 2; docs/EVOLVE.md says what was tried."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    diversity: bool = True
-    trigger: float = Field(TRIGGER, ge=0, le=1)
-    """T: from this IoU on, the second box of a round is replaced. The released code replaces above 0.05."""
-    crop_rule: CropRule | None = None
-    """By default the checkpoint's own."""
-    batch_size: int = Field(64, ge=1)
-    """Questions in one batch: what a kill loses at most, and part of what makes a run repeat to the bit."""
-    seed: int = 0
-
-
-class GenerateConfig(SamplingConfig):
-    """What `visrl generate` takes."""
-
-    dataset: str
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    max_samples: int | None = Field(None, ge=1)
-    shard: Annotated[str, AfterValidator(_valid_shard)] = "1/1"
-    """i/n: the i-th of n parts of the batches, for several machines; `--shard i/n` is the same."""
-    output_dir: Path
 
 
 def generate(config: GenerateConfig) -> Path:
@@ -92,31 +56,32 @@ def _generate(config: GenerateConfig) -> Path:
     if is_complete(config.output_dir, identity):
         print(f"{config.output_dir} is already complete")
         return config.output_dir
-    parts = shard_of(batches(samples, config.batch_size), config.shard)
-    with open_players(config, samples) as play:  # claims nothing where they cannot be opened
+    parts = shard_of(batched(samples, config.batch_size), config.shard)
+    with opened_policy_and_critic(config, samples) as models:  # claims nothing where they cannot be opened
         claim_folder(config.output_dir, identity)
-        counts = _work_off(config, parts, play)
+        counts = _work_off(config, parts, models)
         facts = {
             "questions": sum(map(len, parts)),
             "trajectories": counts["sampled"] + counts["random"],
             "counts": dict(counts),
-            "crop_rule": play.crop_rule,
-            "critic": play.critic.name,
-            "requests": play.requests,
-            "prefilled_tokens": getattr(play.policy, "prefilled_tokens", None),
+            "crop_rule": models.crop_rule,
+            "critic": models.critic.name,
+            "requests": models.requests,
+            "prefilled_tokens": getattr(models.policy, "prefilled_tokens", None),
             "seconds": round(time.time() - started, 1),
             "seed": config.seed,
         }
     parents = {"model": identity["model"], "dataset": identity["data"]}
     write_manifest(config.output_dir, verb="generate", config=identity, parents=parents, **facts)
     clear_aside(config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS)
-    print(f"{facts['questions']} questions, {facts['trajectories']} trajectories: {told(counts)} → {config.output_dir}")
-    for role, ended in play.requests.items():
-        print(f"requests to the {role}: {told(Counter(ended))}")
+    made = f"{facts['questions']} questions, {facts['trajectories']} trajectories"
+    print(f"{made}: {format_counts(counts)} → {config.output_dir}")
+    for role, ended in models.requests.items():
+        print(f"requests to the {role}: {format_counts(Counter(ended))}")
     return config.output_dir
 
 
-def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: Players) -> Counter[str]:
+def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models: PolicyAndCritic) -> Counter[str]:
     """Write what the folder lacks of the trajectories and verdicts of all parts; the counts of all of them.
 
     Raises:
@@ -135,7 +100,7 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: P
     again = SetAside(Trajectory, tried, lambda t: is_failure(t.error))
     again_verdicts = SetAside(Verdict, judged, lambda v: critic_failure(v) is not None)
     with Journal(tried) as tries, Journal(judged) as verdicts:
-        settings = rollout_settings(config, play)
+        settings = rollout_settings(config, models)
         earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
         for number, part in enumerate(progress(parts, "generate", units="batches")):
             size = len(part) * per_sample
@@ -145,7 +110,7 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: P
                 rolled = list(islice(earlier, size))
                 _check_same(tried, part, rolled, per_sample)
             else:
-                rolled = sound or roll_out(play.policy, part, settings, config.image_root)
+                rolled = sound or roll_out(models.policy, part, settings, config.image_root)
                 _check_same(tried, part, rolled, per_sample)
                 tries.append(rolled)
             if number < seen:
@@ -154,7 +119,7 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], play: P
                 said = sound_verdicts
                 verdicts.append(said)
             else:
-                said = play.critic.judge([sample for sample in part for _ in range(per_sample)], rolled)
+                said = models.critic.judge([sample for sample in part for _ in range(per_sample)], rolled)
                 verdicts.append(said)
             counts.update(count_trajectories(rolled))
             counts.update(count_verdicts(said))
@@ -204,20 +169,56 @@ def questions_of(config: GenerateConfig, *, with_box: bool = False) -> list[Samp
     )
 
 
-def open_players(config: GenerateConfig, samples: Sequence[Sample]) -> AbstractContextManager[Players]:
-    """The policy and critic of a generation, as a context."""
-    return players(config, samples, crop_rule=config.crop_rule, image_root=config.image_root, seed=config.seed)
+@dataclass(frozen=True, slots=True)
+class PolicyAndCritic:
+    """The policy, the rule that it crops by, and the critic of one run."""
+
+    policy: Policy
+    crop_rule: CropRule
+    critic: Critic
+
+    @property
+    def requests(self) -> dict[str, dict[str, int]]:
+        """How the attempts at each server ended, by role: "ok", "http 500", "time-out", "gave up" and so on."""
+        from visrl.engines.endpoint import EndpointEngine
+
+        engines = {
+            "policy": self.policy,
+            "critic": self.critic.engine if isinstance(self.critic, ModelCritic) else None,
+        }
+        return {
+            role: dict(sorted(engine.client.counts.items()))
+            for role, engine in engines.items()
+            if isinstance(engine, EndpointEngine)
+        }
 
 
-def rollout_settings(config: SamplingConfig, play: Players) -> RolloutSettings:
-    """How a config has trajectories drawn."""
+@contextmanager
+def opened_policy_and_critic(config: GenerateConfig, samples: Sequence[Sample]) -> Iterator[PolicyAndCritic]:
+    """The policy and critic of a generation, loaded, or reached and found healthy.
+
+    Raises:
+        CheckpointError: a model that cannot be loaded.
+        ConfigError: no critic for these samples.
+        EndpointError: a server that does not answer or serves another model.
+    """
+    with opened_policy(config) as opened:
+        rule = config.crop_rule or opened.settings.crop_rule
+        if notice := opened.settings.other_rule(rule):
+            print(notice, flush=True)
+        with opened_critic(config, Grading(samples, opened, rule, config.image_root, config.seed)) as critic:
+            yield PolicyAndCritic(opened.policy, rule, critic)
+
+
+def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> RolloutSettings:
+    """How a config has trajectories sampled."""
     return RolloutSettings(
         rounds=config.rounds,
         temperature=config.temperature,
         top_p=config.top_p,
         trigger=config.trigger,
         diversity=config.diversity,
-        crop_rule=play.crop_rule,
+        crop_rule=models.crop_rule,
         seed=config.seed,
     )
 
@@ -235,30 +236,7 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
     }
 
 
-# --- Batches and shards -----------------------------------------------------------------------------------------------
-
-
-def batches(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    """Batches with fixed members: what is computed together never depends on when a run was stopped."""
-    return batched(samples, size)
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """i and n of "i/n", 1 ≤ i ≤ n.
-
-    Raises:
-        ValueError: it is not of this form.
-    """
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise ValueError(f"a shard is i/n with i from 1 to n, not {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def shard_of(parts: list[Sequence[Sample]], shard: str) -> list[Sequence[Sample]]:
-    """The i-th of n runs of whole batches, as even as can be; one after another they are all of them."""
-    number, of = parse_shard(shard)
-    return parts[(number - 1) * len(parts) // of : number * len(parts) // of]
+# --- Shards -----------------------------------------------------------------------------------------------------------
 
 
 def merge_shards(folders: Sequence[Path], out: Path) -> Path:
@@ -298,38 +276,8 @@ def _merge_shards(folders: Sequence[Path], out: Path) -> Path:
     same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
     facts |= {"counts": dict(counts), "requests": requests}
     write_manifest(out, verb="generate", config=identity, parents=found[0]["parents"], **facts, **same)
-    print(f"{len(folders)} shards, {facts['questions']} questions: {told(counts)} → {out}")
+    print(f"{len(folders)} shards, {facts['questions']} questions: {format_counts(counts)} → {out}")
     return out
-
-
-def keep_whole_batches(path: Path, parts: Sequence[Sequence[Sample]], per_sample: int) -> int:
-    """How many whole batches of records `path` holds; what a kill left of an unfinished one is cut off.
-
-    Raises:
-        RecordError: more records than the batches have.
-    """
-    if not path.is_file():
-        return 0
-    sizes = [len(part) * per_sample for part in parts]
-    with open(path, "rb+") as lines:
-        whole = end = 0
-        for size in sizes:
-            ends = list(_line_ends(lines, size))
-            if len(ends) < size:
-                break
-            whole, end = whole + 1, ends[-1]
-        if whole == len(sizes) and lines.read(1):
-            raise RecordError(f"{path} holds more than {sum(sizes)} records; remove it or give another output folder")
-        lines.truncate(end)
-    return whole
-
-
-def _line_ends(lines: BinaryIO, count: int) -> Iterator[int]:
-    """Where the next `count` whole lines of a file end."""
-    for _ in range(count):
-        if not lines.readline().endswith(b"\n"):
-            return
-        yield lines.tell()
 
 
 def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], per_sample: int) -> None:
@@ -352,6 +300,6 @@ def count_trajectories(trajectories: Iterable[Trajectory]) -> Counter[str]:
     return counts
 
 
-def told(counts: Counter[str]) -> str:
+def format_counts(counts: Counter[str]) -> str:
     """Counts in words, the largest first."""
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"

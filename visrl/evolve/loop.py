@@ -1,4 +1,4 @@
-"""The loop of self-evolution, step by step, each step resumable: `visrl evolve`, and `visrl demo` on drawn scenes.
+"""The loop of self-evolution, step by step, each step resumable: `visrl evolve`.
 
 start → [generate → filter → stage 1 → merge → stage 2 → merge] × iterations → evaluation → report.
 """
@@ -7,134 +7,31 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from visrl.config import Config, ConfigError, OneOrMore, build_config, read_yaml
+from visrl.config import ConfigError, build_config, read_yaml
 from visrl.engines.open import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
-from visrl.evolve.filter import FilterConfig, RuleConfig, filter_pairs
-from visrl.evolve.generate import (
+from visrl.evolve.config import (
+    TINY_RL,
+    EvolveConfig,
+    FilterConfig,
     GenerateConfig,
+    RuleConfig,
     SamplingConfig,
+    ServerConfig,
     parse_shard,
-    questions_of,
-    read_questions,
 )
+from visrl.evolve.filter import filter_pairs
+from visrl.evolve.generate import questions_of, read_questions
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
-from visrl.evolve.serving import ServerConfig, generate_in_shards, generate_served, shard_config
+from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
 from visrl.rewards.open import NOT_IDENTITY, critic_name
-from visrl.scenes import Kind
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
-MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
-
-
-class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
-    """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
-
-    `model_name_or_path` is the start, a warmed-up checkpoint; `policy_url` serves it in the first iteration only, so
-    name a `server` where later ones are to be served too.
-    """
-
-    dataset: OneOrMore[str]
-    """The questions, without boxes: one data set, or one for each iteration."""
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    questions: int | None = Field(None, ge=1)
-    """Of one data set, each iteration takes the next so many; None: all of them each time."""
-    iterations: int = Field(1, ge=1)
-    shards: int = Field(1, ge=1)
-    """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
-    train_config: Path = CONFIGS / "train_rl.yaml"
-    """Of both stages; the keys below go over it."""
-    train: dict[str, Any] = Field(default_factory=dict)
-    train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=dict)
-    chosen_only: bool = False
-    """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    eval_dataset: str | None = None
-    """Held-out questions on which every checkpoint is scored; None: no evaluation."""
-    eval_samples: int | None = Field(None, ge=1)
-    controls: bool = True
-    output_dir: Path
-
-
-class DemoConfig(Config):
-    """What `visrl demo` takes; the defaults are the demo."""
-
-    model_name_or_path: str = ""  # "": the embedded model
-    output_dir: Path = Path("runs/demo")
-    iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
-    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
-    test_questions: int = Field(1000, ge=1)
-    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
-    kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
-    rounds: int = Field(5, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
-    controls: bool = True
-    threads: int = Field(0, ge=0)  # CPU threads; 0: all
-    seed: int = 0
-    train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
-    train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=dict)
-
-    def evolution(self) -> EvolveConfig:
-        """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
-        from visrl.models.tiny import CHECKPOINT
-
-        scenes = f"@{self.tags}:{','.join(self.kinds)}"
-        firsts = [(self.seed * MAX_ITERATIONS + number) * self.questions for number in range(self.iterations)]
-        held_out = self.seed * self.test_questions
-        return EvolveConfig(
-            model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
-            dataset=tuple(f"scenes:preference{scenes}/{first}+{self.questions}" for first in firsts),
-            iterations=self.iterations,
-            rounds=self.rounds,
-            temperature=self.temperature,
-            batch_size=32,  # as fast as 64 here, and a third of a gigabyte less
-            train_config=TINY_RL,
-            train=self.train,
-            train_stage1=self.train_stage1,
-            train_stage2=self.train_stage2,
-            chosen_only=self.chosen_only,
-            export_dtype="float32",
-            eval_dataset=f"scenes:test{scenes}/{held_out}+{self.test_questions}",
-            controls=self.controls,
-            output_dir=self.output_dir,
-            seed=self.seed,
-        )
-
-
-def run_demo(config: DemoConfig) -> Path:
-    """Run what is left of the demo; the path of its report.
-
-    Raises:
-        ManifestError: the output folder holds a demo of another config, or another process writes it.
-        ConfigError: no model to start from, or no config to train it by.
-    """
-    import torch
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    evolution = config.evolution()
-    _check_train_config(evolution)
-    start = Path(evolution.model_name_or_path)
-    if not (start / "config.json").is_file():
-        raise ConfigError(f"model_name_or_path: no model at {start}")
-    identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
-    with hold(config.output_dir):
-        claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
-        return _run(evolution, "demo", shown=config.model_dump(mode="json"))
 
 
 def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: bool = False) -> Path | None:
@@ -150,7 +47,7 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
         raise ConfigError(f"--shard {shard}: the plan has shards={config.shards}")
     if config.adapter_name_or_path:
         raise ConfigError("adapter_name_or_path: iterations start from a merged model; merge it with `visrl export`")
-    _check_train_config(config)
+    check_train_config(config)
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
@@ -164,10 +61,15 @@ def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: boo
         return None
     with hold(config.output_dir):
         claim_folder(config.output_dir, identity)
-        return _run(config, "evolve", shown=without_secrets(config.model_dump(mode="json")))
+        return run_iterations(config, "evolve", shown=without_secrets(config.model_dump(mode="json")))
 
 
-def _check_train_config(config: EvolveConfig) -> None:
+def check_train_config(config: EvolveConfig) -> None:
+    """Refuse a run whose config of training is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not config.train_config.is_file():
         remedy = "configs/ is part of the source and not of the installed package: work in a checkout"
         named = "" if config.train_config == TINY_RL else ", or name a config of `visrl train`"
@@ -201,7 +103,9 @@ def plan(config: EvolveConfig) -> list[str]:
     return lines
 
 
-def _run(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
+def run_iterations(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
+    """Run what is left of all iterations, score every checkpoint, and write the report; its path. `shown` is the config
+    that the manifest of `verb` shows."""
     from visrl.report.page import write_report
 
     run = config.output_dir
@@ -355,7 +259,7 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
         "rl_stage": stage,
         "seed": config.seed,
     }
-    # What the trajectories were drawn from, the stages are trained on: the same pictures, limits, crops and box text.
+    # What the trajectories were sampled from, the stages are trained on: the same pictures, limits, crops and box text.
     looks = {
         "image_root": config.image_root,
         "image_max_pixels": config.image_max_pixels,

@@ -78,11 +78,11 @@ def _card(
     root: str | None,
 ) -> Card:
     marks: list[Mark] = [(true_box, TRUE_COLOUR, "true")] if true_box else []
-    told = []
+    shown = []
     for (trajectory, verdict), label, colour in zip(tries, labels, (WINNER_COLOUR, LOSER_COLOUR), strict=False):
         if trajectory.box is not None:
             marks.append((trajectory.box, colour, label))
-        told.append(
+        shown.append(
             Try(
                 label,
                 trajectory.answer if trajectory.answer is not None else "",
@@ -94,7 +94,7 @@ def _card(
             )
         )
     picture, problem = _picture(sample, marks, root)
-    return Card(sample.question, sample.answer, reason, picture, problem, told)
+    return Card(sample.question, sample.answer, reason, picture, problem, shown)
 
 
 def _picture(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
-from pydantic import Field
-
-from visrl.config import Config, ConfigError
-from visrl.evolve.generate import GenerateConfig, generate, generation_identity, merge_shards, questions_of
+from visrl.config import ConfigError
+from visrl.evolve.config import GenerateConfig, ServerConfig
+from visrl.evolve.generate import generate, generation_identity, merge_shards, questions_of
 from visrl.manifest import is_complete
 
 SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
 PIXEL_LIMITS = ("image_max_pixels", "crop_max_pixels")
-
-
-class ServerConfig(Config):
-    """The keys of a server that is started for each policy, asked until it is healthy, and stopped."""
-
-    server: Literal["vllm"] | list[str] | None = None
-    """vLLM, or a command in which {model}, {name}, {port}, {image_max_pixels} and {crop_max_pixels} are put; None: the
-    model is loaded in this process."""
-    server_args: list[str] = Field(default_factory=list)
-    server_start_s: float = Field(900.0, gt=0)
 
 
 def generate_in_shards(asked: GenerateConfig, shards: int, server: ServerConfig) -> None:

@@ -189,7 +189,7 @@ class ModelCritic:
             return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
         box_key, answer_key = _keys(sample, trajectory.box, trajectory.answer)
         box, answer = opinions.get(box_key), opinions[answer_key]
-        raw = {"box": box and _told(box), "answer": _told(answer)}
+        raw = {"box": box and _to_record(box), "answer": _to_record(answer)}
         return _verdict(trajectory, box.score if box else None, answer.score, json.dumps(raw, ensure_ascii=False))
 
 
@@ -201,12 +201,12 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for verdict in verdicts:
         scores = {"box": verdict.box_score, "answer": verdict.answer_score}
-        told = _read_raw(verdict.raw)
-        if told is None:
+        opinions = _read_raw(verdict.raw)
+        if opinions is None:
             counts["judged" if verdict.answer_score is not None else "not judged"] += 1
             continue
         counts["judged"] += 1
-        for what, opinion in told.items():
+        for what, opinion in opinions.items():
             if opinion is None:
                 continue
             if opinion["error"] is not None:
@@ -219,11 +219,11 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
 
 def critic_failure(verdict: Verdict) -> str | None:
     """Why a model critic gave no reply about a trajectory, where it gave none; an unread reply is no failure."""
-    told = _read_raw(verdict.raw) or {}
-    return next((str(one["error"]) for one in told.values() if one and one["error"] is not None), None)
+    opinions = _read_raw(verdict.raw) or {}
+    return next((str(one["error"]) for one in opinions.values() if one and one["error"] is not None), None)
 
 
-def _told(opinion: Opinion) -> dict[str, object]:
+def _to_record(opinion: Opinion) -> dict[str, object]:
     return {"replies": opinion.replies, "error": opinion.error}
 
 

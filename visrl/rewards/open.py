@@ -1,12 +1,12 @@
-"""Who draws and who judges: the policy and the critic that a config names, each in this process or behind servers.
+"""Which critic scores trajectories: the one that a config names, in this process or behind servers.
 
-The config imports no torch; the engines are imported when they are made.
+The config imports no torch; the critics are imported when they are opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,11 +18,11 @@ from visrl.config import ConfigError
 from visrl.engines.open import (
     PATIENCE,
     ModelConfig,
+    OpenedPolicy,
     PolicyConfig,
     RequestConfig,
     ServerUrls,
     open_local,
-    opened_policy,
     reached,
     refuse_unused,
 )
@@ -30,14 +30,12 @@ from visrl.manifest import read_manifest
 from visrl.records import Sample
 
 if TYPE_CHECKING:
-    from visrl.engines.base import Engine, Policy
-    from visrl.engines.endpoint import EndpointEngine
-    from visrl.models.settings import ModelSettings
+    from visrl.engines.base import Engine
     from visrl.rewards.critic import Critic
 
 
-class PlayersConfig(PolicyConfig):
-    """The keys that say which model draws (the policy) and which one judges (the critic)."""
+class CriticConfig(PolicyConfig):
+    """The keys that say which critic scores what the policy does, beside those of the policy."""
 
     critic: Literal["auto", "oracle", "model"] = "auto"
     """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model."""
@@ -59,48 +57,7 @@ class PlayersConfig(PolicyConfig):
 NOT_IDENTITY = PATIENCE | {"critic_url"}
 
 
-@dataclass(frozen=True, slots=True)
-class Players:
-    """The policy, its crop rule and the critic of one run, and what the servers' attempts came to so far."""
-
-    policy: Policy
-    critic: Critic
-    crop_rule: CropRule
-    servers: dict[str, EndpointEngine]
-
-    @property
-    def requests(self) -> dict[str, dict[str, int]]:
-        """How the attempts at each server ended, by role: "ok", "http 500", "time-out", "gave up" and so on."""
-        return {role: dict(sorted(engine.client.counts.items())) for role, engine in self.servers.items()}
-
-
-@contextmanager
-def players(
-    config: PlayersConfig, samples: Sequence[Sample], *, crop_rule: CropRule | None, image_root: str | None, seed: int
-) -> Iterator[Players]:
-    """The policy and critic of a config, loaded, or reached and found healthy.
-
-    Raises:
-        CheckpointError: a model that cannot be loaded.
-        ConfigError: no critic for these samples.
-        EndpointError: a server that does not answer or serves another model.
-    """
-    from visrl.engines.endpoint import EndpointEngine
-
-    servers: dict[str, EndpointEngine] = {}
-    with ExitStack() as stack:
-        opened = stack.enter_context(opened_policy(config))
-        policy, settings = opened.policy, opened.settings
-        if isinstance(policy, EndpointEngine):
-            servers["policy"] = policy
-        rule = crop_rule or settings.crop_rule
-        if notice := settings.other_rule(rule):
-            print(notice, flush=True)
-        critic = _open_critic(config, samples, policy, settings, rule, image_root, seed, servers, stack)
-        yield Players(policy, critic, rule, servers)
-
-
-def critic_name(config: PlayersConfig, samples: Sequence[Sample]) -> str:
+def critic_name(config: CriticConfig, samples: Sequence[Sample]) -> str:
     """The critic that a config means for these samples: "oracle", or the path or name of a model.
 
     Raises:
@@ -139,46 +96,81 @@ def original_base(model: str) -> str:
     return base
 
 
-def _open_critic(
-    config: PlayersConfig,
-    samples: Sequence[Sample],
-    policy: Policy,
-    settings: ModelSettings,
-    rule: CropRule,
-    image_root: str | None,
-    seed: int,
-    servers: dict[str, EndpointEngine],
-    stack: ExitStack,
-) -> Critic:
-    from visrl.engines.local import LocalEngine
-    from visrl.models.settings import ModelSettings
-    from visrl.rewards.critic import ModelCritic, SceneOracle
+@dataclass(frozen=True, slots=True)
+class Grading:
+    """What a critic is opened for: samples of a policy under a crop rule."""
 
-    name = critic_name(config, samples)
+    samples: Sequence[Sample]
+    policy: OpenedPolicy
+    crop_rule: CropRule
+    image_root: str | None
+    seed: int
+
+
+@contextmanager
+def opened_critic(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+    """The critic of a config, loaded, or reached and found healthy; connections are closed at the end.
+
+    Raises:
+        CheckpointError: a model that cannot be loaded.
+        ConfigError: no critic for these samples.
+        EndpointError: a server that does not answer or serves another model.
+    """
+    name = critic_name(config, grading.samples)
     if not config.critic_url:
         refuse_unused(config.critic_request, "critic_request: ", "critic_url")
-    if name == "oracle":
-        return SceneOracle(lambda size: policy.processed_size(size, is_crop=True), rule)
-    engine: Engine
-    if config.critic_url:
-        engine = servers["critic"] = stack.enter_context(
-            reached(config, config.critic_url, name, config.critic_request)
+    with CRITICS["oracle" if name == "oracle" else "model"](config, name, grading) as critic:
+        yield critic
+
+
+@contextmanager
+def _oracle(config: CriticConfig, name: str, grading: Grading) -> Iterator[Critic]:
+    from visrl.rewards.critic import SceneOracle
+
+    policy = grading.policy.policy
+    yield SceneOracle(lambda size: policy.processed_size(size, is_crop=True), grading.crop_rule)
+
+
+@contextmanager
+def _model(config: CriticConfig, name: str, grading: Grading) -> Iterator[Critic]:
+    from visrl.rewards.critic import ModelCritic
+
+    with _opened_engine(config, name, grading.policy) as engine:
+        yield ModelCritic(
+            engine,
+            crop_rule=grading.crop_rule,
+            root=grading.image_root,
+            attempts=config.critic_attempts,
+            max_tokens=config.critic_max_tokens,
+            score_boxes=config.use_box_critic,
+            seed=grading.seed,
         )
-    elif name == config.model_name_or_path and not config.adapter_name_or_path and isinstance(policy, LocalEngine):
-        engine = policy
+
+
+@contextmanager
+def _opened_engine(config: CriticConfig, name: str, opened: OpenedPolicy) -> Iterator[Engine]:
+    """The engine of the model that is the critic: the policy's own where it is the same model in this process."""
+    from visrl.engines.local import LocalEngine
+    from visrl.models.settings import ModelSettings
+
+    if config.critic_url:
+        with reached(config, config.critic_url, name, config.critic_request) as engine:
+            yield engine
+    elif (
+        name == config.model_name_or_path and not config.adapter_name_or_path and isinstance(opened.policy, LocalEngine)
+    ):
+        yield opened.policy
     else:
         # A model from elsewhere has no limits of its own; it is shown pictures at the policy's size.
         limits = ("image_min_pixels", "image_max_pixels", "crop_min_pixels", "crop_max_pixels")
         own = ModelSettings.load(name)
-        missing = {key: getattr(settings, key) for key in limits if getattr(own, key) is None}
+        missing = {key: getattr(opened.settings, key) for key in limits if getattr(own, key) is None}
         model = ModelConfig(model_name_or_path=name, trust_remote_code=config.trust_remote_code)
-        engine = open_local(model, own.with_given(**missing))
-    return ModelCritic(
-        engine,
-        crop_rule=rule,
-        root=image_root,
-        attempts=config.critic_attempts,
-        max_tokens=config.critic_max_tokens,
-        score_boxes=config.use_box_critic,
-        seed=seed,
-    )
+        yield open_local(model, own.with_given(**missing))
+
+
+# How each critic is opened.
+CRITICS: dict[str, Callable[[CriticConfig, str, Grading], AbstractContextManager[Critic]]] = {
+    "oracle": _oracle,
+    "model": _model,
+}

@@ -1,0 +1,185 @@
+"""The configs of `visrl generate`, `filter`, `evolve` and `demo`. Imports no torch: a typo is refused at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from visrl.box import CropRule
+from visrl.config import Config, OneOrMore
+from visrl.evolve.pairs import FilterSettings, Rule
+from visrl.rewards.open import CriticConfig
+from visrl.rollout.diversity import TRIGGER
+from visrl.scenes import Kind
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
+MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """i and n of "i/n", 1 ≤ i ≤ n.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"a shard is i/n with i from 1 to n, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _valid_shard(text: str) -> str:
+    parse_shard(text)
+    return text
+
+
+class SamplingConfig(CriticConfig):
+    """The keys of Algorithm 1's sampling, beside those of its engines."""
+
+    image_root: str | None = None
+    rounds: int = Field(5, ge=1)
+    """N of Algorithm 1; a round is two boxes. The released code uses 3."""
+    temperature: float = Field(1.0, ge=0)
+    """The paper names none and the released code samples at 2; docs/EVOLVE.md says what was tried."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    diversity: bool = True
+    trigger: float = Field(TRIGGER, ge=0, le=1)
+    """T: from this IoU on, the second box of a round is replaced. The released code replaces above 0.05."""
+    crop_rule: CropRule | None = None
+    """By default the checkpoint's own."""
+    batch_size: int = Field(64, ge=1)
+    """Questions in one batch: what a kill loses at most, and part of what makes a run repeat to the bit."""
+    seed: int = 0
+
+
+class GenerateConfig(SamplingConfig):
+    """What `visrl generate` takes."""
+
+    dataset: str
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    max_samples: int | None = Field(None, ge=1)
+    shard: Annotated[str, AfterValidator(_valid_shard)] = "1/1"
+    """i/n: the i-th of n parts of the batches, for several machines; `--shard i/n` is the same."""
+    output_dir: Path
+
+
+class RuleConfig(Config):
+    """The keys of the filter's rule."""
+
+    rule: Rule = "paper"
+    """"released" is the released code's order: best and worst answer first, their boxes after."""
+    t_max: float = Field(0.8, ge=0, le=1)
+    t_min: float = Field(0.2, ge=0, le=1)
+    use_box_critic: bool = True
+    """False is the paper's ablation: answers alone decide. `critic.box` is the same key."""
+
+    def filter_settings(self) -> FilterSettings:
+        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic)
+
+
+class FilterConfig(RuleConfig):
+    """What `visrl filter` takes: folders of `visrl generate` (one, or its shards in order), and the rule."""
+
+    input_dir: OneOrMore[Path] = Field(min_length=1)
+    dataset: str | None = None
+    """By default what the folders were generated from."""
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    max_samples: int | None = Field(None, ge=1)
+    image_root: str | None = None
+    pictures: int = Field(24, ge=0)
+    """Kept and dropped questions, so many of each, that the page shows; 0: no page."""
+    output_dir: Path
+
+
+class ServerConfig(Config):
+    """The keys of a server that is started for each policy, asked until it is healthy, and stopped."""
+
+    server: Literal["vllm"] | list[str] | None = None
+    """vLLM, or a command in which {model}, {name}, {port}, {image_max_pixels} and {crop_max_pixels} are put; None: the
+    model is loaded in this process."""
+    server_args: list[str] = Field(default_factory=list)
+    server_start_s: float = Field(900.0, gt=0)
+
+
+class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
+    """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
+
+    `model_name_or_path` is the start, a warmed-up checkpoint; `policy_url` serves it in the first iteration only, so
+    name a `server` where later ones are to be served too.
+    """
+
+    dataset: OneOrMore[str]
+    """The questions, without boxes: one data set, or one for each iteration."""
+    dataset_dir: str = "data"
+    skip_samples: int = Field(0, ge=0)
+    questions: int | None = Field(None, ge=1)
+    """Of one data set, each iteration takes the next so many; None: all of them each time."""
+    iterations: int = Field(1, ge=1)
+    shards: int = Field(1, ge=1)
+    """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
+    train_config: Path = CONFIGS / "train_rl.yaml"
+    """Of both stages; the keys below go over it."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    train_stage1: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
+    chosen_only: bool = False
+    """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    eval_dataset: str | None = None
+    """Held-out questions on which every checkpoint is scored; None: no evaluation."""
+    eval_samples: int | None = Field(None, ge=1)
+    controls: bool = True
+    output_dir: Path
+
+
+class DemoConfig(Config):
+    """What `visrl demo` takes; the defaults are the demo."""
+
+    model_name_or_path: str = ""  # "": the embedded model
+    output_dir: Path = Path("runs/demo")
+    iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
+    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
+    test_questions: int = Field(1000, ge=1)
+    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
+    kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
+    rounds: int = Field(5, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
+    controls: bool = True
+    threads: int = Field(0, ge=0)  # CPU threads; 0: all
+    seed: int = 0
+    train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
+    train_stage1: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
+
+    def evolution(self) -> EvolveConfig:
+        """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
+        from visrl.models.tiny import CHECKPOINT
+
+        scenes = f"@{self.tags}:{','.join(self.kinds)}"
+        firsts = [(self.seed * MAX_ITERATIONS + number) * self.questions for number in range(self.iterations)]
+        held_out = self.seed * self.test_questions
+        return EvolveConfig(
+            model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
+            dataset=tuple(f"scenes:preference{scenes}/{first}+{self.questions}" for first in firsts),
+            iterations=self.iterations,
+            rounds=self.rounds,
+            temperature=self.temperature,
+            batch_size=32,  # as fast as 64 here, and a third of a gigabyte less
+            train_config=TINY_RL,
+            train=self.train,
+            train_stage1=self.train_stage1,
+            train_stage2=self.train_stage2,
+            chosen_only=self.chosen_only,
+            export_dtype="float32",
+            eval_dataset=f"scenes:test{scenes}/{held_out}+{self.test_questions}",
+            controls=self.controls,
+            output_dir=self.output_dir,
+            seed=self.seed,
+        )

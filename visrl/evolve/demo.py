@@ -1,0 +1,32 @@
+"""`visrl demo`: the loop of self-evolution on drawn scenes, with the embedded model, on a machine with nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from visrl.config import ConfigError
+from visrl.evolve.config import DemoConfig
+from visrl.evolve.loop import check_train_config, run_iterations
+from visrl.manifest import claim_folder, hash_checkpoint, hold
+
+
+def run_demo(config: DemoConfig) -> Path:
+    """Run what is left of the demo; the path of its report.
+
+    Raises:
+        ManifestError: the output folder holds a demo of another config, or another process writes it.
+        ConfigError: no model to start from, or no config to train it by.
+    """
+    import torch
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    evolution = config.evolution()
+    check_train_config(evolution)
+    start = Path(evolution.model_name_or_path)
+    if not (start / "config.json").is_file():
+        raise ConfigError(f"model_name_or_path: no model at {start}")
+    identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
+    with hold(config.output_dir):
+        claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
+        return run_iterations(evolution, "demo", shown=config.model_dump(mode="json"))
