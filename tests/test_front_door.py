@@ -129,3 +129,39 @@ def test_a_policy_rolls_out_questions_as_generate_does(policy):
     ]
     assert policy.roll_out(samples[1:2], rounds=2, seed=3) == trajectories[4:8]
     assert policy.roll_out(samples[1:2], rounds=2, seed=4) != trajectories[4:8]
+
+
+def test_a_verb_takes_a_config_a_file_or_keys(tmp_path):
+    from visrl.config import ConfigError, as_config
+
+    (tmp_path / "train.yaml").write_text(
+        "model_name_or_path: a\noutput_dir: out\nstage: dpo\nstage2: {pref_beta: 0.3}\n"
+    )
+    said = {"model_name_or_path": "a", "output_dir": "out", "stage": "dpo"}
+    by_keys = as_config(visrl.TrainConfig, None, {**said, "rl_stage": 2, "pref_beta": 0.3})
+    by_file = as_config(visrl.TrainConfig, tmp_path / "train.yaml", {"rl_stage": 2})
+    by_config = as_config(visrl.TrainConfig, visrl.TrainConfig(**said), {"rl_stage": 2, "pref_beta": 0.3})
+    assert by_keys == by_file == by_config
+    assert as_config(visrl.TrainConfig, by_keys, {}) is by_keys
+    with pytest.raises(ConfigError, match="TrainConfig: unknown key 'datset'; did you mean 'dataset'"):
+        visrl.train(**said, datset="x")
+    with pytest.raises(ConfigError, match="no config at"):
+        visrl.evaluate(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"EvalConfig: limit: .*greater than or equal to 1"):
+        visrl.evaluate(model_name_or_path="a", dataset="b", output_dir="c", limit=0)
+    with pytest.raises(TypeError, match="give a TrainConfig, the path of a YAML file or keys, not dict"):
+        visrl.train(said)
+
+
+def test_verbs_run_from_keys(tmp_path):
+    run, scores = tmp_path / "run", tmp_path / "eval"
+    trained = visrl.train(
+        model_name_or_path=str(CHECKPOINT), stage="sft", finetuning_type="lora", dataset="scenes:train@1/0+4",
+        max_steps=1, per_device_train_batch_size=4, output_dir=run,
+    )  # fmt: skip
+    assert trained == run
+    assert (run / "adapter_model.safetensors").is_file()
+    evaluated = visrl.evaluate(
+        model_name_or_path=str(CHECKPOINT), dataset="scenes:test@1/0+4", limit=2, output_dir=scores
+    )
+    assert len((evaluated / "results.jsonl").read_text().splitlines()) == 2

@@ -21,6 +21,7 @@ from visrl.records import Sample, Trajectory
 from visrl.rollout.diversity import TRIGGER
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.rollout import Look, RolloutSettings, roll_out
+from visrl.sequences import batched
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,8 +97,7 @@ class LoadedPolicy:
             `len(samples)` × `rounds` × 2 trajectories, in order of sample, round and branch.
         """
         settings = RolloutSettings(rounds, temperature, top_p, trigger, diversity, self.crop_rule, seed)
-        parts = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-        return [one for part in parts for one in roll_out(self.engine, part, settings, image_root)]
+        return [one for part in batched(samples, BATCH) for one in roll_out(self.engine, part, settings, image_root)]
 
     def close(self) -> None:
         """End the connections to servers; a model in this process has none."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from visrl import manifest
 from visrl.box import CropRule
-from visrl.config import ConfigError
+from visrl.config import ConfigError, as_config
 from visrl.engines.open import (
     PATIENCE,
     ModelConfig,
@@ -55,15 +55,24 @@ FAILED = "failed.jsonl"  # what failed in a run of which too much did
 Row = dict[str, Any]
 
 
-def evaluate(config: EvalConfig) -> Path:
-    """Ask what is left to ask, score all of it, and print the table; the folder of the run.
+def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> Path:
+    """Ask a model every question of a benchmark at temperature 0, score what it says, and print the table.
 
     Killed at any moment and started again, it goes on at the last whole batch and ends with the same files.
 
+    Args:
+        config: an `EvalConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `EvalConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        `output_dir`: `results.jsonl` (a row for every question: boxes in fractions of the picture, scores in [0, 1]),
+        `scores.json` (means with 95 % intervals), judgements where there is a judge, and manifest.
+
     Raises:
-        RecordError, ConfigError: data sets or pictures that are missing, and whatever the engines refuse.
+        RecordError, ConfigError: an unknown key, missing data sets or pictures, and whatever the engines refuse.
         ManifestError: the folder holds another run, or another process writes it.
     """
+    config = as_config(EvalConfig, config, keys)
     with nullcontext() if config.dry_run else hold(config.output_dir):
         return _evaluate(config)
 

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from visrl.config import ConfigError
+from visrl.config import ConfigError, as_config
 from visrl.engines.base import Sampling
 from visrl.engines.open import model_settings, open_local, refuse_unused, request_of
 from visrl.serve.app import Settings, create_app
@@ -37,13 +38,19 @@ OWN_FILES = 512
 TIDY_S = 10.0  # between two times that memory is given back, while there are requests
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve until told to stop (SIGINT or SIGTERM), which lets the requests in work finish.
+def serve(config: ServeConfig | str | Path | None = None, /, **keys: Any) -> None:
+    """Serve a checkpoint behind the OpenAI protocol until told to stop (SIGINT or SIGTERM), which lets the requests in
+    work finish. A model name that ends in `:focus` looks before it answers.
+
+    Args:
+        config: a `ServeConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `ServeConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+            API_HOST, API_PORT, API_KEY and API_MODEL_NAME of the environment win over both.
 
     Raises:
-        ConfigError: remote code that was not allowed, or a model that cannot be loaded or reached.
+        ConfigError: an unknown key, remote code that was not allowed, or a model that cannot be loaded or reached.
     """
-    config = config.with_environment(os.environ)
+    config = as_config(ServeConfig, config, keys).with_environment(os.environ)
     if config.api_key is not None and not PLAIN_KEY.fullmatch(config.api_key):
         raise ConfigError("api_key is sent in a header, so it can hold no blanks or control characters")
     if config.trust_remote_code and not config.allow_remote_code:

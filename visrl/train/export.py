@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 
-from visrl.config import Adapters, Config, ConfigError
+from visrl.config import Adapters, Config, ConfigError, as_config
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_adapter
@@ -40,15 +40,24 @@ class ExportConfig(Config):
     trust_remote_code: bool = False
 
 
-def export(config: ExportConfig) -> Path:
-    """Merge, check on a few real prompts, cast last, write, read back; the folder.
+def export(config: ExportConfig | str | Path | None = None, /, **keys: Any) -> Path:
+    """Merge LoRA adapters into their base model: in fp32, checked on a few real prompts, cast last, written, read back.
+
+    Args:
+        config: an `ExportConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `ExportConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        `export_dir`: weights as safetensors, processor, settings and manifest, with the largest deviation of the merged
+        model from the adapter in token log-probabilities (nats).
 
     Raises:
         CheckpointError: no model or no adapter at the paths given, one that does not fit the other, a merged model that
             deviates from the adapter, or a disk that takes no more. Nothing is called merged, then.
-        ConfigError: pickled weights are asked for, or a folder that holds something else.
+        ConfigError: an unknown key, pickled weights asked for, or a folder that holds something else.
         ManifestError: the folder belongs to other work, or another process writes it.
     """
+    config = as_config(ExportConfig, config, keys)
     if config.export_legacy_format:
         raise ConfigError("export_legacy_format: weights are written as safetensors only")
     with hold(config.export_dir):

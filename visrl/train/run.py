@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from visrl.config import ConfigError
+from visrl.config import ConfigError, as_config
 from visrl.data.sources import hash_source
 from visrl.engines.recompute import try_out
 from visrl.manifest import NAME as MANIFEST
@@ -65,18 +65,28 @@ WRITTEN = (
 WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 
 
-def train(config: TrainConfig) -> Path:
-    """Train as `config` says, in one process for each GPU; the folder with adapter or weights, processor, settings, log
-    and manifest.
+def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Path:
+    """Train, in one process for each GPU: warm-up (`stage="sft"`), or preference training (`stage="dpo"`) of boxes
+    (`rl_stage=1`) and of boxes and answers (`rl_stage=2`), as in VisRL (arXiv 2503.07523).
+
+    The same call again resumes where it was stopped, or says that it is complete.
+
+    Args:
+        config: a `TrainConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `TrainConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        `output_dir`: adapter or weights, processor, settings, `log.jsonl` (a row for every logged step) and manifest.
 
     Raises:
-        ConfigError: keys that do not go together, or no data.
+        ConfigError: an unknown key, keys that do not go together, or no data.
         ManifestError: the output folder belongs to other work, or another process writes it.
         CheckpointError: no model at `model_name_or_path`.
         RecordError: rows that are none, or longer than `cutoff_len`.
         ProcessError: one of several processes failed.
         TrainingError: the loss is no number any more, or nothing was trained.
     """
+    config = as_config(TrainConfig, config, keys)
     count = processes_wanted(config.processes)
     # Of processes that somebody else launched the first holds the folder; of our own, we who started them.
     holds = not config.dry_run and os.environ.get("RANK", "0") == "0"
