@@ -18,8 +18,8 @@ Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the 
 BoxFault = Literal["no_box", "count", "not_a_number", "inverted", "outside", "empty", "more_than_one"]
 CropRule = Literal["exact", "margin", "viscot_square"]
 
-MIN_CROP_SIDE = 28  # px: one merged patch of the Qwen2-VL family
-MAX_CROP_ASPECT = 200  # the Qwen2-VL family's processors refuse more
+MIN_CROP_SIDE = 28  # px: enough for one token of every family, whatever its patches
+MAX_CROP_ASPECT = 200  # the thinnest crop that every family's image processor takes
 VISCOT_HALF_SIDE = 112  # px: Visual-CoT's crop is a square of at least 224 px
 MARGIN = 0.1  # of the box's own width and height, added on each side by the crop rule "margin"
 

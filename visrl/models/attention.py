@@ -142,7 +142,7 @@ def _capped(
     dropout_p: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention whose scores are bent to stay within ± `softcap` (Gemma 2), which PyTorch's own does not offer."""
+    """Attention whose scores are bent to stay within ± `softcap`, which PyTorch's own does not offer."""
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = _cap(scores, softcap=softcap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

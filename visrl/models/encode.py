@@ -22,14 +22,24 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, PromptError, View
-from visrl.models.families import Family, Grid, Pictures, family_of
+from visrl.models.families import (
+    PIXEL_LIMITS,
+    Family,
+    Grid,
+    Limits,
+    Pictures,
+    context_of,
+    covering_limits,
+    family_of,
+    limited_images,
+    limited_size,
+)
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 from visrl.replies import whole_text
 
 MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
 LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
-THINNEST = 200  # the ratio of sides from which on Qwen's processors refuse a picture
 CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
 
 
@@ -76,8 +86,7 @@ class Encoder:
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
         # Tokens of box text may be said again, as the published protocol does; they can forge nothing.
         own = self.tokenizer.get_added_vocab()
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.max_tokens = min(context or MAX_TOKENS, MAX_TOKENS)  # of a prompt that is to be answered
+        self.max_tokens = min(context_of(config) or MAX_TOKENS, MAX_TOKENS)  # of a prompt that is to be answered
         self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
         self.cache_bytes = CACHE_BYTES
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
@@ -142,16 +151,10 @@ class Encoder:
         """
         if not self.family.pixel_limits:
             return size
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        limits = self._limits(is_crop)
-        processor = self.processor.image_processor
-        merged = processor.patch_size * processor.merge_size
         try:
-            height, width = smart_resize(size[1], size[0], merged, limits["shortest_edge"], limits["longest_edge"])
+            return limited_size(self.processor.image_processor, size, self._limits(is_crop))
         except ValueError as error:
             raise PromptError(f"a picture of {size[0]} × {size[1]} px: the model's processor says {error}") from error
-        return width, height
 
     def sized(self, view: View) -> Image.Image:
         """The picture of a view as the processor resizes it, for one that will do the rest elsewhere.
@@ -170,47 +173,28 @@ class Encoder:
         resized = resize(pixels, [height, width], interpolation=kind, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
-    def bounds(self) -> dict[str, int] | None:
-        """Limits of pixels, as a processor takes them, that leave every picture of `sized` as it is; None where the
-        processor takes none.
-
-        They are wider than the limits themselves: a side is rounded up or down to a whole number of patches, which
-        makes a thin picture larger, or smaller, than the limit it was sized by.
-        """
+    def bounds(self) -> Limits | None:
+        """Limits of pixels that leave every picture of `sized`, whole or crop, as it is; None where the processor takes
+        none."""
         if not self.family.pixel_limits:
             return None
-        processor = self.processor.image_processor
-        unit = processor.patch_size * processor.merge_size
-        limits = [self._limits(is_crop) for is_crop in (False, True)]
-        low, high = (max(limit[name] for limit in limits) for name in ("shortest_edge", "longest_edge"))
-        # (h + unit)(w + unit) for h · w = low, at the thinnest shape that a processor takes.
-        sides = (low * THINNEST) ** 0.5 + (low / THINNEST) ** 0.5
-        return {"shortest_edge": unit**2, "longest_edge": max(high, math.ceil(low + unit * sides + unit**2))}
+        return covering_limits(self.processor.image_processor, [self._limits(is_crop) for is_crop in (False, True)])
 
-    def _limits(self, is_crop: bool) -> dict[str, int]:
+    def _limits(self, is_crop: bool) -> Limits:
         own = self.processor.image_processor.size
         given = self.settings
         low = given.crop_min_pixels if is_crop else given.image_min_pixels
         high = given.crop_max_pixels if is_crop else given.image_max_pixels
-        low, high = low or own["shortest_edge"], high or own["longest_edge"]
-        return {"shortest_edge": min(low, high), "longest_edge": high}
+        low, high = (limit or own[name] for limit, name in zip((low, high), PIXEL_LIMITS, strict=True))
+        return dict(zip(PIXEL_LIMITS, (min(low, high), high), strict=True))
 
-    def _preprocess(self, views: dict[str, View], limits: dict[str, int]) -> dict[str, EncodedView]:
-        """All pictures in one batch, for processors that take pixel limits and give grids."""
-        encoded = {}
-        processor = self.processor.image_processor
-        processed, placeholders = self.processor._process_images([view.image for view in views.values()], size=limits)
-        grids = processed["image_grid_thw"]
-        pixels = torch.split(processed["pixel_values"], grids.prod(-1).tolist())
-        patch, merge = processor.patch_size, processor.merge_size
-        for key, grid, values, placeholder in zip(views, grids, pixels, placeholders, strict=True):
-            time, height, width = grid.tolist()
-            merged = (time, height // merge, width // merge)
-            # Copies: a part of the batch's tensor would keep all of it in memory.
-            inputs = {"pixel_values": values.clone(), "image_grid_thw": grid[None].clone()}
-            size = (width * patch, height * patch)
-            encoded[key] = EncodedView(key, inputs, placeholder, int(np.prod(merged)), merged, size)
-        return encoded
+    def _preprocess(self, views: dict[str, View], limits: Limits) -> dict[str, EncodedView]:
+        """All pictures in one batch, for processors that take pixel limits."""
+        made = limited_images(self.processor, [view.image for view in views.values()], limits)
+        return {
+            key: EncodedView(key, inputs, placeholder, math.prod(grid), grid, size)
+            for key, (inputs, placeholder, grid, size) in zip(views, made, strict=True)
+        }
 
     def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> dict[str, EncodedView]:
         """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""

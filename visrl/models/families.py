@@ -1,22 +1,31 @@
-"""What differs between model families: positions, masks, inputs, ends of turns, box codec. The only file that tells
-models apart; everything else asks a `Family`. docs/FAMILIES.md is this table in words, checked by a test.
+"""What differs between model families: positions, masks, inputs, image sizes, ends of turns, box codec. The only file
+that tells models apart or looks into one; everything else asks a `Family` or a function here. docs/FAMILIES.md is this
+table in words, checked by a test.
+
+To add a family: an entry of `FAMILIES`, which says all of it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils import ModelOutput
+
+from visrl.box import Size
 
 # The grid of one picture in merged tokens (time, height, width), as the language model sees it.
 Grid = tuple[int, int, int]
 # What a processor makes of pictures, by the names of the model's inputs.
 Pictures = dict[str, torch.Tensor]
+# A smallest and a largest number of pixels, by the names of `PIXEL_LIMITS`.
+Limits = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +186,60 @@ def mllama(layout: Layout, family: Family) -> dict[str, Any]:
     return {**inputs, "cross_attention_mask": torch.from_numpy(mask)}
 
 
+# --- Image processors with pixel limits (Qwen-VL) ---------------------------------------------------------------------
+
+PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # as these processors call their limits, which are areas all the same
+THINNEST = 200  # the ratio of sides from which on they refuse an image
+
+
+def limited_size(image_processor: Any, size: Size, limits: Limits) -> Size:
+    """Width and height that the processor gives an image of `size`: whole merged patches, between the limits.
+
+    Raises:
+        ValueError: an image that is far too thin.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    low, high = (limits[name] for name in PIXEL_LIMITS)
+    height, width = smart_resize(size[1], size[0], _merged_patch(image_processor), low, high)
+    return width, height
+
+
+def covering_limits(image_processor: Any, limits: Sequence[Limits]) -> Limits:
+    """Limits under which every image that was sized under any of `limits` stays as it is.
+
+    They are wider than the limits themselves: a side is rounded up or down to a whole number of merged patches, which
+    makes a thin image larger, or smaller, than the limit it was sized by.
+    """
+    unit = _merged_patch(image_processor)
+    low, high = (max(limit[name] for limit in limits) for name in PIXEL_LIMITS)
+    # (h + unit)(w + unit) for h · w = low, at the thinnest shape that a processor takes.
+    sides = (low * THINNEST) ** 0.5 + (low / THINNEST) ** 0.5
+    both = unit**2, max(high, math.ceil(low + unit * sides + unit**2))
+    return dict(zip(PIXEL_LIMITS, both, strict=True))
+
+
+def limited_images(
+    processor: Any, images: Sequence[Image.Image], limits: Limits
+) -> Iterator[tuple[Pictures, str, Grid, Size]]:
+    """Of each image, preprocessed in one batch: its inputs, the text that stands for it, its grid, and its size."""
+    image_processor = processor.image_processor
+    processed, placeholders = processor._process_images(list(images), size=limits)
+    grids = processed["image_grid_thw"]
+    pixels = torch.split(processed["pixel_values"], grids.prod(-1).tolist())
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    for grid, values, placeholder in zip(grids, pixels, placeholders, strict=True):
+        time, height, width = grid.tolist()
+        # Copies: a part of the batch's tensor would keep all of it in memory.
+        inputs = {"pixel_values": values.clone(), "image_grid_thw": grid[None].clone()}
+        yield inputs, placeholder, (time, height // merge, width // merge), (width * patch, height * patch)
+
+
+def _merged_patch(image_processor: Any) -> int:
+    """The side in pixels of what becomes one token."""
+    return image_processor.patch_size * image_processor.merge_size
+
+
 # --- The families -----------------------------------------------------------------------------------------------------
 
 _QWEN2_VL = Family(
@@ -242,6 +305,30 @@ def family_of(config: Any) -> Family:
     return replace(family, window=text.sliding_window) if slides else family
 
 
+# --- What a config says under several names ---------------------------------------------------------------------------
+
+
+def image_token_of(config: Any) -> int | None:
+    """The token that stands for an image; None where the config leaves it to the tokenizer."""
+    for name in ("image_token_id", "image_token_index"):
+        if (token := getattr(config, name, None)) is not None:
+            return token
+    return None
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens the model may be shown; None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def layer_counts(config: Any) -> Iterator[int]:
+    """How many layers each part of the model has."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None))):
+        layers = getattr(part, "num_hidden_layers", None) or getattr(part, "depth", None)
+        if isinstance(layers, int):
+            yield layers
+
+
 # --- The parts of a model ---------------------------------------------------------------------------------------------
 
 
@@ -263,6 +350,20 @@ def projector(model: torch.nn.Module) -> torch.nn.Module:
 def base_model(model: Any) -> Any:
     """The vision-language model itself, out of any adapter wrapped around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def vision_names() -> list[str]:
+    """The names that any family gives its vision tower or its projector."""
+    return sorted({name for family in FAMILIES.values() for part in family.parts[1:] for name in part.split(".")})
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Have the model compute the same thing every time, in training, too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _part(model: Any, which: int) -> torch.nn.Module:

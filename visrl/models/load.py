@@ -19,7 +19,7 @@ from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, family_of
+from visrl.models.families import FAMILIES, PIXEL_LIMITS, family_of, layer_counts
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
 from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
@@ -96,7 +96,8 @@ def check_sizes(values: Any, in_pixels: bool, key: str = "") -> None:
         for name, value in named:
             check_sizes(value, in_pixels, name)
     elif isinstance(values, int | float):
-        limit = {"shortest_edge": MOST_PIXELS, "longest_edge": math.inf}.get(key, MOST_SIDE) if in_pixels else MOST_SIDE
+        areas = dict(zip(PIXEL_LIMITS, (MOST_PIXELS, math.inf), strict=True)) if in_pixels else {}
+        limit = areas.get(key, MOST_SIDE)
         if abs(values) > limit:
             raise CheckpointError(f"the picture processor's {key} is {values}, which no memory holds")
 
@@ -158,9 +159,8 @@ def check_weights(path: str | Path, config: Any) -> None:
     if weights is None:
         return
     told = f"{path}: config.json does not belong to these weights: it describes"
-    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None))):
-        layers = getattr(part, "num_hidden_layers", None) or getattr(part, "depth", None) or 0
-        if isinstance(layers, int) and layers > weights.tensors:
+    for layers in layer_counts(config):
+        if layers > weights.tensors:
             raise CheckpointError(f"{told} {layers} layers, they hold {weights.tensors} tensors")
     with reading(path, "no model can be made of its config.json"), torch.device("meta"), quiet():
         wanted = sum(weight.numel() for weight in AutoModelForImageTextToText.from_config(config).parameters())

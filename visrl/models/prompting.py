@@ -15,6 +15,7 @@ from PIL import Image
 from visrl.conversation import View, answer_conversation, focus_conversation
 from visrl.models import template_trial
 from visrl.models.encode import Encoder, as_messages
+from visrl.models.families import image_token_of
 from visrl.models.folder import CheckpointError
 
 QUESTION = "Which number is on the tag?"
@@ -34,9 +35,7 @@ def check_processor(processor: Any, config: Any) -> None:
             f"the processor is a {type(processor).__name__} without {' and '.join(missing)}; "
             "copy the processor's files (processor_config.json or preprocessor_config.json, tokenizer) from the base"
         )
-    wanted = getattr(config, "image_token_id", None)
-    if wanted is None:
-        wanted = getattr(config, "image_token_index", None)
+    wanted = image_token_of(config)
     if wanted is not None and wanted != processor.image_token_ids[0]:
         raise CheckpointError(
             f"the model puts pictures at token {wanted} (config.json), the tokenizer writes "

@@ -12,7 +12,14 @@ from visrl.config import ConfigError
 from visrl.models.adapters import merge_adapter, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.chain import adapter_chain
-from visrl.models.families import FAMILIES, base_model, language_model, projector, vision_tower
+from visrl.models.families import (
+    base_model,
+    language_model,
+    projector,
+    switch_off_dropout,
+    vision_names,
+    vision_tower,
+)
 from visrl.models.load import check_weights, load_config, load_model
 from visrl.train.config import TrainConfig
 
@@ -48,7 +55,7 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
         model = merge_adapter(model, adapter, config.model_name_or_path)
     use_tree_attention(model, config.attention)
     if config.stage == "dpo":
-        switch_off_dropout(model)
+        switch_off_dropout(model)  # policy and reference must be the same function at the start
     if config.finetuning_type == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -115,24 +122,14 @@ def quantization(config: TrainConfig) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
-    names = sorted({name for family in FAMILIES.values() for part in family.parts[1:] for name in part.split(".")})
     return BitsAndBytesConfig(
         load_in_4bit=config.quantization_bit == 4,
         load_in_8bit=config.quantization_bit == 8,
         bnb_4bit_quant_type=config.quantization_type,
         bnb_4bit_use_double_quant=config.double_quantization,
         bnb_4bit_compute_dtype=weight_dtype(config),
-        llm_int8_skip_modules=[*names, "lm_head"],
+        llm_int8_skip_modules=[*vision_names(), "lm_head"],
     )
-
-
-def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Policy and reference of a preference stage must be the same function at the start."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def make_tied_embedding_sparse(model: torch.nn.Module) -> None:
