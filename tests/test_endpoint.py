@@ -20,8 +20,9 @@ from PIL import Image
 from visrl.box import Box
 from visrl.conversation import Conversation, Message, View, answer_conversation, crop_view
 from visrl.engines.base import Sampling
-from visrl.engines.client import Ask, Client, Endpoint, EndpointError
+from visrl.engines.client import Client
 from visrl.engines.endpoint import EndpointEngine
+from visrl.engines.openai_server import Ask, Endpoint, EndpointError
 from visrl.engines.server_process import free_port
 from visrl.records import Picture
 

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from visrl.cli import app
 from visrl.config import ConfigError, read_config
 from visrl.engines.addresses import server_address
-from visrl.engines.client import Endpoint, EndpointError
 from visrl.engines.open import PolicyConfig, RequestConfig, opened_policy
+from visrl.engines.openai_server import Endpoint, EndpointError
 from visrl.engines.transport import MOST_BYTES
 from visrl.evaluate.config import EvalConfig
 from visrl.redact import hidden, secrets_of, without_secrets

@@ -21,7 +21,8 @@ from waiting import wait_until
 
 from visrl.conversation import Conversation
 from visrl.engines.base import Completion, Sampling
-from visrl.engines.client import Client, Endpoint
+from visrl.engines.client import Client
+from visrl.engines.openai_server import Endpoint
 from visrl.prompts import judged_question
 from visrl.records import RecordError
 from visrl.rewards.judge import (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from visrl.config import ConfigError, read_config
-from visrl.engines.client import EndpointError
+from visrl.engines.openai_server import EndpointError
 from visrl.engines.server_process import free_port, served
 from visrl.evolve.config import TINY_RL, EvolveConfig, GenerateConfig, ServerConfig
 from visrl.evolve.loop import plan, run_evolve, stage_config

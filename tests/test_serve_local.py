@@ -25,11 +25,11 @@ from waiting import PATIENCE_S
 from visrl.config import ConfigError
 from visrl.conversation import focus_conversation, image_view
 from visrl.engines.base import Sampling
-from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
 from visrl.engines.local import LocalEngine
 from visrl.engines.open import model_settings, open_encoder
+from visrl.engines.openai_server import Endpoint
 from visrl.engines.server_process import vllm_command
 from visrl.models.tiny import CHECKPOINT
 from visrl.models.tiny.make import make_tiny

@@ -18,10 +18,10 @@ from serve_help import body, data_url, post, serving
 from test_serve_local import scene_body
 
 from visrl.conversation import View
-from visrl.engines.client import Endpoint
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.local import LocalEngine
 from visrl.engines.open import ModelConfig, model_settings, open_encoder
+from visrl.engines.openai_server import Endpoint
 from visrl.models.settings import ModelSettings
 from visrl.models.tiny import CHECKPOINT
 from visrl.rollout.greedy import greedy_looks

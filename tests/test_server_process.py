@@ -17,7 +17,7 @@ from serve_help import get, known
 from waiting import PATIENCE_S, wait_until
 
 from visrl.config import ConfigError
-from visrl.engines.client import EndpointError
+from visrl.engines.openai_server import EndpointError
 from visrl.engines.server_process import start, stop
 from visrl.serve import scenes
 from visrl.serve.config import ServeConfig

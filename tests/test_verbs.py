@@ -50,7 +50,7 @@ USER_ERRORS = {
     "visrl.box": "BoxError",
     "visrl.config": "ConfigError",
     "visrl.conversation": "PromptError",
-    "visrl.engines.client": "EndpointError",
+    "visrl.engines.openai_server": "EndpointError",
     "visrl.failures": "FailedRun",
     "visrl.images": "ImageError",
     "visrl.manifest": "ManifestError",

@@ -113,8 +113,9 @@ def judge(
 ) -> None:
     """Ask a judge about every answer, with the published prompt."""
     from visrl.config import build_config
-    from visrl.engines.client import Client, Endpoint
+    from visrl.engines.client import Client
     from visrl.engines.open import RequestConfig
+    from visrl.engines.openai_server import Endpoint
     from visrl.evaluate.answers import answer_to_judge
     from visrl.manifest import hold
     from visrl.rewards.judge import client_asker, judge_all

@@ -16,7 +16,8 @@ from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, Message, View
 from visrl.engines.base import Completion, Sampling
-from visrl.engines.client import Ask, Client, Endpoint
+from visrl.engines.client import Client
+from visrl.engines.openai_server import Ask, Endpoint
 from visrl.prompts import IMAGE
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from visrl.models.settings import ModelSettings
 
 if TYPE_CHECKING:
     from visrl.engines.base import Policy
-    from visrl.engines.client import Endpoint
     from visrl.engines.endpoint import EndpointEngine
     from visrl.engines.local import LocalEngine
+    from visrl.engines.openai_server import Endpoint
     from visrl.models.encode import Encoder
 
 
@@ -189,7 +189,7 @@ def opened_policy(config: PolicyConfig) -> Iterator[OpenedPolicy]:
 
 def endpoint_of(config: PolicyConfig, urls: Sequence[str], name: str, request: RequestConfig) -> Endpoint:
     """Where the model `name` is asked, how, and as patiently as a config says."""
-    from visrl.engines.client import Endpoint
+    from visrl.engines.openai_server import Endpoint
 
     return Endpoint(
         tuple(urls),

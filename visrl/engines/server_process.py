@@ -24,7 +24,8 @@ from pathlib import Path
 
 import httpx
 
-from visrl.engines.client import Client, Endpoint, EndpointError
+from visrl.engines.client import Client
+from visrl.engines.openai_server import Endpoint, EndpointError
 from visrl.redact import hidden
 from visrl.replies import whole_text
 

@@ -1,4 +1,4 @@
-"""One reply of a server piece by piece, as it is drawn. Whatever the server does wrong is one kind of error here."""
+"""One reply of a server piece by piece, as it is sampled. Whatever the server does wrong is one kind of error here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import openai
 
-from visrl.engines.client import CHARACTERS_PER_TOKEN, Ask, Client
+from visrl.engines.client import Client
+from visrl.engines.openai_server import CHARACTERS_PER_TOKEN, Ask
 from visrl.engines.transport import http
 from visrl.engines.wire import Piece, finish, read_piece, read_reply
 
@@ -35,7 +36,7 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
     """
     server = client.first
     shown = f"the model's server {server.shown}"
-    body = client.body(ask)
+    body = server.body(ask)
     most = CHARACTERS_PER_TOKEN * body[client.endpoint.max_tokens_key]
     extra = {**client.endpoint.extra_body, **more}
     try:
@@ -53,10 +54,10 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
                 yield piece
     except openai.APIStatusError as error:
         status = error.status_code if error.status_code in PASSED_ON else 502
-        raise StreamError(status, client.refusal(server, error)) from error
+        raise StreamError(status, server.refusal(error)) from error
     except (openai.APIError, http.HTTPError, http.StreamError, ValueError, RecursionError) as error:
         cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
-        raise StreamError(502, f"{shown} failed: {client.told(cause)}") from error
+        raise StreamError(502, f"{shown} failed: {server.format_fault(cause)}") from error
 
 
 async def _lines(pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:

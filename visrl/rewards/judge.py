@@ -22,7 +22,8 @@ from visrl.replies import whole_text
 from visrl.rewards.reply_scores import is_score, read_published_score, read_score
 
 if TYPE_CHECKING:  # the client loads the whole of openai, and reading judgements needs none of it
-    from visrl.engines.client import Ask, Client
+    from visrl.engines.client import Client
+    from visrl.engines.openai_server import Ask
 
 OnReply = Callable[[int, Completion], None]
 
@@ -69,7 +70,7 @@ class Judgement:
 
 def judge_ask(answer: AnswerToJudge, max_tokens: int = JUDGE_TOKENS) -> Ask:
     """The published prompt about one answer, at temperature 0."""
-    from visrl.engines.client import Ask
+    from visrl.engines.openai_server import Ask
 
     return Ask(_messages(answer), Sampling(temperature=0.0, max_tokens=max_tokens))
 

@@ -13,9 +13,10 @@ from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.config import ConfigError
 from visrl.engines.base import Completion
-from visrl.engines.client import Ask, Client, Endpoint, EndpointError
+from visrl.engines.client import Client
 from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial
 from visrl.engines.open import model_settings, open_encoder, request_of
+from visrl.engines.openai_server import Ask, Endpoint, EndpointError
 from visrl.engines.server_process import free_port, start, stop, vllm_command, wait_until_served
 from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
