@@ -21,6 +21,7 @@ from serve_help import body, data_url, post, serving
 
 from visrl.box import Box, CropRule, Window, crop_window, iou
 from visrl.codecs import BOX_SPACES, CODECS
+from visrl.data.native import read_records
 from visrl.engines.base import Completion
 from visrl.engines.decoding import DecodeBatch, RunningSequence
 from visrl.evaluate.run import EvalConfig, evaluate
@@ -30,7 +31,7 @@ from visrl.evolve.pairs import preferences_of
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
-from visrl.records import Trajectory, read_records
+from visrl.records import Trajectory
 from visrl.scenes import draw_ref, scene_samples
 from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics

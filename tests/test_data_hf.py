@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from visrl.cli import app
 from visrl.data.convert import Reading, convert, read_format
 from visrl.data.named import named_samples
-from visrl.data.rows import MAX_DEPTH, json_items
+from visrl.data.rows import json_items
 from visrl.data.sizes import Sizes
 from visrl.data.sources import hash_source, read_preferences, read_samples
 from visrl.images import open_image
-from visrl.records import RecordError, VisrlWarning
+from visrl.records import MAX_DEPTH, RecordError, VisrlWarning
 
 
 def png(red: int = 9, size: tuple[int, int] = (30, 40)) -> bytes:

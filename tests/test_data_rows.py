@@ -10,6 +10,7 @@ from data_rows import BAD, detection, good_boxes, meta, refcoco, viscot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visrl import records
 from visrl.data import rows
 from visrl.data.native import parse_visrl
 from visrl.data.refcoco import parse_refcoco
@@ -90,7 +91,7 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def test_a_file_without_line_ends_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_ROW", 1000)
+    monkeypatch.setattr(records, "MAX_ROW", 1000)
     (tmp_path / "a.jsonl").write_text('{"a": "' + "x" * 5000 + '"}')
     with pytest.raises(RecordError, match="longer than 1,000 characters"):
         list(json_items(tmp_path / "a.jsonl"))

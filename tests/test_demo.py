@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from visrl.config import ConfigError
+from visrl.data.native import read_records
 from visrl.evolve.config import DemoConfig
 from visrl.evolve.demo import run_demo
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.tiny import CHECKPOINT
-from visrl.records import Preference, Trajectory, read_records
+from visrl.records import Preference, Trajectory
 from visrl.scenes import find_question, true_box
 
 SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1}

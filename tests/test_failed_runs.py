@@ -11,13 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from visrl.cli import app
+from visrl.data.native import read_records
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.run import evaluate
 from visrl.evolve.config import GenerateConfig
 from visrl.evolve.generate import generate
 from visrl.failures import FailedRun, Tally, is_failure
 from visrl.manifest import ManifestError, read_manifest
-from visrl.records import Trajectory, read_records, write_records
+from visrl.records import Trajectory, write_records
 
 BOX = "[0.100, 0.100, 0.500, 0.500]"
 WHOLE_PICTURES = 1  # a request of step 1 shows one picture, one of step 2 two

@@ -10,10 +10,11 @@ import pytest
 
 from visrl.box import Box
 from visrl.config import ConfigError
+from visrl.data.native import read_records
 from visrl.evolve.config import FilterConfig
 from visrl.evolve.filter import filter_pairs, table_lines
 from visrl.manifest import write_manifest
-from visrl.records import Preference, RecordError, Sample, Trajectory, Verdict, read_records, write_records
+from visrl.records import Preference, RecordError, Sample, Trajectory, Verdict, write_records
 from visrl.rollout.diversity import random_box_apart
 from visrl.scenes import scene_samples
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from visrl.config import ConfigError, read_config
+from visrl.data.native import read_records
 from visrl.engines.openai_server import EndpointError
 from visrl.engines.server_process import free_port, served
 from visrl.evolve.config import TINY_RL, EvolveConfig, GenerateConfig, ServerConfig
@@ -18,7 +19,7 @@ from visrl.evolve.loop import plan, run_evolve, stage_config
 from visrl.evolve.serving import server_command
 from visrl.manifest import ManifestError, hash_checkpoint, hash_files, read_manifest
 from visrl.models.tiny import CHECKPOINT
-from visrl.records import Trajectory, read_records
+from visrl.records import Trajectory
 
 OUR_SERVER = [
     sys.executable, "-m", "visrl.cli", "api", "model_name_or_path={model}", "served_model_name={name}", "port={port}",

@@ -9,7 +9,7 @@ from visrl.box import Box
 from visrl.data.check import check
 from visrl.data.convert import Reading, convert
 from visrl.data.info import read_info
-from visrl.data.native import parse_visrl, visrl_row
+from visrl.data.native import from_json, parse_visrl, read_records, visrl_row
 from visrl.data.rows import json_items, parsed_row, read_rows
 from visrl.data.sources import read_preferences, read_samples
 from visrl.evaluate.predictions import read_predictions
@@ -20,10 +20,8 @@ from visrl.records import (
     Sample,
     Trajectory,
     belongs_to,
-    from_json,
     json_line,
     read_jsonl,
-    read_records,
     write_text,
 )
 

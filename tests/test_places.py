@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from visrl.data.convert import convert
+from visrl.data.native import from_json, read_records
 from visrl.data.sources import read_preferences, read_samples
 from visrl.evaluate.answers import answer_to_judge, score_answers, with_judgements
 from visrl.evaluate.compare import compare
@@ -27,9 +28,7 @@ from visrl.records import (
     Sample,
     Trajectory,
     Verdict,
-    from_json,
     read_jsonl,
-    read_records,
     to_json,
     write_records,
 )

@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 
 from visrl.box import Box
+from visrl.data.native import from_json, read_records
 from visrl.manifest import NAME, hash_checkpoint
 from visrl.records import (
     Journal,
@@ -13,9 +14,7 @@ from visrl.records import (
     Sample,
     Trajectory,
     Verdict,
-    from_json,
     read_jsonl,
-    read_records,
     to_json,
     write_records,
 )

@@ -27,7 +27,7 @@ NAMES = {
     "Preference": "visrl.records",
     "read_samples": "visrl.data.sources",
     "read_preferences": "visrl.data.sources",
-    "read_records": "visrl.records",
+    "read_records": "visrl.data.native",
     "write_records": "visrl.records",
     # The verbs
     "train": "visrl.train",
@@ -50,6 +50,7 @@ __all__ = ["__version__", *NAMES]
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.box import Box as Box
     from visrl.box import iou as iou
+    from visrl.data.native import read_records as read_records
     from visrl.data.sources import read_preferences as read_preferences
     from visrl.data.sources import read_samples as read_samples
     from visrl.engines.open import PolicyConfig as PolicyConfig
@@ -64,7 +65,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.records import Sample as Sample
     from visrl.records import Trajectory as Trajectory
     from visrl.records import Verdict as Verdict
-    from visrl.records import read_records as read_records
     from visrl.records import write_records as write_records
     from visrl.report.page import report as report
     from visrl.rollout.rollout import Look as Look

@@ -1,6 +1,7 @@
-"""The records that flow from step to step, and append-only JSONL that survives a kill.
+"""The records that flow from step to step, and JSONL: one reader of lines, and journals that survive a kill.
 
-Every arrow of the loop is one JSONL file of these. They import nothing heavy: a data tool must start at once.
+Every arrow of the loop is one JSONL file of these. They import nothing heavy: a data tool must start at once. How a row
+becomes a record again is `visrl.data.native`'s matter.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from visrl.box import Box, Size
 from visrl.errors import UserError
@@ -20,6 +21,14 @@ from visrl.errors import UserError
 Step = Literal["box", "answer"]
 Origin = Literal["sampled", "random"]
 Place = tuple[str] | tuple[str, int]  # an id, and how many rows before have it where any has
+
+MAX_ROW = 1 << 24  # bytes: a row longer than this is taken for damage, not read into memory
+MAX_DEPTH = 200  # lists and objects in each other; what works on rows may call itself twice for each
+TOO_DEEP = f"it is nested too deeply: more than {MAX_DEPTH} lists and objects in each other"
+DECODER = json.JSONDecoder()
+_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every line
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # a whole string, so that brackets in it do not count
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 class RecordError(UserError, ValueError):
@@ -137,8 +146,6 @@ class Preference:
     context: tuple[Message, ...] = ()
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one for every line
-
 Record = TypeVar("Record", Sample, Trajectory, Verdict, Preference)
 
 
@@ -186,94 +193,99 @@ def picture_json(picture: Picture) -> str | dict[str, Any]:
     return row
 
 
-def _picture(entry: str | dict[str, Any]) -> Picture:
-    if isinstance(entry, str):
-        return Picture(entry)
-    crop, size = entry.get("crop"), entry.get("size")
-    return Picture(entry["ref"], Box(*crop) if crop else None, _size(size) if size else None)
-
-
-def _size(value: Any) -> Size:
-    width, height = value
-    if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
-        raise ValueError(f"size must be [width, height] in whole pixels, not {value!r}")
-    return width, height
-
-
-def from_json(kind: type[Record], row: dict[str, Any]) -> Record:
-    """The record in `row`, as `to_json` wrote it. What users write by hand is read by `visrl.data.native`.
-
-    Raises:
-        RecordError: a field is missing, unknown or of another type, or a box is none.
-    """
-    if not isinstance(row, dict):
-        raise RecordError(f"a {kind.__name__} must be a JSON object, this is {type(row).__name__}")
-    row = dict(row)
-    try:
-        if row.get("box") is not None:
-            row["box"] = Box(*row["box"])
-        if "images" in row:
-            row["images"] = tuple(_picture(entry) for entry in row["images"])
-        if "context" in row:
-            row["context"] = tuple(Message(entry["role"], entry["text"]) for entry in row["context"])
-        if row.get("size") is not None:
-            row["size"] = _size(row["size"])
-        for name, allowed in _TYPES[kind].items():
-            if name in row and type(row[name]) not in allowed:
-                raise TypeError(f"{name!r} cannot be {json.dumps(row[name], default=str)[:60]}")
-        return kind(**row)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RecordError(f"not a {kind.__name__}: {error}") from error
-
-
-def _types(hint: Any) -> tuple[type, ...]:
-    """The types that a field may hold by its annotation."""
-    if isinstance(hint, UnionType):
-        return tuple(one for part in get_args(hint) for one in _types(part))
-    if get_origin(hint) is Literal:
-        return (str,)
-    return (int, float) if hint is float else (get_origin(hint) or hint,)
-
-
 _KINDS = (Sample, Trajectory, Verdict, Preference)
-_TYPES: dict[type[Any], dict[str, tuple[type, ...]]] = {
-    kind: {name: _types(hint) for name, hint in get_type_hints(kind).items() if hint is not Any} for kind in _KINDS
-}
+# --- JSON by lines ----------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The values of a JSONL file, one by one; a byte order mark before the first is passed by.
+class BadLine(str):
+    """A line that is not JSON, as it stood; bytes that are not UTF-8 are kept as lone surrogates."""
+
+
+def read_jsonl(path: str | os.PathLike[str], *, unfinished: Literal["refuse", "leave_out"] = "refuse") -> Iterator[Any]:
+    """The values of a JSONL file, one by one; a byte order mark and blank lines are passed by.
+
+    A last line without a line end that is not JSON is what a kill cut off: with `unfinished="leave_out"` it is left
+    out, as `Journal` cuts it off where it goes on.
 
     Raises:
         RecordError: a line is not JSON in UTF-8; the message names file and line.
     """
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise RecordError(f"{path}, line {number}: not UTF-8 ({error.reason}); mend or remove it") from error
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove this line") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested without end
-                raise RecordError(f"{path}, line {number}: cannot be read ({error}); mend or remove it") from error
+    with open(path, "rb") as file:
+        for number, value, is_whole in json_lines(file, path):
+            if isinstance(value, BadLine):
+                if unfinished == "leave_out" and not is_whole:
+                    return
+                raise bad_line(path, number, value)
+            yield value
 
 
-def read_records(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
-    """The records of a JSONL file, one by one.
+def json_lines(file: BinaryIO, name: str | os.PathLike[str]) -> Iterator[tuple[int, Any, bool]]:
+    """The number and the value of every line that is not blank, and whether it has a line end. A line that is not JSON
+    comes as a `BadLine`.
 
     Raises:
-        RecordError: a line is not such a record; the message names file and line.
+        RecordError: a line of more than `MAX_ROW` bytes.
     """
-    for number, row in enumerate(read_jsonl(path), start=1):
-        try:
-            yield from_json(kind, row)
-        except RecordError as error:
-            raise RecordError(f"{path}, row {number}: {error}") from error
+    number = 0
+    while line := file.readline(MAX_ROW):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) >= MAX_ROW:
+            raise RecordError(f"{name}, line {number}: longer than {MAX_ROW:,} characters; is this a JSONL file?")
+        if line and not line.isspace():
+            try:
+                value = json_value(line.decode())
+            except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                value = BadLine(line.rstrip(b"\n").decode("utf-8", "surrogateescape"))
+            yield number, value, line.endswith(b"\n")
+
+
+def json_value(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than `MAX_DEPTH`.
+    """
+    if is_deep(text):
+        raise ValueError(TOO_DEEP)
+    return DECODER.decode(text)
+
+
+def is_deep(text: str, start: int = 0, end: int | None = None) -> bool:
+    """Whether a JSON text, that of `text` from `start` to `end`, is nested deeper than `MAX_DEPTH`."""
+    end = len(text) if end is None else end
+    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
+        return False
+    return any(depth > MAX_DEPTH for _, depth in bracket_depths(text, start, end))
+
+
+def bracket_depths(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The place after each bracket of a JSON text, and how many lists and objects are open there."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, start, end):
+        if (step := _STEPS.get(found[0], 0)) != 0:
+            depth += step
+            yield found.end(), depth
+
+
+def bad_line(path: str | os.PathLike[str], number: int, line: BadLine) -> RecordError:
+    """What is raised where a line that is not JSON cannot be used."""
+    return RecordError(f"{path}, line {number}: {line_fault(line)}; mend or remove this line")
+
+
+def line_fault(line: BadLine) -> str:
+    """What is wrong with a line, in a few words."""
+    try:
+        line.encode()
+        json_value(line)
+    except UnicodeEncodeError:
+        return "not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at character {error.pos + 1}"
+    except ValueError as error:  # nested too deeply, or a number of thousands of digits
+        return f"not JSON: {error}"
+    return "not JSON"
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> int:
@@ -301,15 +313,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 class Journal:
     """An append-only JSONL file written in batches, for long work that may be killed at any moment.
 
-    Each `append` ends in one flush. A line that a kill left unfinished is cut off when the journal is opened again,
-    so a resumed run sees whole lines only.
+    Each `append` ends in one flush. A line that a kill left unfinished (see `read_jsonl`) is cut off when the journal
+    is opened again, so a resumed run sees whole lines only.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _cut_unfinished_line(self.path)
+            _end_last_line(self.path)
         self._file = open(self.path, "ab")  # noqa: SIM115 (closed in close)
 
     def append(self, records: Iterable[Any]) -> None:
@@ -338,7 +350,8 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def _cut_unfinished_line(path: Path) -> None:
+def _end_last_line(path: Path) -> None:
+    """Cut off a last line that a kill left unfinished; one that only lacks its line end is given it."""
     with open(path, "rb+") as file:
         end = file.seek(0, os.SEEK_END)
         whole = end  # where the last whole line ends; looked for from the end, for files may be long
@@ -350,5 +363,11 @@ def _cut_unfinished_line(path: Path) -> None:
                 whole = start + place + 1
                 break
             whole = start
-        if whole < end:
+        if whole == end:
+            return
+        file.seek(whole)
+        if any(isinstance(value, BadLine) for _, value, _ in json_lines(file, path)):
             file.truncate(whole)
+        else:
+            file.seek(end)
+            file.write(b"\n")

@@ -19,8 +19,7 @@ from visrl.box import Size
 from visrl.codecs import BoxSpace
 from visrl.data.hf import ParquetWriter, is_hf, read_hf
 from visrl.data.info import DatasetEntry, find_entry
-from visrl.data.native import pool_row, visrl_row
-from visrl.data.own import parse_own
+from visrl.data.native import parse_own, pool_row, visrl_row
 from visrl.data.picture_files import PictureFiles
 from visrl.data.refcoco import parse_refcoco, refcoco_row
 from visrl.data.rows import DataRow, Parse, RowFault, Writer, parsed_row, read_rows

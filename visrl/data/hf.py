@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visrl.data.native import parse_visrl
-from visrl.data.own import VOTED, one_answer, with_size
-from visrl.data.rows import DataRow, Parsed, RowFault, json_value, parsed_row
+from visrl.data.native import VOTED, one_answer, parse_visrl, with_size
+from visrl.data.rows import DataRow, Parsed, RowFault, parsed_row
 from visrl.data.sizes import Sizes
-from visrl.records import RecordError
+from visrl.records import RecordError, json_value
 
 BATCH = 1000  # rows written at a time
 

@@ -1,4 +1,4 @@
-"""Our own JSONL: samples and preferences as they flow between steps, and the short form that users write by hand.
+"""Our own JSONL: records as they flow between steps, and the short form of samples that users write by hand.
 
 The one typed reader of it, whatever verb asks. The short form needs `image`, `question` and `answer`; `id`, `box` (four
 fractions of the image), `bbox` (four pixels, with `width` and `height`) and `source` are optional. A number stands for
@@ -9,17 +9,87 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from visrl.box import Box, BoxError, Size, corner_fault
-from visrl.data.rows import RowFault, check_text, four_numbers, get_size, get_text
+from visrl.data.rows import SAME, Parsed, RowFault, check_text, four_numbers, get_size, get_text
+from visrl.data.sizes import Sizes
 from visrl.prompts import IMAGE
-from visrl.records import Message, Picture, Preference, Sample, to_json
+from visrl.records import (
+    Message,
+    Picture,
+    Preference,
+    Record,
+    RecordError,
+    Sample,
+    Trajectory,
+    Verdict,
+    read_jsonl,
+    to_json,
+)
 
 _SAMPLE_KEYS = {field.name for field in fields(Sample)} - {"repeat"}  # which is where a row stands, not what it says
 _PREFERENCE_KEYS = {field.name for field in fields(Preference)}
 _SHORT_KEYS = {"bbox", "width", "height", "split"}
+_LIKE_BOX = ("bboxes", "boxes", "bboxs", "bbox_2d", "box_2d", "bounding_box")  # names of boxes elsewhere
+VOTED = "the most frequent of several answers is taken, the first of equally frequent ones"
+
+
+def read_records(kind: type[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
+    """The records of a JSONL file, one by one.
+
+    Raises:
+        RecordError: a line is not such a record; the message names file and line.
+    """
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            yield from_json(kind, row, number)
+        except RecordError as error:
+            raise RecordError(f"{path}, row {number}: {error}") from error
+
+
+def from_json(kind: type[Record], row: Any, number: int = 1) -> Record:
+    """The record in a row: as `to_json` wrote it, or a sample in the short form.
+
+    Raises:
+        RecordError: a field is missing, unknown or of another type, or a box is none.
+    """
+    try:
+        if kind in _FIELDS:
+            return _typed(kind, row)
+        (record,) = parse_visrl(row, number)
+    except (RowFault, BoxError) as error:
+        raise RecordError(f"not a {kind.__name__}: {error}") from error
+    if not isinstance(record, kind):
+        raise RecordError(f"not a {kind.__name__}: it is a {type(record).__name__}")
+    return record
+
+
+def parse_own(raw: Any, number: int, sizes: Sizes) -> Parsed:
+    """The sample or the preference of a row, with notes on what was chosen for it.
+
+    Raises:
+        RowFault, BoxError: the row's form or its box.
+    """
+    notes: tuple[str, ...] = ()
+    if isinstance(raw, dict) and "chosen" in raw and raw["chosen"] == raw.get("rejected"):
+        notes = (SAME,)
+    if isinstance(raw, dict) and "chosen" not in raw:
+        key = next((key for key in ("answer", "answers") if isinstance(raw.get(key), (list, dict))), None)
+        if key is not None and (key == "answer" or raw.get("answer") is None):
+            answer, differ = one_answer(raw[key], key)
+            raw = raw | {"answers": raw[key], "answer": answer}
+            notes = (VOTED,) if differ else ()
+        if all(raw.get(key) is None for key in ("box", "bbox")):
+            notes += tuple(
+                f"{key!r} is not read: a box is given as 'box' or 'bbox'" for key in _LIKE_BOX if raw.get(key)
+            )
+    return Parsed(parse_visrl(with_size(raw, sizes), number), notes)
 
 
 def parse_visrl(raw: Any, number: int) -> tuple[Sample | Preference, ...]:
@@ -31,6 +101,35 @@ def parse_visrl(raw: Any, number: int) -> tuple[Sample | Preference, ...]:
     if not isinstance(raw, dict):
         raise RowFault("unparseable", f"a row must be a JSON object, this is {type(raw).__name__}")
     return (_preference(raw, number),) if "chosen" in raw else (_sample(raw, number),)
+
+
+def one_answer(value: Any, column: str) -> tuple[str, bool]:
+    """The most frequent of several answers, and whether they differ. They are a list of texts, or of objects with
+    `answer`, or an object of such lists.
+
+    Raises:
+        RowFault: none of these, or no answer in it.
+    """
+    if isinstance(value, dict):
+        value = value.get("answer", value.get("text"))
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
+    if not answers or not all(type(answer) in (str, int, float) for answer in answers):
+        raise RowFault("unparseable", f"{column!r} must be an answer or a list of answers, it is {str(value)[:60]}")
+    counts = Counter(map(str, answers))
+    return counts.most_common(1)[0][0], len(counts) > 1  # in the order they were seen where equally frequent
+
+
+def with_size(raw: Any, sizes: Sizes) -> Any:
+    """A row whose box in pixels says no size, with that of its picture.
+
+    Raises:
+        RowFault: "no_size", where the picture cannot be looked at.
+    """
+    if not isinstance(raw, dict) or raw.get("bbox") is None or not isinstance(raw.get("image"), str):
+        return raw
+    if any(raw.get(key) is not None for key in ("size", "width", "height")):
+        return raw
+    return raw | {"size": list(sizes.of(raw["image"]))}
 
 
 def visrl_row(record: Sample | Preference) -> dict[str, Any]:
@@ -205,3 +304,40 @@ def _from_pixels(pixels: Any, size: Size | None) -> Box:
     if fault is not None:
         raise BoxError(fault, f"the box {list(corners)} in pixels of {size[0]} × {size[1]} is {fault}")
     return Box.from_pixels(corners, size)
+
+
+# --- What policy and critic gave, which only `to_json` writes ---------------------------------------------------------
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """The types that a field may hold by its annotation."""
+    if isinstance(hint, UnionType):
+        return tuple(one for part in get_args(hint) for one in _types(part))
+    if get_origin(hint) is Literal:
+        return (str,)
+    return (int, float) if hint is float else (hint,)
+
+
+_FIELDS: dict[type[Any], dict[str, tuple[type, ...]]] = {
+    kind: {name: _types(hint) for name, hint in get_type_hints(kind).items()} for kind in (Trajectory, Verdict)
+}
+
+
+def _typed(kind: type[Record], row: Any) -> Record:
+    """The trajectory or the verdict in a row.
+
+    Raises:
+        RowFault, BoxError: a field is missing, unknown or of another type, or the box is none.
+    """
+    if not isinstance(row, dict):
+        raise RowFault("unparseable", f"a row must be a JSON object, this is {type(row).__name__}")
+    allowed = _FIELDS[kind]
+    if row.get("box") is not None:
+        row = row | {"box": Box(*four_numbers(row["box"], "box"))}
+    for name, value in row.items():
+        if name in allowed and type(value) not in allowed[name]:
+            raise RowFault("unparseable", f"{name!r} cannot be {json.dumps(value, default=str)[:60]}")
+    try:
+        return kind(**row)
+    except TypeError as error:  # a field too many or too few
+        raise RowFault("unparseable", str(error)) from error

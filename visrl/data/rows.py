@@ -6,26 +6,35 @@ sentence. `raw` is what stood there, so that a file can be written back as it wa
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from visrl.box import BoxError
 from visrl.prompts import IMAGE
-from visrl.records import Preference, RecordError, Sample, json_line
+from visrl.records import (
+    DECODER,
+    MAX_ROW,
+    TOO_DEEP,
+    BadLine,
+    Preference,
+    RecordError,
+    Sample,
+    bad_line,
+    bracket_depths,
+    is_deep,
+    json_line,
+    json_lines,
+    line_fault,
+)
 
 CHUNK = 1 << 20  # characters read at a time from a JSON list
-MAX_ROW = 1 << 24  # characters: a row longer than this is taken for damage, not read into memory
-
-MAX_DEPTH = 200  # lists and objects in each other; what works on rows may call itself twice for each
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # a whole string, so that brackets in it do not count
-_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
-_DEEP = f"it is nested too deeply: more than {MAX_DEPTH} lists and objects in each other"
 
 # Faults that are a row's form; "inverted", "outside" and "empty" are a box's.
 _BOX_TEXT_FAULTS = {"no_box", "count", "not_a_number", "more_than_one"}
@@ -37,10 +46,6 @@ class RowFault(ValueError):
     def __init__(self, fault: str, message: str) -> None:
         super().__init__(message)
         self.fault = fault
-
-
-class BadLine(str):
-    """A line that is not JSON, kept as it stood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,6 @@ def format_notes(notes: Counter[str]) -> list[str]:
 
 SAME = "the chosen and the rejected reply are the same: there is nothing to prefer"
 
-_DECODER = json.JSONDecoder()
 Parse = Callable[[Any, int], tuple[Sample | Preference, ...] | Parsed]
 
 
@@ -89,7 +93,7 @@ def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[DataRow]:
 def parsed_row(raw: Any, number: int, parse: Parse) -> DataRow:
     """The row that `parse` makes of `raw`, good or bad."""
     if isinstance(raw, BadLine):
-        return DataRow(number, raw, fault="unparseable", reason=_why_not_json(raw))
+        return DataRow(number, raw, fault="unparseable", reason=f"the line is {line_fault(raw)}")
     try:
         parsed = parse(raw, number)
         records, notes = parsed if isinstance(parsed, Parsed) else (parsed, ())
@@ -111,91 +115,46 @@ def _refuse_marks(sample: Sample) -> None:
             raise RowFault("unparseable", f"the {key} holds an {IMAGE} mark: {text[:60]!r}")
 
 
-def json_items(path: str | os.PathLike[str]) -> Iterator[Any]:
+def json_items(path: str | os.PathLike[str], *, bad_lines: Literal["keep", "refuse"] = "keep") -> Iterator[Any]:
     """The values of a JSON list, or of the lines of a JSONL file; a line that is not JSON comes as a `BadLine`.
 
     A file of any length is read in a few megabytes of memory.
 
     Raises:
-        RecordError: the file is not there, or a JSON list is damaged; the message names file, row and place.
+        RecordError: the file is not there, or a JSON list is damaged; the message names file, row and place. With
+            `bad_lines="refuse"` also: a line is not JSON.
     """
     try:
-        file = open(path, encoding="utf-8-sig", errors="surrogateescape")  # noqa: SIM115 (closed below)
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise RecordError(f"no data at {path} ({error.strerror})") from error
     except ValueError as error:  # a name that no file system takes
         raise RecordError(f"no data at {str(path)!r} ({error})") from error
     with file:
-        start = file.read(1)
-        while start and start.isspace():
-            start = file.read(1)
-        if start == "[":
-            yield from _list_items(file, str(path))
-        elif start:
-            yield from _line_items(file, start, str(path))
+        if _is_list(file):
+            yield from _list_items(io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape"), str(path))
+        else:
+            for number, value, _ in json_lines(file, path):
+                if bad_lines == "refuse" and isinstance(value, BadLine):
+                    raise bad_line(path, number, value)
+                yield value
 
 
-def _line_items(file: IO[str], start: str, path: str) -> Iterator[Any]:
-    line = start + file.readline(MAX_ROW)
-    number = 0
-    while line:
-        number += 1
-        if len(line) >= MAX_ROW:
-            raise RecordError(f"{path}, line {number}: longer than {MAX_ROW:,} characters; is this a JSONL file?")
-        if not line.isspace():
-            yield _line_value(line)
-        line = file.readline(MAX_ROW)
-
-
-def _line_value(line: str) -> Any:
-    try:
-        if not line.isascii():
-            line.encode()
-        return json_value(line)
-    except ValueError:  # UnicodeEncodeError and JSONDecodeError are ValueErrors
-        return BadLine(line.rstrip("\n"))
-
-
-def json_value(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, or nested deeper than `MAX_DEPTH`.
-    """
-    if _is_deep(text):
-        raise ValueError(_DEEP)
-    return _DECODER.decode(text)
-
-
-def _is_deep(text: str, start: int = 0, end: int | None = None) -> bool:
-    """Whether a JSON text, that of `text` from `start` to `end`, is nested deeper than `MAX_DEPTH`."""
-    end = len(text) if end is None else end
-    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
-        return False
-    depth = 0
-    for found in _BRACKETS.finditer(text, start, end):
-        depth += _STEPS.get(found[0], 0)
-        if depth > MAX_DEPTH:
-            return True
+def _is_list(file: io.BufferedReader) -> bool:
+    """Whether a file holds a JSON list; its byte order mark and the blanks before its first value are read."""
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(3)
+    while ahead := file.peek(1):
+        blanks = len(ahead) - len(ahead.lstrip())
+        file.read(blanks)
+        if blanks < len(ahead):
+            return ahead[blanks : blanks + 1] == b"["
     return False
 
 
-def _why_not_json(line: str) -> str:
-    try:
-        line.encode()
-        json_value(line)
-    except UnicodeEncodeError:
-        return "the line is not UTF-8"
-    except json.JSONDecodeError as error:
-        return f"the line is not JSON: {error.msg} at character {error.pos + 1}"
-    except ValueError as error:
-        return f"the line is not JSON: {error}"
-    return "the line is not JSON"
-
-
 def _list_items(file: IO[str], path: str) -> Iterator[Any]:
-    """The values of a JSON list whose `[` has been read."""
-    text, place, number = "", 0, 1
+    """The values of a JSON list, whose `[` comes next."""
+    text, place, number = file.read(1), 1, 1
     try:
         while True:
             text, place = _next_char(file, text, place)
@@ -232,33 +191,24 @@ def _next_value(file: IO[str], text: str, place: int) -> tuple[Any, str, int]:
     while True:
         problem: json.JSONDecodeError | None = None
         try:
-            value, end = _DECODER.raw_decode(text, place)
+            value, end = DECODER.raw_decode(text, place)
             # What follows a number may be more of it: `1` of `1.5`.
             if end < len(text) and (not isinstance(value, (int, float)) or text[end] in " \t\r\n,]"):
-                return (BadLine(text[place:end]) if _is_deep(text, place, end) else value), text, end
+                return (BadLine(text[place:end]) if is_deep(text, place, end) else value), text, end
         except json.JSONDecodeError as error:
             problem = error
         except RecursionError:
-            whole = _end_of(text, place)
+            depths = bracket_depths(text, place, len(text))
+            whole = next((end for end, depth in depths if depth == 0), None)  # where it ends, without reading it
             if whole is not None:
                 return BadLine(text[place:whole]), text, whole
-            problem = json.JSONDecodeError(_DEEP, "", 0)
+            problem = json.JSONDecodeError(TOO_DEEP, "", 0)
         if len(text) - place > MAX_ROW:
             raise problem or ValueError(f"a row of more than {MAX_ROW:,} characters")
         more = file.read(max(CHUNK, len(text) - place))
         if not more:
             raise problem or ValueError("the list has no end")
         text, place = text[place:] + more, 0
-
-
-def _end_of(text: str, place: int) -> int | None:
-    """Where the list or object that starts at `place` ends, found without reading what is in it."""
-    depth = 0
-    for found in _BRACKETS.finditer(text, place):
-        depth += _STEPS.get(found[0], 0)
-        if depth == 0:
-            return found.end()
-    return None
 
 
 class Writer:

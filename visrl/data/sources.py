@@ -20,7 +20,7 @@ from visrl.data.convert import Reading, other_format
 from visrl.data.hf import is_hf
 from visrl.data.info import find_entry
 from visrl.data.named import check_names, hf_samples, is_named, named_preferences, named_samples
-from visrl.data.own import parse_own
+from visrl.data.native import parse_own
 from visrl.data.rows import DataRow, format_notes, read_rows
 from visrl.data.sizes import Sizes
 from visrl.manifest import hash_files

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from visrl.records import RecordError, read_jsonl
+from visrl.data.rows import json_items
+from visrl.records import RecordError
 
 PathLike = str | os.PathLike[str]
 Rows = list[dict[str, Any]]
@@ -25,21 +26,12 @@ def read_predictions(path: PathLike) -> Rows:
     """
     if not Path(path).is_file():
         raise RecordError(f"no file at {path}")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            is_list = file.read(1 << 12).lstrip().startswith("[")
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig")) if is_list else list(read_jsonl(path))
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise RecordError(f"{path} is nested too deeply to be read") from error
+    rows = list(json_items(path, bad_lines="refuse"))
     if not rows:
         raise RecordError(f"{path} holds no rows")
-    wrong = next((number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise RecordError(f"{path}, row {wrong}: not a JSON object")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise RecordError(f"{path}, row {number}: not a JSON object")
     return rows
 
 

@@ -241,8 +241,7 @@ def _known_rows(config: EvalConfig) -> dict[Key, Row]:
     journal, done = config.output_dir / JOURNAL, config.output_dir / NAME
     rows: list[Row] = list(read_jsonl(done)) if done.is_file() else []
     if journal.is_file():
-        Journal(journal).close()  # cuts the line that a kill left unfinished
-        rows += read_jsonl(journal)
+        rows += read_jsonl(journal, unfinished="leave_out")
     return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
 
 

@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
+from visrl.data.native import read_records
 from visrl.evolve.config import parse_shard
-from visrl.records import RecordError, Sample, Trajectory, Verdict, read_records
+from visrl.records import RecordError, Sample, Trajectory, Verdict
 
 Kind = TypeVar("Kind", Trajectory, Verdict)
 PREFIX = "failed-"  # of the files of a run that is to be tried again

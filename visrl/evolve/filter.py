@@ -10,12 +10,13 @@ from typing import Any
 
 from visrl.box import Box, iou
 from visrl.config import ConfigError
+from visrl.data.native import read_records
 from visrl.data.sources import hash_source
 from visrl.evolve.config import FilterConfig
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.pairs import Filtered, Judged, Pair, make_pairs
 from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
-from visrl.records import Place, Record, RecordError, Trajectory, Verdict, read_records, write_records
+from visrl.records import Place, Record, RecordError, Trajectory, Verdict, write_records
 
 PREFERENCES, PAGE = "preferences.jsonl", "pairs.html"
 GOOD_IOU = 0.5  # the paper's table calls a box positive above this IoU with the true one

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import CropRule
+from visrl.data.native import read_records
 from visrl.data.sources import hash_source, read_samples
 from visrl.engines.base import Policy
 from visrl.engines.open import opened_policy
@@ -29,7 +30,7 @@ from visrl.manifest import (
     release_folder,
     write_manifest,
 )
-from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict, read_records
+from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict
 from visrl.redact import without_secrets
 from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_failure
 from visrl.rewards.open import NOT_IDENTITY, Grading, critic_name, opened_critic

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import CropRule
+from visrl.data.native import from_json
 from visrl.evaluate.results import NAME as RESULTS
 from visrl.evaluate.results import SCORES, dataset_of, read_results
 from visrl.manifest import NAME as MANIFEST
 from visrl.pages.figures import Curve
-from visrl.records import Verdict, from_json, place_name, place_of
+from visrl.records import Verdict, place_name, place_of
 from visrl.report.shapes import (
     AnswerShape,
     EvaluationShape,

@@ -160,14 +160,10 @@ def read_run_rows(path: Path, shape: type[Shape]) -> list[Row]:
     Raises:
         ReportError: another line is not JSON, or not of that shape.
     """
-    rows: list[Row] = []
     try:
-        for row in read_jsonl(path):
-            rows.append(row)  # one by one: what came before a bad line stays
+        rows = list(read_jsonl(path, unfinished="leave_out"))
     except RecordError as error:
-        # A kill can only have spoilt the last line, and left no line end.
-        if path.read_bytes().endswith(b"\n"):
-            raise ReportError(str(error)) from error
+        raise ReportError(str(error)) from error
     for number, row in enumerate(rows, start=1):
         wrong = fault(row, shape)
         if wrong is not None:

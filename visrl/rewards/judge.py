@@ -140,8 +140,7 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
     """
     if not Path(path).exists():
         return
-    Journal(path).close()  # cuts what a kill left unfinished
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(read_jsonl(path, unfinished="leave_out"), start=1):
         try:
             judgement = Judgement(**row)
             _check(judgement)

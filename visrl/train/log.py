@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from visrl.records import Journal, read_jsonl, write_records
+from visrl.records import read_jsonl, write_records
 
 
 class RunningMeans:
@@ -51,8 +51,7 @@ class JsonLog(TrainerCallback):
 def cut_log(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint that training resumes from: they will be written again."""
     if path.is_file():
-        Journal(path).close()  # cuts the line that a kill left unfinished
-        write_records(path, [row for row in read_jsonl(path) if row["step"] <= step])
+        write_records(path, [row for row in read_jsonl(path, unfinished="leave_out") if row["step"] <= step])
 
 
 def plot_loss(out: Path) -> None:
