@@ -25,7 +25,8 @@ from visrl.conversation import Conversation
 from visrl.engines.base import Completion
 from visrl.engines.decoding import OnToken
 from visrl.serve.app import Settings, create_app
-from visrl.serve.batching import Backend, Batcher, Loaded
+from visrl.serve.backend import Backend, Loaded
+from visrl.serve.batching import ContinuousBatcher
 from visrl.serve.metrics import Metrics
 from visrl.serve.requests import QueuedRequest
 from visrl.serve.runner import http_config
@@ -156,7 +157,7 @@ def known(
 ) -> Iterator[tuple[str, KnownEngine, Metrics]]:
     """A server over a known engine: its address, engine and metrics."""
     engine, metrics = KnownEngine(speak, token_s), Metrics()
-    batcher = Batcher(lambda: Loaded(engine), metrics, max_batch=max_batch, max_waiting=max_waiting)
+    batcher = ContinuousBatcher(lambda: Loaded(engine), metrics, max_batch=max_batch, max_waiting=max_waiting)
     with serving(batcher, metrics, **settings) as url:
         yield url, engine, metrics
 

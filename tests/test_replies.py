@@ -17,7 +17,7 @@ from visrl.records import Sample
 from visrl.replies import spoken, whole_text
 from visrl.rewards.detection import parse_box
 from visrl.rollout.greedy import greedy_looks
-from visrl.rollout.rollout import hear, look_at
+from visrl.rollout.steps import finish, look_of
 
 WHOLE = View("w", Image.new("RGB", (100, 100)))
 
@@ -74,12 +74,12 @@ def test_halves_of_surrogate_pairs_are_replaced_and_whole_characters_kept():
 
 def test_boxes_and_answers_are_read_outside_of_thinking():
     aloud = "<think>[0.5, 0.5, 0.6, 0.6] or [0.1, 0.1, 0.2, 0.2]?</think> [0.1, 0.1, 0.2, 0.2]"
-    look = look_at(Says(), "?", WHOLE, Completion(aloud))
+    look = look_of("?", WHOLE, Completion(aloud), Says.codec, WHOLE.size)
     assert (look.box, look.text) == (Box(0.1, 0.1, 0.2, 0.2), "[0.1, 0.1, 0.2, 0.2]")
-    hear(look, Completion("<think>eight? no</think>\n7"))
+    look = finish(look, Completion("<think>eight? no</think>\n7"))
     assert look.answer == "7"
     assert parse_box(aloud, (100, 100), CODECS["visrl"]) == look.box
-    cut = look_at(Says(), "?", WHOLE, Completion("<think>[0.5, 0.5, 0.6, 0.6], or"))
+    cut = look_of("?", WHOLE, Completion("<think>[0.5, 0.5, 0.6, 0.6], or"), Says.codec, WHOLE.size)
     assert (cut.box, cut.text) == (None, "")
     assert "ended inside its thinking" in cut.error
 

@@ -26,7 +26,8 @@ from serve_help import (
 from waiting import PATIENCE_S, wait_until
 
 from visrl.conversation import Conversation
-from visrl.serve.batching import Batcher, Loaded
+from visrl.serve.backend import Loaded
+from visrl.serve.batching import ContinuousBatcher
 from visrl.serve.metrics import Metrics
 from visrl.serve.requests import QueuedRequest, held_back
 
@@ -221,7 +222,7 @@ def test_health_is_503_until_the_model_is_loaded() -> None:
         loaded.wait(PATIENCE_S)
         return Loaded(KnownEngine(two_steps))
 
-    batcher = Batcher(load, metrics)
+    batcher = ContinuousBatcher(load, metrics)
     with serving(batcher, metrics, wait=False) as url:
         assert get(f"{url}/health").status_code == 503
         assert get(f"{url}/health").json() == {"status": "loading"}
@@ -236,7 +237,7 @@ def test_a_model_that_cannot_be_loaded_is_told() -> None:
     def load() -> Loaded:
         raise ValueError("no weights here")
 
-    batcher = Batcher(load, Metrics())
+    batcher = ContinuousBatcher(load, Metrics())
     batcher.start()
     wait_until(lambda: batcher.state != "loading")
     assert batcher.state == "failed"

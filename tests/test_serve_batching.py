@@ -28,9 +28,11 @@ from waiting import wait_until
 from visrl.conversation import Conversation, Message, View
 from visrl.engines.base import Sampling
 from visrl.prompts import IMAGE
-from visrl.serve.batching import PREPARE_S, Batcher, Loaded, PendingRequest, fitting
+from visrl.serve.admission import PREPARE_S, fitting
+from visrl.serve.backend import Loaded
+from visrl.serve.batching import ContinuousBatcher
 from visrl.serve.metrics import Metrics
-from visrl.serve.requests import QueuedRequest
+from visrl.serve.requests import PendingRequest, QueuedRequest
 from visrl.serve.schemas import Limits
 
 
@@ -70,7 +72,7 @@ def test_a_picture_that_cannot_be_made_ready_is_a_400_and_holds_nobody_up() -> N
             return super().prepare(conversation)
 
     metrics, engine = Metrics(), Picky(echo, 0.002)
-    with serving(Batcher(lambda: Loaded(engine), metrics, max_batch=1, max_waiting=4), metrics) as url:
+    with serving(ContinuousBatcher(lambda: Loaded(engine), metrics, max_batch=1, max_waiting=4), metrics) as url:
         for _ in range(8):  # as many as would fill every place, were one not given back
             reply = post(url, body("bad"))
             assert (reply.status_code, "cannot take" in reply.text) == (400, True)
@@ -81,7 +83,7 @@ def test_a_picture_that_cannot_be_made_ready_is_a_400_and_holds_nobody_up() -> N
 
 def test_the_further_texts_of_a_request_leave_room_for_the_first_of_others() -> None:
     metrics, engine = Metrics(), KnownEngine(echo, 0.002)
-    batcher = Batcher(lambda: Loaded(engine), metrics, max_batch=4, max_waiting=40)
+    batcher = ContinuousBatcher(lambda: Loaded(engine), metrics, max_batch=4, max_waiting=40)
     with serving(batcher, metrics) as url, ThreadPoolExecutor(4) as pool:
         engine.go_on.clear()
         many = [pool.submit(post, url, body("many", n=16)) for _ in range(2)]
@@ -147,17 +149,17 @@ def test_who_leaves_an_idle_engine_before_it_begins_leaves_it_to_others() -> Non
             return super().prepare(conversation)
 
     engine = Slow(echo)
-    batcher = Batcher(lambda: Loaded(engine), Metrics())
+    batcher = ContinuousBatcher(lambda: Loaded(engine), Metrics())
     seen = Conversation((Message("user", f"{IMAGE} with a picture"),), (View("a", Image.new("RGB", (8, 8))),))
 
     async def run() -> list[str | None]:
         being_prepared = asyncio.ensure_future(batcher.submit(QueuedRequest(seen, Sampling(), 0)))
-        while not batcher._preparing:
+        while not batcher.queue.preparing:
             await asyncio.sleep(0.001)
         leaves = asyncio.ensure_future(
             batcher.submit(QueuedRequest(Conversation((Message("user", "leaves"),)), Sampling(), 0))
         )
-        while not batcher._waiting:  # the engine waits for company now
+        while not batcher.queue.waiting:  # the engine waits for company now
             await asyncio.sleep(0.001)
         leaves.cancel()
         return [(await being_prepared).text]
@@ -215,7 +217,7 @@ def test_one_bad_prompt_in_a_batch_fails_alone() -> None:
 
     metrics = Metrics()
     engine = KnownEngine(echo, 0.002, PickyBatch)
-    batcher = Batcher(lambda: Loaded(engine), metrics)
+    batcher = ContinuousBatcher(lambda: Loaded(engine), metrics)
     with serving(batcher, metrics) as url, ThreadPoolExecutor(8) as pool:
         questions = ["bad" if number == 3 else f"q{number}" for number in range(8)]
         replies = list(pool.map(lambda question: post(url, body(question, pictures=[])), questions))
@@ -247,7 +249,7 @@ def test_a_model_that_fails_midway_costs_nobody_an_answer(batch: type[KnownBatch
     """Rows that were being drawn together are drawn again, each by itself; a stream goes on where it was."""
 
     metrics, engine = Metrics(), KnownEngine(echo, batch=batch)
-    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
+    with serving(ContinuousBatcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
         engine.go_on.clear()
         first = pool.submit(post, url, body("first", pictures=[]))
         wait_until(lambda: engine.running)
@@ -272,7 +274,7 @@ def test_too_little_memory_makes_smaller_batches(capfd: pytest.CaptureFixture[st
             return super().step()
 
     metrics, engine = Metrics(), KnownEngine(echo, batch=SmallBatch)
-    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
+    with serving(ContinuousBatcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(8) as pool:
         engine.go_on.clear()
         asked = [pool.submit(post, url, body(f"question {n}", pictures=[], stream=n == 7)) for n in range(8)]
         wait_until(lambda: engine.running and metrics.waiting_requests() + engine.running == 8)
@@ -307,7 +309,7 @@ def test_an_engine_that_dies_leaves_nobody_waiting() -> None:
             raise RuntimeError("out of memory") if len(self) > 1 else MemoryError("nobody foresaw this")
 
     metrics, engine = Metrics(), KnownEngine(echo, batch=BrokenBatch)
-    with serving(Batcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(4) as pool:
+    with serving(ContinuousBatcher(lambda: Loaded(engine), metrics), metrics) as url, ThreadPoolExecutor(4) as pool:
         engine.go_on.clear()
         replies = [pool.submit(post, url, body(n=2)) for _ in range(4)]
         wait_until(lambda: engine.running and metrics.waiting_requests() + engine.running == 8)

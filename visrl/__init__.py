@@ -15,7 +15,7 @@ NAMES = {
     # A checkpoint at work
     "load_policy": "visrl.policy",
     "LoadedPolicy": "visrl.policy",
-    "Look": "visrl.rollout.rollout",
+    "Look": "visrl.rollout.steps",
     "ask": "visrl.policy",
     # What flows from step to step
     "Box": "visrl.box",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.records import Verdict as Verdict
     from visrl.records import write_records as write_records
     from visrl.report.page import report as report
-    from visrl.rollout.rollout import Look as Look
+    from visrl.rollout.steps import Look as Look
     from visrl.serve.config import ServeConfig as ServeConfig
     from visrl.serve.runner import serve as serve
     from visrl.train.config import TrainConfig as TrainConfig

@@ -20,7 +20,8 @@ from visrl.images import ImageError
 from visrl.records import Sample, Trajectory
 from visrl.rollout.diversity import TRIGGER
 from visrl.rollout.greedy import greedy_looks
-from visrl.rollout.rollout import Look, RolloutSettings, roll_out
+from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.rollout.steps import Look
 from visrl.sequences import batched
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from visrl.records import Picture, Sample
 from visrl.replies import whole_text
 from visrl.rewards.metrics import exact_match
 from visrl.rollout.greedy import greedy_looks
-from visrl.rollout.rollout import Look, failure
+from visrl.rollout.rollout import failure
+from visrl.rollout.steps import Look
 from visrl.scenes import parse_ref, questions_of, true_box
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_r
         if isinstance(look, ImageError):
             raise look
         if isinstance(look, PromptError):  # the other questions can be asked
-            look = Look(sample.question, open_view(Picture(image)), "", None, failure(look))
+            look = Look(sample.question, open_view(Picture(image)), error=failure(look))
         replies.append(Answer(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
     return replies
 
@@ -164,7 +165,7 @@ def _row(replies: Sequence[Answer], font: ImageFont.FreeTypeFont | ImageFont.Ima
 def _panel(reply: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     """Crop and answer of one reply, with its colour along the crop."""
     look = reply.look
-    crop = shrink(look.detail.image, CROP_SIDE) if look.detail else Image.new("RGB", (CROP_SIDE, 60), "#e8e8ea")
+    crop = shrink(look.crop, CROP_SIDE) if look.crop else Image.new("RGB", (CROP_SIDE, 60), "#e8e8ea")
     scale = min(CROP_SIDE / crop.width, CROP_SIDE / crop.height, 4.0)
     if scale > 1:  # a small crop is shown large enough to be read
         crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.LANCZOS)

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from visrl.engines.base import Policy
     from visrl.rewards.judge import AskAll
     from visrl.rollout.protocols import LookProtocol
-    from visrl.rollout.rollout import Look, Refusal
+    from visrl.rollout.rollout import Refusal
+    from visrl.rollout.steps import Look
 
 JOURNAL = "journal.jsonl"
 FAILED = "failed.jsonl"  # what failed in a run of which too much did
@@ -268,7 +269,8 @@ def _ask(
 def _row(policy: Policy, question: BenchmarkQuestion, look: Look | Refusal, mode: Mode) -> Row:
     """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
     from visrl.rewards.detection import published_hit
-    from visrl.rollout.rollout import Look, failure
+    from visrl.rollout.rollout import failure
+    from visrl.rollout.steps import Look
 
     if not isinstance(look, Look):
         row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failure(look))

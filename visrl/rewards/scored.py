@@ -13,7 +13,8 @@ from visrl.engines.base import Policy
 from visrl.records import Sample
 from visrl.rewards.metrics import exact_match
 from visrl.rollout.greedy import Mode, greedy_looks
-from visrl.rollout.rollout import Look, Refusal, failure
+from visrl.rollout.rollout import Refusal, failure
+from visrl.rollout.steps import Look
 from visrl.sequences import batched
 
 BATCH = 64

@@ -17,7 +17,6 @@ from visrl.records import Sample
 
 Control = Literal["random", "center"]
 
-WHOLE = Box(0, 0, 1, 1)
 _CENTER = (0.25, 0.25, 0.75, 0.75)
 
 

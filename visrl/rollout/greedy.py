@@ -6,16 +6,19 @@ Nothing here scores: see rewards/ and evaluate/results.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from visrl.box import Box, BoxError, CropRule
-from visrl.conversation import Conversation, View
+from visrl.codecs import Codec
+from visrl.conversation import View
 from visrl.engines.base import Policy, Sampling
 from visrl.records import Sample, place_name
-from visrl.rollout.controls import WHOLE, matched_control, published_control, true_box
+from visrl.rollout.controls import matched_control, published_control, true_box
 from visrl.rollout.protocols import VISRL, LookProtocol, plain_conversation
-from visrl.rollout.rollout import Look, Refusal, answer_all, begin, hear, look_at
+from visrl.rollout.rollout import OpenedQuestion, Refusal, answer_all, look_all, open_question
+from visrl.rollout.steps import WHOLE, Look, finish, with_box
 
 # "no_box" is one turn of picture and question; "no_crop" is the second step, shown the whole picture for a crop.
 Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
@@ -33,42 +36,46 @@ def greedy_looks(
     root: str | Path | None = None,
     seed: int = 0,
 ) -> list[Look | Refusal]:
-    """Both steps at temperature 0, in the order of `samples`; what cannot be asked about is its error (see `begin`).
+    """Both steps at temperature 0, in the order of `samples`; what cannot be asked about is its error
+    (see `open_question`).
 
     A control's box takes the place of step 1; where there can be none, the look holds the error.
     """
-    policy.forget()  # as in `roll_out`
+    policy.forget()  # as in `sampled_looks`
     ask = plain_conversation if mode == "no_box" else protocol.focus
-    begun = [begin(policy, sample, ask, root) for sample in samples]
-    pairs = [(sample, *start) for sample, start in zip(samples, begun, strict=True) if isinstance(start, tuple)]
-    talks = [talk for _, _, talk in pairs]
+    opened = [open_question(policy, sample, ask, root) for sample in samples]
+    questions = [question for question in opened if isinstance(question, OpenedQuestion)]
     if mode == "own":
-        texts = _greedy(policy, talks, protocol.box_tokens)
-        looks = [look_at(policy, s.question, w, text) for (s, w, _), text in zip(pairs, texts, strict=True)]
+        seeds = [[0]] * len(questions)
+        looks = [look for (look,) in look_all(policy, questions, Sampling(max_tokens=protocol.box_tokens), seeds)]
     elif mode == "no_box":
-        looks = [Look(sample.question, whole, "", None) for sample, whole, _ in pairs]
-        for look, completion in zip(looks, _greedy(policy, talks, protocol.answer_tokens), strict=True):
-            hear(look, completion)
+        looks = _answered_at_once(policy, questions, protocol.answer_tokens)
     else:
-        looks = [_control_look(policy, sample, whole, mode, protocol, seed) for sample, whole, _ in pairs]
+        looks = [_control_look(question, mode, protocol, policy.codec, seed) for question in questions]
     if protocol.answer is not None and mode != "no_box":
-        answer_all(policy, looks, Sampling(max_tokens=protocol.answer_tokens), crop_rule, protocol)
+        looks = answer_all(policy, looks, Sampling(max_tokens=protocol.answer_tokens), crop_rule, protocol)
     done = iter(looks)
-    return [next(done) if isinstance(start, tuple) else start for start in begun]
+    return [next(done) if isinstance(question, OpenedQuestion) else question for question in opened]
 
 
-def _greedy(policy: Policy, talks: Sequence[Conversation], tokens: int) -> list[Any]:
-    return [drawn[0] for drawn in policy.complete(talks, Sampling(max_tokens=tokens), [[0]] * len(talks))]
+def _answered_at_once(policy: Policy, questions: Sequence[OpenedQuestion], tokens: int) -> list[Look]:
+    """Looks without a box: the answer is that of the first conversation."""
+    talks = [question.talk for question in questions]
+    completions = policy.complete(talks, Sampling(max_tokens=tokens), [[0]] * len(talks))
+    return [
+        finish(Look(question.sample.question, question.whole), completion)
+        for question, (completion,) in zip(questions, completions, strict=True)
+    ]
 
 
-def _control_look(policy: Policy, sample: Sample, whole: View, mode: Mode, protocol: LookProtocol, seed: int) -> Look:
+def _control_look(question: OpenedQuestion, mode: Mode, protocol: LookProtocol, codec: Codec, seed: int) -> Look:
     """A look with the control's box in place of the model's, its text written as the model would write it."""
+    look = Look(question.sample.question, question.whole)
     try:
-        box = control_box(sample, whole, mode, protocol, seed)
-        text = policy.codec.format(box, whole.size, policy.processed_size(whole.size))
+        box = control_box(question.sample, question.whole, mode, protocol, seed)
+        return with_box(look, box, codec, question.processed)
     except BoxError as error:
-        return Look(sample.question, whole, "", None, f"control: {error}")
-    return Look(sample.question, whole, text, box)
+        return replace(look, error=f"control: {error}")
 
 
 def control_box(sample: Sample, whole: View, mode: Mode, protocol: LookProtocol = VISRL, seed: int = 0) -> Box:

@@ -1,36 +1,31 @@
-"""Rollouts: where to look, then what is there. One code path for generation, evaluation, training curves and serving.
+"""Sampled rollouts in batches: N rounds of two looks at each question, as in Algorithm 1 of VisRL.
 
-A rollout that fails is a record with its error, whose first word says what failed: `picture` (it cannot be opened),
-`engine` (no text came), `box` (the text is no box) or `no_room` (the diversity controller found no place). An empty
-text is a reply: a wrong one. What a model thinks aloud is no part of one. Nothing here scores: see critic.py.
+The steps are those of steps.py; here the policy is asked for many at a time. A rollout that fails is a record with its
+error, `picture` (it cannot be opened) or `prompt` beside those of `Look`. Nothing here scores: see rewards/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
 from visrl.box import Box, BoxError, CropRule, Size
-from visrl.conversation import Conversation, PromptError, View, crop_view, focus_conversation, open_view
-from visrl.engines.base import Completion, Policy, Sampling, seed_of
+from visrl.codecs import Codec
+from visrl.conversation import Conversation, PromptError, View, open_view
+from visrl.engines.base import Policy, Sampling, seed_of
 from visrl.images import ImageError
-from visrl.records import Origin, Picture, Place, Sample, Trajectory
-from visrl.replies import spoken
+from visrl.records import Picture, Sample, Trajectory
 from visrl.rollout.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.rollout.protocols import VISRL, LookProtocol
-
-MAX_BOX_TOKENS = VISRL.box_tokens
-MAX_ANSWER_TOKENS = VISRL.answer_tokens
+from visrl.rollout.steps import Look, answer_request, cut, finish, look_of, with_box
 
 Refusal = ImageError | PromptError  # why a question cannot be asked
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """How trajectories are drawn: N rounds of two branches each, as in Algorithm 1."""
+    """How rollouts are sampled: N rounds of two branches each, as in Algorithm 1."""
 
     rounds: int = 5
     temperature: float = 1.0
@@ -40,66 +35,86 @@ class RolloutSettings:
     crop_rule: CropRule = "exact"
     seed: int = 0
 
+    @property
+    def branches(self) -> list[tuple[int, int]]:
+        """Round and branch of every look at a question, in order."""
+        return [(round_, branch) for round_ in range(self.rounds) for branch in (0, 1)]
 
-@dataclass(slots=True)
-class Look:
-    """One focus on its way to an answer: what was written, where it points, or why it points nowhere."""
 
-    question: str
+@dataclass(frozen=True, slots=True)
+class OpenedQuestion:
+    """A sample that can be asked: its image, opened, the size the processor gives it, and the first conversation."""
+
+    sample: Sample
     whole: View
-    text: str
-    box: Box | None
-    error: str | None = None
-    answer: str | None = None
-    origin: Origin = "sampled"
-    seed: int = 0
-    detail: View | None = field(default=None, repr=False)
-
-    @property
-    def box_pixels(self) -> tuple[float, float, float, float] | None:
-        """The box's corners (x0, y0, x1, y1) in pixels of the picture, which is upright."""
-        return self.box.to_pixels(self.whole.size) if self.box else None
-
-    @property
-    def crop(self) -> Image.Image | None:
-        """What the answer was given from beside the whole picture, in the picture's own pixels."""
-        return self.detail.image if self.detail else None
+    processed: Size
+    talk: Conversation
 
 
-def read_box(policy: Policy, text: str, size: Size) -> Box:
-    """The box in a policy's text about a picture of `size`.
+def roll_out(
+    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
+) -> list[Trajectory]:
+    """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch."""
+    return [
+        _trajectory(sample, round_, branch, policy.name, looks[n] if isinstance(looks, list) else looks)
+        for sample, looks in zip(samples, sampled_looks(policy, samples, settings, root), strict=True)
+        for n, (round_, branch) in enumerate(settings.branches)
+    ]
 
-    Raises:
-        BoxError: there is none.
+
+def _trajectory(sample: Sample, round_: int, branch: int, engine: str, look: Look | Refusal) -> Trajectory:
+    if not isinstance(look, Look):
+        return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, failure(look), sample.repeat)
+    return Trajectory(
+        sample.id, round_, branch, look.text, look.box, look.origin, look.answer, engine, look.seed, look.error,
+        sample.repeat,
+    )  # fmt: skip
+
+
+def sampled_looks(
+    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
+) -> list[list[Look] | Refusal]:
+    """The looks at each question, in order of `settings.branches`, answered; or why it cannot be asked.
+
+    Every completion has its own seed, named by sample, round, branch and step, so a question's looks do not depend on
+    when or with which others it is asked.
     """
-    return policy.codec.parse(text, size, policy.processed_size(size))
+    policy.forget()  # what a batch computes, and how much it keeps, shall depend on its members alone
+    opened = [open_question(policy, sample, VISRL.focus, root) for sample in samples]
+    questions = [question for question in opened if isinstance(question, OpenedQuestion)]
+    seeds = [
+        [seed_of(settings.seed, *question.sample.place, r, b, "box") for r, b in settings.branches]
+        for question in questions
+    ]
+    sampling = Sampling(settings.temperature, settings.top_p, VISRL.box_tokens)
+    groups = look_all(policy, questions, sampling, seeds)
+    if settings.diversity:
+        pairs = zip(questions, groups, strict=True)
+        groups = [_diversified(question, looks, settings, policy.codec) for question, looks in pairs]
+    flat = [
+        replace(look, seed=seed_of(settings.seed, *question.sample.place, r, b, "answer"))
+        for question, looks in zip(questions, groups, strict=True)
+        for look, (r, b) in zip(looks, settings.branches, strict=True)
+    ]
+    sampling = Sampling(settings.temperature, settings.top_p, VISRL.answer_tokens)
+    answered = iter(answer_all(policy, flat, sampling, settings.crop_rule))
+    return [
+        [next(answered) for _ in settings.branches] if isinstance(question, OpenedQuestion) else question
+        for question in opened
+    ]
 
 
-def look_at(policy: Policy, question: str, whole: View, completion: Completion) -> Look:
-    """The look that a step-1 completion asks for."""
-    if completion.text is None:
-        return Look(question, whole, "", None, _no_text(completion))
-    text = spoken(completion.text)
-    try:
-        return Look(question, whole, text, read_box(policy, text, whole.size))
-    except BoxError as error:
-        cut = "; the reply ended inside its thinking" if completion.text and not text else ""
-        return Look(question, whole, text, None, f"box: {error}{cut}")
+# --- The steps in batches, which greedy rollouts share ----------------------------------------------------------------
 
 
-def _no_text(completion: Completion) -> str:
-    return f"{'prompt' if completion.refused else 'engine'}: {completion.error or 'no text'}"
-
-
-def begin(
+def open_question(
     policy: Policy, sample: Sample, ask: Callable[[str, View], Conversation], root: str | Path | None = None
-) -> tuple[View, Conversation] | Refusal:
-    """The picture of a question and the conversation that `ask` opens about it; or the error in their place, where the
-    picture cannot be used or the question not be put to the model."""
+) -> OpenedQuestion | Refusal:
+    """A question with its image and the conversation that `ask` opens about it; or the error in its place, where the
+    image cannot be used or the question not be put to the model."""
     try:
         whole = open_view(Picture(sample.image, size=sample.size), root)
-        policy.processed_size(whole.size)
-        return whole, ask(sample.question, whole)
+        return OpenedQuestion(sample, whole, policy.processed_size(whole.size), ask(sample.question, whole))
     except (ImageError, PromptError) as error:
         return error
 
@@ -109,90 +124,61 @@ def failure(refused: Refusal) -> str:
     return f"{'picture' if isinstance(refused, ImageError) else 'prompt'}: {refused}"
 
 
+def look_all(
+    policy: Policy, questions: Sequence[OpenedQuestion], sampling: Sampling, seeds: Sequence[Sequence[int]]
+) -> list[list[Look]]:
+    """Step 1 of every question, one look per seed."""
+    completions = policy.complete([question.talk for question in questions], sampling, seeds)
+    return [
+        [look_of(one.sample.question, one.whole, completion, policy.codec, one.processed) for completion in own]
+        for one, own in zip(questions, completions, strict=True)
+    ]
+
+
 def answer_all(
     policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule, protocol: LookProtocol = VISRL
-) -> None:
-    """Answer every look that has a box, from the crop of that box; fills in `answer` or `error`."""
-    answer = protocol.answer
-    assert answer is not None  # a protocol that asks for boxes only has nothing to answer
-    ready: list[tuple[Look, Conversation]] = []
-    for look in looks:
+) -> list[Look]:
+    """Step 2 of every look that has a box, from the crop of that box; the others stay as they are."""
+    done = list(looks)
+    ready: list[tuple[int, Conversation]] = []
+    for n, look in enumerate(looks):
         if look.box is None:
             continue
-        look.detail = crop_view(look.whole, Picture(look.whole.key, look.box), crop_rule)
+        done[n] = cut(look, crop_rule)
         try:
-            ready.append((look, answer(look.question, look.whole, look.text, look.detail)))
+            ready.append((n, answer_request(done[n], protocol)))
         except PromptError as error:  # what the policy wrote may hold anything
-            look.error = failure(error)
-    answers = policy.complete([talk for _, talk in ready], sampling, [[look.seed] for look, _ in ready])
-    for (look, _), (completion,) in zip(ready, answers, strict=True):
-        hear(look, completion)
+            done[n] = replace(done[n], error=failure(error))
+    completions = policy.complete([talk for _, talk in ready], sampling, [[looks[n].seed] for n, _ in ready])
+    for (n, _), (completion,) in zip(ready, completions, strict=True):
+        done[n] = finish(done[n], completion)
+    return done
 
 
-def hear(look: Look, completion: Completion) -> None:
-    """Put the answer of a completion, or why there is none, into the look that asked for it."""
-    look.answer = None if completion.text is None else spoken(completion.text)
-    look.error = _no_text(completion) if completion.text is None else None
+# --- The diversity controller -----------------------------------------------------------------------------------------
 
 
-def roll_out(
-    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
-) -> list[Trajectory]:
-    """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch.
-
-    Every draw has its own seed, named by sample, round, branch and step, so a question's trajectories do not depend on
-    when or with which others it is asked.
-    """
-    policy.forget()  # what a batch computes, and how much it keeps, shall depend on its members alone
-    branches = [(r, b) for r in range(settings.rounds) for b in (0, 1)]
-    starts = [begin(policy, sample, focus_conversation, root) for sample in samples]
-    opened = [(sample, *start) for sample, start in zip(samples, starts, strict=True) if isinstance(start, tuple)]
-    seeds = [[seed_of(settings.seed, *sample.place, r, b, "box") for r, b in branches] for sample, _, _ in opened]
-    sampling = Sampling(settings.temperature, settings.top_p, MAX_BOX_TOKENS)
-    completions = policy.complete([talk for _, _, talk in opened], sampling, seeds)
-    looks: list[list[Look]] = []
-    for (sample, whole, _), drawn in zip(opened, completions, strict=True):
-        own = [look_at(policy, sample.question, whole, completion) for completion in drawn]
-        if settings.diversity:
-            for r in range(settings.rounds):
-                _diversify(policy, own[2 * r], own[2 * r + 1], settings, sample.place, r)
-        for look, (r, b) in zip(own, branches, strict=True):
-            look.seed = seed_of(settings.seed, *sample.place, r, b, "answer")
-        looks.append(own)
-    sampling = Sampling(settings.temperature, settings.top_p, MAX_ANSWER_TOKENS)
-    answer_all(policy, [look for own in looks for look in own], sampling, settings.crop_rule)
-    rolled = iter(looks)
-    trajectories: list[Trajectory] = []
-    for sample, start in zip(samples, starts, strict=True):
-        if not isinstance(start, tuple):
-            trajectories += [_failed(sample, r, b, policy.name, failure(start)) for r, b in branches]
-            continue
-        trajectories += [
-            Trajectory(
-                sample.id, r, b, look.text, look.box, look.origin, look.answer, policy.name, look.seed, look.error,
-                sample.repeat,
-            )
-            for look, (r, b) in zip(next(rolled), branches, strict=True)
-        ]  # fmt: skip
-    return trajectories
+def _diversified(
+    question: OpenedQuestion, looks: Sequence[Look], settings: RolloutSettings, codec: Codec
+) -> list[Look]:
+    """The looks at a question, the second of a round replaced where its box says the same as the first."""
+    kept: list[Look] = []
+    for r in range(settings.rounds):
+        first, second = looks[2 * r : 2 * r + 2]
+        if first.box and second.box and needs_replacing(first.box, second.box, settings.trigger):
+            seed = seed_of(settings.seed, *question.sample.place, r, 1, "random")
+            second = _elsewhere(second, random_box_apart(first.box, second.box, seed), codec, question.processed)
+        kept += [first, second]
+    return kept
 
 
-def _diversify(policy: Policy, first: Look, second: Look, settings: RolloutSettings, place: Place, round_: int) -> None:
-    """Replace the second box of a round where it says the same as the first; its text comes from the codec, too."""
-    if first.box is None or second.box is None or not needs_replacing(first.box, second.box, settings.trigger):
-        return
-    box = random_box_apart(first.box, second.box, seed_of(settings.seed, *place, round_, 1, "random"))
-    second.origin = "random"
+def _elsewhere(look: Look, box: Box | None, codec: Codec, processed: Size) -> Look:
+    """`look` at another box in place of the policy's, as read back from the text that stands for it."""
+    look = replace(look, origin="random", text="", box=None, error="no_room", box_completion=None)
     if box is None:
-        second.box, second.text, second.error = None, "", "no_room"
-        return
-    size = second.whole.size
-    second.text = policy.codec.format(box, size, policy.processed_size(size))
+        return look
+    look = with_box(look, box, codec, processed)
     try:
-        second.box = read_box(policy, second.text, size)
+        return replace(look, box=codec.parse(look.text, look.whole.size, processed), error=None)
     except BoxError as error:
-        second.box, second.error = None, f"no_room: {error}"
-
-
-def _failed(sample: Sample, round_: int, branch: int, engine: str, error: str) -> Trajectory:
-    return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, error, sample.repeat)
+        return replace(look, box=None, error=f"no_room: {error}")

@@ -1,6 +1,6 @@
 """The application: OpenAI's chat completions over one backend, `:focus`, health, metrics and the page.
 
-Knows HTTP and the protocol; how texts are drawn is the backend's business, who may ask is the gate's.
+Knows HTTP and the protocol; how texts are sampled is the backend's business, who may ask is the gate's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from visrl.conversation import Conversation, View
 from visrl.engines.base import Sampling
-from visrl.serve.batching import Backend
+from visrl.serve.backend import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
@@ -235,7 +235,7 @@ class _Server:
                 tell({"content": text[sent:]})
                 sent = len(text)
 
-        row = QueuedRequest(
+        queued = QueuedRequest(
             conversation,
             asked.sampling(self.settings.sampling),
             seed,
@@ -245,14 +245,14 @@ class _Server:
             index=index,
         )
         if asked.suffix == WHOLE_SUFFIX:
-            choice = await answer_from_whole(self.backend, to_question(asked), views[0], row)
+            choice = await answer_from_whole(self.backend, to_question(asked), views[0], queued)
         elif asked.suffix:
             question = to_question(asked)
-            choice = await answer_with_focus(self.backend, question, views[0], row, tell_focus)
+            choice = await answer_with_focus(self.backend, question, views[0], queued, tell_focus)
             if chunks is not None:
                 choice = replace(choice, focus=None)  # it is told, and kept no longer
         else:
-            choice = await answer_plainly(self.backend, row)
+            choice = await answer_plainly(self.backend, queued)
         tell_text(choice.text)
         tell({}, choice.finish_reason)
         return choice

@@ -24,3 +24,8 @@ class RequestError(Exception):
         """The error in the protocol's form."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def cannot_answer(error: Exception) -> RequestError:
+    """What a client is told of an error of the model: a ValueError is the caller's to mend, anything else is ours."""
+    return RequestError(400 if isinstance(error, ValueError) else 500, f"the model cannot answer this: {error}")

@@ -1,15 +1,21 @@
-"""One text that is to be drawn: what its client has seen of it, where a stop text ends it. Knows no engine, no HTTP."""
+"""One text asked of a backend: what its client has seen of it, where a stop text ends it, who waits for it.
+
+An HTTP request asks for as many of these as it wants choices, and for one more where it looks first. Knows no engine
+and no HTTP.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from visrl.conversation import Conversation
 from visrl.engines.base import Completion, Request, Sampling
+from visrl.serve.errors import RequestError
 
-PICTURE_TOKENS = 512  # a guess for sizing batches, no limit
+IMAGE_TOKENS = 512  # a guess for sizing batches, no limit
 UNSURE = "\ufffd"  # what a tokeniser gives for a character of which not all bytes are there yet
 
 OnText = Callable[[str], None]
@@ -17,7 +23,7 @@ OnText = Callable[[str], None]
 
 @dataclass(slots=True)
 class QueuedRequest:
-    """One text to draw. `on_text` is told the visible text so far, in the event loop, as it grows."""
+    """One text to sample. `on_text` is told the visible text so far, in the event loop, as it grows."""
 
     conversation: Conversation
     sampling: Sampling
@@ -25,7 +31,7 @@ class QueuedRequest:
     stops: tuple[str, ...] = ()
     on_text: OnText | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of the protocol that are the backend's to honour
-    index: int = 0  # which of the texts that its request asks for
+    index: int = 0  # which choice of its HTTP request
     cancelled: bool = False
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far
@@ -66,13 +72,38 @@ class QueuedRequest:
         return replace(completion, text=completion.text[: self.stopped_at], finish_reason="stop")
 
 
-def length_guess(conversation: Conversation, of_pictures: Sequence[int] = ()) -> int:
-    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and pictures.
+@dataclass(slots=True, eq=False)
+class PendingRequest:
+    """A request whose completion is waited for; two are never the same one, whatever they ask."""
 
-    `of_pictures` are the tokens of the pictures, where they are known.
+    queued: QueuedRequest
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Completion]
+    prepared: Sequence[Any] = ()  # its images, ready for the engine
+    ready_at: float = 0.0  # since when it waits for the engine, by `time.monotonic`
+    length: int = 0  # a guess at its tokens
+
+    def post(self, action: Callable[..., None], *args: Any) -> None:
+        """Run `action` in the event loop; a loop that has closed has nobody left to tell."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(action, *args)
+
+    def resolve(self, completion: Completion) -> None:
+        if not self.future.done():
+            self.future.set_result(completion)
+
+    def fail(self, error: RequestError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+def length_guess(conversation: Conversation, of_images: Sequence[int] = ()) -> int:
+    """An upper bound of a prompt's tokens as far as it can be known without the model: bytes of text, and images.
+
+    `of_images` are the tokens of the images, where they are known.
     """
     text = sum(len(message.text.encode()) for message in conversation.messages)
-    return text + (sum(of_pictures) if of_pictures else PICTURE_TOKENS * len(conversation.views))
+    return text + (sum(of_images) if of_images else IMAGE_TOKENS * len(conversation.views))
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from visrl.config import ConfigError, as_config
 from visrl.engines.base import Sampling
 from visrl.engines.open import model_settings, open_local, refuse_unused, request_of
 from visrl.serve.app import Settings, create_app
-from visrl.serve.batching import Backend, Batcher, Loaded
+from visrl.serve.backend import Backend, Loaded
+from visrl.serve.batching import ContinuousBatcher
 from visrl.serve.config import ServeConfig
 from visrl.serve.connections import protocol_of
 from visrl.serve.memory import give_back, keep_little
@@ -236,4 +238,5 @@ def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:
 
         return Upstream(config, metrics)
     refuse_unused(request_of(config), "", "infer_backend: vllm")
-    return Batcher(lambda: load_local(config), metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)
+    load = partial(load_local, config)
+    return ContinuousBatcher(load, metrics, max_batch=config.max_batch, max_waiting=config.max_waiting)

@@ -1,5 +1,5 @@
-"""The same server in front of a vLLM server: rows are passed on, each streamed, so that a client that leaves frees its
-slot there too. Batching, there, is vLLM's.
+"""The backend in front of a vLLM server: requests are passed on, each streamed, so that a client that leaves frees its
+slot there too. Continuous batching, there, is vLLM's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from visrl.engines.server_process import free_port, start, stop, vllm_command, w
 from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError
-from visrl.serve.batching import State, room_of
+from visrl.serve.admission import room_of
+from visrl.serve.backend import State
 from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.requests import QueuedRequest
@@ -130,19 +131,19 @@ class Upstream:
         endpoint = Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s, **request)
         return Client(endpoint, most_bytes=STREAM_BYTES)
 
-    async def submit(self, row: QueuedRequest) -> Completion:
-        """The completion of one row; cancelling this closes the stream, which frees the slot there.
+    async def submit(self, request: QueuedRequest) -> Completion:
+        """The completion of one request; cancelling this closes the stream, which frees the slot there.
 
         Raises:
             RequestError: 429 where too many wait, 400 for what the server refuses, 502 where it failed.
         """
         if self._state != "ready":
             raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
-        if self._in_work >= room_of(row, self._config.max_waiting):
+        if self._in_work >= room_of(request, self._config.max_waiting):
             raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
         self._in_work += 1
         try:
-            return row.finish(await self._stream(row))
+            return request.finish(await self._stream(request))
         except asyncio.CancelledError:
             self._metrics.cancelled += 1
             raise
@@ -151,27 +152,27 @@ class Upstream:
         finally:
             self._in_work -= 1
 
-    async def _stream(self, row: QueuedRequest) -> Completion:
+    async def _stream(self, request: QueuedRequest) -> Completion:
         if self._client is None:  # made in the loop that uses it
             self._client = self._new_client()
         try:
             urls = {
                 view.key: await asyncio.to_thread(sized_url, view, None if self._mark_crops else self._encoder)
-                for view in {view.key: view for view in row.conversation.views}.values()
+                for view in {view.key: view for view in request.conversation.views}.values()
             }
         except ValueError as error:
             raise RequestError(400, f"the model's processor refuses a picture: {error}") from error
-        ask = Ask(to_messages(row.conversation, urls, self._mark_crops), row.sampling, row.seed)
-        more = {**row.passed, **({"stop": list(row.stops)} if row.stops else {})}
+        ask = Ask(to_messages(request.conversation, urls, self._mark_crops), request.sampling, request.seed)
+        more = {**request.passed, **({"stop": list(request.stops)} if request.stops else {})}
         text, reason, counts = "", "stop", (0, 0)
         async with aclosing(stream(self._client, ask, more)) as pieces:
             async for piece in pieces:
                 text += piece.text
                 reason = piece.reason or reason
                 counts = piece.counts or counts
-                go_on, visible = row.see(text)
-                if visible is not None and row.on_text is not None:
-                    row.on_text(visible)
+                go_on, visible = request.see(text)
+                if visible is not None and request.on_text is not None:
+                    request.on_text(visible)
                 if not go_on:
                     break
         return Completion(text, counts[0], "length" if reason == "length" else "stop", prompt_tokens=counts[1])
