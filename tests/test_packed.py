@@ -31,11 +31,9 @@ from visrl.packing.tree import grow
 from visrl.records import Picture
 from visrl.scenes import scene_samples
 from visrl.train import losses
-from visrl.train.config import TrainConfig
 from visrl.train.items import Collator, Item, encode_item
 from visrl.train.model import make_tied_embedding_sparse
 from visrl.train.rows import sft_rows
-from visrl.train.trainer import AVERAGED, preference_loss
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +132,12 @@ def loss_of(name: str, sums: Tensor, counts: Tensor) -> Tensor:
     reference = torch.linspace(-60, -40, len(sums))
     if name == "kto":
         return losses.kto(sums, reference, torch.arange(len(sums)) % 2 == 0, torch.tensor(0.5))
-    scale = counts if name in AVERAGED else torch.ones_like(counts)
-    w, r, ref_w, ref_r = (x[start::2] for x in (sums / scale, reference / scale) for start in (0, 1))
-    config = TrainConfig(
-        model_name_or_path="", output_dir=Path("out"), stage="dpo", pref_loss=name, dpo_label_smoothing=0.1
-    )
-    return preference_loss(config, w, r, ref_w, ref_r, torch.full_like(w, 0.1), counts[::2])
+    loss = losses.LOSSES[name]
+    scale = counts if loss.averages else torch.ones_like(counts)
+    pair, ref_pair = ((x[::2], x[1::2]) for x in (sums / scale, reference / scale))
+    keywords = {"beta": torch.full_like(pair[0], 0.1)} if loss.beta else {}
+    keywords |= {"label_smoothing": 0.1} if "label_smoothing" in loss.parameters else {}
+    return loss.function(*loss.arguments(pair, ref_pair), **keywords)
 
 
 def test_blocks_of_queries_change_nothing(model: nn.Module, encoder: Encoder) -> None:

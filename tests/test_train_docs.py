@@ -11,6 +11,7 @@ import pytest
 from visrl.cli import main
 from visrl.models.tiny import CHECKPOINT
 from visrl.train.config import SECTIONS, TrainConfig
+from visrl.train.losses import LOSSES, Loss
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
@@ -43,3 +44,17 @@ def test_every_key_and_config_of_the_documentation_exists() -> None:
     assert said <= TrainConfig.known_keys() | set(SECTIONS)
     for named in re.findall(r"configs/[\w/]+\.yaml", TEXT):
         assert (ROOT / named).is_file()
+
+
+def test_the_table_of_losses_is_that_of_the_code() -> None:
+    def row(name: str, loss: Loss) -> str:
+        cells = [
+            loss.source, f"`{name}`", loss.reads + ", KL" * loss.kl, "yes" if loss.reference else "no",
+            "averaged" if loss.averages else "summed", str(loss.beta or ""),
+            ", ".join(f"`{key}`" for key in loss.parameters.values()),
+        ]  # fmt: skip
+        return "".join(f"| {cell} ".replace("  ", " ") for cell in cells) + "|"
+
+    first = TEXT.index("| loss | `pref_loss` |")
+    assert TEXT[first:].splitlines()[2 : 2 + len(LOSSES)] == [row(name, loss) for name, loss in LOSSES.items()]
+    assert not TEXT[first:].splitlines()[2 + len(LOSSES)]

@@ -15,17 +15,15 @@ from visrl.box import CropRule
 from visrl.config import Adapters, ConfigError, Listed
 from visrl.scenes import KINDS, MAX_TAGS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
+from visrl.train.losses import LOSSES, Loss, find_loss
 
-PrefLoss = Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "kto", "sft"]
 Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone, in tenths
 Attention = Literal["auto", "dense", "blocks", "flex"]
+BETA = 0.1  # of the margins that are logged, where the loss has no β of its own
 
 
 OTHER_STAGES = {
-    "kto": "write stage: dpo with pref_loss: kto",
-    "orpo": "write stage: dpo with pref_loss: orpo",
-    "simpo": "write stage: dpo with pref_loss: simpo",
-    "ipo": "write stage: dpo with pref_loss: ipo",
+    **{name: f"write stage: dpo with pref_loss: {name}" for name in LOSSES if name != "sft"},
     "rm": "no reward model is trained: the critic of `visrl generate` scores, and stage: dpo learns from its verdicts",
     "ppo": "the loop of `visrl evolve` reinforces by preferences: stage: dpo on what the policy itself was scored for",
     "pt": "no plain text is trained on; stage: sft is the warm-up",
@@ -37,6 +35,16 @@ def _known_stage(value: Any) -> Any:
     if isinstance(value, str) and value in OTHER_STAGES:
         raise ValueError(OTHER_STAGES[value])
     return value
+
+
+def _known_loss(name: str) -> str:
+    find_loss(name)
+    return name
+
+
+def _beta_of_loss(values: dict[str, Any]) -> float:
+    name = values.get("pref_loss")  # none where that was refused
+    return find_loss(name).beta or BETA if name else BETA
 
 
 def _share_or_number(value: float) -> float:
@@ -98,8 +106,8 @@ class TrainConfig(TrainerFields):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target: Listed = "all"
 
-    pref_loss: PrefLoss = "sigmoid"
-    pref_beta: float = Field(0.1, gt=0)
+    pref_loss: Annotated[str, AfterValidator(_known_loss)] = "sigmoid"
+    pref_beta: float = Field(default_factory=_beta_of_loss, gt=0)
     pref_beta_answer: Positive | None = None  # β₂; pref_beta where not given
     pref_ftx: float = Field(0.0, ge=0)
     dpo_label_smoothing: float = Field(0.0, ge=0, lt=0.5)
@@ -149,6 +157,16 @@ class TrainConfig(TrainerFields):
     def stage_name(self) -> str:
         """What is trained, in words."""
         return "warm-up" if self.stage == "sft" else f"stage {self.rl_stage}"
+
+    @property
+    def loss(self) -> Loss:
+        """What `pref_loss` names."""
+        return find_loss(self.pref_loss)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads log-probabilities under the reference."""
+        return self.stage == "dpo" and self.loss.reference
 
     def training_arguments(self) -> dict[str, Any]:
         """What the config says beyond our own keys: fields of `transformers.TrainingArguments`."""

@@ -137,7 +137,7 @@ def build_data(
             read_preferences(config.dataset, **places),
             stage=config.rl_stage,
             root=config.image_root,
-            mismatched=config.pref_loss == "kto",
+            mismatched=config.loss.kl,
         )
         dataset.groups = dataset.groups[: config.max_samples]
     if not len(dataset):

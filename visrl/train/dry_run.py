@@ -146,7 +146,7 @@ def dry_run(dataset: Any, found: DatasetScan, *, visrl_config: TrainConfig, mode
         }  # fmt: skip
         arguments = training_arguments(config.model_copy(update=quiet))
         heaviest = _heaviest_step(dataset, found.tokens, arguments)
-        if config.stage == "dpo":
+        if config.needs_reference:
             reference_logps(
                 model, Subset(dataset, heaviest), common["data_collator"],
                 batch_size=max(8, arguments.per_device_train_batch_size), cache=Path(scratch, "reference.json"), key="",

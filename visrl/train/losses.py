@@ -1,14 +1,46 @@
-"""Losses as pure functions of per-branch log-probabilities. Each says its paper, and whether it sums or averages.
+"""Losses as pure functions of log-probabilities, and `LOSSES`, the table of those that `pref_loss` names.
 
-Every function returns one loss per row, shape [rows]; weighting and normalising are the trainer's. `chosen` and
-`rejected` are log-probabilities of whole responses under the policy, `ref_*` the same under the reference, all [rows].
+Every function returns one loss per row, [rows]; weighting and normalising are the trainer's. `chosen` and `rejected`
+are log-probabilities of whole responses under the policy, `ref_*` the same under the reference, in nats, all [rows].
+A loss that reads the log-probabilities of single tokens is a row of the table, too: with a further word for `reads`.
+
+Nothing here is imported from torch before a loss is computed: configs are checked against the table.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from visrl.config import ConfigError
+from visrl.plugins import is_plugin, load_plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A row of the table: a loss with what its function reads. A loss of your own is one, too: `pref_loss=module:NAME`.
+
+    The function is given, each [rows]: chosen, then rejected where it reads pairs, then the same under the reference
+    where it needs one; and by keyword `beta` [rows], `kl` [rows] and its parameters. It returns [rows].
+    """
+
+    function: Callable[..., Tensor]
+    source: str  # the paper, in a line
+    reads: Literal["pair", "response"] = "pair"  # chosen and rejected, or chosen alone
+    reference: bool = True  # whether it reads log-probabilities under the reference
+    averages: bool = False  # log-probabilities over a response's tokens, instead of summing them
+    kl: bool = False  # whether it reads an estimate of KL(policy ‖ reference), from mismatched responses
+    beta: float | None = 0.1  # where `pref_beta` is not given; None: it has none
+    parameters: Mapping[str, str] = field(default_factory=dict)  # further keywords → the keys of the config they are
+
+    def arguments(self, pair: tuple[Tensor, Tensor], ref_pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """What the function reads of log-probabilities (chosen, rejected) under the policy and under the reference."""
+        sides = 2 if self.reads == "pair" else 1
+        return (*pair[:sides], *(ref_pair[:sides] if self.reference else ()))
 
 
 def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
@@ -35,7 +67,7 @@ def dpo(
     `label_smoothing` ε gives conservative DPO (Mitchell 2023): −(1−ε) log σ(βm) − ε log σ(−βm).
     """
     scaled = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
-    return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
+    return -(1 - label_smoothing) * _logsigmoid(scaled) - label_smoothing * _logsigmoid(-scaled)
 
 
 def robust_dpo(
@@ -50,7 +82,7 @@ def robust_dpo(
     """Robust DPO (Chowdhury et al. 2024, eq. 10): unbiased where a share ε of the labels is flipped. Summed."""
     scaled = beta * margin(chosen, rejected, ref_chosen, ref_rejected)
     eps = label_smoothing
-    return (-(1 - eps) * logsigmoid(scaled) + eps * logsigmoid(-scaled)) / (1 - 2 * eps)
+    return (-(1 - eps) * _logsigmoid(scaled) + eps * _logsigmoid(-scaled)) / (1 - 2 * eps)
 
 
 def ipo(
@@ -64,12 +96,12 @@ def hinge(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float | Tensor = 0.1
 ) -> Tensor:
     """Hinge loss on the DPO margin (SLiC, Zhao et al. 2023, as normalised in Liu et al. 2023). Summed."""
-    return relu(1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected))
+    return (1 - beta * margin(chosen, rejected, ref_chosen, ref_rejected)).relu()
 
 
 def simpo(chosen: Tensor, rejected: Tensor, *, beta: float | Tensor = 2.0, gamma: float = 0.5) -> Tensor:
     """SimPO (Meng et al. 2024, eq. 6): no reference, log-probabilities averaged over tokens, target margin γ."""
-    return -logsigmoid(beta * (chosen - rejected) - gamma)
+    return -_logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def orpo(chosen: Tensor, rejected: Tensor, *, beta: float | Tensor = 0.1) -> Tensor:
@@ -78,12 +110,18 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float | Tensor = 0.1) -> Ten
     The NLL is that of the response, as in the paper; TRL's trainer takes that of the prompt too.
     """
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -chosen - beta * logsigmoid(log_odds)
+    return -chosen - beta * _logsigmoid(log_odds)
+
+
+def _logsigmoid(x: Tensor) -> Tensor:
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) for x < 0, without losing digits near 0."""
-    return torch.log(-torch.expm1(torch.clamp(x, max=-1e-7)))
+    return (-x.clamp(max=-1e-7).expm1()).log()
 
 
 def kto(
@@ -102,9 +140,9 @@ def kto(
     true for chosen responses.
     """
     ratio = logps - ref_logps
-    good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - kl)))
-    bad = undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratio)))
-    return torch.where(desirable, good, bad)
+    good = desirable_weight * (1 - (beta * (ratio - kl)).sigmoid())
+    bad = undesirable_weight * (1 - (beta * (kl - ratio)).sigmoid())
+    return good.where(desirable, bad)
 
 
 def kto_pair(
@@ -117,10 +155,9 @@ def kto_pair(
     beta: float | Tensor = 0.1,
 ) -> Tensor:
     """KTO on pairs: the mean of the losses of both responses, one desirable and one not. `kl` as in `kto`."""
-    desirable = torch.ones_like(chosen, dtype=torch.bool)
-    return (
-        kto(chosen, ref_chosen, desirable, kl, beta=beta) + kto(rejected, ref_rejected, ~desirable, kl, beta=beta)
-    ) / 2
+    good = 1 - (beta * (chosen - ref_chosen - kl)).sigmoid()
+    bad = 1 - (beta * (kl - (rejected - ref_rejected))).sigmoid()
+    return (good + bad) / 2
 
 
 def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
@@ -130,3 +167,40 @@ def kto_kl(mismatched: Tensor, ref_mismatched: Tensor) -> Tensor:
     policy and reference.
     """
     return (mismatched - ref_mismatched).mean().detach().clamp(min=0)
+
+
+LOSSES = {
+    "sigmoid": Loss(
+        dpo,
+        "DPO (Rafailov et al. 2023; conservative: Mitchell 2023)",
+        parameters={"label_smoothing": "dpo_label_smoothing"},
+    ),
+    "ipo": Loss(ipo, "IPO (Azar et al. 2023)", averages=True),
+    "hinge": Loss(hinge, "SLiC (Zhao et al. 2023)"),
+    "robust": Loss(
+        robust_dpo, "robust DPO (Chowdhury et al. 2024)", parameters={"label_smoothing": "dpo_label_smoothing"}
+    ),
+    "simpo": Loss(
+        simpo, "SimPO (Meng et al. 2024)", reference=False, averages=True, parameters={"gamma": "simpo_gamma"}
+    ),
+    "orpo": Loss(orpo, "ORPO (Hong et al. 2024)", reference=False, averages=True),
+    "kto": Loss(kto_pair, "KTO (Ethayarajh et al. 2024)", kl=True),
+    "sft": Loss(sft, "SFT on the chosen response", reads="response", reference=False, averages=True, beta=None),
+}
+
+
+def find_loss(name: str) -> Loss:
+    """The loss that `pref_loss` names: a row of the table, or one of the user's own.
+
+    Raises:
+        ConfigError: there is none of that name, or what is there is no `Loss`.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    if not is_plugin(name):
+        *others, last = map(repr, LOSSES)
+        raise ConfigError(f"Input should be {', '.join(others)} or {last}, or one of your own as module:NAME")
+    loss = load_plugin(name, "loss")
+    if not isinstance(loss, Loss):
+        raise ConfigError(f"{name} is of type {type(loss).__name__}; a loss of your own is a visrl.train.losses.Loss")
+    return loss

@@ -6,6 +6,7 @@ command is refused. What cannot be trained is refused before the folder is claim
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from visrl.manifest import (
     ManifestError,
     claim_folder,
     hash_checkpoint,
+    hash_files,
     hold,
     is_complete,
     write_manifest,
@@ -35,6 +37,7 @@ from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
+from visrl.plugins import is_plugin
 from visrl.progress import next_command
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.checkpoints import MarkComplete, check_resume, foreign_checkpoint, last_complete_checkpoint, writing
@@ -42,7 +45,7 @@ from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.data import SftSamples, build_data, read_rollout_samples
 from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
-from visrl.train.dry_run import dry_run, peak_memory, scan_dataset
+from visrl.train.dry_run import DatasetScan, dry_run, peak_memory, scan_dataset
 from visrl.train.features import open_features
 from visrl.train.fields import TrainerFields
 from visrl.train.items import Collator
@@ -62,7 +65,6 @@ WRITTEN = (
     MANIFEST, STARTED, "log.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
     "*.safetensors.index.json", "checkpoint-*",
 )  # fmt: skip
-WITHOUT_REFERENCE = ("simpo", "orpo", "sft")
 
 
 def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Path:
@@ -107,12 +109,8 @@ def train_here(config: TrainConfig) -> None:
     settings = model_settings(config)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     check_policy(config)
-    parents = {"model": hash_checkpoint(config.model_name_or_path)}
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
-    if adapters:
-        parents["adapter"] = adapters[-1]["hash"]
-    if config.dataset:
-        parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
+    parents = _parents(config, adapters)
     identity = {**_identity(config), "parents": parents}
     if not config.dry_run and not _replaces(config, identity) and is_complete(out, identity):
         say(f"{out} is already complete")
@@ -122,21 +120,10 @@ def train_here(config: TrainConfig) -> None:
     if notice := _own_settings(config).other_rule(settings.crop_rule):
         say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
     set_seed(arguments.seed)
-    dataset, validation = build_data(config, encoder, arguments)
     rollouts = read_rollout_samples(config)
     bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
     collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
-    if config.drop_unusable or config.dry_run:
-        found, dataset = scan_dataset(dataset, collator)
-        say(found.format_counts(config.drop_unusable))
-        if validation is not None:
-            to_validate, validation = scan_dataset(validation, collator)
-            say(f"to validate on: {to_validate.format_counts(config.drop_unusable)}")
-    for part in (dataset, validation):
-        if isinstance(part, SftSamples) and (count := part.without_box()):
-            say(f"{count:,} questions have no box: what is learned of them is the answer to the whole picture")
-        if part is not None and not len(part):  # type: ignore[arg-type]
-            raise ConfigError(f"dataset: {config.dataset} holds no row for {config.stage_name} that can be used")
+    dataset, validation, scan = _usable_data(config, collator, arguments)
     model = prepare_model(config).to(arguments.device)
     if not shards_weights(arguments):
         try_out(model, encoder, config.model_name_or_path)
@@ -145,44 +132,29 @@ def train_here(config: TrainConfig) -> None:
     common: dict[str, Any] = {
         "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
     }  # fmt: skip
-    if config.dry_run:
-        dry_run(dataset, found, **common)
+    if scan is not None and config.dry_run:
+        dry_run(dataset, scan, **common)
         return
     with refusals():
         trainer = VisrlTrainer(
-            args=arguments,
-            train_dataset=dataset,
-            validation=validation,
-            rollouts=rollouts,
-            callbacks=[JsonLog(out), MarkComplete()],
-            **common,
-        )
-    check_start(config, trainer, len(dataset))  # type: ignore[arg-type]
+            args=arguments, train_dataset=dataset, validation=validation, rollouts=rollouts,
+            callbacks=[JsonLog(out), MarkComplete()], **common,
+        )  # fmt: skip
+    check_start(config, trainer, len(dataset))
     if arguments.process_index == 0:
         if _replaces(config, identity):
             _clear(out)
         claim_folder(out, identity)
     say(_format_data(config, arguments, dataset, validation))
-    if config.stage == "dpo" and config.pref_loss not in WITHOUT_REFERENCE:
-        items: list[Any] = [part for part in (dataset, validation) if part is not None]
-        shown = hash_pictures((picture for part in items for picture in part.pictures()), config.image_root)
-        parts = {**identity, "pictures": shown, "dtype": str(next(model.parameters()).dtype)}
-        trainer.reference = reference_logps(
-            model,
-            torch.utils.data.ConcatDataset(items),
-            collator,
-            batch_size=max(8, arguments.per_device_train_batch_size),
-            cache=out / "reference.json",
-            key=reference_key(parts),
-            features=features,
-        )
+    if config.needs_reference:
+        trainer.reference = _reference(trainer, [part for part in (dataset, validation) if part is not None], identity)
     resume = last_complete_checkpoint(out, arguments) or foreign_checkpoint(config)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.check_trained(resume)
     facts = {
         "adapters": adapters,
         "seed": arguments.seed,
-        "items": len(dataset),  # type: ignore[arg-type]
+        "items": len(dataset),
         "steps": trainer.state.global_step,
         "processes": arguments.world_size,
         "best": {"metric": trainer.state.best_metric, "checkpoint": trainer.state.best_global_step},
@@ -199,6 +171,63 @@ def train_here(config: TrainConfig) -> None:
             shutil.rmtree(checkpoint)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
     say(_next_command(config))
+
+
+def _parents(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str, str]:
+    """Hashes of what the training starts from: model, adapter, data, and a loss from outside the package."""
+    parents = {"model": hash_checkpoint(config.model_name_or_path)}
+    if adapters:
+        parents["adapter"] = adapters[-1]["hash"]
+    if config.dataset:
+        parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
+    if config.stage == "dpo" and is_plugin(config.pref_loss):
+        module = importlib.util.find_spec(config.pref_loss.partition(":")[0])
+        if module is not None and module.origin is not None:
+            parents["loss"] = hash_files(module.origin)
+    return parents
+
+
+def _usable_data(
+    config: TrainConfig, collator: Collator, arguments: TrainingArguments
+) -> tuple[Any, Any, DatasetScan | None]:
+    """The items to train on and to validate on (or None), and what a scan of the former found where one is wanted.
+
+    Raises:
+        ConfigError: nothing is left to train on, or to validate on.
+    """
+    dataset: Any
+    validation: Any
+    dataset, validation = build_data(config, collator.encoder, arguments)
+    scan = None
+    if config.drop_unusable or config.dry_run:
+        scan, dataset = scan_dataset(dataset, collator)
+        say(scan.format_counts(config.drop_unusable))
+        if validation is not None:
+            to_validate, validation = scan_dataset(validation, collator)
+            say(f"to validate on: {to_validate.format_counts(config.drop_unusable)}")
+    for part in (dataset, validation):
+        if isinstance(part, SftSamples) and (count := part.without_box()):
+            say(f"{count:,} questions have no box: what is learned of them is the answer to the whole picture")
+        if part is not None and not len(part):
+            raise ConfigError(f"dataset: {config.dataset} holds no row for {config.stage_name} that can be used")
+    return dataset, validation, scan
+
+
+def _reference(trainer: VisrlTrainer, parts: list[Any], identity: dict[str, Any]) -> dict[str, float]:
+    """Reference log-probabilities of all items: of the model as it is now, before its first step."""
+    config, arguments = trainer.visrl_config, trainer.args
+    model: Any = trainer.model
+    collator: Any = trainer.data_collator
+    shown = hash_pictures((picture for part in parts for picture in part.pictures()), config.image_root)
+    return reference_logps(
+        model,
+        torch.utils.data.ConcatDataset(parts),
+        collator,
+        batch_size=max(8, arguments.per_device_train_batch_size),
+        cache=config.output_dir / "reference.json",
+        key=reference_key({**identity, "pictures": shown, "dtype": str(next(model.parameters()).dtype)}),
+        features=trainer.features,
+    )
 
 
 def _replaces(config: TrainConfig, identity: dict[str, Any]) -> bool:

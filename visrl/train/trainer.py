@@ -1,4 +1,4 @@
-"""The training loop: `transformers.Trainer` over packed trees. Losses live in losses.py, trees in tree.py."""
+"""The training loop: `transformers.Trainer` over packed sequences. Losses: losses.py; prefix trees: packing/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Trainer
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
 from visrl.models.modes import evaluating
-from visrl.packing.forward import BranchLogps, branch_logps
+from visrl.packing.forward import branch_logps
 from visrl.records import RecordError, Sample
 from visrl.train import losses
 from visrl.train.checkpoints import TrainingError, check_finite, resumed_step, writing
@@ -26,8 +26,6 @@ from visrl.train.items import Branch, TrainingBatch, select
 from visrl.train.log import RunningMeans
 from visrl.train.model import make_tied_embedding_sparse
 from visrl.train.sampler import EpochOrder, SameImageSampler
-
-AVERAGED = ("ipo", "simpo", "orpo")  # losses on log-probabilities averaged over a response's tokens
 
 
 class VisrlTrainer(Trainer):
@@ -52,6 +50,7 @@ class VisrlTrainer(Trainer):
     ) -> None:
         super().__init__(eval_dataset=validation or list(rollouts) or None, **kwargs)
         self.visrl_config = visrl_config
+        self.loss = visrl_config.loss
         self.encoder = encoder
         self.reference = reference
         self.features = features
@@ -118,7 +117,7 @@ class VisrlTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         batch: TrainingBatch = inputs["batch"]
-        per_row = self._losses(model, batch)
+        per_row = self._row_losses(model, batch)
         if not torch.isfinite(per_row).all():
             raise TrainingError(
                 f"the loss is no number any more at step {self.state.global_step + 1} (rows "
@@ -128,44 +127,50 @@ class VisrlTrainer(Trainer):
         loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else self._count(batch))
         return (loss, {}) if return_outputs else loss
 
-    def _losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
+    def _row_losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
+        """The weighted loss of every row, to be divided by what `_count` counts."""
         logps = branch_logps(model, batch.packed)
-        return self._sft(batch, logps) if self.visrl_config.stage == "sft" else self._preference(batch, logps)
-
-    def _sft(self, batch: TrainingBatch, logps: BranchLogps) -> torch.Tensor:
-        """Mean over each response's tokens: a short answer counts as much as a long box."""
-        per_row = losses.sft(logps.sums / logps.counts)
-        for number, branch in enumerate(batch.branches):
-            self._meters.add(f"nll/{branch.step}", per_row[number])
-        return per_row
-
-    def _preference(self, batch: TrainingBatch, logps: BranchLogps) -> torch.Tensor:
-        """Weighted loss of every row, to be divided by items."""
-        config, device = self.visrl_config, logps.sums.device
-        chosen, rejected = select(batch.branches, "chosen", device), select(batch.branches, "rejected", device)
-        reference = torch.tensor(reference_of(batch.branches, self.reference), device=device, dtype=torch.float32)
-        scale = logps.counts if config.pref_loss in AVERAGED else torch.ones_like(logps.counts)
-        policy, reference = logps.sums / scale, reference / scale
+        if self.visrl_config.stage == "sft":
+            per_row = losses.sft(logps.sums / logps.counts)  # a short answer counts as much as a long box
+            for number, branch in enumerate(batch.branches):
+                self._meters.add(f"nll/{branch.step}", per_row[number])
+            return per_row
+        config, loss, device = self.visrl_config, self.loss, logps.sums.device
+        ref_sums = torch.tensor(reference_of(batch.branches, self.reference), device=device, dtype=torch.float32)
+        chosen, rejected = (select(batch.branches, role, device) for role in ("chosen", "rejected"))
+        policy, reference = (x / logps.counts if loss.averages else x for x in (logps.sums, ref_sums))
+        pairs, ref_pairs = ((x[chosen], x[rejected]) for x in (policy, reference))
         rows = [batch.branches[n] for n in chosen.tolist()]
-        weight = torch.tensor([row.weight * self._lambda(row.step) for row in rows], device=device)
         beta = torch.tensor([self._beta(row.step) for row in rows], device=device)
-        w, r, ref_w, ref_r = policy[chosen], policy[rejected], reference[chosen], reference[rejected]
-        if config.pref_loss == "kto":
+        keywords = {keyword: getattr(config, key) for keyword, key in loss.parameters.items()}
+        if loss.beta is not None:
+            keywords["beta"] = beta
+        if loss.kl:
             mismatched = select(batch.branches, "mismatched", device)
-            kl = self._kl(rows, policy[mismatched], reference[mismatched])
-            loss = losses.kto_pair(w, r, ref_w, ref_r, kl, beta=beta)
-        else:
-            loss = preference_loss(config, w, r, ref_w, ref_r, beta, logps.counts[chosen])
+            keywords["kl"] = self._kl(rows, policy[mismatched], reference[mismatched])
+        per_row = loss.function(*loss.arguments(pairs, ref_pairs), **keywords)
+        if per_row.shape != chosen.shape:
+            raise TrainingError(
+                f"pref_loss {config.pref_loss} gives a loss of shape {list(per_row.shape)} for {len(rows)} rows; it "
+                f"must be one number a row, [{len(rows)}]"
+            )
         if config.pref_ftx:
-            loss = loss + config.pref_ftx * losses.sft(logps.sums[chosen] / logps.counts[chosen])
-        with torch.no_grad():
-            gains = beta * losses.margin(w, r, ref_w, ref_r)
-            for n, row in enumerate(rows):
-                self._meters.add(f"rewards/margins/{row.step}", gains[n])
-                self._meters.add(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
-                self._meters.add(f"logps/chosen/{row.step}", logps.sums[chosen[n]])
-                self._meters.add(f"logps/rejected/{row.step}", logps.sums[rejected[n]])
-        return weight * loss
+            per_row = per_row + config.pref_ftx * losses.sft(logps.sums[chosen] / logps.counts[chosen])
+        if loss.reads != "pair":  # it compares none: how far they are apart is said in sums
+            pairs, ref_pairs = ((x[chosen], x[rejected]) for x in (logps.sums, ref_sums))
+        gains = beta * losses.margin(*pairs, *ref_pairs)
+        self._log_pairs(rows, gains.detach(), logps.sums[chosen], logps.sums[rejected])
+        return per_row * torch.tensor([row.weight * self._lambda(row.step) for row in rows], device=device)
+
+    def _log_pairs(
+        self, rows: Sequence[Branch], gains: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor
+    ) -> None:
+        """Add to the running means how far each pair is apart (`gains`, β included) and how likely its sides are."""
+        for n, row in enumerate(rows):
+            self._meters.add(f"rewards/margins/{row.step}", gains[n])
+            self._meters.add(f"rewards/accuracies/{row.step}", (gains[n] > 0).float())
+            self._meters.add(f"logps/chosen/{row.step}", chosen[n])
+            self._meters.add(f"logps/rejected/{row.step}", rejected[n])
 
     def _kl(self, rows: Sequence[Branch], policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         """KTO's estimate for each row, [rows]: that of its step, over the rows of this batch on all ranks."""
@@ -209,7 +214,7 @@ class VisrlTrainer(Trainer):
             for members, counts in shard_batches(batches):
                 inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
                 self._meters = validation if counts else RunningMeans()
-                self._meters.add("loss", self._losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
+                self._meters.add("loss", self._row_losses(model, inputs["batch"]).sum(), self._count(inputs["batch"]))
         self._meters = since_log
         return {f"eval_{name}": value for name, value in validation.means().items()}
 
@@ -262,33 +267,3 @@ def reference_of(branches: Sequence[Branch], reference: Mapping[str, float] | No
     if missing is not None:
         raise RecordError(f"no reference log-probability of {missing}; remove reference.json and start again")
     return [reference[name] for name in names]
-
-
-def preference_loss(
-    config: TrainConfig,
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
-    beta: torch.Tensor,
-    chosen_counts: torch.Tensor,
-) -> torch.Tensor:
-    """The configured loss of each row, [rows], on log-probabilities that are summed or averaged as it wants them."""
-    four = (chosen, rejected, ref_chosen, ref_rejected)
-    smoothing = config.dpo_label_smoothing
-    match config.pref_loss:
-        case "sigmoid":
-            return losses.dpo(*four, beta=beta, label_smoothing=smoothing)
-        case "robust":
-            return losses.robust_dpo(*four, beta=beta, label_smoothing=smoothing)
-        case "ipo":
-            return losses.ipo(*four, beta=beta)
-        case "hinge":
-            return losses.hinge(*four, beta=beta)
-        case "simpo":
-            return losses.simpo(chosen, rejected, beta=beta, gamma=config.simpo_gamma)
-        case "orpo":
-            return losses.orpo(chosen, rejected, beta=beta)
-        case "sft":
-            return losses.sft(chosen / chosen_counts)
-    raise ValueError(f"pref_loss {config.pref_loss!r} is not a pairwise loss")
