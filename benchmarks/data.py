@@ -22,7 +22,8 @@ from pathlib import Path
 from visrl.box import Box, BoxError, Size, iou
 from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.check import check
-from visrl.data.convert import Reading, convert, read_format
+from visrl.data.convert import convert
+from visrl.data.formats import Reading, read_format
 from visrl.data.rows import Writer
 from visrl.data.sizes import Sizes
 from visrl.data.viscot import detection_row, viscot_row

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from visrl.cli.data import app
 from visrl.conversation import crop_view, open_view
-from visrl.data.named import is_named, named_preferences, named_samples
+from visrl.data.info import is_named
 from visrl.data.rows import json_items
-from visrl.data.sources import hash_source
+from visrl.data.sources import hash_source, named_preferences, named_samples
 from visrl.records import Picture, RecordError, VisrlWarning
 from visrl.scenes import scene_samples
 

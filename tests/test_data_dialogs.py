@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from visrl.box import Box
 from visrl.cli import app
 from visrl.conversation import PromptError
-from visrl.data.convert import Reading, convert, read_format
-from visrl.data.named import named_preferences, named_samples
+from visrl.data.convert import convert
+from visrl.data.formats import Reading, read_format
 from visrl.data.rows import json_items
 from visrl.data.sizes import Sizes
+from visrl.data.sources import named_preferences, named_samples
 from visrl.records import Message, RecordError, VisrlWarning
 
 SENTENCE = "Please provide the bounding box coordinate of the region that can help you answer the question better."

@@ -9,7 +9,8 @@ from data_rows import benchmark, good_boxes, meta, refcoco, viscot, write_lines
 
 from visrl.box import Box, enclosing
 from visrl.codecs import CODECS
-from visrl.data.convert import SOURCES, Reading, Selection, convert, format_of, read_format, share_of
+from visrl.data.convert import Selection, convert, share_of
+from visrl.data.formats import SOURCES, Reading, format_of, read_format
 from visrl.data.rows import RowFault, json_items
 from visrl.data.sizes import Sizes
 from visrl.records import Preference, RecordError, Sample

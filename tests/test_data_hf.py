@@ -17,11 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from visrl.cli import app
-from visrl.data.convert import Reading, convert, read_format
-from visrl.data.named import named_samples
+from visrl.data.convert import convert
+from visrl.data.formats import Reading, read_format
 from visrl.data.rows import json_items
 from visrl.data.sizes import Sizes
-from visrl.data.sources import hash_source, read_preferences, read_samples
+from visrl.data.sources import hash_source, named_samples, read_preferences, read_samples
 from visrl.images import open_image
 from visrl.records import MAX_DEPTH, RecordError, VisrlWarning
 

@@ -7,7 +7,8 @@ import pytest
 
 from visrl.box import Box
 from visrl.data.check import check
-from visrl.data.convert import Reading, convert
+from visrl.data.convert import convert
+from visrl.data.formats import Reading
 from visrl.data.info import read_info
 from visrl.data.native import from_json, parse_visrl, read_records, visrl_row
 from visrl.data.rows import json_items, parsed_row, read_rows

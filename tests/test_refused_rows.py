@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from visrl.conversation import Conversation, Message, PromptError, focus_conversation, open_view
-from visrl.data.convert import Reading
+from visrl.data.formats import Reading
 from visrl.data.sources import read_samples
 from visrl.data.stats import as_table, measure
 from visrl.engines.base import Completion, Sampling, seed_of

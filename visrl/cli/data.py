@@ -1,4 +1,4 @@
-"""`visrl data`: convert, check and stats. Parses, then imports what the verb needs."""
+"""`visrl data`: convert, check and stats. Parses, then imports what the verb needs; help texts name the formats."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pydantic import Field
 
 from visrl.cli.verbs import Verbs
 from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.data.formats import FORMATS, SOURCES, TARGETS, Reading, find_format
+from visrl.data.rows import format_notes
+from visrl.data.sizes import Sizes
 
 app = typer.Typer(cls=Verbs, help="Convert, check and describe data sets.", no_args_is_help=True)
 
-_FORMATS = "viscot, viscot-meta, viscot-detection, refcoco, sharegpt, visrl, hf"
-From = Annotated[str, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")]
+_FROM = f"Format of the input: {', '.join(SOURCES)}, or module:NAME of your own."
+From = Annotated[str, typer.Option("--from", help=_FROM)]
 Inputs = Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")]
 SizesFile = Annotated[
     list[str] | None,
@@ -51,8 +54,8 @@ class ConvertConfig(Config):
 def convert(
     inputs: Inputs,
     out: Annotated[str, typer.Argument(metavar="OUT", help=".json is written as a list, .jsonl as lines.")],
-    source: Annotated[str | None, typer.Option("--from", help=f"Format of the input: {_FORMATS}.")] = None,
-    target: Annotated[str | None, typer.Option("--to", help=f"{_FORMATS}, viscot-sft1, viscot-sft2, rl-pool.")] = None,
+    source: Annotated[str | None, typer.Option("--from", help=_FROM)] = None,
+    target: Annotated[str | None, typer.Option("--to", help=f"{', '.join(TARGETS)}, or module:NAME.")] = None,
     sizes: SizesFile = None,
     images: Images = None,
     skip: Annotated[
@@ -74,10 +77,8 @@ def convert(
     ] = None,
 ) -> None:
     """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
-    from visrl.data.convert import Reading, Selection
+    from visrl.data.convert import Selection
     from visrl.data.convert import convert as run
-    from visrl.data.rows import format_notes
-    from visrl.data.sizes import Sizes
 
     given = {
         "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
@@ -140,8 +141,6 @@ def check(
     """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
     from visrl.data.check import as_text
     from visrl.data.check import check as run
-    from visrl.data.convert import Reading
-    from visrl.data.sizes import Sizes
 
     space = _space(box_space) if box_space else None
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
@@ -170,8 +169,6 @@ def stats(
     split: Split = None,
 ) -> None:
     """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
-    from visrl.data.convert import Reading
-    from visrl.data.sizes import Sizes
     from visrl.data.stats import as_table, measure
 
     space = _space(box_space) if box_space else None
@@ -222,13 +219,13 @@ def _refuse_options(source: str, **given: Any) -> None:
 
     Raises:
         ConfigError: with the first of them.
+        RecordError: there is no such format.
     """
-    formats = {"dataset": "sharegpt", "box_space": "sharegpt", "columns": "hf", "split": "hf"}
+    taken = find_format(source).options
     for option, value in given.items():
-        if value and formats[option] != source and source in _FORMATS.split(", "):
-            raise ConfigError(
-                f"--{option.replace('_', '-')} is for --from {formats[option]}; it says nothing of {source}"
-            )
+        if value and option not in taken:
+            takers = ", ".join(name for name, each in FORMATS.items() if option in each.options)
+            raise ConfigError(f"--{option.replace('_', '-')} is for --from {takers}; it says nothing of {source}")
 
 
 def _space(name: str) -> Any:

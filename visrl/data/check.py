@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE, Size
-from visrl.data.convert import Reading, dataset_of, other_format, read_format
+from visrl.data.convert import dataset_of
+from visrl.data.formats import Reading, find_format, other_format
 from visrl.data.rows import DataRow, format_notes
 from visrl.data.sizes import FOLDERS, viscot_path
 from visrl.images import ImageError, names_file, open_image, picture_path
@@ -82,14 +83,15 @@ def check(
     seen_rows: set[int] = set()  # hashes, here and below: of hundreds of thousands, no two are likely to be equal
     splits: dict[int, str] = {}  # of every picture seen
     leaked: set[int] = set()
+    rows = find_format(source).rows
     for path in inputs:
-        for row in read_format(source, path, reading):
+        for row in rows(path, reading):
             report.rows += 1
             progress(report.rows)
             if row.fault:
                 report.bad[row.fault] += 1
                 report.note(row.fault, f"{path}, row {row.number}: {row.reason}")
-                if row.fault == "unparseable" and (other := other_format(row.raw, source, path, reading)):
+                if row.fault == "unparseable" and (other := other_format(row.raw, source, reading)):
                     report.other_formats[other] += 1
             else:
                 report.good += 1

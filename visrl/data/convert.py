@@ -1,4 +1,4 @@
-"""Any format to any other: what `visrl data convert` does, and the one table of formats.
+"""Any format to any other: what `visrl data convert` does.
 
 A file is read row by row. A bad row is listed beside the output with its reason, never dropped in silence; where source
 and target are the same format every row, good or bad, is written back as it stood.
@@ -15,45 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from visrl.box import Size
 from visrl.codecs import BoxSpace
-from visrl.data.hf import ParquetWriter, is_hf, read_hf
+from visrl.data.formats import DataFormat, Reading, Writing, find_format, row_of
+from visrl.data.hf import ParquetWriter, is_hf
 from visrl.data.info import DatasetEntry, find_entry
-from visrl.data.native import parse_own, pool_row, visrl_row
 from visrl.data.picture_files import PictureFiles
-from visrl.data.refcoco import parse_refcoco, refcoco_row
-from visrl.data.rows import DataRow, Parse, RowFault, Writer, parsed_row, read_rows
-from visrl.data.sharegpt import parse_sharegpt, read_sharegpt
-from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json, ranking_row, sft1_row, sft2_row, sft_row
-from visrl.data.sizes import Sizes
-from visrl.data.viscot import detection_row, meta_row, parse_detection, parse_meta, parse_viscot, viscot_row
+from visrl.data.rows import DataRow, RowFault, Writer
+from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json
 from visrl.manifest import hold
 from visrl.records import Preference, RecordError, Sample, belongs_to
 
-SOURCES = ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl", "hf")
-TARGETS = (*SOURCES, "viscot-sft1", "viscot-sft2", "rl-pool")
 _AS_IT_STOOD = Sample("", "", "", "")  # stands for a bad row that is written back
-# What users call formats that are read under another name.
-_CALLED = {
-    "llava": "sharegpt", "alpaca": "sharegpt", "llama-factory": "sharegpt", "llamafactory": "sharegpt",
-    "ms-swift": "sharegpt", "swift": "sharegpt", "openai": "sharegpt", "parquet": "hf", "arrow": "hf",
-    "json": "visrl", "jsonl": "visrl",
-}  # fmt: skip
-# Faults of rows whose form is right.
-_UNDERSTOOD = ("inverted", "outside", "empty", "disagree", "no_size")
-_SHAREGPT = ("sharegpt", "viscot-sft1", "viscot-sft2")
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How to read: sizes, and what some formats need to be told."""
-
-    sizes: Sizes = field(default_factory=Sizes)
-    box_space: BoxSpace | None = None
-    dataset: str | None = None  # the entry of dataset_info.json
-    columns: Mapping[str, str] = field(default_factory=dict)  # ours → theirs, for `hf`
-    split: str = "train"  # for `hf`
-    boxes: bool = True  # without: boxes are passed by, right or wrong, and sizes are not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,49 +55,6 @@ class Summary:
     picture_folder: Path | None = None
 
 
-def read_format(name: str, path: str, reading: Reading) -> Iterator[DataRow]:
-    """The rows of a file in the format `name`.
-
-    Raises:
-        RecordError: the file is not there or damaged, or there is no such format.
-    """
-    if name == "hf":
-        return read_hf(path, split=reading.split, columns=dict(reading.columns), sizes=reading.sizes)
-    if name == "sharegpt":
-        return read_sharegpt(find_entry(path, reading.dataset), reading.sizes, reading.box_space)
-    return read_rows(path, _parser(name, path, reading))
-
-
-def _parser(name: str, path: str, reading: Reading) -> Parse:
-    """What makes records of a row in the format `name`, one of lines or lists of JSON.
-
-    Raises:
-        RecordError: there is no such format.
-    """
-    if name == "sharegpt":
-        entry = DatasetEntry(Path(path).stem, Path(path), columns={}, formatting="")
-        return lambda raw, number: parse_sharegpt(raw, number, entry, reading.sizes, reading.box_space)
-    parsers: dict[str, Parse] = {
-        "visrl": lambda raw, number: parse_own(raw, number, reading.sizes),
-        "viscot": lambda raw, number: parse_viscot(raw, number, reading.sizes, reading.boxes),
-        "viscot-meta": lambda raw, number: parse_meta(raw, number, reading.boxes),
-        "viscot-detection": parse_detection,
-        "refcoco": parse_refcoco,
-    }
-    if name not in parsers:
-        near = f"; rows of {name} are read with --from {_CALLED[name]}" if name in _CALLED else ""
-        raise RecordError(f"no format {name!r}; the formats are {', '.join(SOURCES)}{near}")
-    return parsers[name]
-
-
-def other_format(raw: Any, source: str, path: str, reading: Reading) -> str | None:
-    """The format under which a row that cannot be read as `source` is understood: tried, not guessed by its keys."""
-    for name in ("viscot", "viscot-meta", "viscot-detection", "refcoco", "sharegpt", "visrl"):
-        if name != source and parsed_row(raw, 1, _parser(name, path, reading)).fault in ("", *_UNDERSTOOD):
-            return name
-    return None
-
-
 def convert(
     source: str,
     target: str,
@@ -149,28 +78,28 @@ def convert(
             an input.
         HeldError: another process writes the output.
     """
-    if target not in TARGETS:
-        raise RecordError(f"no format {target!r} to write; there are {', '.join(TARGETS)}")
+    read, wanted = find_format(source), find_format(target, "write")
     reading = reading or Reading()
-    if target == "rl-pool":
+    if not wanted.needs_boxes:
         reading = replace(reading, boxes=False)
+    writing = Writing(reading.sizes, box_space)
     inputs = list(inputs)
     _refuse_overwriting(Path(out), inputs)
-    same = source == target and target != "hf"  # parquet has typed columns, which a bad row may not fit
-    like = find_entry(inputs[0], reading.dataset) if source == target == "sharegpt" else None
-    to_row = _target_row(target, reading.sizes, box_space)
-    files = _Files(Path(out), target, validation, seed, pictures=any(map(is_hf, inputs)) or source == "hf")
+    same = read is wanted and wanted.writer is Writer  # parquet has typed columns, which a bad row may not fit
+    like = find_entry(inputs[0], reading.dataset) if same and wanted.in_dataset_info else None
+    pictures = read.holds_pictures or any(map(is_hf, inputs))
+    files = _Files(Path(out), wanted, validation, seed, pictures)
     summary = Summary()
     with files:
-        rows = _selected(source, inputs, reading, selection or Selection(), summary, progress)
-        for path, row, unit in _units(rows, as_it_stood=same, grouped=target == "sharegpt"):
+        rows = _selected(read, inputs, reading, selection or Selection(), summary, progress)
+        for path, row, unit in _units(rows, as_it_stood=same, grouped=wanted.joins_steps):
             if not unit:
                 # A row that is written back as it stood needs no size.
                 if not (same and row.fault == "no_size"):
                     files.list_bad(path, row, row.fault, row.reason, summary)
                 continue
             try:
-                files.write(row.raw if same else to_row(unit, row.number), _image(row))
+                files.write(row.raw if same else row_of(wanted, unit, row.number, writing), _image(row))
             except RowFault as error:
                 files.list_bad(path, row, error.fault, str(error), summary)
     files.describe(box_space, like)
@@ -187,13 +116,13 @@ def _refuse_overwriting(out: Path, inputs: Iterable[str]) -> None:
 
 
 def _selected(
-    source: str, inputs: Iterable[str], reading: Reading, selection: Selection, summary: Summary,
+    source: DataFormat, inputs: Iterable[str], reading: Reading, selection: Selection, summary: Summary,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[str, DataRow]]:  # fmt: skip
     """The wanted rows of all files, counted."""
     places = Counter[str]()
     for path in inputs:
-        for row in read_format(source, path, reading):
+        for row in source.rows(path, reading):
             summary.rows += 1
             progress(summary.rows)
             dataset = dataset_of(row)
@@ -241,53 +170,6 @@ def dataset_of(row: DataRow) -> str:
     return value if isinstance(value, str) else ""
 
 
-def format_of(raw: Any) -> str | None:
-    """The format that a kept row came from, by its keys."""
-    if not isinstance(raw, dict):
-        return None
-    if {"image", "conversations"} <= set(raw) and isinstance(raw["image"], list) and "###" in str(raw["image"][1:]):
-        return "viscot"  # LLaVA's own rows have the same keys, and one path
-    if {"bboxs", "question"} <= set(raw):
-        return "viscot-meta"
-    if {"img_path", "expression"} <= set(raw):
-        return "refcoco" if "dataset_name" in raw else "viscot-detection"
-    return None
-
-
-def _target_row(target: str, sizes: Sizes, space: BoxSpace) -> Callable[[tuple[Sample | Preference, ...], int], Any]:
-    """What makes a row of the target format of a record and its number."""
-
-    def size_of(sample: Sample) -> Size:
-        return sample.size or sizes.of(sample.image)
-
-    sized = {
-        "viscot": viscot_row, "viscot-meta": meta_row, "viscot-detection": detection_row, "refcoco": refcoco_row,
-    }  # fmt: skip
-
-    def to_row(unit: tuple[Sample | Preference, ...], number: int) -> Any:
-        record = unit[0]
-        if isinstance(record, Preference):
-            if target == "sharegpt":
-                return ranking_row([each for each in unit if isinstance(each, Preference)])
-            if target == "visrl":
-                return visrl_row(record)
-            raise RowFault("preference", f"{record.id} is a preference; they go to sharegpt and visrl only")
-        if target in sized:
-            # A sample that came from this format goes back as it stood.
-            same = format_of(record.raw) == target
-            return record.raw if same else sized[target](record, size_of(record), number)
-        size = size_of(record) if space == "padded_square" and target in _SHAREGPT else record.size
-        if target == "viscot-sft1":
-            return sft1_row(record, space, size)
-        if target == "viscot-sft2":
-            return sft2_row(record, size)
-        if target == "sharegpt":
-            return sft_row(record, space, size)
-        return pool_row(record) if target == "rl-pool" else visrl_row(record)
-
-    return to_row
-
-
 def _image(row: DataRow) -> str:
     record = row.records[0] if row.records else None
     if isinstance(record, Sample):
@@ -298,7 +180,7 @@ def _image(row: DataRow) -> str:
 class _Files:
     """The output, its validation part, and the list of bad rows."""
 
-    def __init__(self, out: Path, target: str, validation: float, seed: int, pictures: bool) -> None:
+    def __init__(self, out: Path, target: DataFormat, validation: float, seed: int, pictures: bool) -> None:
         self.out, self.target, self.validation, self.seed = out, target, validation, seed
         self.bad_path = Path(f"{out}.bad.jsonl")
         self.outs = [out, out.with_name(f"{out.stem}.val{out.suffix}")] if validation else [out]
@@ -312,7 +194,7 @@ class _Files:
         with ExitStack() as stack:
             for path in self.outs:
                 stack.enter_context(hold(path))
-                writer: Writer | ParquetWriter = ParquetWriter(path) if self.target == "hf" else Writer(path)
+                writer = self.target.writer(path)
                 self.writers.append(writer)
                 stack.push(writer)
             if self.pictures is not None:
@@ -326,7 +208,7 @@ class _Files:
         self.stack.__exit__(kind, *rest)
 
     def write(self, raw: Any, image: str) -> None:
-        if self.target == "sharegpt" and isinstance(raw, dict):
+        if self.target.in_dataset_info and isinstance(raw, dict):
             self.reply_columns |= {"chosen", "rejected", "chosen_step", "rejected_step", "weight"} & set(raw)
         second = self.validation > 0 and share_of(self.seed, image) < self.validation
         self.writers[second].write(self._placed(raw))
@@ -344,7 +226,7 @@ class _Files:
 
     def describe(self, box_space: BoxSpace, like: DatasetEntry | None) -> None:
         """Name the files in `dataset_info.json`; a copy is described as its original is, or as little."""
-        if self.target not in _SHAREGPT or (like and not like.formatting):
+        if not self.target.in_dataset_info or (like and not like.formatting):
             return
         for path in self.outs:
             described = entry_json(path.name, ranking=sorted(self.reply_columns), box_space=box_space)

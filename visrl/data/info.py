@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.codecs import BOX_SPACES, BoxSpace
+from visrl.plugins import is_plugin
 from visrl.records import RecordError
 
 INFO = "dataset_info.json"
@@ -101,6 +102,36 @@ def find_entry(path: str | os.PathLike[str], name: str | None = None) -> Dataset
     return _usable(max(of_file, key=lambda entry: (not entry.refusal, len(entry.columns))))
 
 
+def is_named(name: str, folder: str | os.PathLike[str]) -> bool:
+    """Whether every part of `name` (several are given with commas) is named in the folder's `dataset_info.json`.
+
+    Raises:
+        RecordError: the `dataset_info.json` cannot be read, and `name` is no file.
+    """
+    if not (Path(folder) / INFO).is_file():
+        return False
+    try:
+        known = read_info(folder)
+    except RecordError:
+        if Path(name).exists():
+            return False
+        raise
+    return all(part.strip() in known for part in name.split(","))
+
+
+def check_names(name: str, folder: str | os.PathLike[str]) -> None:
+    """Refuse a list of data sets that knows some of its names and not others.
+
+    Raises:
+        RecordError: with the first name that there is not, and those there are.
+    """
+    known = read_info(folder) if (Path(folder) / INFO).is_file() else {}
+    parts = [part.strip() for part in name.split(",")]
+    if any(part in known for part in parts):
+        for part in parts:
+            find_entry(folder, part)
+
+
 def _usable(entry: DatasetEntry) -> DatasetEntry:
     if entry.refusal:
         raise RecordError(entry.refusal)
@@ -141,8 +172,11 @@ def _refusal(value: Any) -> str:
             return f"it lies elsewhere ({far}): download it and give its file as file_name, without {far}"
     if not isinstance(value.get("file_name"), str):
         return "file_name must name its file"
-    if value.get("formatting", "alpaca") not in ("alpaca", "sharegpt"):
-        return f'formatting must be "alpaca" or "sharegpt", not {value["formatting"]!r}'
+    formatting = value.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt") and not (isinstance(formatting, str) and is_plugin(formatting)):
+        return f'formatting must be "alpaca" or "sharegpt", or module:NAME of a format of your own, not {formatting!r}'
+    if is_plugin(formatting) and (unread := sorted({"columns", "tags", "ranking", "box_space"} & set(value))):
+        return f"{unread[0]!r} says nothing to {formatting}, which reads its rows by itself"
     columns, tags = value.get("columns", {}), value.get("tags", {})
     for part, known, what in ((columns, _COLUMNS, "columns"), (tags, set(TAGS), "tags")):
         if not (isinstance(part, dict) and all(isinstance(text, str) for text in part.values())):

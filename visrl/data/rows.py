@@ -63,10 +63,13 @@ class DataRow:
     notes: tuple[str, ...] = ()
 
 
+Records = tuple[Sample | Preference, ...]
+
+
 class Parsed(NamedTuple):
     """What a row gives: its records, and notes on what is left out."""
 
-    records: tuple[Sample | Preference, ...]
+    records: Records
     notes: tuple[str, ...] = ()
 
 
@@ -77,7 +80,7 @@ def format_notes(notes: Counter[str]) -> list[str]:
 
 SAME = "the chosen and the rejected reply are the same: there is nothing to prefer"
 
-Parse = Callable[[Any, int], tuple[Sample | Preference, ...] | Parsed]
+Parse = Callable[[Any, int], Records | Parsed]
 
 
 def read_rows(path: str | os.PathLike[str], parse: Parse) -> Iterator[DataRow]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from visrl.box import Size
 from visrl.data.rows import RowFault, get_size, get_text, json_items
-from visrl.images import ImageError, names_file, picture_size
 from visrl.records import RecordError
 
 # Data sets of Visual-CoT whose pictures lie in another one's folder.
@@ -59,6 +58,8 @@ class Sizes:
         return [self._boxes[key], *self._more_boxes.get(key, ())]
 
     def _from_picture(self, ref: str) -> Size:
+        from visrl.images import ImageError, names_file, picture_size  # what decodes is not needed to list formats
+
         if self.images is None and names_file(ref):
             raise RowFault("no_size", f"the size of {ref} is not known: give --sizes FILE or --images DIR")
         try:
