@@ -1,4 +1,4 @@
-"""`visrl data`: convert, check and stats. Parses, then imports what the verb needs; help texts name the formats."""
+"""`visrl data`: convert, check and stats. Parses, then imports what the verb needs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ from pydantic import Field
 
 from visrl.cli.verbs import Verbs
 from visrl.config import Config, ConfigError, build_config, read_yaml
-from visrl.data.formats import FORMATS, SOURCES, TARGETS, Reading, find_format
-from visrl.data.rows import format_notes
-from visrl.data.sizes import Sizes
 
-app = typer.Typer(cls=Verbs, help="Convert, check and describe data sets.", no_args_is_help=True)
 
-_FROM = f"Format of the input: {', '.join(SOURCES)}, or module:NAME of your own."
+class _DataVerbs(Verbs):
+    """Puts the table of formats into the help of a verb that is asked for: the other verbs need not read it."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        from visrl.data.formats import SOURCES, TARGETS
+
+        command = super().get_command(ctx, cmd_name)
+        for option in command.params if command else ():
+            if option.name in ("source", "target"):
+                option.help = option.help.format(  # type: ignore[attr-defined]
+                    sources=", ".join(SOURCES), targets=", ".join(TARGETS)
+                )
+        return command
+
+
+app = typer.Typer(cls=_DataVerbs, help="Convert, check and describe data sets.", no_args_is_help=True)
+
+_FROM = "Format of the input: {sources}, or module:NAME of your own."
 From = Annotated[str, typer.Option("--from", help=_FROM)]
 Inputs = Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")]
 SizesFile = Annotated[
@@ -55,7 +68,7 @@ def convert(
     inputs: Inputs,
     out: Annotated[str, typer.Argument(metavar="OUT", help=".json is written as a list, .jsonl as lines.")],
     source: Annotated[str | None, typer.Option("--from", help=_FROM)] = None,
-    target: Annotated[str | None, typer.Option("--to", help=f"{', '.join(TARGETS)}, or module:NAME.")] = None,
+    target: Annotated[str | None, typer.Option("--to", help="{targets}, or module:NAME.")] = None,
     sizes: SizesFile = None,
     images: Images = None,
     skip: Annotated[
@@ -79,6 +92,9 @@ def convert(
     """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
     from visrl.data.convert import Selection
     from visrl.data.convert import convert as run
+    from visrl.data.formats import Reading
+    from visrl.data.rows import format_notes
+    from visrl.data.sizes import Sizes
 
     given = {
         "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
@@ -141,6 +157,8 @@ def check(
     """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
     from visrl.data.check import as_text
     from visrl.data.check import check as run
+    from visrl.data.formats import Reading
+    from visrl.data.sizes import Sizes
 
     space = _space(box_space) if box_space else None
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
@@ -169,6 +187,8 @@ def stats(
     split: Split = None,
 ) -> None:
     """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
+    from visrl.data.formats import Reading
+    from visrl.data.sizes import Sizes
     from visrl.data.stats import as_table, measure
 
     space = _space(box_space) if box_space else None
@@ -221,6 +241,8 @@ def _refuse_options(source: str, **given: Any) -> None:
         ConfigError: with the first of them.
         RecordError: there is no such format.
     """
+    from visrl.data.formats import FORMATS, find_format
+
     taken = find_format(source).options
     for option, value in given.items():
         if value and option not in taken:
