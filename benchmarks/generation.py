@@ -85,8 +85,8 @@ class GenerateLoop:
         out = self.model.generate(  # type: ignore[operator]
             **inputs,
             mm_token_type_ids=(inputs["input_ids"] == self.encoder.image_token_id).int(),
-            pixel_values=torch.cat([view.pictures["pixel_values"] for view in views]),
-            image_grid_thw=torch.cat([view.pictures["image_grid_thw"] for view in views]),
+            pixel_values=torch.cat([view.inputs["pixel_values"] for view in views]),
+            image_grid_thw=torch.cat([view.inputs["image_grid_thw"] for view in views]),
             do_sample=True,
             temperature=sampling.temperature,
             top_k=0,

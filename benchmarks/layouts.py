@@ -217,7 +217,7 @@ def padded(paths: Sequence[Any], encoder: Encoder) -> tuple[dict[str, Tensor], T
         ids[n, : len(path.ids)] = torch.from_numpy(path.ids)
         labels[n, path.start : len(path.ids)] = torch.from_numpy(path.ids[path.start :])
         mask[n, : len(path.ids)] = 1
-    pictures = [view.pictures for path in paths for view in path.views]
+    pictures = [view.inputs for path in paths for view in path.views]
     joined = {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
     types = (ids == encoder.image_token_id).int()
     return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **joined}, labels

@@ -98,7 +98,7 @@ def floor_flops(ours: Ours, batch: TrainingBatch) -> float:
     text = ours.model.config.text_config
     layers = [m for m in ours.model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
     linear = 2 * sum(layer.weight.numel() for layer in layers) * batch.packed.tokens
-    padding = batch.packed.laid_tokens - batch.packed.tokens
+    padding = batch.packed.padded_tokens - batch.packed.tokens
     pairs = int(call.inputs["attention_mask"].sum()) - padding
     attention = 4 * pairs * text.hidden_size * text.num_hidden_layers
     output = 2 * len(call.keep) * text.hidden_size * text.vocab_size
@@ -218,8 +218,8 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
         facts: dict[str, Any] = {
             "name": shape.name, "image_tokens": shape.image_tokens, "crop_tokens": shape.crop_tokens,
             "vocab": shape.vocab, "questions": shape.questions, "pictures_per_step": shape.pictures,
-            "tokens": packed.tokens, "padding": packed.laid_tokens - packed.tokens,
-            "separate_tokens": packed.naive_tokens,
+            "tokens": packed.tokens, "padding": packed.padded_tokens - packed.tokens,
+            "separate_tokens": packed.separate_tokens,
         }  # fmt: skip
         facts |= errors(ours, theirs, one_step)
         facts |= compare_flops(ours, theirs, one_step)

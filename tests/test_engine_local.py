@@ -61,8 +61,8 @@ def plain_generate(engine: LocalEngine, talk: Conversation, tokens: int) -> str:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=(ids == engine.encoder.image_token_id).int(),
-        pixel_values=torch.cat([view.pictures["pixel_values"] for view in path.views]),
-        image_grid_thw=torch.cat([view.pictures["image_grid_thw"] for view in path.views]),
+        pixel_values=torch.cat([view.inputs["pixel_values"] for view in path.views]),
+        image_grid_thw=torch.cat([view.inputs["image_grid_thw"] for view in path.views]),
         do_sample=False,
         max_new_tokens=tokens,
     )
@@ -185,5 +185,5 @@ def test_pictures_are_resized_as_the_processor_resizes_them(engine, size, is_cro
     ours = encoder.encode_views([View(f"noise {size} {is_crop}", Image.fromarray(noise), is_crop)])[0]
     limits = encoder._limits(is_crop)
     theirs = encoder.processor.image_processor([Image.fromarray(noise)], size=limits, return_tensors="pt")
-    assert torch.equal(ours.pictures["pixel_values"], theirs["pixel_values"])
-    assert torch.equal(ours.pictures["image_grid_thw"], theirs["image_grid_thw"])
+    assert torch.equal(ours.inputs["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours.inputs["image_grid_thw"], theirs["image_grid_thw"])

@@ -22,8 +22,8 @@ from visrl.models.encode import Encoder, PromptError, TokenPath
 from visrl.models.families import FAMILIES, Family, family_of, language_model, projector, vision_tower
 from visrl.models.settings import ModelSettings
 from visrl.packing.forward import branch_logps
-from visrl.packing.pack import Packed, pack
-from visrl.packing.tree import grow
+from visrl.packing.pack import PackedBatch, pack
+from visrl.packing.tree import prefix_trees
 
 RESPONSES = {"box": ("[0.10, 0.20, 0.50, 0.70]", "[0.15, 0.25, 0.30, 0.40]"), "answer": ("7", "42.\n")}
 
@@ -57,9 +57,9 @@ def groups_of(encoder: Encoder) -> tuple[list[list[TokenPath]], list[tuple[Conve
     return groups, said
 
 
-def packed_of(encoder: Encoder, groups: list[list[TokenPath]]) -> Packed:
+def packed_of(encoder: Encoder, groups: list[list[TokenPath]]) -> PackedBatch:
     family = encoder.family
-    trees = grow(groups, encoder.image_token_id, pairs_only=family.shares == "pairs")
+    trees = prefix_trees(groups, encoder.image_token_id, pairs_only=family.shares == "pairs")
     return pack(trees, family, encoder.image_token_id)
 
 
@@ -111,7 +111,7 @@ def test_a_packed_batch_equals_the_models_own_calls(made: list[str]) -> None:
     whole = torch.cat([gradient.flatten() for gradient in native.values()]).norm()
     for key, gradient in native.items():
         assert (mine[key] - gradient).norm() < 1e-4 * max(gradient.norm(), 1e-3 * whole), key
-    assert packed.tokens < packed.naive_tokens / (2 if encoder.family.shares == "all" else 1.5)
+    assert packed.tokens < packed.separate_tokens / (2 if encoder.family.shares == "all" else 1.5)
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
@@ -245,8 +245,8 @@ def test_pictures_are_reduced_to_the_limit() -> None:
     encoder.settings = ModelSettings(image_max_pixels=3000)
     encoder.forget()
     small = encoder.encode_views([big])[0]
-    assert small.pictures["image_sizes"].prod() <= 3000 < free.pictures["image_sizes"].prod()
-    assert small.pictures["pixel_values"].shape[1] <= free.pictures["pixel_values"].shape[1]
+    assert small.inputs["image_sizes"].prod() <= 3000 < free.inputs["image_sizes"].prod()
+    assert small.inputs["pixel_values"].shape[1] <= free.inputs["pixel_values"].shape[1]
 
 
 def test_unknown_families_are_named() -> None:

@@ -60,7 +60,7 @@ def test_kept_features_change_nothing(name: str) -> None:
     model, encoder = frozen(name)
     groups = groups_of(encoder)[0]
     wanted = branch_logps(model, packed_of(encoder, groups)).sums
-    made: Any = base_model(model).model.get_image_features(**groups[0][0].views[0].pictures, return_dict=True)
+    made: Any = base_model(model).model.get_image_features(**groups[0][0].views[0].inputs, return_dict=True)
     tower = Runs(vision_tower(model))
     cache = FeatureCache(model, encoder.family, limit=10**9)
     assert FeatureCache.serves(model)

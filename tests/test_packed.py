@@ -26,8 +26,8 @@ from visrl.models.encode import Encoder, PromptError, TokenPath
 from visrl.models.families import mrope_positions
 from visrl.models.load import load_encoder, load_model
 from visrl.packing.forward import branch_logps
-from visrl.packing.pack import Packed, pack
-from visrl.packing.tree import grow
+from visrl.packing.pack import PackedBatch, pack
+from visrl.packing.tree import prefix_trees
 from visrl.records import Picture
 from visrl.scenes import scene_samples
 from visrl.train import losses
@@ -75,7 +75,7 @@ def separate(model: nn.Module, encoder: Encoder, paths: list[TokenPath]) -> Tens
     sums = []
     for one in paths:
         ids = torch.from_numpy(one.ids)[None]
-        pictures = {name: torch.cat([v.pictures[name] for v in one.views]) for name in one.views[0].pictures}
+        pictures = {name: torch.cat([v.inputs[name] for v in one.views]) for name in one.views[0].inputs}
         marks = (ids == encoder.image_token_id).int()
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=marks, **pictures).logits
         logps = torch.log_softmax(logits[0, one.start - 1 : -1].float(), -1)
@@ -84,8 +84,10 @@ def separate(model: nn.Module, encoder: Encoder, paths: list[TokenPath]) -> Tens
     return torch.stack(sums)
 
 
-def packed_of(encoder: Encoder, groups: list[list[TokenPath]], bin_length: int = 512) -> Packed:
-    return pack(grow(groups, encoder.image_token_id), encoder.family, encoder.image_token_id, bin_length=bin_length)
+def packed_of(encoder: Encoder, groups: list[list[TokenPath]], bin_length: int = 512) -> PackedBatch:
+    return pack(
+        prefix_trees(groups, encoder.image_token_id), encoder.family, encoder.image_token_id, bin_length=bin_length
+    )
 
 
 def gradients(model: nn.Module, sums: Tensor) -> list[Tensor]:
@@ -216,7 +218,7 @@ def test_a_plain_causal_mask_fails_the_check(model: nn.Module, encoder: Encoder)
 def test_depth_positions_fail_the_check(model: nn.Module, encoder: Encoder) -> None:
     packed = packed_of(encoder, [questions_of_a_picture(encoder)])
     right = branch_logps(model, packed).sums
-    packed.calls[0].inputs["position_ids"][:] = torch.arange(packed.laid_tokens)
+    packed.calls[0].inputs["position_ids"][:] = torch.arange(packed.padded_tokens)
     wrong = branch_logps(model, packed).sums
     assert ((wrong - right).abs() / right.abs()).max() > 1e-3
 
@@ -248,8 +250,8 @@ def test_shared_tokens_are_counted_once(encoder: Encoder) -> None:
     distinct = {(tuple(p.ids[: n + 1]), tuple(v.key for v in p.views[: _seen(encoder, p, n)])) for p in paths for n in
                 range(len(p.ids))}  # fmt: skip
     assert packed.tokens == len(distinct)
-    assert packed.naive_tokens == sum(len(p.ids) for p in paths)
-    assert packed.naive_tokens > 2 * packed.tokens
+    assert packed.separate_tokens == sum(len(p.ids) for p in paths)
+    assert packed.separate_tokens > 2 * packed.tokens
 
 
 def _seen(encoder: Encoder, one: TokenPath, place: int) -> int:
@@ -261,7 +263,7 @@ def _seen(encoder: Encoder, one: TokenPath, place: int) -> int:
 def test_positions_equal_the_models_own(model: nn.Module, encoder: Encoder) -> None:
     for one in questions_of_a_picture(encoder):
         ids = torch.from_numpy(one.ids)[None]
-        grids = torch.cat([v.pictures["image_grid_thw"] for v in one.views])
+        grids = torch.cat([v.inputs["image_grid_thw"] for v in one.views])
         theirs, _ = model.model.get_rope_index(ids, (ids == encoder.image_token_id).int(), image_grid_thw=grids)
         ours = mrope_positions(one.ids, encoder.image_token_id, [v.grid for v in one.views])
         assert (theirs[:, 0].numpy() == ours).all()
@@ -279,7 +281,7 @@ def test_a_longer_tree_makes_bins_longer_instead_of_being_cut(encoder: Encoder) 
     paths = questions_of_a_picture(encoder)
     packed = packed_of(encoder, [paths], bin_length=64)
     assert packed.tokens > 64
-    assert packed.laid_tokens >= packed.tokens
+    assert packed.padded_tokens >= packed.tokens
     assert len(packed.target) == sum(len(p.ids) - p.start for p in paths)
 
 
@@ -288,7 +290,7 @@ def test_a_sequence_over_the_cutoff_is_refused_and_never_cut(encoder: Encoder) -
     item = Item("one", tuple(sft_rows(encoder, sample)))
     longest = max(len(p.ids) for p in encode_item(encoder, 0, item)[0])
     batch = Collator(encoder, cutoff=longest)([item])["batch"]
-    assert batch.packed.naive_tokens == sum(len(p.ids) for p in encode_item(encoder, 0, item)[0])
+    assert batch.packed.separate_tokens == sum(len(p.ids) for p in encode_item(encoder, 0, item)[0])
     with pytest.raises(ValueError, match=rf"row .*: {longest} tokens, \d+ of them of pictures, are over cutoff_len"):
         Collator(encoder, cutoff=longest - 1)([item])
 
@@ -308,7 +310,7 @@ def test_old_views_make_room_and_those_of_one_call_stay_together(tiny: Path) -> 
     encoder = load_encoder(tiny)
     views = [View(f"view {number}", Image.new("RGB", (112, 112), (number, 0, 0))) for number in range(5)]
     first, *others = encoder.encode_views(views)
-    assert first.pictures["pixel_values"].untyped_storage().nbytes() == first.pictures["pixel_values"].nbytes
+    assert first.inputs["pixel_values"].untyped_storage().nbytes() == first.inputs["pixel_values"].nbytes
     encoder.cache_bytes = 2 * first.bytes
     assert [encoder.encode_views([view])[0] for view in views] == [first, *others], "nothing new, nothing dropped"
     encoder.encode_views([View("new", views[0].image)])

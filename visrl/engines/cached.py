@@ -15,11 +15,11 @@ from transformers import DynamicCache
 
 from visrl.conversation import PromptError
 from visrl.engines.base import Completion, Request
-from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence, sample_tokens
+from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.engines.kv_tree import PrefixCache, Slots
 from visrl.models.attention import attending_trees
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.families import cache_argument, join_pictures
+from visrl.models.families import cache_argument, join_images
 
 
 class CachedModel:
@@ -105,10 +105,7 @@ class CachedModel:
         """
         device = next(self.model.parameters()).device
         position_ids = torch.from_numpy(np.ascontiguousarray(positions)).to(device)
-        pictures = {}
-        if views:
-            joined = join_pictures(self.encoder.family, [view.pictures for view in views])
-            pictures = {name: tensor.to(device) for name, tensor in joined.items()}
+        images = join_images(self.encoder.family, [view.inputs for view in views])
         with attending_trees(self.model):
             return self.model(
                 input_ids=torch.from_numpy(ids).to(device),
@@ -117,7 +114,7 @@ class CachedModel:
                 use_cache=True,
                 logits_to_keep=torch.tensor(columns, device=device),
                 **{self._cache_argument: cache},
-                **pictures,
+                **{name: tensor.to(device) for name, tensor in images.items()},
             ).logits.float()
 
 
@@ -168,10 +165,8 @@ class CachedBatch(DecodeBatch):
 
     def _sample(self, slots: Slots, logits: torch.Tensor) -> dict[int, Completion]:
         """Sample a token of each running sequence from `logits` [sequences, vocabulary]; those that ended with it."""
-        running = slots.running
-        tokens = dict(zip(running, sample_tokens(logits, [self.sequences[n] for n in running]), strict=True))
-        ended = self.append(tokens)
-        slots.put({n: token for n, token in tokens.items() if n not in ended})
+        ended = self.sample(slots.running, logits)
+        slots.put({n: sequence.tokens[-1] for n, sequence in self.sequences.items()})
         return ended
 
     def _give_back_prefix(self) -> None:

@@ -86,11 +86,12 @@ class DecodeBatch(ABC):
                 failed[number] = Completion(None, finish_reason="error", error=str(error), refused=True)
         return sequences, failed
 
-    def append(self, tokens: Mapping[int, int]) -> dict[int, Completion]:
-        """Append a token to each of these sequences; those that end with it leave the batch."""
+    def sample(self, numbers: Sequence[int], logits: torch.Tensor) -> dict[int, Completion]:
+        """Sample a token for each of these sequences from `logits` [numbers, vocabulary]; those that end with it leave
+        the batch."""
         ended = {}
-        for number, token in tokens.items():
-            sequence = self.sequences[number]
+        sequences = [self.sequences[number] for number in numbers]
+        for number, sequence, token in zip(numbers, sequences, sample_tokens(logits, sequences), strict=True):
             go_on = token != self.encoder.end_id
             if go_on:
                 sequence.tokens.append(token)

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from visrl.packing.tree import Tree
+from visrl.packing.tree import PrefixTree
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class PrefixCache:
     `entries[b]` gives the entry in row b of every token of tree b, in the order of the tree.
     """
 
-    trees: dict[str, Tree]
+    trees: dict[str, PrefixTree]
     cache: DynamicCache
     entries: list[np.ndarray]
     length: int = 0  # entries of a row
@@ -35,7 +35,7 @@ class PrefixCache:
     @staticmethod
     def of(keys: Iterable[str]) -> PrefixCache:
         """Empty trees of these names."""
-        trees = {key: Tree() for key in keys}
+        trees = {key: PrefixTree() for key in keys}
         return PrefixCache(trees, DynamicCache(), [np.empty(0, np.int64) for _ in trees])
 
 

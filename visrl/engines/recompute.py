@@ -17,7 +17,7 @@ from PIL import Image
 
 from visrl.conversation import View, focus_conversation
 from visrl.engines.base import Completion, Request
-from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence, sample_tokens
+from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.models.attention import attending_trees
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.folder import CheckpointError
@@ -25,7 +25,7 @@ from visrl.models.load import reading
 from visrl.models.modes import evaluating
 from visrl.packing.forward import kept_logits
 from visrl.packing.pack import TIGHT_BUCKET, pack
-from visrl.packing.tree import grow
+from visrl.packing.tree import prefix_trees
 
 
 class RecomputedBatch(DecodeBatch):
@@ -38,19 +38,18 @@ class RecomputedBatch(DecodeBatch):
     @torch.inference_mode()
     def add(self, requests: Mapping[int, Request]) -> dict[int, Completion]:
         sequences, failed = self.start(requests)
-        tokens = self._sample(sequences)
+        if not sequences:
+            return failed
+        logits = self._next_logits(sequences)
         self.sequences |= sequences
-        return failed | self.append(tokens)
+        return failed | self.sample(list(sequences), logits)
 
     @torch.inference_mode()
     def step(self) -> dict[int, Completion]:
-        return self.append(self._sample(self.sequences))
+        return self.sample(list(self.sequences), self._next_logits(self.sequences)) if self.sequences else {}
 
-    def _sample(self, sequences: Mapping[int, RunningSequence]) -> dict[int, int]:
-        if not sequences:
-            return {}
-        logits = next_logits(self.model, self.encoder, [self._path(one) for one in sequences.values()])
-        return dict(zip(sequences, sample_tokens(logits, list(sequences.values())), strict=True))
+    def _next_logits(self, sequences: Mapping[int, RunningSequence]) -> torch.Tensor:
+        return next_logits(self.model, self.encoder, [self._path(one) for one in sequences.values()])
 
     def _path(self, sequence: RunningSequence) -> TokenPath:
         """The prompt with the tokens sampled so far, and one more for what follows."""
@@ -82,7 +81,7 @@ def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenP
         by_picture.setdefault(path.views[0].key if path.views else f"path {number}", []).append(number)
     order = [number for members in by_picture.values() for number in members]
     groups = [[paths[number] for number in members] for members in by_picture.values()]
-    trees = grow(groups, encoder.image_token_id, pairs_only=encoder.family.shares == "pairs")
+    trees = prefix_trees(groups, encoder.image_token_id, pairs_only=encoder.family.shares == "pairs")
     packed = pack(trees, encoder.family, encoder.image_token_id, bucket=TIGHT_BUCKET)
     packed = packed.to(next(model.parameters()).device)
     last = torch.empty(len(paths), dtype=torch.long, device=packed.row.device)

@@ -1,6 +1,7 @@
-"""From conversations to tokens and pixels: the one way in which any text or picture reaches a model.
+"""From conversations to token ids and pixels: chat template, tokenizer and image processor of a checkpoint, and the one
+way in which any text or image reaches a model.
 
-Training, generation and serving all encode through here, so one conversation gives one sequence of tokens everywhere.
+Training, decoding and serving all encode through here, so one conversation gives one token sequence everywhere.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from visrl.models.families import (
     PIXEL_LIMITS,
     Family,
     Grid,
+    ImageInputs,
     Limits,
-    Pictures,
     context_of,
     covering_limits,
     family_of,
@@ -40,33 +41,33 @@ from visrl.replies import whole_text
 
 MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
 LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
-CACHE_BYTES = 256_000_000  # of preprocessed pictures that are kept: some ten of a million pixels
+CACHE_BYTES = 256_000_000  # of preprocessed images that are kept: some ten of a million pixels
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedView:
-    """A picture ready for the vision tower: its inputs by their names in the model, `grid` in merged tokens."""
+    """An image ready for the vision tower: its inputs by their names in the model, `grid` in merged tokens."""
 
     key: str
-    pictures: Pictures
-    placeholder: str  # the text that stands for the picture in a prompt
+    inputs: ImageInputs
+    placeholder: str  # the text that stands for the image in a prompt
     tokens: int
     grid: Grid
     size: Size  # width and height in pixels, as processed
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.pictures.values())
+        return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPath:
-    """One whole sequence: prompt and response. `positions` is [d, n]; the response starts at `start`."""
+    """One whole token sequence, prompt and response: a path from the root of a prefix tree to a leaf."""
 
-    ids: np.ndarray
-    positions: np.ndarray
+    ids: np.ndarray  # [n]
+    positions: np.ndarray  # [d, n]: d is 3 with M-RoPE, else 1
     views: tuple[EncodedView, ...]
-    start: int
+    start: int  # of the response
 
 
 class Encoder:

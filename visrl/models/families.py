@@ -20,37 +20,38 @@ from transformers.utils import ModelOutput
 
 from visrl.box import Size
 
-# The grid of one picture in merged tokens (time, height, width), as the language model sees it.
+# The grid of one image in merged tokens (time, height, width), as the language model sees it.
 Grid = tuple[int, int, int]
-# What a processor makes of pictures, by the names of the model's inputs.
-Pictures = dict[str, torch.Tensor]
+# What a processor makes of images, by the names of the model's inputs.
+ImageInputs = dict[str, torch.Tensor]
 # A smallest and a largest number of pixels, by the names of `PIXEL_LIMITS`.
 Limits = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the tokens of one forward call lie, for the masks of families that need more than ancestors.
+    """Where the tokens of one packed forward call lie, for the masks of families that need more than ancestors.
 
-    `sees` [bins, 1, length, length] is true from a token to its ancestors and itself. [bins, length]: `depth` counts
-    ancestors, `prompt` is true before the response, `block` numbers runs of picture tokens and is −1 elsewhere.
+    The ancestor mask `ancestors` [bins, 1, length, length] is true from a token to its ancestors and itself. [bins,
+    length]: `depth` counts ancestors, `prompt` is true before the response, `block` numbers runs of image tokens and is
+    −1 elsewhere.
     """
 
-    sees: torch.Tensor
+    ancestors: torch.Tensor
     depth: torch.Tensor
     prompt: torch.Tensor
     block: torch.Tensor
-    pictures: list[list[Pictures]]  # of each tree, in the order in which they lie
+    images: list[list[ImageInputs]]  # of each tree, in the order in which they lie
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What the rest of the code must know of a family.
 
-    `positions` maps (ids, image token id, grids of the pictures in order) to positions [d, n]. `shares` says which
-    branches of an item may share a prefix: "all", or only chosen and rejected of one prompt ("pairs"). With `rows`
-    every tree is a row of its own and only trees with as many pictures share a call. `inputs` maps a layout to what the
-    model takes beside ids and positions.
+    `positions` maps (ids, image token id, grids of the images in order) to positions [d, n]: d is 3 with M-RoPE, else
+    1. `shares` says which branches of an item may share a prefix: "all", or only chosen and rejected of one prompt
+    ("pairs"). With `rows` every tree is a row of its own and only trees with as many images share a call. `inputs` maps
+    a layout to what the model takes beside ids and positions: masks and images.
     """
 
     name: str
@@ -61,19 +62,19 @@ class Family:
     shares: Literal["all", "pairs"] = "all"
     rows: bool = False
     takes: tuple[str, ...] = ("pixel_values",)  # what of a processor's output the model takes
-    axis: int = 0  # along which pictures are joined
+    axis: int = 0  # along which images are joined
     pixel_limits: bool = False  # whether the image processor takes a smallest and largest number of pixels
-    alone_differs: bool = False  # whether a picture alone is cut otherwise than one among several
+    alone_differs: bool = False  # whether an image alone is cut otherwise than one among several
     chat_template: str | None = None  # for processors that come without one
     parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")  # of the model
     window: int | None = None  # tokens that sliding layers look back; set by `family_of`
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
-    keeps_features: bool = True  # whether features of a picture do not depend on what else is in its row
+    keeps_features: bool = True  # whether features of an image do not depend on what else is in its row
     note: str = ""
 
     @property
     def plain(self) -> bool:
-        """Whether a token sees its ancestors and nothing else, so that any cut of a sequence can be computed later."""
+        """Whether a token sees its ancestors and nothing else, so that a KV cache holds what comes before it."""
         return self.inputs is causal
 
 
@@ -81,7 +82,7 @@ class Family:
 
 
 def mrope_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) -> np.ndarray:
-    """Positions [3, n] (time, height, width) of the Qwen-VL families: text counts on, a picture spreads over its grid.
+    """Positions [3, n] (time, height, width) of the Qwen-VL families: text counts on, an image spreads over its grid.
 
     Equal to the model's own `get_rope_index` (tested), without its per-token Python loop.
     """
@@ -109,12 +110,12 @@ def depth_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) ->
     return np.arange(len(ids), dtype=np.int64)[None]
 
 
-# --- Masks and pictures: what a token sees, in the first line of each ------------------------------------------------
+# --- Masks and images: what a token sees, in the first line of each --------------------------------------------------
 
 
-def join_pictures(family: Family, pictures: Sequence[Pictures]) -> Pictures:
-    """The inputs of several pictures as one, in their order, smaller ones padded with zeros."""
-    return {name: _join([p[name] for p in pictures], family.axis) for name in family.takes} if pictures else {}
+def join_images(family: Family, images: Sequence[ImageInputs]) -> ImageInputs:
+    """The inputs of several images as one, in their order, smaller ones padded with zeros."""
+    return {name: _join([image[name] for image in images], family.axis) for name in family.takes} if images else {}
 
 
 def _join(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
@@ -130,53 +131,53 @@ def _join(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
     return torch.cat(padded, dim=axis)
 
 
-def _flat(layout: Layout) -> list[Pictures]:
-    return [picture for tree in layout.pictures for picture in tree]
+def _flat(layout: Layout) -> list[ImageInputs]:
+    return [image for tree in layout.images for image in tree]
 
 
 def causal(layout: Layout, family: Family) -> dict[str, Any]:
     """What came before it on its path."""
-    return {"attention_mask": layout.sees, **join_pictures(family, _flat(layout))}
+    return {"attention_mask": layout.ancestors, **join_images(family, _flat(layout))}
 
 
 def onevision(layout: Layout, family: Family) -> dict[str, Any]:
     """What came before it on its path; the model is told how many pictures each prompt shows."""
-    counts = [len(tree) for tree in layout.pictures if tree]
+    counts = [len(tree) for tree in layout.images if tree]
     return {**causal(layout, family), **({"batch_num_images": torch.tensor(counts)} if counts else {})}
 
 
 def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
     """What came before it, and its whole picture; sliding layers look back a window, by depth on the path."""
     own = (layout.block[:, :, None] == layout.block[:, None]) & (layout.block[:, :, None] >= 0)
-    full = layout.sees | own[:, None]
-    near = layout.depth[:, :, None] - layout.depth[:, None] < (family.window or layout.sees.shape[-1])
+    full = layout.ancestors | own[:, None]
+    near = layout.depth[:, :, None] - layout.depth[:, None] < (family.window or layout.ancestors.shape[-1])
     masks = {"full_attention": full, "sliding_attention": full & near[:, None]}
-    return {"attention_mask": masks, **join_pictures(family, _flat(layout))}
+    return {"attention_mask": masks, **join_images(family, _flat(layout))}
 
 
 def paligemma(layout: Layout, family: Family) -> dict[str, Any]:
     """What came before it, and its whole prompt."""
     prompt = layout.prompt[:, :, None] & layout.prompt[:, None]
-    return {"attention_mask": layout.sees | prompt[:, None], **join_pictures(family, _flat(layout))}
+    return {"attention_mask": layout.ancestors | prompt[:, None], **join_images(family, _flat(layout))}
 
 
 def mllama(layout: Layout, family: Family) -> dict[str, Any]:
     """What came before it, and through cross-attention the last picture before it.
 
-    Tokens before the first picture look at nothing by the mask, which the model turns into all pictures of their row;
-    so a row holds one prompt and exactly its pictures.
+    Tokens before the first image look at nothing by the mask, which the model turns into all images of their row; so a
+    row holds one prompt and exactly its images.
     """
     from transformers.models.mllama.processing_mllama import (
         convert_sparse_cross_attention_mask_to_dense,
         get_cross_attention_token_mask,
     )
 
-    rows = [join_pictures(family, pictures) for pictures in layout.pictures]
-    inputs: dict[str, Any] = {"attention_mask": layout.sees}
+    rows = [join_images(family, images) for images in layout.images]
+    inputs: dict[str, Any] = {"attention_mask": layout.ancestors}
     if not rows[0]:
         return inputs
     inputs |= {name: torch.cat([row[name] for row in rows]) for name in family.takes}
-    tiles = inputs["aspect_ratio_mask"]  # [rows, pictures, tiles]
+    tiles = inputs["aspect_ratio_mask"]  # [rows, images, tiles]
     # The tokens of a row read on from the prompt, so that its branches look where the prompt's last token looks.
     marks = [torch.nonzero(block >= 0).flatten().tolist() for block in layout.block]
     spans = [get_cross_attention_token_mask([int(n in own) for n in range(layout.block.shape[1])], 1) for own in marks]
@@ -221,7 +222,7 @@ def covering_limits(image_processor: Any, limits: Sequence[Limits]) -> Limits:
 
 def limited_images(
     processor: Any, images: Sequence[Image.Image], limits: Limits
-) -> Iterator[tuple[Pictures, str, Grid, Size]]:
+) -> Iterator[tuple[ImageInputs, str, Grid, Size]]:
     """Of each image, preprocessed in one batch: its inputs, the text that stands for it, its grid, and its size."""
     image_processor = processor.image_processor
     processed, placeholders = processor._process_images(list(images), size=limits)
@@ -373,11 +374,11 @@ def _part(model: Any, which: int) -> torch.nn.Module:
 
 # --- What a model's own forward takes ---------------------------------------------------------------------------------
 
-# What the vision tower made of pictures, in the output class of the model's own `get_image_features`.
+# What the vision tower made of images, in the output class of the model's own `get_image_features`.
 Features = ModelOutput
 # The fields of it that the language model reads, whatever else the tower says of itself.
 READ_FIELDS = ("pooler_output", "deepstack_features")
-FEATURES_ARGUMENT = "mm_encoder_outputs"  # of a forward that takes features in the place of pictures
+FEATURES_ARGUMENT = "mm_encoder_outputs"  # of a forward that takes features in the place of images
 
 
 def trains_features(model: torch.nn.Module) -> bool:
@@ -389,25 +390,25 @@ def trains_features(model: torch.nn.Module) -> bool:
 
 
 def keeps_features(model: torch.nn.Module) -> bool:
-    """Whether what the model's family makes of a picture depends on nothing else, so that it can be kept."""
+    """Whether what the model's family makes of an image depends on nothing else, so that it can be kept."""
     return FAMILIES[base_model(model).config.model_type].keeps_features
 
 
 def takes_features(model: torch.nn.Module) -> bool:
-    """Whether the model's forward names an argument for features in the place of pictures, the inner one's too: what
+    """Whether the model's forward names an argument for features in the place of images, the inner one's too: what
     it does not name may be swallowed unread."""
     base = base_model(model)
     return all(FEATURES_ARGUMENT in inspect.signature(part.forward).parameters for part in (base, base.model))
 
 
-def image_features(model: torch.nn.Module, pictures: Pictures) -> Features:
-    """The features of one picture, without what the language model does not read."""
-    made = base_model(model).model.get_image_features(**pictures, return_dict=True)
+def image_features(model: torch.nn.Module, image: ImageInputs) -> Features:
+    """The features of one image, without what the language model does not read."""
+    made = base_model(model).model.get_image_features(**image, return_dict=True)
     return type(made)(**{name: made[name] for name in READ_FIELDS if name in made})
 
 
 def features_input(features: Sequence[Features]) -> dict[str, Any]:
-    """The model's input in the place of its pictures: the features of several as one, in their order."""
+    """The model's input in the place of its images: the features of several as one, in their order."""
     fields: dict[str, Any] = {"pooler_output": _joined([one["pooler_output"] for one in features])}
     if "deepstack_features" in features[0]:  # one entry per layer
         layers = zip(*(one["deepstack_features"] for one in features), strict=True)

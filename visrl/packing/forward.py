@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from visrl.packing.pack import Packed
+from visrl.packing.pack import PackedBatch
 
 PART = 2**18  # logits that are held in fp32 at a time
 
@@ -21,7 +21,7 @@ class BranchLogps(NamedTuple):
     counts: torch.Tensor
 
 
-def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
+def branch_logps(model: nn.Module, packed: PackedBatch) -> BranchLogps:
     """Log-probabilities of each branch of `packed`, in fp32, with gradients where the model has them."""
     logps = token_logps(model, packed)
     sums = torch.zeros(packed.branches, dtype=torch.float32, device=logps.device)
@@ -29,12 +29,12 @@ def branch_logps(model: nn.Module, packed: Packed) -> BranchLogps:
     return BranchLogps(sums.index_add(0, packed.branch, logps), counts)
 
 
-def token_logps(model: nn.Module, packed: Packed) -> torch.Tensor:
+def token_logps(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
     """Log-probability of every response token of `packed`, [T], in fp32."""
     return _LogProbability.apply(kept_logits(model, packed), packed.row, packed.target)
 
 
-def kept_logits(model: nn.Module, packed: Packed) -> torch.Tensor:
+def kept_logits(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
     """Logits at the predicting places of all calls, [rows × K of each, vocabulary].
 
     Hidden states meet the output layer there only (`logits_to_keep`), so no full-vocabulary logits of prompts exist.

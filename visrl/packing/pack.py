@@ -1,7 +1,8 @@
-"""Prefix trees → what a model's own forward takes: ids, positions, masks and pictures, several trees side by side.
+"""Sequence packing: prefix trees → what a model's own forward takes (ids, positions, ancestor masks, images), without
+the padding of a batch.
 
-Trees lie in bins of one long row, tokens of different bins never meet. What a family's masks and pictures look like is
-the family's (models/families.py); this file knows where tokens lie.
+Trees lie in bins of one long row, and tokens of different bins never meet. What a family's masks and images look like
+is the family's (models/families.py); this file knows where tokens lie.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from visrl.models.encode import EncodedView
 from visrl.models.families import Family, Layout
-from visrl.packing.tree import Tree
+from visrl.packing.tree import PrefixTree
 
 BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
 TIGHT_BUCKET = 16  # the same where shapes may be many, as on a CPU, and padding costs more than they do
@@ -24,8 +25,8 @@ ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a model's forward: tokens [rows, length] with masks and pictures, and the columns [K] whose logits
-    are needed. `views` are the pictures in the order in which they lie, until they are on their device."""
+    """One call of a model's forward: tokens [rows, length] with masks and images, and the columns [K] whose logits are
+    needed. `views` are the images in the order in which they lie, until they are on their device."""
 
     inputs: dict[str, Any]
     keep: torch.Tensor
@@ -33,8 +34,8 @@ class Call:
 
 
 @dataclass(slots=True)
-class Packed:
-    """Trees side by side, ready for a model's own forward; T response tokens.
+class PackedBatch:
+    """Prefix trees packed side by side, ready for a model's own forward; T response tokens.
 
     Nearly always one call; families that cannot mix trees take several. In the kept logits of all calls, [rows × K]
     one after the other, `row[t]` predicts response token `target[t]`, which belongs to branch `branch[t]`.
@@ -46,12 +47,12 @@ class Packed:
     branch: torch.Tensor  # [T]
     branches: int
     tokens: int  # of the trees, padding left out
-    laid_tokens: int  # padding counted
-    naive_tokens: int  # of the same paths as separate sequences
+    padded_tokens: int  # the same with padding
+    separate_tokens: int  # of the same paths as separate sequences
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """This batch with every tensor on `device`."""
-        return Packed(**{name: moved(getattr(self, name), device) for name in self.__slots__})
+        return PackedBatch(**{name: moved(getattr(self, name), device) for name in self.__slots__})
 
 
 def moved(value: Any, device: torch.device | str) -> Any:
@@ -69,17 +70,17 @@ def moved(value: Any, device: torch.device | str) -> Any:
 
 
 def pack(
-    trees: Sequence[Tree],
+    trees: Sequence[PrefixTree],
     family: Family,
     image_token: int,
     *,
     bin_length: int = 512,
     bucket: int = BUCKET,
     pad_id: int = 0,
-) -> Packed:
-    """Lay `trees` into bins of equal length; a bin holds as many as fit `bin_length`, or one longer tree.
+) -> PackedBatch:
+    """Pack `trees` into bins of equal length; a bin holds as many as fit `bin_length`, or one longer tree.
 
-    Branches keep the numbers that `grow` gave them. Lengths are multiples of `bucket`.
+    Branches keep the numbers that `prefix_trees` gave them. Lengths are multiples of `bucket`.
 
     Raises:
         ValueError: a path is longer than the window of sliding layers for which the family has no mask.
@@ -93,7 +94,7 @@ def pack(
     calls, rows, targets, branches = [], [], [], []
     kept = 0
     for members in _members_of_calls(trees, family):
-        call, row = _lay(members, family, image_token, bin_length, bucket, pad_id)
+        call, row = _pack_call(members, family, image_token, bin_length, bucket, pad_id)
         calls.append(call)
         rows.append(kept + row)
         kept += len(call.inputs["input_ids"]) * len(call.keep)
@@ -101,30 +102,30 @@ def pack(
             targets += [path.ids[path.start :] for _, path in tree.paths]
             for number, (_, path) in zip(tree.branches, tree.paths, strict=True):
                 branches.append(np.full(len(path.ids) - path.start, number))
-    return Packed(
+    return PackedBatch(
         calls=calls,
         row=torch.from_numpy(np.concatenate(rows)),
         target=torch.from_numpy(np.concatenate(targets)),
         branch=torch.from_numpy(np.concatenate(branches)),
         branches=sum(len(tree.paths) for tree in trees),
         tokens=sum(tree.size for tree in trees),
-        laid_tokens=sum(call.inputs["input_ids"].numel() for call in calls),
-        naive_tokens=sum(len(path.ids) for tree in trees for _, path in tree.paths),
+        padded_tokens=sum(call.inputs["input_ids"].numel() for call in calls),
+        separate_tokens=sum(len(path.ids) for tree in trees for _, path in tree.paths),
     )
 
 
-def _members_of_calls(trees: Sequence[Tree], family: Family) -> list[list[Tree]]:
-    """All trees in one call; where each is a row of its own, those with as many pictures."""
+def _members_of_calls(trees: Sequence[PrefixTree], family: Family) -> list[list[PrefixTree]]:
+    """All trees in one call; where each is a row of its own, those with as many images."""
     if not family.rows:
         return [list(trees)]
-    by_pictures: dict[int, list[Tree]] = {}
+    by_images: dict[int, list[PrefixTree]] = {}
     for tree in trees:
-        by_pictures.setdefault(len(tree.views), []).append(tree)
-    return list(by_pictures.values())
+        by_images.setdefault(len(tree.views), []).append(tree)
+    return list(by_images.values())
 
 
-def _lay(
-    trees: list[Tree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int
+def _pack_call(
+    trees: list[PrefixTree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int
 ) -> tuple[Call, np.ndarray]:
     """The call of `trees`, and for each response token, in their order, the row of its prediction."""
     if family.rows:
@@ -154,31 +155,33 @@ def _lay(
     return Call(inputs, torch.from_numpy(keep), views), places // width * len(keep) + column
 
 
-def _layout(trees: list[Tree], offsets: list[int], in_order: list[Tree], ids: np.ndarray, image_token: int) -> Layout:
+def _layout(
+    trees: list[PrefixTree], offsets: list[int], in_order: list[PrefixTree], ids: np.ndarray, image_token: int
+) -> Layout:
     """Masks and places of trees that lie at `offsets` in bins of `ids` [bins, length]."""
     bins, length = ids.shape
-    sees = torch.zeros(bins, 1, length, length, dtype=torch.bool)
-    sees[:, 0].diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no row is empty
+    ancestors = torch.zeros(bins, 1, length, length, dtype=torch.bool)
+    ancestors[:, 0].diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no row is empty
     depth, block = np.zeros(ids.size, dtype=np.int64), np.full(ids.size, -1, dtype=np.int64)
     prompt = np.zeros(ids.size, dtype=bool)
     blocks = 0
     for tree, offset in zip(trees, offsets, strict=True):
-        _fill_mask(sees[offset // length, 0], tree, offset % length)
-        for first, last, ancestors in tree.segments:
+        _fill_ancestor_mask(ancestors[offset // length, 0], tree, offset % length)
+        for first, last, above in tree.segments:
             a, b = offset + first, offset + last
-            depth[a:b] = len(ancestors) + np.arange(b - a)
-            is_picture = ids.reshape(-1)[a:b] == image_token
-            starts = is_picture & ~np.concatenate([[False], is_picture[:-1]])
-            block[a:b] = np.where(is_picture, blocks + np.cumsum(starts) - 1, -1)
+            depth[a:b] = len(above) + np.arange(b - a)
+            is_image = ids.reshape(-1)[a:b] == image_token
+            starts = is_image & ~np.concatenate([[False], is_image[:-1]])
+            block[a:b] = np.where(is_image, blocks + np.cumsum(starts) - 1, -1)
             blocks += int(starts.sum())
         for places, path in tree.paths:
             prompt[offset + places[: path.start]] = True
     return Layout(
-        sees=sees,
+        ancestors=ancestors,
         depth=torch.from_numpy(depth).view(bins, length),
         prompt=torch.from_numpy(prompt).view(bins, length),
         block=torch.from_numpy(block).view(bins, length),
-        pictures=[[view.pictures for view in tree.views] for tree in in_order],
+        images=[[view.inputs for view in tree.views] for tree in in_order],
     )
 
 
@@ -210,8 +213,8 @@ def _place(sizes: Sequence[int], length: int) -> tuple[list[int], int]:
     return offsets, len(free)
 
 
-def _fill_mask(mask: torch.Tensor, tree: Tree, offset: int) -> None:
-    """Let every token of `tree` see its ancestors and itself; `mask` is [length, length]."""
+def _fill_ancestor_mask(mask: torch.Tensor, tree: PrefixTree, offset: int) -> None:
+    """Let every token of `tree` see its ancestors and itself; `mask` is [length, length], true where a token sees."""
     for first, last, ancestors in tree.segments:
         a, b = offset + first, offset + last
         mask[a:b, a:b] = torch.ones(b - a, b - a, dtype=torch.bool).tril_()

@@ -1,8 +1,8 @@
-"""Token paths → prefix tree: every token that paths share is computed once.
+"""Token sequences → prefix tree: tokens that sequences share from their beginning are there, and computed, once.
 
-Each token sees its ancestors only and keeps the position it has on its own path, so log-probabilities equal those of
-separate sequences. The file knows token ids, positions and pictures; it knows no loss and no model. pack.py lays trees
-out for a forward pass.
+Each token sees its ancestors only and keeps the position it has in its own sequence, so log-probabilities equal those
+of separate sequences. Training packs the tree of an item (pack.py); decoding keeps the tree of a batch beside its KV
+cache (engines/kv_tree.py). The file knows token ids, positions and images; it knows no loss and no model.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from visrl.models.encode import EncodedView, TokenPath, common_prefix
 
 
 @dataclass(slots=True)
-class Tree:
-    """The prefix tree of some paths, laid out as one sequence in the order in which tokens were first met."""
+class PrefixTree:
+    """The prefix tree of some paths, as one packed sequence in the order in which tokens were first met."""
 
     ids: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
     views: list[EncodedView] = field(default_factory=list)
-    paths: list[tuple[np.ndarray, TokenPath]] = field(default_factory=list)  # packed places of each path's tokens
-    segments: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # new tokens [a, b) and their ancestors
-    branches: list[int] = field(default_factory=list)  # the number of each path in the batch, from `grow`
+    paths: list[tuple[np.ndarray, TokenPath]] = field(default_factory=list)  # places of each path's tokens here
+    segments: list[tuple[int, int, np.ndarray]] = field(
+        default_factory=list
+    )  # tokens [a, b) and the places of their ancestors
+    branches: list[int] = field(default_factory=list)  # the number of each path in the batch, from `prefix_trees`
     size: int = 0
     _keys: list[np.ndarray] = field(default_factory=list)
     _view_numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, path: TokenPath, image_token: int, *, recompute_last: bool = False) -> None:
-        """Merge `path` in at its longest prefix of equal tokens and equal pictures.
+        """Merge `path` in at its longest prefix of equal tokens and equal images.
 
         With `recompute_last` its last token is always new, so that a forward pass over new tokens predicts what
         follows even where the whole path was known.
@@ -54,7 +56,7 @@ class Tree:
         self.size += fresh
 
     def _identify(self, path: TokenPath, image_token: int) -> np.ndarray:
-        """The path's ids, with each picture token replaced by a number of its own picture and place."""
+        """The path's ids, with each image token replaced by a number of its own image and place in it."""
         keys = path.ids.copy()
         places = np.flatnonzero(keys == image_token)
         expected = sum(view.tokens for view in path.views)
@@ -69,7 +71,7 @@ class Tree:
 
     @staticmethod
     def _fresh_views(path: TokenPath, image_token: int, shared: int) -> list[EncodedView]:
-        """The pictures whose tokens lie behind the shared prefix."""
+        """The images whose tokens lie behind the shared prefix."""
         before = int((path.ids[:shared] == image_token).sum())
         views, done = [], 0
         for view in path.views:
@@ -81,18 +83,20 @@ class Tree:
         return views
 
 
-def grow(groups: Sequence[Sequence[TokenPath]], image_token: int, *, pairs_only: bool = False) -> list[Tree]:
-    """One tree per group of paths (an item, or all items of one picture); branches are numbered in their order.
+def prefix_trees(
+    groups: Sequence[Sequence[TokenPath]], image_token: int, *, pairs_only: bool = False
+) -> list[PrefixTree]:
+    """One tree per group of paths (an item, or all items of one image); branches are numbered in their order.
 
     With `pairs_only` there is one tree per prompt: only the responses to it share anything.
     """
-    trees: list[Tree] = []
+    trees: list[PrefixTree] = []
     count = 0
     for group in groups:
-        by_prompt: dict[object, Tree] = {}
+        by_prompt: dict[object, PrefixTree] = {}
         for path in group:
             prompt = (path.ids[: path.start].tobytes(), *(view.key for view in path.views)) if pairs_only else None
-            tree = by_prompt.setdefault(prompt, Tree())
+            tree = by_prompt.setdefault(prompt, PrefixTree())
             tree.add(path, image_token)
             tree.branches.append(count)
             count += 1

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from visrl.conversation import PromptError
 from visrl.images import ImageError
-from visrl.packing.pack import Packed
+from visrl.packing.pack import PackedBatch
 from visrl.progress import progress
 from visrl.sequences import batched
 from visrl.train.arguments import training_arguments
@@ -54,10 +54,10 @@ class DatasetScan:
         """How many rows were dropped."""
         return sum(map(len, self.dropped.values()))
 
-    def add(self, packed: Packed) -> None:
+    def add(self, packed: PackedBatch) -> None:
         """Count an item."""
         self.tokens.append(packed.tokens)
-        self.separate += packed.naive_tokens
+        self.separate += packed.separate_tokens
 
     def format_counts(self, dropping: bool) -> str:
         """Counts, in a few lines."""

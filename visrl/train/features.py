@@ -19,7 +19,7 @@ from visrl.models.families import (
     takes_features,
     trains_features,
 )
-from visrl.packing.pack import Packed, moved
+from visrl.packing.pack import PackedBatch, moved
 from visrl.train.distributed import say
 
 
@@ -58,7 +58,7 @@ class FeatureCache:
         return keeps_features(model) and takes_features(model) and not trains_features(model)
 
     @torch.no_grad()
-    def fill(self, packed: Packed, device: torch.device) -> None:
+    def fill(self, packed: PackedBatch, device: torch.device) -> None:
         """Put features, on `device`, in the place of pictures in every call of `packed`."""
         for call in packed.calls:
             if call.views:
@@ -72,7 +72,7 @@ class FeatureCache:
             self.hits += 1
             return moved(kept, device)
         self.misses += 1
-        features = image_features(self.model, moved(view.pictures, device))
+        features = image_features(self.model, moved(view.inputs, device))
         size = _bytes(features)
         if self.bytes + size <= self.limit:
             self._kept[view.key] = moved(features, "cpu")

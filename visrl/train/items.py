@@ -14,8 +14,8 @@ import torch
 
 from visrl.conversation import Conversation, PromptError
 from visrl.models.encode import Encoder, TokenPath
-from visrl.packing.pack import BUCKET, Packed, pack
-from visrl.packing.tree import grow
+from visrl.packing.pack import BUCKET, PackedBatch, pack
+from visrl.packing.tree import prefix_trees
 from visrl.records import RecordError, Step
 
 Role = Literal["target", "chosen", "rejected", "mismatched"]
@@ -54,7 +54,7 @@ class Branch:
 class TrainingBatch:
     """A packed batch and what its branches are; `items` counts whole items, `targets` response tokens."""
 
-    packed: Packed
+    packed: PackedBatch
     branches: list[Branch]
     items: int
     targets: int
@@ -115,7 +115,9 @@ class Collator:
             group[0].extend(paths)
             group[1].extend(branches)
         family, image_token = self.encoder.family, self.encoder.image_token_id
-        trees = grow([paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs")
+        trees = prefix_trees(
+            [paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs"
+        )
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
         branches = [branch for _, group in by_picture.values() for branch in group]
         return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
