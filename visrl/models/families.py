@@ -136,18 +136,18 @@ def _flat(layout: Layout) -> list[ImageInputs]:
 
 
 def causal(layout: Layout, family: Family) -> dict[str, Any]:
-    """What came before it on its path."""
+    """Its ancestors."""
     return {"attention_mask": layout.ancestors, **join_images(family, _flat(layout))}
 
 
 def onevision(layout: Layout, family: Family) -> dict[str, Any]:
-    """What came before it on its path; the model is told how many pictures each prompt shows."""
+    """Its ancestors; the model is told how many images each prompt shows."""
     counts = [len(tree) for tree in layout.images if tree]
     return {**causal(layout, family), **({"batch_num_images": torch.tensor(counts)} if counts else {})}
 
 
 def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
-    """What came before it, and its whole picture; sliding layers look back a window, by depth on the path."""
+    """Its ancestors, and its whole image; sliding layers look back a window, by depth on the path."""
     own = (layout.block[:, :, None] == layout.block[:, None]) & (layout.block[:, :, None] >= 0)
     full = layout.ancestors | own[:, None]
     near = layout.depth[:, :, None] - layout.depth[:, None] < (family.window or layout.ancestors.shape[-1])
@@ -156,13 +156,13 @@ def gemma3(layout: Layout, family: Family) -> dict[str, Any]:
 
 
 def paligemma(layout: Layout, family: Family) -> dict[str, Any]:
-    """What came before it, and its whole prompt."""
+    """Its ancestors, and its whole prompt."""
     prompt = layout.prompt[:, :, None] & layout.prompt[:, None]
     return {"attention_mask": layout.ancestors | prompt[:, None], **join_images(family, _flat(layout))}
 
 
 def mllama(layout: Layout, family: Family) -> dict[str, Any]:
-    """What came before it, and through cross-attention the last picture before it.
+    """Its ancestors, and through cross-attention the last image before it.
 
     Tokens before the first image look at nothing by the mask, which the model turns into all images of their row; so a
     row holds one prompt and exactly its images.
@@ -251,7 +251,7 @@ _IDEFICS3 = Family(
     "idefics3", depth_positions, "visrl", causal, end_of_turn="<end_of_utterance>", axis=1,
     takes=("pixel_values", "pixel_attention_mask"), parts=("text_model", "vision_model", "connector"),
 )  # fmt: skip
-# PaliGemma's processor takes pictures first, then the text between <bos> and a newline.
+# PaliGemma's processor takes images first, then the text between <bos> and a newline.
 _PALIGEMMA_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
     "{% endfor %}{{ bos_token }}{% for message in messages %}"
@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llava_onevision", depth_positions, "visrl", onevision, end_of_turn="<|im_end|>", shares="pairs",
             takes=("pixel_values", "image_sizes"), alone_differs=True, keeps_features=False,
-            note="a picture alone is tiled, one among several is not: box and answer prompts show different tokens",
+            note="an image alone is tiled, one among several is not: box and answer prompts show different tokens",
         ),
         Family("internvl", depth_positions, "internvl", causal, end_of_turn="<|im_end|>"),
         _IDEFICS3,
@@ -278,14 +278,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             "paligemma", depth_positions, "paligemma", paligemma, shares="pairs", rows=True,
             chat_template=_PALIGEMMA_TEMPLATE,
-            note="the whole prompt sees itself and holds both pictures before any text",
+            note="the whole prompt sees itself and holds both images before any text",
         ),
         Family("gemma3", depth_positions, "visrl", gemma3, end_of_turn="<end_of_turn>", masks_window=True),
         Family(
             "mllama", depth_positions, "visrl", mllama, end_of_turn="<|eot_id|>", shares="pairs", rows=True,
             takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), axis=1, keeps_features=False,
             parts=("language_model", "vision_model", "multi_modal_projector"),
-            note="tokens before the first picture look at every picture of their row, so no other may be there",
+            note="tokens before the first image look at every image of their row, so no other may be there",
         ),
     )
 }  # fmt: skip
