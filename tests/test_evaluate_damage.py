@@ -15,9 +15,9 @@ from visrl.box import Box
 from visrl.cli import app
 from visrl.engines.base import Completion
 from visrl.evaluate.answers import answer_to_judge, with_judgements
-from visrl.evaluate.results import result_row
 from visrl.records import RecordError, Sample, write_records
 from visrl.rewards.judge import Judgement, judge_all, read_judgements
+from visrl.rewards.results import Result
 
 JUDGEMENT = Judgement("1", "gqa", "court", "score: 1", 1.0, 1.0, None, "key")
 
@@ -44,7 +44,7 @@ def test_what_is_no_judgement_is_named(change, said, tmp_path):
 
 
 def test_judgements_of_before_and_with_more_room_fit_their_answers(tmp_path):
-    row = result_row(Sample("1", "a.png", "What?", "seven", source="gqa"), prediction="7 \ud83d")
+    row = Result(Sample("1", "a.png", "What?", "seven", source="gqa"), prediction="7 \ud83d").eval_row()
     asked = answer_to_judge(row)
     assert asked is not None
     says = lambda asks, on_reply=None: [on_reply(n, Completion("score: 1", None)) for n, _ in enumerate(asks)]  # noqa: E731
@@ -94,7 +94,7 @@ def write_inputs(folder: Path) -> list[tuple[list[str], list[Path]]]:
     true = Box(0.1, 0.1, 0.4, 0.4)
     samples = [Sample(str(n), f"{n}.png", "What?", "7", true, source=name) for name in "ab" for n in range(4)]
     for name, said in (("one", "7"), ("two", "8")):
-        rows = [result_row(one, prediction=said, box=true, box_text="[]") for one in samples]
+        rows = [Result(one, prediction=said, box=true, box_text="[]").eval_row() for one in samples]
         write_records(folder / f"{name}.jsonl", rows)
     box = {"text": "[0.1, 0.1, 0.5, 0.5]", "bbox": [1, 1, 5, 5], "height": 10, "width": 10}
     write_records(folder / "boxes.jsonl", [box] * 4)

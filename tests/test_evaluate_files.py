@@ -247,7 +247,7 @@ def test_judge_score_agree_compare_and_leaderboard_from_end_to_end(tmp_path, mon
 
 def test_only_whole_benchmarks_are_ranked():
     from visrl.evaluate.leaderboard import LeaderboardEntry, leaderboard_lines
-    from visrl.evaluate.results import summarise
+    from visrl.rewards.results import summarise
 
     rows = [
         {"id": str(index), "dataset": name, "judge": 1.0, "judge_published": float(index % 4 != 0)}

@@ -8,8 +8,9 @@ import pytest
 
 from visrl.box import Box
 from visrl.evaluate.compare import compare
-from visrl.evaluate.results import read_results, result_row, summarise
+from visrl.evaluate.results import read_results
 from visrl.records import RecordError, Sample
+from visrl.rewards.results import Result, summarise
 from visrl.rollout.controls import published_control
 
 ROWS = [
@@ -112,13 +113,13 @@ SAMPLE = Sample("gqa/val/7", "a.jpg", "What is it?", "window", Box(0.0, 0.0, 0.5
 
 
 def test_the_row_of_a_question_that_went_well():
-    row = result_row(SAMPLE, prediction="Window", box_text="[0, 0, 0.5, 0.25]", box=Box(0, 0, 0.5, 0.25))
+    row = Result(SAMPLE, prediction="Window", box_text="[0, 0, 0.5, 0.25]", box=Box(0, 0, 0.5, 0.25)).eval_row()
     assert (row["exact"], row["iou"], row["hit"], row["unparseable"], row["error"]) == (1, 0.5, 0, False, None)
 
 
 def test_an_unparseable_box_is_the_models_failure_and_a_lost_connection_is_not():
-    lost = result_row(SAMPLE, prediction=None, box_text="", error="connection lost")
-    vague = result_row(SAMPLE, prediction=None, box_text="on the left", error="box: no box in the form …")
+    lost = Result(SAMPLE, prediction=None, box_text="", error="connection lost").eval_row()
+    vague = Result(SAMPLE, prediction=None, box_text="on the left", error="box: no box in the form …").eval_row()
     assert (lost["exact"], lost["iou"], lost["hit"], lost["error"]) == (None, None, None, "connection lost")
     assert (vague["exact"], vague["anls"], vague["iou"], vague["hit"], vague["error"]) == (0, 0, 0, 0, None)
     summary = summarise([{**lost, "id": "1"}, {**vague, "id": "2"}])
@@ -127,12 +128,12 @@ def test_an_unparseable_box_is_the_models_failure_and_a_lost_connection_is_not()
 
 
 def test_rows_without_a_box_or_without_a_true_box():
-    assert "iou" not in result_row(SAMPLE, prediction="x")
+    assert "iou" not in Result(SAMPLE, prediction="x").eval_row()
     no_truth = Sample("1", "a.jpg", "?", "window", None, "gqa")
-    row = result_row(no_truth, prediction="window", box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1))
+    row = Result(no_truth, prediction="window", box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1)).eval_row()
     assert (row["bad_truth"], row["iou"], row["hit"], row["exact"]) == (True, None, None, 1)
     boxes_only = Sample("1", "a.jpg", "?", "", Box(0, 0, 1, 1), "gqa")
-    row = result_row(boxes_only, prediction=None, box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1))
+    row = Result(boxes_only, prediction=None, box_text="[0, 0, 1, 1]", box=Box(0, 0, 1, 1)).eval_row()
     assert (row["iou"], "exact" in row) == (1, False)
 
 

@@ -12,10 +12,10 @@ from visrl.box import Box
 from visrl.codecs import CODECS
 from visrl.conversation import View
 from visrl.engines.base import Completion
-from visrl.evaluate.results import result_row, summarise
 from visrl.records import Sample
 from visrl.replies import spoken, whole_text
 from visrl.rewards.detection import parse_box
+from visrl.rewards.results import Result, summarise
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.steps import finish, look_of
 
@@ -92,7 +92,7 @@ def test_an_empty_reply_is_a_wrong_answer_and_not_a_missing_one(silence, tmp_pat
     # No box; no reply at all; a box and an empty answer.
     looks = greedy_looks(Says(silence, None, box, silence), samples, root=tmp_path)
     rows = [
-        result_row(sample, prediction=look.answer, box_text=look.text, box=look.box, error=look.error)
+        Result(sample, prediction=look.answer, box_text=look.text, box=look.box, error=look.error).eval_row()
         for sample, look in zip(samples, looks, strict=True)
     ]
     assert [(row["hit"], row["exact"], row["error"] is None) for row in rows] == [

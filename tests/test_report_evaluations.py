@@ -10,12 +10,12 @@ import pytest
 from test_report import page_of
 
 from visrl.box import Box
-from visrl.evaluate.results import result_row, summarise
 from visrl.manifest import write_manifest
 from visrl.records import RecordError, Sample, write_records
 from visrl.report.gallery import comparable, draw_lot
 from visrl.report.run import load_run
 from visrl.report.shapes import ReportError
+from visrl.rewards.results import Result, summarise
 
 TRUE = Box(0.1, 0.1, 0.4, 0.4)
 ODD = {
@@ -42,7 +42,7 @@ def write_evaluation(folder: Path, rows: list[dict], mode: str = "own") -> Path:
 def rows_of(count: int, box: Box | None = TRUE, prediction: str | None = "7", error: str | None = None) -> list[dict]:
     samples = [Sample(f"{n}", f"scene:test@1/{n}", "Which number?", "7", TRUE, source="scenes") for n in range(count)]
     return [
-        result_row(one, prediction=prediction, box=box, box_text=str(box) if box else "", error=error)
+        Result(one, prediction=prediction, box=box, box_text=str(box) if box else "", error=error).eval_row()
         for one in samples
     ]
 
@@ -78,8 +78,8 @@ def test_one_evaluation_shows_its_answers_and_counts_what_failed(tmp_path):
 
 def test_controls_without_boxes_and_questions_without_a_true_one_are_shown(tmp_path):
     samples = [Sample(str(n), f"scene:test@1/{n}", "Which number?", "7", source="scenes") for n in range(3)]
-    write_evaluation(tmp_path / "a", [result_row(one, prediction="7") for one in samples], "no_box")
-    boxed = [result_row(one, prediction="7", box=TRUE, box_text="[]") for one in samples]
+    write_evaluation(tmp_path / "a", [Result(one, prediction="7").eval_row() for one in samples], "no_box")
+    boxed = [Result(one, prediction="7", box=TRUE, box_text="[]").eval_row() for one in samples]
     write_evaluation(tmp_path / "b", boxed)
     text = page_of(tmp_path).text
     assert "no box" in text
@@ -102,7 +102,7 @@ def test_evaluations_of_other_questions_are_not_compared(tmp_path):
 def test_odd_texts_are_shown_as_text(kind, tmp_path):
     text = ODD[kind]
     sample = Sample(f"id {text}", "scene:test@1/0", text, text or "x", TRUE, source=text)
-    row = result_row(sample, prediction=text, box=TRUE, box_text=text)
+    row = Result(sample, prediction=text, box=TRUE, box_text=text).eval_row()
     page = page_of(write_evaluation(tmp_path, [row, row | {"id": "2", "error": text or "?", "prediction": None}]))
     assert not page.open
     assert len(page.all("script")) == 1  # the page's own

@@ -205,7 +205,8 @@ def leaderboard(
 ) -> None:
     """One self-contained page: your results among the published ones, which keep their own colour."""
     from visrl.evaluate.leaderboard import LeaderboardEntry, write_leaderboard
-    from visrl.evaluate.results import read_results, summarise
+    from visrl.evaluate.results import read_results
+    from visrl.rewards.results import summarise
 
     entries = []
     for given in map(str, results):
@@ -233,9 +234,9 @@ def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: 
     from visrl.codecs import CODECS
     from visrl.evaluate.boxfiles import box_totals, folder_totals, score_boxes
     from visrl.evaluate.predictions import files_by_dataset
-    from visrl.evaluate.results import summarise
     from visrl.evaluate.tables import summary_lines
     from visrl.records import RecordError
+    from visrl.rewards.results import summarise
 
     if codec is not None and codec not in CODECS:
         raise RecordError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
@@ -265,10 +266,10 @@ def _score_answers(
     predictions: Path, truth: Path | None, judgements: Path | None, out: Path | None, as_json: bool
 ) -> None:
     from visrl.evaluate.answers import with_averages, with_judgements
-    from visrl.evaluate.results import summarise
     from visrl.evaluate.tables import summary_lines
     from visrl.records import RecordError
     from visrl.rewards.judge import read_judgements
+    from visrl.rewards.results import summarise
 
     rows, missing = _answer_rows(predictions, truth)
     if judgements is not None:

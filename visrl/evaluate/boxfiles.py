@@ -13,9 +13,9 @@ from typing import Any
 from visrl.box import Size
 from visrl.evaluate.predictions import PathLike, Rows, predicted_text, read_predictions
 from visrl.evaluate.published import VISCOT_QUESTIONS, average, average_published_detection
-from visrl.evaluate.results import values_of
 from visrl.records import RecordError
 from visrl.rewards.detection import Detection, judge_boxes, judge_lmms
+from visrl.rewards.results import values_of
 
 
 def score_boxes(

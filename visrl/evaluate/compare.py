@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from visrl.evaluate.results import READINGS, Reading, Row, columns_of, dataset_of, key_of, value_of
 from visrl.records import RecordError
+from visrl.rewards.results import READINGS, Reading, Row, columns_of, dataset_of, key_of, value_of
 from visrl.statistics import paired, paired_mean
 
 Pair = tuple[Row, Row]

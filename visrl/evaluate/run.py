@@ -35,12 +35,13 @@ from visrl.evaluate.benchmarks import (
     read_benchmark,
 )
 from visrl.evaluate.config import EvalConfig
-from visrl.evaluate.results import NAME, SCORES, Key, key_of, result_row, summarise
+from visrl.evaluate.results import NAME, SCORES
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, hash_checkpoint, hold, is_complete, release_folder, write_manifest
 from visrl.models.folder import check_folder
 from visrl.records import Journal, RecordError, read_jsonl, write_records, write_text
 from visrl.redact import without_secrets
+from visrl.rewards.results import Key, Result, by_dataset, key_of, summarise
 from visrl.rollout.greedy import Mode, greedy_looks
 from visrl.sequences import batched
 
@@ -267,38 +268,27 @@ def _ask(
 
 
 def _row(policy: Policy, question: BenchmarkQuestion, look: Look | Refusal, mode: Mode) -> Row:
-    """The result row of one look. A control's box counts as looked at, but nobody wrote it."""
+    """The result row of one look, with the published rule's verdict where boxes are what is scored."""
     from visrl.rewards.detection import published_hit
-    from visrl.rollout.rollout import failure
-    from visrl.rollout.steps import Look
 
-    if not isinstance(look, Look):
-        row = result_row(question.sample, prediction=None, box_text="" if mode == "own" else None, error=failure(look))
-        return row if question.truth is None else row | {"hit_published": None}
-    looked = mode not in ("no_box", "no_crop")
-    row = result_row(
-        question.sample,
-        prediction=look.answer,
-        box_text=look.text if mode == "own" else None,
-        box=look.box if looked else None,
-        error=look.error,
-    )
+    result = Result.of(question.sample, look, mode)
+    row = result.eval_row()
     if question.truth is not None:
-        failed_engine = row["error"] is not None
         size = question.sample.size
         assert size is not None
-        hit = published_hit(_published_text(policy, look), question.truth, size)
-        row["hit_published"] = None if failed_engine else int(hit)
+        hit = None if result.failure else int(published_hit(_published_text(policy, result), question.truth, size))
+        row["hit_published"] = hit
     return row
 
 
-def _published_text(policy: Policy, look: Look) -> str | None:
+def _published_text(policy: Policy, result: Result) -> str | None:
     """The box as the published scorer is to see it: as written by a model of its convention, else translated."""
     from visrl.codecs import CODECS
 
-    if policy.codec.name == "viscot":
-        return look.text
-    return CODECS["viscot"].format(look.box, look.whole.size, look.whole.size) if look.box else None
+    if policy.codec.name == "viscot" or result.box is None:
+        return result.box_text if policy.codec.name == "viscot" else None
+    assert result.size is not None
+    return CODECS["viscot"].format(result.box, result.size, result.size)
 
 
 # --- Judging and scoring ----------------------------------------------------------------------------------------------
@@ -352,7 +342,6 @@ def _scored(config: EvalConfig, rows: Sequence[Row]) -> dict[str, Any]:
     """Totals of all rows and of each data set, the averages as published among them."""
     from visrl.evaluate.answers import with_averages
     from visrl.evaluate.boxfiles import box_totals, folder_totals
-    from visrl.evaluate.results import by_dataset
 
     summary = summarise(rows, config.seed)
     if config.benchmark == "viscot":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from visrl.evaluate.results import ANSWER_COLUMNS, BOX_COLUMNS, READINGS
+from visrl.rewards.results import ANSWER_COLUMNS, BOX_COLUMNS, READINGS
 
 HEADINGS = {"counted": "failures counted 0", "left_out": "failures left out"}
 

@@ -90,24 +90,12 @@ def write_summary(
 
 def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
     from visrl.records import read_jsonl
-    from visrl.statistics import interval
+    from visrl.rewards.results import summarise_kinds, summarise_measures
 
     rows = list(read_jsonl(file))
-    scores: dict[str, Any] = {"answer_accuracy": interval([float(row["correct"]) for row in rows]), "n": len(rows)}
-    known = [row["iou"] for row in rows if row["iou"] is not None]
-    if known:
-        scores["box_iou"] = interval(known)
-        scores["box_accuracy_50"] = interval([float(value > 0.5) for value in known])
-    if by_kind:
-        scores["by_kind"] = {}
-        for kind in sorted({row["kind"] for row in rows}):
-            own = [row for row in rows if row["kind"] == kind]
-            right = sum(row["correct"] for row in own) / len(own)
-            scores["by_kind"][kind] = {"answer_accuracy": right, "n": len(own)}
-            found = [row["iou"] for row in own if row["iou"] is not None]
-            if found:
-                scores["by_kind"][kind]["box_iou"] = sum(found) / len(found)
-    return scores
+    measures = summarise_measures(rows)
+    scores: dict[str, Any] = {"answer_accuracy": measures["answer_accuracy"], "n": len(rows), **measures}
+    return {**scores, "by_kind": summarise_kinds(rows)} if by_kind else scores
 
 
 def format_scores(summary: dict[str, Any]) -> str:
@@ -121,8 +109,8 @@ def format_scores(summary: dict[str, Any]) -> str:
             line += f"   IoU {stage['box_iou']['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"
         lines.append(line)
     for key, name in (("controls", "sft"), ("controls_last", "last")):
-        told = ", ".join(f"{mode} {scores['answer_accuracy']['mean']:.3f}" for mode, scores in summary[key].items())
-        if told:
-            lines.append(f"controls of {name}: {told}")
+        controls = ", ".join(f"{mode} {scores['answer_accuracy']['mean']:.3f}" for mode, scores in summary[key].items())
+        if controls:
+            lines.append(f"controls of {name}: {controls}")
     lines.append(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB")
     return "\n".join(lines)

@@ -10,10 +10,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from visrl.pages.figures import INKS, RC, SvgFigure, canvas, legend, percent_axis, svg_figure
 from visrl.pages.wording import measured, percent
-from visrl.report.run import CONTROLS, MEASURES, Score, Scores, Stage
+from visrl.report.loop import CONTROLS, Stage
+from visrl.report.measures import TITLES, Score, Scores
+from visrl.rewards.results import Measure
 
 
-def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -> SvgFigure | None:
+def stage_figure(stages: Sequence[Stage], measure: Measure, ceiling: float | None) -> SvgFigure | None:
     """One measure over the stages of training, with 95 % intervals; `ceiling` is the SFT true-box control's score."""
     shown = [stage for stage in stages if measure in stage.scores]
     if not shown:
@@ -46,13 +48,13 @@ def stage_figure(stages: Sequence[Stage], measure: str, ceiling: float | None) -
         else:
             percent_axis(axes.yaxis)
         axes.grid(axis="y")
-        alt = f"{MEASURES[measure]}: " + "; ".join(
+        alt = f"{TITLES[measure]}: " + "; ".join(
             f"{stage.title} {_spelt(stage.scores[measure], measure)}" for stage in shown
         )
-        return svg_figure(figure, MEASURES[measure], alt)
+        return svg_figure(figure, TITLES[measure], alt)
 
 
-def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> SvgFigure | None:
+def control_figure(controls: dict[str, dict[str, Scores]], measure: Measure) -> SvgFigure | None:
     """One measure under each control, worst bound at the top, for the first and the last checkpoint."""
     names = [name for name in CONTROLS if any(measure in scores.get(name, {}) for scores in controls.values())]
     if not names:
@@ -72,10 +74,10 @@ def control_figure(controls: dict[str, dict[str, Scores]], measure: str) -> SvgF
             words += [f"{label}, {CONTROLS[names[y]].lower()} {measured(score.mean, measure)}" for y, score in rows]
         axes.set_yticks(range(len(names)), [CONTROLS[name] for name in names])
         _finish_rows(axes, len(names), measure)
-        return svg_figure(figure, MEASURES[measure], f"{MEASURES[measure]} under each control: " + "; ".join(words))
+        return svg_figure(figure, TITLES[measure], f"{TITLES[measure]} under each control: " + "; ".join(words))
 
 
-def kind_figure(first: Stage, last: Stage, measure: str) -> SvgFigure | None:
+def kind_figure(first: Stage, last: Stage, measure: Measure) -> SvgFigure | None:
     """One measure by kind of question: from the first checkpoint to the last."""
     kinds = [kind for kind in first.by_kind if measure in first.by_kind[kind] and kind in last.by_kind]
     if not kinds:
@@ -93,7 +95,7 @@ def kind_figure(first: Stage, last: Stage, measure: str) -> SvgFigure | None:
         _finish_rows(axes, len(kinds), measure)
         words = [f"{kind} from {measured(a, measure)} to {measured(b, measure)}"
                  for kind, a, b in zip(kinds, before, after, strict=True)]  # fmt: skip
-        return svg_figure(figure, MEASURES[measure], f"{MEASURES[measure]} by kind: " + "; ".join(words))
+        return svg_figure(figure, TITLES[measure], f"{TITLES[measure]} by kind: " + "; ".join(words))
 
 
 def _reference(axes: Axes, value: float, ink: str, label: str) -> None:
@@ -103,7 +105,7 @@ def _reference(axes: Axes, value: float, ink: str, label: str) -> None:
                       textcoords="offset points", ha="left", va="top", color=INKS[ink])  # fmt: skip
 
 
-def _finish_rows(axes: Axes, rows: int, measure: str) -> None:
+def _finish_rows(axes: Axes, rows: int, measure: Measure) -> None:
     """The axes of a figure whose rows are names and whose x is `measure`, from 0 to 1."""
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
@@ -116,6 +118,6 @@ def _finish_rows(axes: Axes, rows: int, measure: str) -> None:
     legend(axes, 2, below=0.42 / rows + 0.02)
 
 
-def _spelt(score: Score, measure: str) -> str:
+def _spelt(score: Score, measure: Measure) -> str:
     low, high = measured(score.low, measure), measured(score.high, measure)
     return f"{measured(score.mean, measure)} (95 % interval {low} to {high})"

@@ -17,7 +17,9 @@ from visrl.pages.html import render_page
 from visrl.records import write_text
 from visrl.report.figures import control_figure, kind_figure, stage_figure
 from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, shared_ids
-from visrl.report.run import CONTROLS, MEASURES, Pairs, Run, load_run
+from visrl.report.loop import CONTROLS, Pairs
+from visrl.report.measures import TITLES
+from visrl.report.run import Run, load_run
 from visrl.report.shapes import Row
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
 
@@ -46,11 +48,11 @@ def render(run: Run) -> str:
         lede=lede(run),
         headlines=headlines(run),
         gap=gap_closed(run),
-        stage_figures=_present(stage_figure(run.stages, measure, _ceiling(run, measure)) for measure in MEASURES),
+        stage_figures=_present(stage_figure(run.stages, measure, _ceiling(run, measure)) for measure in TITLES),
         iterations=[_iteration(run, pairs) for pairs in run.pairs],
         curves=curve_figures(run.curves),
         stage_rows=_stage_rows(run),
-        measures=MEASURES,
+        measures=TITLES,
         columns=list(dict.fromkeys(column for evaluation in run.evaluations for column in evaluation.scores)),
         control_names=CONTROLS,
         control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
@@ -87,7 +89,7 @@ def _stage_rows(run: Run) -> list[Row]:
         earlier = run.stages[number - 1] if number else None
         changes = {
             measure: change(earlier, stage, measure)
-            for measure in MEASURES
+            for measure in TITLES
             if earlier and measure in stage.scores and measure in earlier.scores
         }
         rows.append({"stage": stage, "changes": changes})

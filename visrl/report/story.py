@@ -13,10 +13,16 @@ from typing import Literal
 
 from visrl.pages.wording import NO_BREAK, count, measured, percent, signed
 from visrl.report.gallery import shared_ids
-from visrl.report.run import CONTROLS, MEASURES, Run, Score, Stage, measure_rows
+from visrl.report.loop import CONTROLS, Stage
+from visrl.report.measures import TITLES, Score, measure_rows
+from visrl.report.run import Run
+from visrl.rewards.results import Measure, measure_of
 from visrl.statistics import paired
 
 ChangeVerdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
+
+
+STEPS: dict[Measure, str] = {"answer_accuracy": "answers", "box_iou": "boxes"}  # what a training stage may help
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class Change:
 class Headline:
     """One measure at both ends of the run. `ceiling` is the first checkpoint's score with the true box."""
 
-    measure: str
+    measure: Measure
     title: str
     first: Score
     last: Score
@@ -39,7 +45,7 @@ class Headline:
     change: Change | None
 
 
-def change(earlier: Stage, later: Stage, measure: str) -> Change:
+def change(earlier: Stage, later: Stage, measure: Measure) -> Change:
     """What `later` gained on `earlier`: question by question where both sets of rows are there."""
     ids = [name for name in shared_ids([earlier, later]) if _applies(earlier, later, name, measure)]
     if not ids:
@@ -68,7 +74,7 @@ def headlines(run: Run) -> list[Headline]:
             truth.get(measure) if measure == "answer_accuracy" else None,
             change(first, last, measure) if first is not last else None,
         )
-        for measure, title in MEASURES.items()
+        for measure, title in TITLES.items()
         if measure in first.scores and measure in last.scores
     ]
 
@@ -144,14 +150,14 @@ def _evaluation_notes(run: Run) -> list[str]:
     notes = []
     for evaluation in run.evaluations:
         facts = evaluation.facts
-        told = [
+        noted = [
             (facts.get("failed"), "ended in an error and {count} as wrong"),
             (facts.get("unparseable"), "had a box text that could not be read and {count} as IoU 0"),
             (facts.get("bad_truth"), "had no true box to compare with"),
         ]
         said = [
             f"{count(number, 'question')} {what.format(count='counts' if number == 1 else 'count')}"
-            for number, what in told
+            for number, what in noted
             if number
         ]
         said += [
@@ -171,11 +177,12 @@ def _file_notes(run: Run) -> list[str]:
     notes = []
     for stage in run.stages:
         counted = measure_rows(list(stage.rows.values())) if stage.rows else {}
-        for name, score in counted.items():
-            if name in stage.scores and abs(score.mean - stage.scores[name].mean) > 1e-3:
+        for name, title in TITLES.items():
+            score = counted.get(name)
+            if score and name in stage.scores and abs(score.mean - stage.scores[name].mean) > 1e-3:
                 notes.append(
                     f"{stage.title}: the summary says {measured(stage.scores[name].mean, name)} for "
-                    f"“{MEASURES[name].lower()}”, its answers give {measured(score.mean, name)}; evaluate again."
+                    f"“{title.lower()}”, its answers give {measured(score.mean, name)}; evaluate again."
                 )
     asked = {len(stage.rows) for stage in run.stages if stage.rows}
     if len(asked) > 1:
@@ -190,7 +197,7 @@ def _step_notes(run: Run) -> list[str]:
     """The training stages that did not help, by answers or by boxes."""
     notes = []
     for earlier, later in pairwise(run.stages):
-        for name, what in (("answer_accuracy", "answers"), ("box_iou", "boxes")):
+        for name, what in STEPS.items():
             if name not in earlier.scores or name not in later.scores:
                 continue
             step = change(earlier, later, name)
@@ -219,14 +226,10 @@ def _order_notes(run: Run) -> list[str]:
     return notes
 
 
-def _values(stage: Stage, ids: Sequence[str], measure: str) -> list[float]:
-    rows = [stage.rows[name] for name in ids]
-    if measure == "answer_accuracy":
-        return [float(row["correct"]) for row in rows]
-    overlaps = [float(row["iou"]) for row in rows]
-    return overlaps if measure == "box_iou" else [float(overlap > 0.5) for overlap in overlaps]
+def _values(stage: Stage, ids: Sequence[str], measure: Measure) -> list[float]:
+    return [value for name in ids if (value := measure_of(stage.rows[name], measure)) is not None]
 
 
-def _applies(earlier: Stage, later: Stage, name: str, measure: str) -> bool:
+def _applies(earlier: Stage, later: Stage, name: str, measure: Measure) -> bool:
     """Whether a question has this measure at both checkpoints: without a true box there is no IoU."""
-    return measure == "answer_accuracy" or None not in (earlier.rows[name]["iou"], later.rows[name]["iou"])
+    return all(measure_of(stage.rows[name], measure) is not None for stage in (earlier, later))

@@ -220,13 +220,14 @@ class VisrlTrainer(Trainer):
 
     def _roll_out(self) -> dict[str, float]:
         from visrl.engines.local import LocalEngine
-        from visrl.rewards.scored import evaluate_samples, measures
+        from visrl.rewards.results import training_measures
+        from visrl.rewards.scored import evaluate_samples
 
         policy = self.accelerator.unwrap_model(self.model)
         engine = LocalEngine(policy, self.encoder)
         rule, root = self.encoder.settings.crop_rule, self.visrl_config.image_root
         rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root)
-        return {f"eval_rollout/{name}": value for name, value in measures(rows).items()}
+        return {f"eval_rollout/{name}": value for name, value in training_measures(rows).items()}
 
     def check_trained(self, resumed: Path | None) -> None:
         """Refuse to call complete what learned nothing, or whose last step left weights that are no numbers.

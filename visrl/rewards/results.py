@@ -1,0 +1,291 @@
+"""Results: the row of one question, and what rows add up to. One schema and one summary for every verb.
+
+A `Result` is written in one of two shapes: `eval_row` for `visrl eval` (results.jsonl: a data set, string metrics, null
+for what failed) and `loop_row` for the checkpoints of a loop and a training's held-out rollouts (eval/*.jsonl: a kind
+of question, `correct`, failures counted as wrong). Rows of both shapes hold `id`, a data set (`dataset` or `kind`) and
+some of `COLUMNS`, each in [0, 1] or null. Null is "failed or could not be read": never 0 by itself. The two readings of
+a column:
+
+- `counted`: every row counts, null as 0, as published scores have it;
+- `left_out`: rows with null are left out, and, for boxes, those whose ground truth is no box (`bad_truth`).
+
+The truth lies between the two; where they differ by much, the failures are the finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from visrl.box import Box, Size, iou
+from visrl.records import Sample
+from visrl.rewards.detection import is_hit
+from visrl.rewards.metrics import METRICS, exact_match, string_scores
+from visrl.rollout.greedy import Mode
+from visrl.rollout.rollout import Refusal, failure
+from visrl.rollout.steps import Look
+from visrl.statistics import interval, mean_interval
+
+Row = Mapping[str, Any]
+Key = tuple[str, str, int]  # data set, id, and how many rows before have both
+Reading = Literal["counted", "left_out"]
+Measure = Literal["answer_accuracy", "box_iou", "box_accuracy_50"]
+
+READINGS: tuple[Reading, ...] = ("counted", "left_out")
+BOX_COLUMNS = ("hit_published", "hit", "iou")
+ANSWER_COLUMNS = ("judge_published", "judge", "correct_published", "correct", "exact", "relaxed", "anls", "vqa")
+COLUMNS = (*ANSWER_COLUMNS, *BOX_COLUMNS)
+MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "box_accuracy_50")
+# What says of an answer that it is right, the surest first; at 0.5 a judge finds it more right than wrong.
+RIGHT_BY = ("correct", "judge", "exact", "hit")
+
+
+# --- The row of a question --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one question: where was looked, what was answered, or why neither.
+
+    `box_text` is what stands for the box in the conversation (None: no box was asked for); in a control (a `mode` other
+    than "own") nobody wrote it. An `error` beside an empty text says that no reply came, unless it is of the box
+    ("box: …"). `size` is that of the picture as it was opened, in pixels.
+    """
+
+    sample: Sample
+    prediction: str | None = None
+    box_text: str | None = None
+    box: Box | None = None
+    error: str | None = None
+    mode: Mode = "own"
+    size: Size | None = None
+
+    @classmethod
+    def of(cls, sample: Sample, look: Look | Refusal, mode: Mode) -> Result:
+        """The result of one rollout, or of a question that could not be asked."""
+        if isinstance(look, Look):
+            return cls(sample, look.answer, look.text, look.box, look.error, mode, look.whole.size)
+        return cls(sample, None, "", None, failure(look), mode)
+
+    @property
+    def written(self) -> str | None:
+        """The box text that the model itself wrote; None where it was asked for none."""
+        return self.box_text if self.mode == "own" else None
+
+    @property
+    def shown(self) -> Box | None:
+        """The box whose crop was shown; None without one, and where the whole picture was."""
+        return None if self.mode in ("no_box", "no_crop") else self.box
+
+    @property
+    def unparseable(self) -> bool:
+        """Whether the model wrote a text that holds no box, an empty one too: its own failure."""
+        if self.written is None or self.box is not None:
+            return False
+        return bool(self.written) or self.error is None or self.error.startswith("box: ")
+
+    @property
+    def failure(self) -> str | None:
+        """Why no reply came; None where one did, be it a wrong one."""
+        return None if self.unparseable else self.error
+
+    def eval_row(self) -> dict[str, Any]:
+        """The row of `visrl eval`. An unparseable box scores 0 in every column, and no reading leaves it out.
+
+        A sample without a box has a bad truth; one without an answer gets no string metrics.
+        """
+        sample = self.sample
+        row: dict[str, Any] = {
+            "id": sample.id,
+            "dataset": sample.source,
+            "question": sample.question,
+            "answer": sample.answer,
+            "image": sample.image,
+            "prediction": self.prediction,
+            "error": self.failure,
+            **({"repeat": sample.repeat} if sample.repeat else {}),
+        }
+        if sample.answer:
+            row.update(string_scores(self.prediction, [sample.answer]))
+        if sample.answer and self.unparseable:
+            row.update(dict.fromkeys(METRICS, 0.0))
+        if self.written is None and self.shown is None:
+            return row
+        overlap = None if self.shown is None and not self.unparseable else _overlap(self.shown, sample.box)
+        return row | {
+            "true_box": sample.box.as_list() if sample.box else None,
+            "box": self.shown.as_list() if self.shown else None,
+            "box_text": self.written,
+            "iou": overlap,
+            "hit": None if overlap is None else int(is_hit(overlap)),
+            "unparseable": self.unparseable,
+            "bad_truth": sample.box is None,
+        }
+
+    def loop_row(self) -> dict[str, Any]:
+        """The row of a loop's checkpoint: without a box IoU 0 and a wrong answer, with the error kept."""
+        sample = self.sample
+        return {
+            "id": sample.id,
+            "kind": sample.source.removeprefix("scenes-"),
+            "mode": self.mode,
+            "question": sample.question,
+            "answer": sample.answer,
+            "image": sample.image,
+            "true_box": sample.box.as_list() if sample.box else None,
+            "box": self.box.as_list() if self.box else None,
+            "box_text": self.box_text,
+            "prediction": self.prediction,
+            "correct": self.prediction is not None and exact_match(self.prediction, [sample.answer]) == 1.0,
+            "iou": _overlap(self.box, sample.box),
+            "error": self.error,
+            **({"repeat": sample.repeat} if sample.repeat else {}),
+        }
+
+
+def _overlap(box: Box | None, truth: Box | None) -> float | None:
+    """IoU, 0 without a box, None without a true one."""
+    return None if truth is None else 0.0 if box is None else iou(box, truth)
+
+
+# --- Reading rows -----------------------------------------------------------------------------------------------------
+
+
+def dataset_of(row: Row) -> str:
+    """The data set (or kind of scene) a row belongs to."""
+    return str(row.get("dataset") or row.get("kind") or "")
+
+
+def key_of(row: Row) -> Key:
+    """What names a question within one benchmark: rows of two checkpoints with equal keys are a pair."""
+    return dataset_of(row), str(row["id"]), row.get("repeat", 0)
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """The columns that the rows hold, in the order of `COLUMNS`."""
+    present = {name for row in rows for name in row}
+    return [name for name in COLUMNS if name in present]
+
+
+def value_of(row: Row, column: str, reading: Reading) -> float | None:
+    """What a row counts for in a column under a reading; None: the row is left out."""
+    value = row.get(column)
+    if reading == "counted":
+        return 0.0 if value is None else float(value)
+    if value is None or (column in BOX_COLUMNS and row.get("bad_truth")):
+        return None
+    return float(value)
+
+
+def values_of(rows: Iterable[Row], column: str, reading: Reading) -> list[float]:
+    """The values of a column under a reading."""
+    return [value for row in rows if (value := value_of(row, column, reading)) is not None]
+
+
+def measure_of(row: Row, measure: Measure) -> float | None:
+    """What a row with `correct` counts for in a measure; None where it does not apply: without a true box."""
+    if measure == "answer_accuracy":
+        return value_of(row, "correct", "left_out")
+    overlap = value_of(row, "iou", "left_out")
+    return overlap if overlap is None or measure == "box_iou" else float(is_hit(overlap))
+
+
+def by_dataset(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each data set (or kind), in the order in which they first come."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(dataset_of(row), []).append(row)
+    return groups
+
+
+def right_column(rows: Sequence[Row]) -> str:
+    """The column that says which of these answers are right: the surest that holds a value."""
+    present = [column for column in RIGHT_BY if any(column in row for row in rows)] or [RIGHT_BY[0]]
+    return next((column for column in present if any(row.get(column) is not None for row in rows)), present[0])
+
+
+def is_right(row: Row, column: str) -> bool:
+    """Whether an answer is right, by the column that says so."""
+    value = row.get(column)
+    return row.get("error") is None and value is not None and value >= (0.5 if column == "judge" else 1)
+
+
+# --- What rows add up to ----------------------------------------------------------------------------------------------
+
+
+def summarise_measures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Answers right, mean IoU and boxes with IoU > 0.5, each with its 95 % interval: `{measure: {"mean", "low",
+    "high"}}`. A measure that no row has is absent."""
+    values = {measure: _measured(rows, measure) for measure in MEASURES}
+    return {measure: interval(own) for measure, own in values.items() if own}
+
+
+def summarise_kinds(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """The number of rows and the means of answers and IoU for each kind of question, by name."""
+    found = {}
+    for kind, own in sorted(by_dataset(rows).items()):
+        right, overlaps = _measured(own, "answer_accuracy"), _measured(own, "box_iou")
+        found[kind] = {"answer_accuracy": sum(right) / len(own), "n": len(own)}
+        if overlaps:
+            found[kind]["box_iou"] = sum(overlaps) / len(overlaps)
+    return found
+
+
+def training_measures(rows: Sequence[Row]) -> dict[str, float]:
+    """What a training run watches: accuracy, parse rate, mean IoU and the share above 0.5 where boxes are known, and
+    `score`, the mean of accuracy and IoU."""
+    accuracy = _mean(_measured(rows, "answer_accuracy"))
+    found = {"accuracy": accuracy, "parse_rate": _mean([float(row["box"] is not None) for row in rows])}
+    overlaps = _measured(rows, "box_iou")
+    if overlaps:
+        found["iou"] = _mean(overlaps)
+        found["iou_50"] = _mean(_measured(rows, "box_accuracy_50"))
+    found["score"] = (accuracy + found.get("iou", accuracy)) / 2
+    return found
+
+
+def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
+    """Counts, and for each column both readings with 95 % intervals, per data set and as the unweighted mean of them.
+
+    `{"n", "failed", "unparseable", "bad_truth", "columns": {column: {reading: {"n", "mean", "low", "high"} | None,
+    "unread"}}, "datasets": {name: the same without "datasets"}}`; with one data set only its mean is that mean.
+    """
+    groups = by_dataset(rows)
+    datasets = {name: _summarise_groups({name: group}, seed) for name, group in groups.items()}
+    return {**_summarise_groups(groups, seed), "datasets": datasets}
+
+
+def _summarise_groups(groups: Mapping[str, Sequence[Row]], seed: int) -> dict[str, Any]:
+    rows = [row for group in groups.values() for row in group]
+    columns: dict[str, Any] = {}
+    for column in columns_of(rows):
+        columns[column] = {"unread": sum(row.get(column) is None for row in rows)}
+        for reading in READINGS:
+            values = {name: values_of(group, column, reading) for name, group in groups.items()}
+            whole = all(values.values())  # a mean over fewer data sets than there are is another figure: none is given
+            columns[column][reading] = (
+                {"n": sum(map(len, values.values())), **_mean_interval(values, seed)} if whole else None
+            )
+    counts = {
+        "n": len(rows),
+        "failed": sum(row.get("error") is not None for row in rows),
+        "unparseable": sum(bool(row.get("unparseable")) for row in rows),
+        "bad_truth": sum(bool(row.get("bad_truth")) for row in rows),
+    }
+    return {**counts, "columns": columns}
+
+
+def _mean_interval(values: Mapping[str, Sequence[float]], seed: int) -> dict[str, float]:
+    only = next(iter(values.values())) if len(values) == 1 else None
+    return mean_interval(values, seed) if only is None else interval(only, seed)
+
+
+def _measured(rows: Iterable[Row], measure: Measure) -> list[float]:
+    return [value for row in rows if (value := measure_of(row, measure)) is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
