@@ -49,12 +49,13 @@ def check_resume(config: TrainConfig) -> None:
         )
 
 
-def foreign_checkpoint(config: TrainConfig) -> Path | None:
+def checkpoint_to_resume(config: TrainConfig, arguments: TrainingArguments) -> Path | None:
+    """Where training goes on: the newest whole checkpoint of the output folder, else one that the config names."""
     given = config.resume_from_checkpoint
-    return Path(given) if isinstance(given, str) else None
+    return _newest_whole(config.output_dir, arguments) or (Path(given) if isinstance(given, str) else None)
 
 
-def last_complete_checkpoint(out: Path, arguments: TrainingArguments) -> Path | None:
+def _newest_whole(out: Path, arguments: TrainingArguments) -> Path | None:
     """The newest checkpoint that was written to its end; what a kill left of another, and log lines after it, are
     removed by the first process while the others wait."""
     with arguments.main_process_first(local=False, desc="looking for a checkpoint"):

@@ -120,14 +120,14 @@ class TrainConfig(TrainerFields):
     image_root: str | None = None
     cutoff_len: int = Field(2048, gt=0)
     max_samples: Count | None = None
-    drop_unusable: bool = False  # leave out, and count, rows over cutoff_len and pictures that cannot be opened
+    drop_unusable: bool = False  # leave out, and count, rows over cutoff_len and images that cannot be opened
     val_size: Annotated[float, AfterValidator(_share_or_number)] = Field(
         0.0, ge=0
-    )  # pictures held out to validate on: a share below 1, or a number
+    )  # images held out to validate on: a share below 1, or a number
     curriculum: list[Phase] = Field(default_factory=list)
     bin_length: int = Field(512, gt=0)  # tokens that attend to each other at most, where no item needs more
     attention: Attention = "auto"
-    feature_cache_gb: float = Field(4.0, ge=0)  # main memory for features of pictures that nothing trains
+    feature_cache_gb: float = Field(4.0, ge=0)  # main memory for features of images that nothing trains
     processes: int | None = Field(None, ge=1)  # that train together on this machine; None: one for each GPU
 
     rollout_dataset: str | None = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Curriculum(Dataset[Item]):
     """Drawn scenes in the order of a curriculum: a pure function of the index, read in sequence.
 
-    Every scene is seen once. An item is one scene with its questions, so that the picture is computed once for all.
+    Every scene is seen once. An item is one scene with its questions, so that the image is computed once for all.
     """
 
     def __init__(self, encoder: Encoder, phases: Sequence[Phase], batch_size: int) -> None:

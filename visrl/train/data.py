@@ -23,7 +23,7 @@ from visrl.train.rows import preference_row, sft_rows
 
 
 class SftSamples(Dataset[Item]):
-    """Samples, those of one picture together: the rows of all its questions are one item."""
+    """Samples, those of one image together: the rows of all its questions are one item."""
 
     def __init__(self, encoder: Encoder, samples: Sequence[Sample], root: str | Path | None = None) -> None:
         groups: dict[str, list[Sample]] = {}
@@ -36,8 +36,8 @@ class SftSamples(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def pictures(self) -> list[str]:
-        """The picture of each item."""
+    def images(self) -> list[str]:
+        """The image of each item."""
         return [image for image, _ in self.groups]
 
     def without_box(self) -> int:
@@ -87,8 +87,8 @@ class Preferences(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def pictures(self) -> list[str]:
-        """The picture of each item."""
+    def images(self) -> list[str]:
+        """The image of each item."""
         return [preferences[0].images[0].ref for _, preferences in self.groups]
 
     def __getitem__(self, index: int) -> Item:
@@ -164,19 +164,19 @@ Items = TypeVar("Items", bound="SftSamples | Preferences")
 
 
 def split(dataset: Items, val_size: float, seed: int) -> tuple[Items, Items]:
-    """Items to train on and items to validate on: of all pictures a share `val_size` (below 1) or so many, all items
-    of a picture on one side, so that nothing seen in training is validated on.
+    """Items to train on and items to validate on: of all images a share `val_size` (below 1) or so many, all items
+    of an image on one side, so that nothing seen in training is validated on.
 
     Raises:
         ConfigError: nothing would be left to train on.
     """
-    pictures = sorted(set(dataset.pictures()))
-    count = max(1, round(val_size * len(pictures))) if val_size < 1 else round(val_size)
-    if count >= len(pictures):
-        raise ConfigError(f"val_size: {count} pictures to validate on leave none of {len(pictures)} to train on")
-    held_out = set(random.Random(seed).sample(pictures, count))
-    seen = dataset.pictures()
-    sides = [[n for n, picture in enumerate(seen) if (picture in held_out) == wanted] for wanted in (False, True)]
+    images = sorted(set(dataset.images()))
+    count = max(1, round(val_size * len(images))) if val_size < 1 else round(val_size)
+    if count >= len(images):
+        raise ConfigError(f"val_size: {count} pictures to validate on leave none of {len(images)} to train on")
+    held_out = set(random.Random(seed).sample(images, count))
+    seen = dataset.images()
+    sides = [[n for n, image in enumerate(seen) if (image in held_out) == wanted] for wanted in (False, True)]
     return part_of(dataset, sides[0]), part_of(dataset, sides[1])
 
 

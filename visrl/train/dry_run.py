@@ -172,9 +172,7 @@ def _heaviest_step(dataset: Any, tokens: list[int], arguments: TrainingArguments
     """The items of the optimisation step of the first epoch that holds the batch with most tokens, that batch first."""
     size = arguments.train_batch_size
     shuffled = not isinstance(dataset, Curriculum)
-    order = (
-        SameImageSampler(dataset.pictures(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
-    )
+    order = SameImageSampler(dataset.images(), size, arguments.seed).order(0) if shuffled else list(range(len(tokens)))
     batches = batched(order, size)
     heavy = max(range(len(batches)), key=lambda n: sum(tokens[item] for item in batches[n]))
     first = heavy - heavy % arguments.gradient_accumulation_steps

@@ -1,5 +1,5 @@
 """Image features kept over steps and epochs where nothing that makes them is trained: the vision tower runs once per
-distinct picture of a run, as far as memory allows."""
+distinct image of a run, as far as memory allows."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def open_features(model: nn.Module, family: Family, limit: int) -> FeatureCache 
 
 
 class FeatureCache:
-    """Features by picture, in main memory, up to a number of bytes. What came first stays: each epoch asks for every
-    picture once, so that making room for the latest would help none."""
+    """Features by image, in main memory, up to a number of bytes. What came first stays: each epoch asks for every
+    image once, so that making room for the latest would help none."""
 
     def __init__(self, model: nn.Module, family: Family, limit: int) -> None:
         assert takes_features(model), f"{family.name} would not look at features in the place of pictures"
@@ -59,7 +59,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def fill(self, packed: PackedBatch, device: torch.device) -> None:
-        """Put features, on `device`, in the place of pictures in every call of `packed`."""
+        """Put features, on `device`, in the place of images in every call of `packed`."""
         for call in packed.calls:
             if call.views:
                 for name in self.family.takes:

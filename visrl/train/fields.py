@@ -41,7 +41,7 @@ def _only(value: Any, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _by_pictures(value: str) -> str:
+def _by_images(value: str) -> str:
     if value not in ("random", "sequential"):
         raise ValueError(BATCHES)
     return value
@@ -185,7 +185,7 @@ class TrainerFields(Config):
     remove_unused_columns: Annotated[bool, _only(False, COLUMNS)] | None = None
     label_names: Annotated[list[str], _only(None, COLUMNS)] | None = None
     train_sampling_strategy: (
-        Annotated[Literal["random", "sequential", "group_by_length", "batch_rebalance"], AfterValidator(_by_pictures)]
+        Annotated[Literal["random", "sequential", "group_by_length", "batch_rebalance"], AfterValidator(_by_images)]
         | None
     ) = None
     length_column_name: Annotated[str, _only("length", BATCHES)] | None = None

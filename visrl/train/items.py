@@ -1,6 +1,6 @@
 """Training items and their collation: conversations with responses in, one packed batch out. Knows no loss.
 
-An item is what belongs together in one optimisation step: the rows of one question, or of all questions of a picture.
+An item is what belongs together in one optimisation step: the rows of one question, or of all questions of an image.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
 
 
 class Collator:
-    """Items → `TrainingBatch`. Items that show the same picture share its tokens.
+    """Items → `TrainingBatch`. Items that show the same image share its tokens.
 
     Raises:
         TooLong: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
@@ -103,23 +103,23 @@ class Collator:
         self.bucket = bucket
 
     def __call__(self, items: Sequence[Item]) -> dict[str, TrainingBatch]:
-        # All pictures of a batch go through the image processor together.
-        with suppress(PromptError):  # the row that shows a picture which cannot be used is named below
+        # All images of a batch go through the image processor together.
+        with suppress(PromptError):  # the row that shows an image which cannot be used is named below
             self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
-        by_picture: dict[str, tuple[list[TokenPath], list[Branch]]] = {}
+        by_image: dict[str, tuple[list[TokenPath], list[Branch]]] = {}
         for number, item in enumerate(items):
             views = item.rows[0].conversation.views
-            group = by_picture.setdefault(views[0].key if views else f"item {number}", ([], []))
+            group = by_image.setdefault(views[0].key if views else f"item {number}", ([], []))
             paths, branches = encode_item(self.encoder, number, item)
             self._check_lengths(paths, branches)
             group[0].extend(paths)
             group[1].extend(branches)
         family, image_token = self.encoder.family, self.encoder.image_token_id
         trees = prefix_trees(
-            [paths for paths, _ in by_picture.values()], image_token, pairs_only=family.shares == "pairs"
+            [paths for paths, _ in by_image.values()], image_token, pairs_only=family.shares == "pairs"
         )
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
-        branches = [branch for _, group in by_picture.values() for branch in group]
+        branches = [branch for _, group in by_image.values() for branch in group]
         return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
 
     def _check_lengths(self, paths: Sequence[TokenPath], branches: Sequence[Branch]) -> None:

@@ -55,7 +55,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def plot_loss(out: Path) -> None:
-    """Draw the curves of `log.jsonl`: `training_loss.svg`, and one picture for each further measure."""
+    """Draw the curves of `log.jsonl`: `training_loss.svg`, and one file for each further measure."""
     from visrl.pages.figures import Curve, curve_figures
 
     for drawing in curve_figures([Curve(title=out.name, rows=list(read_jsonl(out / "log.jsonl")))]):

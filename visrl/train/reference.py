@@ -25,13 +25,13 @@ from visrl.train.items import Collator, Item, TrainingBatch
 
 
 def reference_key(parts: dict[str, Any]) -> str:
-    """The key of a cache: a hash over what `parts` says of weights, rows, pictures and settings, and over versions."""
+    """The key of a cache: a hash over what `parts` says of weights, rows, images and settings, and over versions."""
     everything = {**parts, "names": "by place", "versions": package_versions(PACKAGES)}
     return hashlib.blake2b(json.dumps(everything, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def hash_pictures(refs: Iterable[str], root: str | Path | None = None) -> str:
-    """One short hash over the bytes of all picture files that `refs` name, each read once. Drawn scenes and data URLs
+def hash_images(refs: Iterable[str], root: str | Path | None = None) -> str:
+    """One short hash over the bytes of all image files that `refs` name, each read once. Drawn scenes and data URLs
     are what their names say."""
     names = sorted({ref for ref in refs if names_file(ref)})
     paths = (picture_path(name, root) for name in names)

@@ -45,7 +45,7 @@ def sft_rows(
     another box in its place (a curriculum's close-up).
 
     Raises:
-        ImageError, PromptError: the picture cannot be opened, or the row not be shown to the model.
+        ImageError, PromptError: the image cannot be opened, or the row not be shown to the model.
     """
     name = sample.id
     if sample.box is None and not sample.answer:
@@ -82,7 +82,7 @@ def crop_of(whole: View, box: Box, encoder: Encoder) -> View:
 def preference_row(
     encoder: Encoder, preference: Preference, root: str | Path | None = None, item: str | None = None
 ) -> TrainingRow:
-    """The row of one preference: its prompt and pictures with the chosen and the rejected response. `item` is the name
+    """The row of one preference: its prompt and images with the chosen and the rejected response. `item` is the name
     of its item where it belongs to a data set, whose ids may repeat."""
     whole_picture, *details = preference.images
     whole = open_view(whole_picture, root)

@@ -6,8 +6,6 @@ command is refused. What cannot be trained is refused before the folder is claim
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 import time
@@ -19,52 +17,29 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError, as_config
-from visrl.data.sources import hash_source
 from visrl.engines.recompute import try_out
-from visrl.manifest import NAME as MANIFEST
-from visrl.manifest import (
-    STARTED,
-    ManifestError,
-    claim_folder,
-    hash_checkpoint,
-    hash_files,
-    hold,
-    is_complete,
-    write_manifest,
-)
+from visrl.manifest import claim_folder, hold, is_complete, write_manifest
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
 from visrl.models.settings import ModelSettings
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
-from visrl.plugins import is_plugin
 from visrl.progress import next_command
 from visrl.train.arguments import check_start, refusals, training_arguments
-from visrl.train.checkpoints import MarkComplete, check_resume, foreign_checkpoint, last_complete_checkpoint, writing
+from visrl.train.checkpoints import MarkComplete, check_resume, checkpoint_to_resume, writing
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.data import SftSamples, build_data, read_rollout_samples
 from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
 from visrl.train.dry_run import DatasetScan, dry_run, peak_memory, scan_dataset
 from visrl.train.features import open_features
-from visrl.train.fields import TrainerFields
+from visrl.train.identity import clear_folder, identity_of, parents_of, replaces_other_work
 from visrl.train.items import Collator
 from visrl.train.log import JsonLog, plot_loss
 from visrl.train.model import check_policy, prepare_model
-from visrl.train.reference import hash_pictures, reference_key, reference_logps
+from visrl.train.reference import hash_images, reference_key, reference_logps
 from visrl.train.sampler import SameImageSampler
 from visrl.train.trainer import VisrlTrainer
-
-# Keys that change neither what is learned nor what is written beside it.
-NOT_IDENTITY = {
-    "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
-    "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica",
-}  # fmt: skip
-# What a training writes, beside settings and processor: removed where other work takes its folder.
-WRITTEN = (
-    MANIFEST, STARTED, "log.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
-    "*.safetensors.index.json", "checkpoint-*",
-)  # fmt: skip
 
 
 def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Path:
@@ -110,9 +85,9 @@ def train_here(config: TrainConfig) -> None:
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     check_policy(config)
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
-    parents = _parents(config, adapters)
-    identity = {**_identity(config), "parents": parents}
-    if not config.dry_run and not _replaces(config, identity) and is_complete(out, identity):
+    parents = parents_of(config, adapters)
+    identity = {**identity_of(config), "parents": parents}
+    if not config.dry_run and not replaces_other_work(config, identity) and is_complete(out, identity):
         say(f"{out} is already complete")
         return
     check_resume(config)
@@ -142,13 +117,13 @@ def train_here(config: TrainConfig) -> None:
         )  # fmt: skip
     check_start(config, trainer, len(dataset))
     if arguments.process_index == 0:
-        if _replaces(config, identity):
-            _clear(out)
+        if replaces_other_work(config, identity):
+            clear_folder(out)
         claim_folder(out, identity)
     say(_format_data(config, arguments, dataset, validation))
     if config.needs_reference:
         trainer.reference = _reference(trainer, [part for part in (dataset, validation) if part is not None], identity)
-    resume = last_complete_checkpoint(out, arguments) or foreign_checkpoint(config)
+    resume = checkpoint_to_resume(config, arguments)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.check_trained(resume)
     facts = {
@@ -166,25 +141,11 @@ def train_here(config: TrainConfig) -> None:
         if config.plot_loss:
             plot_loss(out)
         facts["seconds"] = round(time.time() - started, 1)
-        write_manifest(out, verb="train", config=_identity(config), parents=parents, **facts)
+        write_manifest(out, verb="train", config=identity_of(config), parents=parents, **facts)
         for checkpoint in out.glob("checkpoint-*"):  # not before: a kill until here must leave what to resume from
             shutil.rmtree(checkpoint)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
     say(_next_command(config))
-
-
-def _parents(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str, str]:
-    """Hashes of what the training starts from: model, adapter, data, and a loss from outside the package."""
-    parents = {"model": hash_checkpoint(config.model_name_or_path)}
-    if adapters:
-        parents["adapter"] = adapters[-1]["hash"]
-    if config.dataset:
-        parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
-    if config.stage == "dpo" and is_plugin(config.pref_loss):
-        module = importlib.util.find_spec(config.pref_loss.partition(":")[0])
-        if module is not None and module.origin is not None:
-            parents["loss"] = hash_files(module.origin)
-    return parents
 
 
 def _usable_data(
@@ -218,7 +179,7 @@ def _reference(trainer: VisrlTrainer, parts: list[Any], identity: dict[str, Any]
     config, arguments = trainer.visrl_config, trainer.args
     model: Any = trainer.model
     collator: Any = trainer.data_collator
-    shown = hash_pictures((picture for part in parts for picture in part.pictures()), config.image_root)
+    shown = hash_images((image for part in parts for image in part.images()), config.image_root)
     return reference_logps(
         model,
         torch.utils.data.ConcatDataset(parts),
@@ -228,25 +189,6 @@ def _reference(trainer: VisrlTrainer, parts: list[Any], identity: dict[str, Any]
         key=reference_key({**identity, "pictures": shown, "dtype": str(next(model.parameters()).dtype)}),
         features=trainer.features,
     )
-
-
-def _replaces(config: TrainConfig, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds other work of `visrl train` that the config says to replace."""
-    if not config.overwrite_output_dir or not (config.output_dir / STARTED).is_file():
-        return False
-    found = json.loads((config.output_dir / STARTED).read_text(encoding="utf-8"))
-    try:
-        is_complete(config.output_dir, identity)
-    except ManifestError:
-        return isinstance(found, dict) and "stage" in found and "rl_stage" in found
-    return False
-
-
-def _clear(out: Path) -> None:
-    """Remove what an earlier training wrote in `out`, and nothing else."""
-    say(f"{out} holds other work, which makes room (overwrite_output_dir)")
-    for path in {path for pattern in WRITTEN for path in out.glob(pattern)}:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _next_command(config: TrainConfig) -> str:
@@ -259,7 +201,7 @@ def _next_command(config: TrainConfig) -> str:
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:
-    """How the checkpoint looks at pictures: its own settings with what the config gives in their place."""
+    """How the checkpoint looks at images: its own settings with what the config gives in their place."""
     return _own_settings(config).with_given(
         image_min_pixels=config.image_min_pixels,
         image_max_pixels=config.image_max_pixels,
@@ -271,7 +213,7 @@ def model_settings(config: TrainConfig) -> ModelSettings:
 
 
 def _own_settings(config: TrainConfig) -> ModelSettings:
-    """How what is trained on looked at pictures before: the last adapter's settings, else the model's."""
+    """How what is trained on looked at images before: the last adapter's settings, else the model's."""
     return ModelSettings.load(config.model_name_or_path, *(config.adapter_name_or_path or ())[-1:])
 
 
@@ -279,9 +221,9 @@ def _format_data(config: TrainConfig, arguments: TrainingArguments, dataset: Any
     """What is trained on, in a line."""
     text = f"{len(dataset)} items for {config.stage_name}"
     if not isinstance(dataset, Curriculum):
-        pictures = dataset.pictures()
-        sampler = SameImageSampler(pictures, arguments.train_batch_size, arguments.seed)
-        text += f", of {len(set(pictures))} pictures; {sampler.sharing()} share theirs with another of their batch"
+        images = dataset.images()
+        sampler = SameImageSampler(images, arguments.train_batch_size, arguments.seed)
+        text += f", of {len(set(images))} pictures; {sampler.sharing()} share theirs with another of their batch"
     return f"{text}; {len(validation)} to validate on" if validation is not None else text
 
 
@@ -292,11 +234,3 @@ def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
         encoder.processor.save_pretrained(out)
         encoder.settings.save(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    unsaid = {name for name in TrainerFields.model_fields if values[name] is None}
-    if not isinstance(config.resume_from_checkpoint, str):
-        unsaid.add("resume_from_checkpoint")
-    return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}

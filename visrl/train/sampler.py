@@ -1,6 +1,6 @@
-"""Which items go through a step together: items that show one picture, so that its tokens are computed once for all.
+"""Which items go through a step together: items that show one image, so that its tokens are computed once for all.
 
-Knows items by their picture only.
+Knows items by their image only.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from visrl.sequences import batched
 
 
 class SameImageSampler(Sampler[int]):
-    """The items of an epoch in random order, those of one picture beside each other in one batch.
+    """The items of an epoch in random order, those of one image beside each other in one batch.
 
-    A pure function of seed and epoch. A picture with more items than a batch holds fills several.
+    A pure function of seed and epoch. An image with more items than a batch holds fills several.
     """
 
-    def __init__(self, pictures: Sequence[str], batch_size: int, seed: int) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Sequence[str], batch_size: int, seed: int) -> None:
+        self.images = images
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order(self.epoch))
@@ -42,16 +42,16 @@ class SameImageSampler(Sampler[int]):
         """The items in the order in which `epoch` takes them."""
         chance = random.Random(f"{self.seed}/{epoch}")
         groups: dict[str, list[int]] = {}
-        for number in chance.sample(range(len(self.pictures)), len(self.pictures)):
-            groups.setdefault(self.pictures[number], []).append(number)
+        for number in chance.sample(range(len(self.images)), len(self.images)):
+            groups.setdefault(self.images[number], []).append(number)
         return _filled([part for group in groups.values() for part in batched(group, self.batch_size)], self.batch_size)
 
     def sharing(self) -> int:
-        """How many items of the first epoch meet another one of their picture in their batch."""
+        """How many items of the first epoch meet another one of their image in their batch."""
         order, count = self.order(0), 0
         for batch in batched(order, self.batch_size):
-            shown = [self.pictures[number] for number in batch]
-            count += sum(shown.count(picture) > 1 for picture in shown)
+            shown = [self.images[number] for number in batch]
+            count += sum(shown.count(image) > 1 for image in shown)
         return count
 
 

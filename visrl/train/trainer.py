@@ -64,10 +64,10 @@ class VisrlTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if isinstance(self.train_dataset, Curriculum):
             return SequentialSampler(self.train_dataset)
-        pictures = getattr(self.train_dataset, "pictures", None)
-        if pictures is None or self.args.train_sampling_strategy == "sequential":
+        images = getattr(self.train_dataset, "images", None)
+        if images is None or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        sampler = SameImageSampler(pictures(), self.args.train_batch_size, self.args.seed)
+        sampler = SameImageSampler(images(), self.args.train_batch_size, self.args.seed)
         self.add_callback(EpochOrder(sampler))
         return sampler
 

@@ -1,0 +1,70 @@
+"""Which training an output folder holds: the keys and parents that make two trainings one, and whose it is to clear."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from visrl.data.sources import hash_source
+from visrl.manifest import NAME as MANIFEST
+from visrl.manifest import STARTED, ManifestError, hash_checkpoint, hash_files, is_complete
+from visrl.plugins import is_plugin
+from visrl.train.config import TrainConfig
+from visrl.train.distributed import say
+from visrl.train.fields import TrainerFields
+
+# Keys that change neither what is learned nor what is written beside it.
+NOT_IDENTITY = {
+    "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
+    "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica",
+}  # fmt: skip
+# What a training writes, beside settings and processor: removed where other work takes its folder.
+WRITTEN = (
+    MANIFEST, STARTED, "log.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
+    "*.safetensors.index.json", "checkpoint-*",
+)  # fmt: skip
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """The keys that say which training it is: a folder that holds one with others is refused."""
+    values = config.model_dump(mode="json")
+    unsaid = {name for name in TrainerFields.model_fields if values[name] is None}
+    if not isinstance(config.resume_from_checkpoint, str):
+        unsaid.add("resume_from_checkpoint")
+    return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}
+
+
+def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str, str]:
+    """Hashes of what the training starts from: model, adapter, data, and a loss from outside the package."""
+    parents = {"model": hash_checkpoint(config.model_name_or_path)}
+    if adapters:
+        parents["adapter"] = adapters[-1]["hash"]
+    if config.dataset:
+        parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
+    if config.stage == "dpo" and is_plugin(config.pref_loss):
+        module = importlib.util.find_spec(config.pref_loss.partition(":")[0])
+        if module is not None and module.origin is not None:
+            parents["loss"] = hash_files(module.origin)
+    return parents
+
+
+def replaces_other_work(config: TrainConfig, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds other work of `visrl train` that the config says to replace."""
+    if not config.overwrite_output_dir or not (config.output_dir / STARTED).is_file():
+        return False
+    found = json.loads((config.output_dir / STARTED).read_text(encoding="utf-8"))
+    try:
+        is_complete(config.output_dir, identity)
+    except ManifestError:
+        return isinstance(found, dict) and "stage" in found and "rl_stage" in found
+    return False
+
+
+def clear_folder(out: Path) -> None:
+    """Remove what an earlier training wrote in `out`, and nothing else."""
+    say(f"{out} holds other work, which makes room (overwrite_output_dir)")
+    for path in {path for pattern in WRITTEN for path in out.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
