@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from visrl.data.info import STEP_COLUMNS, TAGS, DatasetEntry
@@ -178,8 +179,7 @@ def _message(message: Any, entry: DatasetEntry, where: str) -> Turn:
     """One message by the entry's tags, or by the names in common use where no entry says them."""
     tags, roles = entry.tags, _USUAL_ROLES
     if entry.columns:
-        named: tuple[Role, ...] = ("user", "assistant", "system")
-        roles = {tags[f"{role}_tag"]: role for role in named}
+        roles = _roles(tags["user_tag"], tags["assistant_tag"], tags["system_tag"])
     elif isinstance(message, dict) and "role" in message:
         tags = TAGS | {"role_tag": "role", "content_tag": "content"}
     speaker = get_text(message, tags["role_tag"])
@@ -187,13 +187,24 @@ def _message(message: Any, entry: DatasetEntry, where: str) -> Turn:
     if role is None:
         known = ", ".join(roles)
         raise RowFault("role", f"{where} is from {speaker[:40]!r}, and only turns of {known} are read")
+    if len(message) > 2:
+        _refuse_keys(message, where)
+    return Turn(role, get_text(message, tags["content_tag"]))
+
+
+@lru_cache(maxsize=64)
+def _roles(user: str, assistant: str, system: str) -> dict[str, Role]:
+    return {user: "user", assistant: "assistant", system: "system"}
+
+
+def _refuse_keys(message: dict[str, Any], where: str) -> None:
+    """Refuse keys beside role and content that change what a message means."""
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             raise RowFault("tools", f"{key!r} in {where}: calls of tools are not read")
     for key in _LOSS:
         if message.get(key) not in _NEUTRAL:
             raise RowFault("weight", f"{key!r} in {where}: a reply is learned as a whole or not at all")
-    return Turn(role, get_text(message, tags["content_tag"]))
 
 
 def _pair_turns(raw: dict[str, Any], columns: dict[str, str]) -> list[Turn]:

@@ -7,7 +7,6 @@ with the conversation before it as its prompt. How a row is read is `dialogs`' m
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from visrl.box import Box, BoxError, Size
@@ -18,7 +17,7 @@ from visrl.data.info import DatasetEntry
 from visrl.data.native import check_shown, row_name
 from visrl.data.rows import SAME, DataRow, Parsed, RowFault, four_numbers, parsed_row, read_rows
 from visrl.data.sizes import Sizes
-from visrl.data.viscot import bare_question, without_marks
+from visrl.data.viscot import without_marks, without_sentence
 from visrl.prompts import IMAGE
 from visrl.records import Message, Picture, Preference, RecordError, Sample, Step
 
@@ -67,10 +66,7 @@ def parse_sharegpt(
         return Parsed(_preferences(raw, name, dialog, sizes, box_space), (*dialog.notes, *[SAME] * same))
     if dialog.weight != 1:
         raise RowFault("weight", "'weight' is read in rankings; every sample counts the same")
-    samples = list(_samples(name, turns, dialog.pictures, boxes, entry, sizes, box_space))
-    # The conversation is not kept with each of its questions: a long one would be written as often as it has turns.
-    kept = raw if len(samples) == 1 else {key: value for key, value in raw.items() if key not in MESSAGES}
-    samples = [replace(sample, raw=kept) for sample in samples]
+    samples = list(_samples(name, turns, dialog.pictures, boxes, entry, sizes, box_space, raw))
     notes = (*dialog.notes, *[_SYSTEM] * bool(dialog.system), *[_ALONE] * (len(samples) > 1))
     return Parsed(tuple(samples), notes)
 
@@ -86,35 +82,32 @@ def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
 
 def _samples(
     name: str, turns: tuple[Turn, ...], pictures: tuple[Picture, ...], boxes: dict[int, Box], entry: DatasetEntry,
-    sizes: Sizes, space: BoxSpace | None,
+    sizes: Sizes, space: BoxSpace | None, raw: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
     """A sample for each question. A crop shown after a box, or beside the picture, is the box of its question."""
     wholes, shown = _wholes(turns, pictures)
     several = sum(1 for place in range(0, len(turns), 2) if not _continues(turns, shown, place)) > 1
+    # The conversation is not kept with each of its questions: a long one would be written as often as it has turns.
+    kept = {key: value for key, value in raw.items() if key not in MESSAGES} if several else raw
     for place in range(0, len(turns), 2):
         if _continues(turns, shown, place):
             continue
         asked, said, whole = turns[place].text, turns[place + 1].text, wholes[place]
         box = next((picture.crop for picture in shown[place] if picture.crop), None) or boxes.get(place + 1)
         answer = "" if place + 1 in boxes else said
-        if box is None and _asks_for_box(asked, said, space):
-            if space is None:
-                raise RowFault(
-                    "no_box_space",
-                    "the question asks for a box, and nothing says what its numbers are fractions of: "
-                    'give "box_space" in dataset_info.json, or --box-space image or padded_square',
-                )
-            box, answer = read_box(said, whole, sizes, space), ""
+        prompt = without_marks(asked)
+        question = without_sentence(prompt)
+        if box is None and (box := _box_reply(said, question != prompt, whole, sizes, space)) is not None:
+            answer = ""
         if not answer and place + 2 < len(turns) and _continues(turns, shown, place + 2):
             crop = next((picture.crop for picture in shown[place + 2] if picture.crop), None)
             box, answer = crop or box, turns[place + 3].text
         own = f"{name}/{place // 2 + 1}" if several else name
         if box is None and not answer.strip():
             raise RowFault("no_answer", f"the reply in turn {place + 2} is empty")
-        question = bare_question(asked)
         if not question.strip():
             raise RowFault("unparseable", f"turn {place + 1} holds no question")
-        yield Sample(own, whole.ref, question, answer, box, entry.name, None, whole.size)
+        yield Sample(own, whole.ref, question, answer, box, entry.name, kept, whole.size)
 
 
 def _continues(turns: tuple[Turn, ...], shown: list[tuple[Picture, ...]], place: int) -> bool:
@@ -157,13 +150,27 @@ def _wholes(turns: tuple[Turn, ...], pictures: tuple[Picture, ...]) -> tuple[lis
     return wholes, shown
 
 
-def _asks_for_box(asked: str, said: str, space: BoxSpace | None) -> bool:
-    """Whether a reply is a box: the question asks for one in our words, or the set says what its boxes are and the
-    reply is nothing else."""
-    in_words = bare_question(asked) != without_marks(asked)
+def _box_reply(said: str, asked: bool, whole: Picture, sizes: Sizes, space: BoxSpace | None) -> Box | None:
+    """The box that a reply is: the question asks for one in our words (`asked`), or the set says what its boxes are and
+    the reply is nothing else.
+
+    Raises:
+        RowFault: nothing says what the box is a fraction of, or the picture's size is needed and not known.
+        BoxError: a box is asked for, and the reply is none.
+    """
     if space is None:
-        return in_words and _is_box(said)
-    return in_words or (said.strip().startswith("[") and said.strip().endswith("]") and _is_box(said))
+        if asked and _image_box(said) is not None:
+            raise RowFault(
+                "no_box_space",
+                "the question asks for a box, and nothing says what its numbers are fractions of: "
+                'give "box_space" in dataset_info.json, or --box-space image or padded_square',
+            )
+        return None
+    if asked:
+        return read_box(said, whole, sizes, space)
+    shown = said.strip()
+    box = _image_box(said) if shown.startswith("[") and shown.endswith("]") else None
+    return box if box is None or space == "image" else read_box(said, whole, sizes, space)
 
 
 # --- Preferences ------------------------------------------------------------------------------------------------------
@@ -198,8 +205,12 @@ def _preferences(
 
 
 def _is_box(text: str) -> bool:
+    return _image_box(text) is not None
+
+
+def _image_box(text: str) -> Box | None:
+    """The box that three decimals mean as fractions of the image; None where they are none."""
     try:
-        BOX_SPACES["image"].parse(text, (1, 1), (1, 1))
+        return BOX_SPACES["image"].parse(text, (1, 1), (1, 1))
     except BoxError:
-        return False
-    return True
+        return None

@@ -254,7 +254,11 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
 
 def bare_question(prompt: str) -> str:
     """The question in a prompt to the letter, without picture marks and without the sentence that asks for a box."""
-    question = without_marks(prompt)
+    return without_sentence(without_marks(prompt))
+
+
+def without_sentence(question: str) -> str:
+    """A question without the sentence that asks for a box, which it may end with."""
     for sentence in (BOX_SENTENCE, FOCUS_SENTENCE):
         head, found, tail = question.rpartition(sentence)
         if found and not tail.strip():
