@@ -48,11 +48,14 @@ def test_every_public_name_is_there_and_is_what_type_checkers_see():
     tree = ast.parse((ROOT / "visrl" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     typed = {
-        alias.asname: (node.module, alias.name)
+        alias.asname or alias.name: (node.module, alias.name)
         for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+    (renamed,) = (node for node in block.body if isinstance(node, ast.Assign))
+    for new, old in zip(renamed.targets[0].elts, renamed.value.elts, strict=True):
+        typed[new.id] = typed.pop(old.id)
     assert typed.keys() == visrl.NAMES.keys()
     assert set(visrl.__all__) <= set(dir(visrl))
     for name, (module, attribute) in typed.items():
@@ -71,7 +74,7 @@ def test_a_verb_that_is_a_package_can_be_called_and_imported_from(name):
     package = importlib.import_module(f"visrl.{name}")
     assert getattr(visrl, name) is package
     function = package.function()
-    assert function.__name__ == name
+    assert function.__name__ in (name, f"run_{name}")
     assert callable(package)
     assert package.__signature__ == inspect.signature(function)
 
@@ -165,3 +168,20 @@ def test_verbs_run_from_keys(tmp_path):
         model_name_or_path=str(CHECKPOINT), dataset="scenes:test@1/0+4", limit=2, output_dir=scores
     )
     assert len((evaluated / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_five_lines_roll_out_and_score(policy):
+    samples = visrl.read_samples("scenes:preference@1:colour,count/0+6")
+    trajectories = policy.roll_out(samples, rounds=3)
+    verdicts = visrl.score(samples, trajectories, policy)
+    pairs = visrl.make_pairs(samples, trajectories, verdicts)
+    assert [(v.sample_id, v.round, v.branch) for v in verdicts] == [
+        (t.sample_id, t.round, t.branch) for t in trajectories
+    ]
+    assert pairs.kept + sum(pairs.dropped.values()) == len(samples)
+    assert all(isinstance(one, visrl.Preference) for one in pairs.preferences)
+    assert visrl.score(samples[::-1], trajectories[:4], policy, critic="oracle") == verdicts[:4]
+    with pytest.raises(visrl.UserError, match="is not among the samples"):
+        visrl.score(samples[1:], trajectories, policy)
+    with pytest.raises(visrl.UserError, match="did you mean 'critic_url'"):
+        visrl.score(samples, trajectories, policy, critic_ur="http://localhost:1/v1")

@@ -17,6 +17,8 @@ NAMES = {
     "LoadedPolicy": "visrl.policy",
     "Look": "visrl.rollout.steps",
     "ask": "visrl.policy",
+    "score": "visrl.policy",
+    "make_pairs": "visrl.evolve.pairs",
     # What flows from step to step
     "Box": "visrl.box",
     "iou": "visrl.box",
@@ -30,13 +32,23 @@ NAMES = {
     "read_records": "visrl.data.native",
     "write_records": "visrl.records",
     # The verbs
+    "demo": "visrl.evolve.demo:run_demo",
     "train": "visrl.train",
+    "generate": "visrl.evolve.generate",
+    "filter": "visrl.evolve.filter:filter_pairs",
+    "evolve": "visrl.evolve",
     "export": "visrl.train.export",
     "evaluate": "visrl.evaluate",
     "serve": "visrl.serve",
     "report": "visrl.report",
     # What the verbs are told
     "PolicyConfig": "visrl.engines.open",
+    "CriticConfig": "visrl.rewards.open",
+    "DemoConfig": "visrl.evolve.config",
+    "GenerateConfig": "visrl.evolve.config",
+    "FilterConfig": "visrl.evolve.config",
+    "FilterSettings": "visrl.evolve.pairs",
+    "EvolveConfig": "visrl.evolve.config",
     "TrainConfig": "visrl.train.config",
     "ExportConfig": "visrl.train.export",
     "EvalConfig": "visrl.evaluate.config",
@@ -57,9 +69,20 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.errors import UserError as UserError
     from visrl.evaluate.config import EvalConfig as EvalConfig
     from visrl.evaluate.run import evaluate as evaluate
+    from visrl.evolve.config import DemoConfig as DemoConfig
+    from visrl.evolve.config import EvolveConfig as EvolveConfig
+    from visrl.evolve.config import FilterConfig as FilterConfig
+    from visrl.evolve.config import GenerateConfig as GenerateConfig
+    from visrl.evolve.demo import run_demo
+    from visrl.evolve.filter import filter_pairs
+    from visrl.evolve.generate import generate as generate
+    from visrl.evolve.loop import run_evolve
+    from visrl.evolve.pairs import FilterSettings as FilterSettings
+    from visrl.evolve.pairs import make_pairs as make_pairs
     from visrl.policy import LoadedPolicy as LoadedPolicy
     from visrl.policy import ask as ask
     from visrl.policy import load_policy as load_policy
+    from visrl.policy import score as score
     from visrl.records import Picture as Picture
     from visrl.records import Preference as Preference
     from visrl.records import Sample as Sample
@@ -67,6 +90,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.records import Verdict as Verdict
     from visrl.records import write_records as write_records
     from visrl.report.page import report as report
+    from visrl.rewards.open import CriticConfig as CriticConfig
     from visrl.rollout.steps import Look as Look
     from visrl.serve.config import ServeConfig as ServeConfig
     from visrl.serve.runner import serve as serve
@@ -74,6 +98,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.train.export import ExportConfig as ExportConfig
     from visrl.train.export import export as export
     from visrl.train.run import train as train
+
+    demo, filter, evolve = run_demo, filter_pairs, run_evolve  # called otherwise where they are defined
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,9 @@ from visrl.yaml_text import YamlError, parse_yaml
 
 LARGEST = 2**63 - 1  # what a whole number of torch and numpy holds
 MAX_BYTES = 1_000_000  # of a config file
+# The configs that come with visrl: data of the package where it is installed, beside it in the source (see setup.py).
+_PACKAGE = Path(__file__).parent
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
 class ConfigError(UserError, ValueError):
@@ -147,7 +150,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"no config at {name} ({error.strerror})") from error
+        own = CONFIGS.parent / path
+        hint = f"; the one that comes with visrl is {own}" if own != Path(path) and _exists(own) else ""
+        raise ConfigError(f"no config at {name} ({error.strerror}){hint}") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{name} has more than {MAX_BYTES:,} bytes; a config is some lines of `key: value`")
     try:

@@ -17,7 +17,8 @@ from visrl.data.native import without_mark
 from visrl.data.rows import RowFault
 from visrl.engines.open import OpenedPolicy, PolicyConfig, opened_policy
 from visrl.images import ImageError
-from visrl.records import Sample, Trajectory
+from visrl.records import RecordError, Sample, Trajectory, Verdict
+from visrl.rewards.open import CriticConfig, Grading, opened_critic
 from visrl.rollout.diversity import TRIGGER
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.rollout import RolloutSettings, roll_out
@@ -33,15 +34,18 @@ BATCH = 64  # questions rolled out together, as `visrl generate` has it
 class LoadedPolicy:
     """A checkpoint that is ready to be asked, in this process or behind servers.
 
-    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at pictures.
+    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at pictures;
+    `config` is what it was opened by.
     Connections to servers end with `close()`, or with the block where it is used as `with load_policy(…) as policy:`.
     """
 
-    def __init__(self, opened: OpenedPolicy, crop_rule: CropRule | None = None, held: ExitStack | None = None) -> None:
+    def __init__(self, config: PolicyConfig, opened: OpenedPolicy, crop_rule: CropRule | None, held: ExitStack) -> None:
+        self.config = config
+        self.opened = opened
         self.engine = opened.policy
         self.settings = opened.settings
         self.crop_rule: CropRule = crop_rule or opened.settings.crop_rule
-        self._held = held or ExitStack()
+        self._held = held
 
     def ask(self, image: str | Path | Image.Image, question: str) -> Look:
         """Where the model looks for the answer, what it sees there and what it answers, at temperature 0.
@@ -131,7 +135,7 @@ def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None 
         config = as_config(PolicyConfig, None, {"model_name_or_path": str(model), **keys})
     with ExitStack() as held:
         opened = held.enter_context(opened_policy(config))
-        return LoadedPolicy(opened, crop_rule, held.pop_all())
+        return LoadedPolicy(config, opened, crop_rule, held.pop_all())
 
 
 def ask(model: str | Path | PolicyConfig, image: str | Path | Image.Image, question: str, **keys: Any) -> Look:
@@ -142,6 +146,45 @@ def ask(model: str | Path | PolicyConfig, image: str | Path | Image.Image, quest
     """
     with load_policy(model, **keys) as policy:
         return policy.ask(image, question)
+
+
+def score(
+    samples: Sequence[Sample],
+    trajectories: Sequence[Trajectory],
+    policy: LoadedPolicy,
+    *,
+    image_root: str | None = None,
+    seed: int = 0,
+    **keys: Any,
+) -> list[Verdict]:
+    """What a critic says of trajectories: one score for the box, one for the answer.
+
+    Args:
+        samples: the questions of the trajectories, with their reference answers, in any order.
+        trajectories: tries of `policy`, as `roll_out` gives them.
+        policy: whose tries they are: the critic sees crops by its crop rule, and is its original base model unless
+            `keys` name another one. Drawn scenes are judged exactly, by what is drawn.
+        image_root: the folder that relative paths of pictures start from.
+        seed: of what is asked again with sampling, where a first reply cannot be read.
+        keys: keys of `CriticConfig`: `critic`, `critic_model_name_or_path`, `critic_url`, `critic_served_name` …
+
+    Returns:
+        A verdict for every trajectory, in their order, its scores in [0, 1]; None where none could be read, or where
+        the try had failed.
+
+    Raises:
+        RecordError: a trajectory of a question that is not among the samples.
+        ConfigError: an unknown key, or no critic for these samples.
+        CheckpointError, EndpointError: a critic that cannot be loaded, or a server that does not serve it.
+    """
+    config = as_config(CriticConfig, None, {**policy.config.model_dump(exclude_unset=True), **keys})
+    asked = {sample.place: sample for sample in samples}
+    for one in trajectories:
+        if one.place not in asked:
+            raise RecordError(f"a trajectory is about question {one.sample_id!r}, which is not among the samples")
+    grading = Grading(samples, policy.opened, policy.crop_rule, image_root, seed)
+    with opened_critic(config, grading) as critic:
+        return critic.judge([asked[one.place] for one in trajectories], trajectories)
 
 
 def _reference(image: str | Path | Image.Image) -> str:

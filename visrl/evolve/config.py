@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
-from visrl.config import Config, OneOrMore
+from visrl.config import CONFIGS, Config, OneOrMore
 from visrl.evolve.pairs import FilterSettings, Rule
 from visrl.rewards.open import CriticConfig
 from visrl.rollout.diversity import TRIGGER
 from visrl.scenes import Kind
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
 

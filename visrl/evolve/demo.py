@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from visrl.config import ConfigError
+from visrl.config import ConfigError, as_config
 from visrl.evolve.config import DemoConfig
 from visrl.evolve.loop import check_train_config, run_iterations
 from visrl.manifest import claim_folder, hash_checkpoint, hold
 
 
-def run_demo(config: DemoConfig) -> Path:
-    """Run what is left of the demo; the path of its report.
+def run_demo(config: DemoConfig | str | Path | None = None, /, **keys: Any) -> Path:
+    """Run what is left of the demo: iterations of the loop on drawn scenes, from the embedded model on.
+
+    Args:
+        config: a `DemoConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `DemoConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        The path of its report, a page that holds its own pictures.
 
     Raises:
         ManifestError: the output folder holds a demo of another config, or another process writes it.
-        ConfigError: no model to start from, or no config to train it by.
+        ConfigError: an unknown key, no model to start from, or no config to train it by.
     """
     import torch
 
+    config = as_config(DemoConfig, config, keys)
     if config.threads:
         torch.set_num_threads(config.threads)
     evolution = config.evolution()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import Box, iou
-from visrl.config import ConfigError
+from visrl.config import ConfigError, as_config
 from visrl.data.native import read_records
 from visrl.data.sources import hash_source
 from visrl.evolve.config import FilterConfig
@@ -25,14 +25,25 @@ PAPER_TABLE = {"WP-LP": 0.43, "WP-LN": 64.64, "WN-LP": 1.64, "WN-LN": 33.29}
 KINDS = tuple(PAPER_TABLE)
 
 
-def filter_pairs(config: FilterConfig) -> dict[str, Any]:
-    """Preferences from generated folders, with counts of what was dropped and why; the counts.
+def filter_pairs(config: FilterConfig | str | Path | None = None, /, **keys: Any) -> dict[str, Any]:
+    """Keep the best and the worst trajectory of every question that has both, as preferences.
+
+    `output_dir` gets `preferences.jsonl`, a page that shows some pairs, and a manifest.
+
+    Args:
+        config: a `FilterConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `FilterConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        Counts: `questions`, `kept`, `dropped_by_reason`, and `boxes` (how winner and loser stand to the true box, where
+        that is known; P is IoU > 0.5).
 
     Raises:
         RecordError: files that are missing, unfinished or not of the data set.
-        ConfigError: no data set named, and none in a manifest.
+        ConfigError: an unknown key, or no data set named, and none in a manifest.
         HeldError: another process writes the folder.
     """
+    config = as_config(FilterConfig, config, keys)
     with hold(config.output_dir):
         return _filter_pairs(config)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.box import CropRule
+from visrl.config import as_config
 from visrl.data.native import read_records
 from visrl.data.sources import hash_source, read_samples
 from visrl.engines.base import Policy
@@ -40,12 +41,28 @@ from visrl.sequences import batched
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 
 
-def generate(config: GenerateConfig) -> Path:
-    """Trajectories and verdicts of every sample; the folder with both files and the manifest.
+def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) -> Path:
+    """Sample trajectories of every question, and have the critic score them: Algorithm 1 of VisRL (arXiv 2503.07523).
 
     Killed at any moment and started again, it goes on at the last whole batch and ends with the same files. The files
     of shards 1 to n, one after another, are those of the whole.
+
+    Args:
+        config: a `GenerateConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `GenerateConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+
+    Returns:
+        `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order, and
+        manifest. Boxes are fractions of the picture; scores are in [0, 1], None where none could be read.
+
+    Raises:
+        ConfigError: an unknown key, or no critic for these samples.
+        RecordError: rows that are none.
+        CheckpointError, EndpointError: a model that cannot be loaded, or a server that does not serve it.
+        FailedRun: more failed than `max_failed` allows.
+        ManifestError: the folder belongs to other work, or another process writes it.
     """
+    config = as_config(GenerateConfig, config, keys)
     with hold(config.output_dir):
         return _generate(config)
 

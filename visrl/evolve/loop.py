@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visrl.config import ConfigError, build_config, read_yaml
+from visrl.config import ConfigError, as_config, build_config, read_yaml
 from visrl.engines.open import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.config import (
@@ -34,15 +34,31 @@ if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
 
 
-def run_evolve(config: EvolveConfig, *, shard: str | None = None, plan_only: bool = False) -> Path | None:
-    """Run what is left of the iterations, once the plan has been printed; the path of the report.
+def run_evolve(
+    config: EvolveConfig | str | Path | None = None,
+    /,
+    *,
+    shard: str | None = None,
+    plan_only: bool = False,
+    **keys: Any,
+) -> Path | None:
+    """Run what is left of the iterations of generate → filter → stage 1 → stage 2, once the plan has been printed: the
+    loop of VisRL (arXiv 2503.07523). Killed at any moment, the same call goes on where it stopped.
 
-    With a `shard` i/n only that part of the next generation is made, and None returned.
+    Args:
+        config: an `EvolveConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
+        keys: keys of `EvolveConfig`, over what `config` says; an unknown one is refused with the nearest known one.
+        shard: "i/n": make the i-th of n parts of the next generation on this machine, and nothing else.
+        plan_only: print the plan and do nothing.
+
+    Returns:
+        The path of the report; None with a `shard` or `plan_only`.
 
     Raises:
         ManifestError: the output folder holds a run of another config, or another process writes it.
-        ConfigError: keys that do not go together, or a data set that is too short.
+        ConfigError: an unknown key, keys that do not go together, or a data set that is too short.
     """
+    config = as_config(EvolveConfig, config, keys)
     if shard is not None and parse_shard(shard)[1] != config.shards:
         raise ConfigError(f"--shard {shard}: the plan has shards={config.shards}")
     if config.adapter_name_or_path:
@@ -71,7 +87,7 @@ def check_train_config(config: EvolveConfig) -> None:
         ConfigError: it is not.
     """
     if not config.train_config.is_file():
-        remedy = "configs/ is part of the source and not of the installed package: work in a checkout"
+        remedy = "configs/ is part of the source and of the installed package; install it again"
         named = "" if config.train_config == TINY_RL else ", or name a config of `visrl train`"
         raise ConfigError(f"train_config: there is no {config.train_config}; {remedy}{named}")
 
