@@ -261,8 +261,8 @@ def row_of(family: Family) -> str:
     """A family's row in docs/FAMILIES.md, without its first column."""
     sees = str(family.inputs.__doc__).splitlines()[0].rstrip(".")
     shares = "every branch" if family.shares == "all" else "chosen and rejected"
-    calls = "a prompt a row" if family.rows else "one row"
-    here = "shared prefixes" if family.plain else "everything again per token"
+    calls = "a prompt a row" if family.row_per_prompt else "one row"
+    here = "shared prefixes" if family.cacheable else "everything again per token"
     end = f"`{family.end_of_turn}`".replace("|", "\\|") if family.end_of_turn else "end of sequence"
     return f"| `{family.name}` | {shares} | {calls} | {sees} | {here} | `{family.codec}` | {end} |"
 

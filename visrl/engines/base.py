@@ -79,11 +79,11 @@ class Policy(Engine, Protocol):
     def processed_size(self, size: Size, is_crop: bool = False) -> Size: ...
 
     def forget(self) -> None:
-        """Drop what was kept of earlier conversations."""
+        """Drop what was kept of earlier conversations: the prefix cache, where there is one."""
         ...
 
 
 def seed_of(run_seed: int, *parts: object) -> int:
-    """A seed in [0, 2^63) of one draw, from the run's seed and what names the draw (sample id, round, branch, step)."""
+    """A seed in [0, 2^63) of one sample, from the run's seed and what names it (sample id, round, branch, step)."""
     text = "\x1f".join(str(part) for part in (run_seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

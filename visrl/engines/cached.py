@@ -130,9 +130,9 @@ class CachedBatch(DecodeBatch):
     @torch.inference_mode()
     def add(self, requests: Mapping[int, Request]) -> dict[int, Completion]:
         for alone in (True, False):
-            talks = [one.conversation for one in requests.values() if (len(one.conversation.views) == 1) == alone]
+            shown = [one.conversation.views for one in requests.values() if (len(one.conversation.views) == 1) == alone]
             with suppress(PromptError):  # `start` prepares each by itself then, and says which cannot be
-                self.encoder.encode_views([view for talk in talks for view in talk.views], alone=alone)
+                self.encoder.encode_views([view for views in shown for view in views], alone=alone)
         sequences, failed = self.start(requests)
         if not sequences:
             return failed

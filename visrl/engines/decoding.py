@@ -75,13 +75,13 @@ class DecodeBatch(ABC):
     def start(self, requests: Mapping[int, Request]) -> tuple[dict[int, RunningSequence], dict[int, Completion]]:
         """The sequences of requests, and errors in place of those whose prompts no model may be shown."""
         sequences, failed = {}, {}
-        known: dict[int, TokenPath] = {}  # of conversations: samples of one share its prompt
+        prompts: dict[int, TokenPath] = {}  # of conversations: samples of one share its prompt
         for number, request in requests.items():
-            talk = request.conversation
+            key, limit = id(request.conversation), self.encoder.max_tokens
             try:
-                if id(talk) not in known:
-                    known[id(talk)] = self.encoder.encode(talk, [None], max_tokens=self.encoder.max_tokens)[0]
-                sequences[number] = RunningSequence.of(request, known[id(talk)])
+                if key not in prompts:
+                    prompts[key] = self.encoder.encode(request.conversation, [None], max_tokens=limit)[0]
+                sequences[number] = RunningSequence.of(request, prompts[key])
             except PromptError as error:
                 failed[number] = Completion(None, finish_reason="error", error=str(error), refused=True)
         return sequences, failed

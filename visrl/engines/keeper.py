@@ -1,4 +1,4 @@
-"""Keeps a server for as long as the process that asked for it lives: `python keeper.py COMMAND…`, by `process.start`.
+"""Keeps a server for as long as the process that asked for it lives: `python keeper.py COMMAND…` (server_process.py).
 
 The keeper heads a process group of its own, runs COMMAND in it, and reads its standard input, of which the asking
 process holds the other end. That end closes when the asker dies, however it dies (SIGKILL included), and the keeper

@@ -116,7 +116,7 @@ class LocalEngine:
 
     def begin(self, on_token: OnToken | None = None) -> DecodeBatch:
         """An empty running batch, which requests join and leave between steps; one of an engine is in use at a time."""
-        if self.encoder.family.plain:
+        if self.encoder.family.cacheable:
             return CachedBatch(self._cached, on_token)
         return RecomputedBatch(self.model, self.encoder, on_token)
 

@@ -1,4 +1,4 @@
-"""A model's server as a process of ours: started, asked until it serves, stopped with its children. Knows no model.
+"""A model's server (vLLM's, or ours) as a process of ours: started, asked until it serves, stopped with its children.
 
 However this process ends, by an error, a signal or SIGKILL, the server ends with it: see `keeper.py`.
 """
@@ -6,11 +6,6 @@ However this process ends, by an error, a signal or SIGKILL, the server ends wit
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from visrl.models.encode import Encoder
-
 import os
 import shutil
 import signal
@@ -21,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -28,6 +24,9 @@ from visrl.engines.client import Client
 from visrl.engines.openai_server import Endpoint, EndpointError
 from visrl.redact import hidden
 from visrl.replies import whole_text
+
+if TYPE_CHECKING:
+    from visrl.models.encode import Encoder
 
 START_S = 900.0  # a large model may take this long to load
 POLL_S = 1.0

@@ -120,8 +120,8 @@ def text_of_content(content: Any) -> str | None:
 
 def counts_of(usage: Any) -> tuple[int, int]:
     """The tokens of reply and prompt that a server counted; 0 for what it does not say."""
-    told = usage if isinstance(usage, dict) else {}
-    counts = (told.get(name) for name in ("completion_tokens", "prompt_tokens"))
+    said = usage if isinstance(usage, dict) else {}
+    counts = (said.get(name) for name in ("completion_tokens", "prompt_tokens"))
     reply, prompt = (
         count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**53 else 0
         for count in counts

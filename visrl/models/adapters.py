@@ -16,7 +16,7 @@ import torch
 
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, hash_checkpoint, read_manifest
-from visrl.models.families import FAMILIES
+from visrl.models.families import older_names
 from visrl.models.folder import ADAPTER, CheckpointError, check_files, check_hub_name, read_headers, read_object
 from visrl.models.load import check_finite, reading, some
 from visrl.progress import note
@@ -229,7 +229,7 @@ def _at_home(adapter: Adapter, model: torch.nn.Module) -> dict[str, torch.Tensor
     Only what has no place by its own name is renamed, and only where the new name is a layer of the model.
     """
     layers = {name for name, module in model.named_modules() if not list(module.children())}
-    moves = [move for move in _moves(model) if not any(name.startswith(move[0]) for name in layers)]
+    moves = [move for move in older_names(model) if not any(name.startswith(move[0]) for name in layers)]
     tensors, used = {}, set()
     for name, tensor in adapter.tensors.items():
         inner = name.removeprefix(PREFIX)
@@ -243,17 +243,6 @@ def _at_home(adapter: Adapter, model: torch.nn.Module) -> dict[str, torch.Tensor
         note(f"{adapter.folder}: the adapter names layers as an older release did; {told}")
         _move_config(adapter.config, sorted(used), layers)
     return tensors
-
-
-def _moves(model: Any) -> list[tuple[str, str]]:
-    """Beginnings of names before the decoder moved under `model.language_model`, and what they are called now."""
-    decoder, tower, projector = FAMILIES[model.config.model_type].parts
-    inner = ("layers.", "embed_tokens", "norm")
-    moves = [(f"model.{part}", f"model.{decoder}.{part}") for part in inner]
-    moves += [(f"language_model.model.{part}", f"model.{decoder}.{part}") for part in inner]
-    moves += [(f"language_model.{part}", f"model.{decoder}.{part}") for part in inner]
-    moves += [("language_model.lm_head", "lm_head")]
-    return moves + [(f"{part}.", f"model.{part}.") for part in (tower, projector)]
 
 
 def _layer_of(name: str, layers: set[str]) -> str | None:

@@ -1,4 +1,6 @@
-"""Attention over trees: explicit masks through transformers' own attention interface. No model code is patched."""
+"""Attention under ancestor masks, through transformers' own attention interface: PyTorch's SDPA, the same in blocks, or
+FlexAttention. No model code is patched.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from visrl.models.families import (
     Family,
     Grid,
     ImageInputs,
-    Limits,
+    PixelRange,
     context_of,
     covering_limits,
     family_of,
@@ -174,14 +174,14 @@ class Encoder:
         resized = resize(pixels, [height, width], interpolation=kind, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
 
-    def bounds(self) -> Limits | None:
-        """Limits of pixels that leave every picture of `sized`, whole or crop, as it is; None where the processor takes
+    def bounds(self) -> PixelRange | None:
+        """Limits of pixels that leave every image of `sized`, whole or crop, as it is; None where the processor takes
         none."""
         if not self.family.pixel_limits:
             return None
         return covering_limits(self.processor.image_processor, [self._limits(is_crop) for is_crop in (False, True)])
 
-    def _limits(self, is_crop: bool) -> Limits:
+    def _limits(self, is_crop: bool) -> PixelRange:
         own = self.processor.image_processor.size
         given = self.settings
         low = given.crop_min_pixels if is_crop else given.image_min_pixels
@@ -189,7 +189,7 @@ class Encoder:
         low, high = (limit or own[name] for limit, name in zip((low, high), PIXEL_LIMITS, strict=True))
         return dict(zip(PIXEL_LIMITS, (min(low, high), high), strict=True))
 
-    def _preprocess(self, views: dict[str, View], limits: Limits) -> dict[str, EncodedView]:
+    def _preprocess(self, views: dict[str, View], limits: PixelRange) -> dict[str, EncodedView]:
         """All pictures in one batch, for processors that take pixel limits."""
         made = limited_images(self.processor, [view.image for view in views.values()], limits)
         return {

@@ -25,7 +25,7 @@ Grid = tuple[int, int, int]
 # What a processor makes of images, by the names of the model's inputs.
 ImageInputs = dict[str, torch.Tensor]
 # A smallest and a largest number of pixels, by the names of `PIXEL_LIMITS`.
-Limits = dict[str, int]
+PixelRange = dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Family:
 
     `positions` maps (ids, image token id, grids of the images in order) to positions [d, n]: d is 3 with M-RoPE, else
     1. `shares` says which branches of an item may share a prefix: "all", or only chosen and rejected of one prompt
-    ("pairs"). With `rows` every tree is a row of its own and only trees with as many images share a call. `inputs` maps
-    a layout to what the model takes beside ids and positions: masks and images.
+    ("pairs"). With `row_per_prompt` every tree is a row of its own and only trees with as many images share a call.
+    `inputs` maps a layout to what the model takes beside ids and positions: masks and images.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Family:
     inputs: Callable[[Layout, Family], dict[str, Any]]
     end_of_turn: str | None = None  # None: the tokenizer's end of sequence
     shares: Literal["all", "pairs"] = "all"
-    rows: bool = False
+    row_per_prompt: bool = False
     takes: tuple[str, ...] = ("pixel_values",)  # what of a processor's output the model takes
     axis: int = 0  # along which images are joined
     pixel_limits: bool = False  # whether the image processor takes a smallest and largest number of pixels
@@ -73,7 +73,7 @@ class Family:
     note: str = ""
 
     @property
-    def plain(self) -> bool:
+    def cacheable(self) -> bool:
         """Whether a token sees its ancestors and nothing else, so that a KV cache holds what comes before it."""
         return self.inputs is causal
 
@@ -193,7 +193,7 @@ PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # as these processors call the
 THINNEST = 200  # the ratio of sides from which on they refuse an image
 
 
-def limited_size(image_processor: Any, size: Size, limits: Limits) -> Size:
+def limited_size(image_processor: Any, size: Size, limits: PixelRange) -> Size:
     """Width and height that the processor gives an image of `size`: whole merged patches, between the limits.
 
     Raises:
@@ -206,7 +206,7 @@ def limited_size(image_processor: Any, size: Size, limits: Limits) -> Size:
     return width, height
 
 
-def covering_limits(image_processor: Any, limits: Sequence[Limits]) -> Limits:
+def covering_limits(image_processor: Any, limits: Sequence[PixelRange]) -> PixelRange:
     """Limits under which every image that was sized under any of `limits` stays as it is.
 
     They are wider than the limits themselves: a side is rounded up or down to a whole number of merged patches, which
@@ -221,7 +221,7 @@ def covering_limits(image_processor: Any, limits: Sequence[Limits]) -> Limits:
 
 
 def limited_images(
-    processor: Any, images: Sequence[Image.Image], limits: Limits
+    processor: Any, images: Sequence[Image.Image], limits: PixelRange
 ) -> Iterator[tuple[ImageInputs, str, Grid, Size]]:
     """Of each image, preprocessed in one batch: its inputs, the text that stands for it, its grid, and its size."""
     image_processor = processor.image_processor
@@ -276,13 +276,13 @@ FAMILIES: dict[str, Family] = {
         _IDEFICS3,
         replace(_IDEFICS3, name="smolvlm"),
         Family(
-            "paligemma", depth_positions, "paligemma", paligemma, shares="pairs", rows=True,
+            "paligemma", depth_positions, "paligemma", paligemma, shares="pairs", row_per_prompt=True,
             chat_template=_PALIGEMMA_TEMPLATE,
             note="the whole prompt sees itself and holds both images before any text",
         ),
         Family("gemma3", depth_positions, "visrl", gemma3, end_of_turn="<end_of_turn>", masks_window=True),
         Family(
-            "mllama", depth_positions, "visrl", mllama, end_of_turn="<|eot_id|>", shares="pairs", rows=True,
+            "mllama", depth_positions, "visrl", mllama, end_of_turn="<|eot_id|>", shares="pairs", row_per_prompt=True,
             takes=("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"), axis=1, keeps_features=False,
             parts=("language_model", "vision_model", "multi_modal_projector"),
             note="tokens before the first image look at every image of their row, so no other may be there",
@@ -351,6 +351,17 @@ def projector(model: torch.nn.Module) -> torch.nn.Module:
 def base_model(model: Any) -> Any:
     """The vision-language model itself, out of any adapter wrapped around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def older_names(model: Any) -> list[tuple[str, str]]:
+    """Beginnings of layers' names before the decoder moved under `model.language_model`, and what they are now."""
+    decoder, tower, bridge = FAMILIES[model.config.model_type].parts
+    inner = ("layers.", "embed_tokens", "norm")
+    moves = [(f"model.{part}", f"model.{decoder}.{part}") for part in inner]
+    moves += [(f"language_model.model.{part}", f"model.{decoder}.{part}") for part in inner]
+    moves += [(f"language_model.{part}", f"model.{decoder}.{part}") for part in inner]
+    moves += [("language_model.lm_head", "lm_head")]
+    return moves + [(f"{part}.", f"model.{part}.") for part in (tower, bridge)]
 
 
 def vision_names() -> list[str]:

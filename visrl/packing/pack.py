@@ -116,7 +116,7 @@ def pack(
 
 def _members_of_calls(trees: Sequence[PrefixTree], family: Family) -> list[list[PrefixTree]]:
     """All trees in one call; where each is a row of its own, those with as many images."""
-    if not family.rows:
+    if not family.row_per_prompt:
         return [list(trees)]
     by_images: dict[int, list[PrefixTree]] = {}
     for tree in trees:
@@ -128,12 +128,12 @@ def _pack_call(
     trees: list[PrefixTree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int
 ) -> tuple[Call, np.ndarray]:
     """The call of `trees`, and for each response token, in their order, the row of its prediction."""
-    if family.rows:
+    if family.row_per_prompt:
         length, bins = -(-max(tree.size for tree in trees) // bucket) * bucket, len(trees)
         offsets = [length * n for n in range(bins)]
     else:
         length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length, bucket)
-    width = length if family.rows else bins * length  # of a row of the model's input
+    width = length if family.row_per_prompt else bins * length  # of a row of the model's input
     ids = np.full(bins * length, pad_id, dtype=np.int64)
     positions = np.zeros((trees[0].positions[0].shape[0], bins * length), dtype=np.int64)
     predictors = []
