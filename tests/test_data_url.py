@@ -14,7 +14,7 @@ from PIL import Image
 from visrl.data_url import DataUrlError, read_data_url
 from visrl.images import ImageError, open_image
 from visrl.serve.errors import RequestError
-from visrl.serve.pictures import Fetcher, Opener
+from visrl.serve.images import Fetcher, Opener
 from visrl.serve.schemas import ImageUrl, Limits
 
 COLOUR = (10, 120, 200)

@@ -20,8 +20,8 @@ from serve_help import body, data_url, known, left_open, picture, post
 from waiting import PATIENCE_S, wait_until
 
 from visrl.images import decode_image
-from visrl.serve.decoders import DECODERS, SLOW_DECODERS, Decoders, _is_large
 from visrl.serve.errors import RequestError
+from visrl.serve.image_decoders import DECODERS, SLOW_DECODERS, ImageDecoders, _is_large
 from visrl.serve.schemas import Limits
 
 MAX_PIXELS, MAX_BYTES = 25_000_000, 20_000_000
@@ -31,7 +31,7 @@ def processes() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         try:
-            if "visrl.serve.decoder" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+            if "visrl.serve.image_decoder" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
         except psutil.NoSuchProcess:
             continue
@@ -39,7 +39,7 @@ def processes() -> list[psutil.Process]:
 
 
 def opened(data: str | bytes, max_pixels: int = MAX_PIXELS, **options: Any) -> Image.Image:
-    return asyncio.run(Decoders(**options).open(data, "picture 1", max_pixels, MAX_BYTES))[1]
+    return asyncio.run(ImageDecoders(**options).open(data, "picture 1", max_pixels, MAX_BYTES))[1]
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def stuck() -> Iterator[None]:
 
 async def _use_all() -> None:
     """Have as many processes as ever work at once."""
-    decoders = Decoders()
+    decoders = ImageDecoders()
     await asyncio.gather(*(decoders.open(picture(), "p", MAX_PIXELS, MAX_BYTES) for _ in range(DECODERS)))
 
 
@@ -74,7 +74,7 @@ def test_large_pictures_are_known_by_their_first_bytes(kind: str, size: tuple[in
 
 def test_small_pictures_do_not_wait_for_many_large_ones() -> None:
     async def race() -> list[str]:
-        decoders, order = Decoders(), []
+        decoders, order = ImageDecoders(), []
 
         async def one(data: bytes, name: str) -> None:
             await decoders.open(data, name, MAX_PIXELS, MAX_BYTES)
@@ -124,7 +124,7 @@ def test_a_picture_that_takes_too_long_is_its_senders_loss() -> None:
 
 def test_a_decoder_that_dies_is_told_and_replaced() -> None:
     async def run() -> None:
-        decoders = Decoders()
+        decoders = ImageDecoders()
         work = asyncio.ensure_future(decoders.open(picture(), "picture 1", MAX_PIXELS, MAX_BYTES))
         await asyncio.sleep(0.1)
         for process in processes():
@@ -143,7 +143,9 @@ def test_the_memory_of_a_picture_is_bounded() -> None:
     # 3000 × 3000 in a process that may take what 1,000 pixels need: the header is refused before any memory is asked.
     with pytest.raises(RequestError, match="more than 1,000"):
         opened(picture((3000, 3000)), max_pixels=1000)
-    program = "from visrl.serve.decoder import _address_space, _limit; _limit(_address_space(), 9, 9); bytearray(10**9)"
+    program = (
+        "from visrl.serve.image_decoder import _address_space, _limit; _limit(_address_space(), 9, 9); bytearray(10**9)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
     assert "MemoryError" in done.stderr
 
@@ -163,7 +165,7 @@ def test_who_leaves_gives_its_decoder_up() -> None:
 
 def test_pictures_that_take_long_make_way() -> None:
     async def run() -> None:
-        decoders = Decoders()
+        decoders = ImageDecoders()
         asks: list[Callable[[], Coroutine[Any, Any, Any]]] = [
             lambda: decoders.open(picture(), "picture 1", MAX_PIXELS, MAX_BYTES)
         ] * DECODERS

@@ -23,7 +23,7 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.serve.config import ServeConfig
 from visrl.serve.errors import RequestError
-from visrl.serve.pictures import FETCHERS, Fetcher, Opener, is_public
+from visrl.serve.images import FETCHERS, Fetcher, Opener, is_public
 from visrl.serve.runner import serve
 from visrl.serve.safety import Budget, is_local_name
 from visrl.serve.schemas import ImageUrl, Limits

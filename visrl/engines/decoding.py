@@ -111,7 +111,7 @@ class DecodeBatch(ABC):
 
 
 class DecodingEngine(Policy, Protocol):
-    """A policy that decodes step by step, for a scheduler above it (serve/batching.py)."""
+    """A policy that decodes step by step, for a scheduler above it (serve/decode_loop.py)."""
 
     def begin(self, on_token: OnToken | None = None) -> DecodeBatch:
         """An empty running batch; one of an engine is in use at a time."""

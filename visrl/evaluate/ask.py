@@ -80,7 +80,7 @@ class Answer:
         verdict = f" ({self.verdict()})" if self.truth else ""
         if look.box is None:
             return [f"{self.model}: no box ({look.error}){verdict}", *([f"  wrote {look.text!r}"] if look.text else [])]
-        corners = ", ".join(f"{value:.0f}" for value in look.box.to_pixels(look.whole.size))
+        corners = ", ".join(f"{value:.0f}" for value in look.box_pixels or ())
         left, top, right, bottom = crop_window(look.box, look.whole.size, self.crop_rule)
         answer = f"({look.error})" if look.answer is None else look.answer or "(an empty reply)"
         return [
@@ -97,14 +97,14 @@ def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_r
         ImageError: the picture cannot be opened, or the model takes no such.
     """
     samples = [Sample(str(number), image, question, "") for number, question in enumerate(questions)]
-    replies = []
+    answers = []
     for sample, look in zip(samples, greedy_looks(policy, samples, crop_rule=crop_rule), strict=True):
         if isinstance(look, ImageError):
             raise look
         if isinstance(look, PromptError):  # the other questions can be asked
             look = Look(sample.question, open_view(Picture(image)), error=failure(look))
-        replies.append(Answer(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
-    return replies
+        answers.append(Answer(model, sample.question, look, crop_rule, known_truth(image, sample.question)))
+    return answers
 
 
 def known_truth(image: str, question: str) -> Truth | None:
@@ -124,9 +124,9 @@ def hint(image: str, question: str) -> str:
 
 
 def answer_sheet(by_question: Sequence[Sequence[Answer]]) -> Image.Image:
-    """One picture of all replies: a row a question, with every checkpoint's box on it, crop and answer beside it."""
+    """One picture of all answers: a row a question, with every checkpoint's box on it, crop and answer beside it."""
     font = ImageFont.load_default(size=FONT_SIZE)
-    rows = [_row(replies, font) for replies in by_question]
+    rows = [_question_strip(answers, font) for answers in by_question]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -135,19 +135,19 @@ def answer_sheet(by_question: Sequence[Sequence[Answer]]) -> Image.Image:
     return sheet
 
 
-def _row(replies: Sequence[Answer], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
-    whole: View = replies[0].look.whole
-    several = len(replies) > 1
+def _question_strip(answers: Sequence[Answer], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    whole: View = answers[0].look.whole
+    several = len(answers) > 1
     marks = [
-        (reply.look.box, colour, reply.model if several else "")
-        for reply, colour in zip(replies, _colours(len(replies)), strict=True)
-        if reply.look.box is not None
+        (answer.look.box, colour, answer.model if several else "")
+        for answer, colour in zip(answers, _colours(len(answers)), strict=True)
+        if answer.look.box is not None
     ]
-    if replies[0].truth is not None:
-        marks.insert(0, (replies[0].truth.box, TRUE_COLOUR, "true"))
+    if answers[0].truth is not None:
+        marks.insert(0, (answers[0].truth.box, TRUE_COLOUR, "true"))
     shown = shrink(annotate(whole.image, marks), WHOLE_SIDE)
-    panels = [_panel(reply, colour, font) for reply, colour in zip(replies, _colours(len(replies)), strict=True)]
-    asked = _wrapped(replies[0].question, 90) or [""]
+    panels = [_panel(answer, colour, font) for answer, colour in zip(answers, _colours(len(answers)), strict=True)]
+    asked = _wrapped(answers[0].question, 90) or [""]
     head = GAP + len(asked) * (FONT_SIZE + 6)
     beside = sum(panel.height + GAP for panel in panels)
     width = WHOLE_SIDE + CROP_SIDE + TEXT_WIDTH + 4 * GAP
@@ -162,16 +162,16 @@ def _row(replies: Sequence[Answer], font: ImageFont.FreeTypeFont | ImageFont.Ima
     return row
 
 
-def _panel(reply: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
-    """Crop and answer of one reply, with its colour along the crop."""
-    look = reply.look
+def _panel(answer: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
+    """The crop and the text of an answer, with its colour along the crop."""
+    look = answer.look
     crop = shrink(look.crop, CROP_SIDE) if look.crop else Image.new("RGB", (CROP_SIDE, 60), "#e8e8ea")
     scale = min(CROP_SIDE / crop.width, CROP_SIDE / crop.height, 4.0)
     if scale > 1:  # a small crop is shown large enough to be read
         crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.LANCZOS)
     told = look.answer if look.answer is not None else f"no answer: {look.error}"
-    verdict = _wrapped(reply.verdict(), 36)
-    text = "\n".join([*_wrapped(reply.model, 36), *(_wrapped(told, 36) or ["(nothing)"])])
+    verdict = _wrapped(answer.verdict(), 36)
+    text = "\n".join([*_wrapped(answer.model, 36), *(_wrapped(told, 36) or ["(nothing)"])])
     panel = Image.new("RGB", (CROP_SIDE + GAP + TEXT_WIDTH, 0), "white")
     draw = ImageDraw.Draw(panel)
     _, _, _, end = draw.multiline_textbbox((0, 0), text, font=font, spacing=6)
@@ -181,7 +181,7 @@ def _panel(reply: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont.
     draw.rectangle((0, 0, crop.width + 5, crop.height + 5), fill=colour)
     panel.paste(crop, (3, 3))
     draw.multiline_text((CROP_SIDE + GAP, 0), text, font=font, fill=INK, spacing=6)
-    ink = GOOD if reply.is_right else BAD
+    ink = GOOD if answer.is_right else BAD
     draw.multiline_text((CROP_SIDE + GAP, end + 6), "\n".join(verdict), font=font, fill=ink, spacing=6)
     return panel
 
@@ -220,22 +220,22 @@ def ask_models(
         questions = [without_mark(question) for question in questions]
     except RowFault as error:
         raise ConfigError(f"ask a question about the picture: {error}") from error
-    replies: list[list[Answer]] = []
+    answers: list[list[Answer]] = []
     configs = _configs(models, given)
     for name, config in zip(short_names(models), configs, strict=True):
         with opened_policy(config) as opened:
-            replies.append(ask(opened.policy, name, image, questions, opened.settings.crop_rule))
-    by_question = [list(group) for group in zip(*replies, strict=True)]
+            answers.append(ask(opened.policy, name, image, questions, opened.settings.crop_rule))
+    by_question = [list(group) for group in zip(*answers, strict=True)]
     for group in by_question:
         print(printable(group[0].question))
-        print("\n".join(f"  {printable(line)}" for reply in group for line in reply.lines()))
+        print("\n".join(f"  {printable(line)}" for answer in group for line in answer.lines()))
         if unanswerable := hint(image, group[0].question):
             print(f"  ({unanswerable})")
     out.parent.mkdir(parents=True, exist_ok=True)
     answer_sheet(by_question).save(out)
     print(f"picture: {out}")
     tally = Tally("questions", configs[0].max_failed)
-    tally.count(reply.look.error if is_failure(reply.look.error) else None for group in replies for reply in group)
+    tally.count(answer.look.error if is_failure(answer.look.error) else None for group in answers for answer in group)
     if tally.is_hopeless():
         raise FailedRun(tally.sentence())
 

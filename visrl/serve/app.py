@@ -21,8 +21,8 @@ from visrl.serve.backend import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
+from visrl.serve.images import Fetcher, Opener
 from visrl.serve.metrics import Metrics
-from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.replies import ChatReply, Choice, event, event_of, model_list, whole_reply
 from visrl.serve.requests import QueuedRequest
 from visrl.serve.safety import HELD, Budget, Gate

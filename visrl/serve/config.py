@@ -38,7 +38,7 @@ class ServeConfig(ModelConfig, RequestConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
     max_batch: int = Field(64, ge=1)
-    """Rows computed together."""
+    """Most requests in the running batch of continuous batching."""
     vllm_url: ServerUrl | None = None
     """A running vLLM (or any OpenAI-compatible) server up to `/v1`; without it one is started."""
     vllm_model: str | None = None

@@ -121,7 +121,7 @@ def passed_on(given: Mapping[str, Any], is_passed_on: bool) -> dict[str, Any]:
 
 
 def for_the_box(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of passed-on fields, those that the first step of `:focus` is drawn with."""
+    """Of passed-on fields, those that the first step of `:focus` is sampled with."""
     return {name: value for name, value in fields.items() if name in SAMPLED_WITH}
 
 

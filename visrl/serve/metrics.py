@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Paths that are counted under their own name; a stranger's guesses must not make new series without end.
 PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions"}
 
@@ -40,7 +40,7 @@ class Metrics:
         self.seconds = Histogram(SECONDS)
         self.tokens: Counter[str] = Counter()
         self.cancelled = 0
-        self.batch_sizes = Histogram(ROWS)
+        self.batch_sizes = Histogram(BATCH_SIZES)
         self.waiting_requests: Callable[[], int] = lambda: 0
         self.ready: Callable[[], bool] = lambda: False
 

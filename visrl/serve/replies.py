@@ -44,15 +44,15 @@ class ChatReply:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply to a request that does not stream."""
-        rows = [_row(index, choice) for index, choice in enumerate(choices)]
-        return self._head("chat.completion") | {"choices": rows, "usage": usage(choices)}
+        listed = [_listed(index, choice) for index, choice in enumerate(choices)]
+        return self._head("chat.completion") | {"choices": listed, "usage": usage(choices)}
 
     def pieces(self, choices: list[Choice]) -> Iterator[bytes]:
         """`whole` as JSON, a choice at a time: all of it at once would lie in memory several times over."""
         head = json.dumps(self._head("chat.completion") | {"usage": usage(choices)})
         yield head[:-1].encode() + b', "choices": ['
         for index, choice in enumerate(choices):
-            yield (", " if index else "").encode() + json.dumps(_row(index, choice)).encode()
+            yield (", " if index else "").encode() + json.dumps(_listed(index, choice)).encode()
         yield b"]}"
 
     def chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class ChatReply:
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)}
 
 
-def _row(index: int, choice: Choice) -> dict[str, Any]:
+def _listed(index: int, choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.focus is not None:
         message["focus"] = choice.focus

@@ -27,9 +27,9 @@ from visrl.serve.backend import Backend, Loaded
 from visrl.serve.batching import ContinuousBatcher
 from visrl.serve.config import ServeConfig
 from visrl.serve.connections import protocol_of
+from visrl.serve.images import Fetcher, Opener
 from visrl.serve.memory import give_back, keep_little
 from visrl.serve.metrics import Metrics
-from visrl.serve.pictures import Fetcher, Opener
 from visrl.serve.safety import Gate, is_local_name
 
 BACKLOG = 1024

@@ -178,7 +178,7 @@ class ChatRequest(BaseModel):
         return [part.image_url for message in self.messages for part in message.content if part.image_url is not None]
 
     def sampling(self, default: Sampling) -> Sampling:
-        """How to draw, with the server's defaults for what is not given."""
+        """How to sample, with the server's defaults for what is not given."""
         asked = self.max_completion_tokens or self.max_tokens
         return Sampling(
             temperature=default.temperature if self.temperature is None else self.temperature,

@@ -23,8 +23,8 @@ from PIL import Image
 
 from visrl.conversation import View
 from visrl.data_url import is_data_url
-from visrl.serve.decoders import Decoders
 from visrl.serve.errors import RequestError
+from visrl.serve.image_decoders import ImageDecoders
 from visrl.serve.schemas import ImageUrl, Limits
 
 FETCH_S = 10.0
@@ -171,7 +171,7 @@ class Opener:
 
     def __init__(self, limits: Limits, fetcher: Fetcher) -> None:
         self.limits, self.fetcher = limits, fetcher
-        self.decoders = Decoders()
+        self.decoders = ImageDecoders()
         # Threads of their own: one whose client has left still holds its place until its host has answered.
         self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
 

@@ -23,8 +23,8 @@ from typing import IO
 
 from PIL import Image
 
-from visrl.serve.decoder import JOB, REPLY, SharedBytes
 from visrl.serve.errors import RequestError
+from visrl.serve.image_decoder import JOB, REPLY, SharedBytes
 
 DECODERS = 2  # pictures opened at once: each may need its limit of pixels several times over while it is decoded
 SLOW_DECODERS = 2  # and so many more that have taken longer than
@@ -38,7 +38,7 @@ LEFT_S = 0.5  # how long a picture whose sender has left may still take
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-class Decoders:
+class ImageDecoders:
     """Opens pictures for one event loop."""
 
     def __init__(self, cpu_s: float = CPU_S) -> None:
@@ -135,7 +135,7 @@ _CLAIMS = (  # where a picture's size stands, by its format
 
 
 class _Process:
-    """One `decoder.py`, started when it is first needed. Each call blocks, and belongs in a thread."""
+    """One `image_decoder.py`, started when it is first needed. Each call blocks, and belongs in a thread."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -151,7 +151,7 @@ class _Process:
         if self._process is None:
             # A session of its own: Ctrl-C is the server's, which lets requests in work finish.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "visrl.serve.decoder", str(self._file.fileno())],
+                [sys.executable, "-m", "visrl.serve.image_decoder", str(self._file.fileno())],
                 pass_fds=[self._file.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -165,7 +165,7 @@ class _Process:
         """The key and the picture.
 
         Raises:
-            RequestError: 400 with what `decoder.py` says, or that it died over this.
+            RequestError: 400 with what `image_decoder.py` says, or that it died over this.
         """
         process = self.start()
         payload = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data

@@ -1,9 +1,9 @@
-"""The other side of `decoders.py`: a process that opens one picture after another and can be killed over any of them.
+"""The other side of `image_decoders.py`: a process that opens one picture after another, and can be killed over any.
 
-`python -m visrl.serve.decoder FILE_NUMBER` reads jobs from its standard input (two lengths, JSON, the picture as it was
-sent) and writes replies to its standard output (a length and JSON); pixels lie in the open file of that number, which
-both sides map into their memory. It ends when its input does, that is with the server. Memory and processor time of a
-picture are bounded by the kernel's own limits, so that no decoder needs to be trusted with either.
+`python -m visrl.serve.image_decoder FILE_NUMBER` reads jobs from its standard input (two lengths, JSON, the picture as
+it was sent) and writes replies to its standard output (a length and JSON); pixels lie in the open file of that number,
+which both sides map into their memory. It ends when its input does, that is with the server. Memory and processor time
+of a picture are bounded by the kernel's own limits, so that no decoder needs to be trusted with either.
 """
 
 from __future__ import annotations
