@@ -18,6 +18,7 @@ from visrl.records import (
     to_json,
     write_records,
 )
+from visrl.sequences import batched
 
 RECORDS = [
     Sample("a", "a.png", "What?", "that", Box(0.1, 0.2, 0.3, 0.4), "mine", {"any": ["row", 1]}),
@@ -81,3 +82,42 @@ def test_a_checkpoint_is_known_by_its_weights_and_by_how_it_looks_at_pictures(tm
         hashes.append(hash_checkpoint(tmp_path))
     assert [after != before for before, after in pairwise(hashes)] == [True, True, True, False, False]
     assert hash_checkpoint("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("end", "values"),
+    [
+        (b'{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        (b'{"a": 2}', [{"a": 1}, {"a": 2}]),  # whole, but for its line end
+        (b'{"a": 2, "b', [{"a": 1}]),
+        (b'{"a": "\xc3', [{"a": 1}]),  # within a character
+        (b"", [{"a": 1}]),
+    ],
+)
+def test_every_reader_has_one_rule_for_the_line_that_a_kill_cut_off(tmp_path, end, values):
+    path = tmp_path / "any.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n' + end)
+    assert list(read_jsonl(path, unfinished="leave_out")) == values
+    if not end or values[1:]:
+        assert list(read_jsonl(path)) == values
+    else:
+        with pytest.raises(RecordError, match=r"any\.jsonl, line 3: not (JSON|UTF-8).*; mend or remove this line"):
+            list(read_jsonl(path))
+    with Journal(path) as journal:
+        journal.append([{"a": 3}])
+    assert list(read_jsonl(path)) == [*values, {"a": 3}]
+
+
+def test_a_bad_line_with_a_line_end_is_nobodys_kill(tmp_path):
+    path = tmp_path / "any.jsonl"
+    for text in ('{"a": 1}\n{"a"\n', '{"a": 1}\n{"a"\n{"a": 2}'):
+        path.write_text(text)
+        with pytest.raises(RecordError, match=r"line 2: not JSON"):
+            list(read_jsonl(path, unfinished="leave_out"))
+
+
+def test_batches_have_fixed_members_in_order():
+    assert batched([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert batched((1, 2), 2) == [(1, 2)]
+    assert batched([], 3) == []
+    assert "".join(batched("abcdef", 4)) == "abcdef"

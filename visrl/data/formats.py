@@ -166,7 +166,7 @@ _TABLE = (
     ),
     DataFormat(
         name="visrl",
-        about="our own JSONL: samples as above, preferences as `visrl filter` writes them",
+        about="our own JSONL: samples in the short form above, preferences of `visrl filter`",
         parse=lambda raw, number, reading: parse_own(raw, number, reading.sizes),
         write=lambda sample, number, writing: visrl_row(sample),
         write_preferences=lambda preferences: visrl_row(preferences[0]),
