@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tiny_families import MAKERS, make
 from torch import Tensor, nn
 from transformers import BertConfig
 
+import visrl
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
 from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
@@ -247,6 +250,25 @@ def test_pictures_are_reduced_to_the_limit() -> None:
     small = encoder.encode_views([big])[0]
     assert small.inputs["image_sizes"].prod() <= 3000 < free.inputs["image_sizes"].prod()
     assert small.inputs["pixel_values"].shape[1] <= free.inputs["pixel_values"].shape[1]
+
+
+def told_apart(path: Path) -> list[str]:
+    """Where the code of a file names a family, or asks a model what it has; docstrings may name whom they like."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    words = [str(node.value) for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    words += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    words += [node.id for node in nodes if isinstance(node, ast.Name)]
+    family = re.compile(f"qwen|{'|'.join(FAMILIES)}|^hasattr$", re.IGNORECASE)
+    return [f"{path.name}: {word}" for word in words if family.search(word)]
+
+
+def test_one_file_alone_tells_families_apart() -> None:
+    package = Path(visrl.__file__).parent
+    files = [path for room in ("models", "packing", "engines", "rollout") for path in (package / room).glob("*.py")]
+    files += [package / "train" / "model.py", package / "box.py"]
+    assert told_apart(package / "models" / "families.py")
+    assert [found for path in files if path.name != "families.py" for found in told_apart(path)] == []
 
 
 def test_unknown_families_are_named() -> None:

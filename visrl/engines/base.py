@@ -71,7 +71,7 @@ class Engine(Protocol):
 
 
 class Policy(Engine, Protocol):
-    """An engine whose box text can be read: it knows its codec and the size its processor gives a picture."""
+    """An engine whose box text can be read: it knows its codec and the size its processor gives an image."""
 
     @property
     def codec(self) -> Codec: ...

@@ -54,7 +54,7 @@ class Client:
     ) -> list[Completion]:
         """One completion per request, in their order; a failed one holds its error.
 
-        Requests are taken from `asks` only as slots become free, so that pictures need not all be encoded at once.
+        Requests are taken from `asks` only as slots become free, so that images need not all be encoded at once.
         `on_reply` is told of each (index, completion) as it comes, from another thread.
         """
         return self._await(self._ask_all(asks, on_reply))

@@ -1,8 +1,8 @@
 """Continuous batching: a running batch of sequences that grow by one token per decode step; requests join and leave
 between two steps.
 
-Where the next token's logits come from is the engine's: from a KV cache (`CachedBatch`, local.py), or by a forward pass
-over the whole sequence (`RecomputedBatch`, recompute.py). Here a token is sampled, and a sequence ends.
+Where the next token's logits come from is the engine's: from a KV cache (`CachedBatch`, cached.py), or from a forward
+pass over the whole sequence (`RecomputedBatch`, recompute.py). Here a token is sampled, and a sequence ends.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class EndpointEngine:
     """An `Engine` over one or many servers.
 
     `codec` says how the served model writes boxes. `encoder` is that of its checkpoint, where there is one here:
-    pictures are sent as its processor sizes them, so that no limit of a server's own comes between (a server has one
-    for all pictures, and a crop's is another than a whole one's).
+    images are sent as its processor sizes them, so that no limit of a server's own comes between (a server has one
+    for all images, and a crop's is another than a whole one's).
     """
 
     def __init__(self, endpoint: Endpoint, codec: Codec = CODECS["visrl"], encoder: Encoder | None = None) -> None:
@@ -49,14 +49,14 @@ class EndpointEngine:
         Raises:
             EndpointError: the first server that does not, with the remedy.
         """
-        # Other servers read `detail` in their own ways (OpenAI's makes the picture small), so only ours is told.
+        # Other servers read `detail` in their own ways (OpenAI's makes the image small), so only ours is told.
         owners = self.client.check()
         self._mark_crops = owners == {OWNER}
-        if not self._mark_crops:  # ours has said by its list that it speaks the protocol, pictures and all
+        if not self._mark_crops:  # ours has said by its list that it speaks the protocol, images and all
             self.client.try_out(trial())
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
-        """Width and height that the server's processor gives a picture of `size`."""
+        """Width and height that the server's processor gives an image of `size`."""
         return self._encoder.processed_size(size, is_crop) if self._encoder else size
 
     def complete(
@@ -78,7 +78,7 @@ class EndpointEngine:
         ]
 
     def _fault(self, conversation: Conversation) -> str | None:
-        """Why a conversation cannot be put: a picture that the model's processor refuses."""
+        """Why a conversation cannot be put: an image that the model's processor refuses."""
         try:
             for view in conversation.views:
                 self.processed_size(view.size, view.is_crop)
@@ -96,7 +96,7 @@ class EndpointEngine:
         urls: dict[str, str] = {}
         encoder = None if self._mark_crops else self._encoder  # ours keeps a limit for each kind, and sizes them itself
         for conversation, own in conversations:
-            # The questions of one picture usually follow each other: what the last one encoded is used again.
+            # The questions of one image usually follow each other: what the last one encoded is used again.
             urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
@@ -104,20 +104,20 @@ class EndpointEngine:
 
 
 def sized_url(view: View, encoder: Encoder | None) -> str:
-    """The picture of a view as a data URL, as the processor of `encoder` sizes it; as it is without one."""
+    """The image of a view as a data URL, as the processor of `encoder` sizes it; as it is without one."""
     return data_url(view.image if encoder is None else encoder.sized(view))
 
 
-def trial(with_picture: bool = True) -> Ask:
-    """A small question that any server of a model can answer, about a picture or about nothing."""
+def trial(with_image: bool = True) -> Ask:
+    """A small question that any server of a model can answer, about an image or about nothing."""
     view = View("trial", Image.new("RGB", (TRIAL_SIDE, TRIAL_SIDE), "grey"))
-    text = f"{IMAGE}\n{TRIAL}" if with_picture else TRIAL
-    talk = Conversation((Message("user", text),), (view,) if with_picture else ())
+    text = f"{IMAGE}\n{TRIAL}" if with_image else TRIAL
+    talk = Conversation((Message("user", text),), (view,) if with_image else ())
     return Ask(to_messages(talk, {view.key: data_url(view.image)}), Sampling(max_tokens=TRIAL_TOKENS), seed=0)
 
 
 def to_messages(conversation: Conversation, urls: dict[str, str], mark_crops: bool = False) -> list[dict[str, Any]]:
-    """The conversation in the protocol's form: each `<image>` mark becomes a picture part at its place.
+    """The conversation in the protocol's form: each `<image>` mark becomes an image part at its place.
 
     `urls` holds the address of each view by its key; text keeps every character around the marks.
     """
@@ -130,22 +130,22 @@ def to_messages(conversation: Conversation, urls: dict[str, str], mark_crops: bo
             continue
         parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
         for text in rest:
-            parts.append(_picture_part(next(views), urls, mark_crops))
+            parts.append(_image_part(next(views), urls, mark_crops))
             if text:
                 parts.append({"type": "text", "text": text})
         messages.append({"role": message.role, "content": parts})
     return messages
 
 
-def _picture_part(view: View, urls: dict[str, str], mark_crops: bool) -> dict[str, Any]:
-    picture = {"url": urls[view.key]}
+def _image_part(view: View, urls: dict[str, str], mark_crops: bool) -> dict[str, Any]:
+    image = {"url": urls[view.key]}
     if mark_crops and view.is_crop:
-        picture["detail"] = CROP_DETAIL
-    return {"type": "image_url", "image_url": picture}
+        image["detail"] = CROP_DETAIL
+    return {"type": "image_url", "image_url": image}
 
 
 def data_url(image: Image.Image) -> str:
-    """The picture as a PNG data URL: exact pixels, whatever the server does with them."""
+    """The image as a PNG data URL: exact pixels, whatever the server does with them."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -82,7 +82,7 @@ class LocalEngine:
         return self._cached.prefilled_tokens
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
-        """Width and height that the processor gives a picture of `size`."""
+        """Width and height that the processor gives an image of `size`."""
         return self.encoder.processed_size(size, is_crop)
 
     def complete(
@@ -121,7 +121,7 @@ class LocalEngine:
         return RecomputedBatch(self.model, self.encoder, on_token)
 
     def prepare(self, conversation: Conversation) -> list[EncodedView]:
-        """The pictures of a conversation, ready for the vision tower; may run in another thread than `generate`."""
+        """The images of a conversation, ready for the vision tower; may run in another thread than `generate`."""
         return self.encoder.encode_views(conversation.views, alone=len(conversation.views) == 1)
 
     def keep(self, prepared: Iterable[EncodedView]) -> None:

@@ -1,7 +1,7 @@
 """One OpenAI-compatible server: where it is (`Endpoint`), what it is asked (`Ask`), one HTTP request to it, and what
 went wrong with that in a sentence (`Failure`).
 
-Retries, concurrency and several servers are client.py's. Nothing here knows about pictures, boxes or crops: messages
+Retries, concurrency and several servers are client.py's. Nothing here knows about images, boxes or crops: messages
 are the protocol's own dictionaries.
 """
 

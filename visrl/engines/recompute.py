@@ -61,7 +61,7 @@ class RecomputedBatch(DecodeBatch):
 
 
 def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
-    """Compute one token about a small picture: a model that cannot is refused before any work begins.
+    """Compute one token about a small image: a model that cannot is refused before any work begins.
 
     Raises:
         CheckpointError: the computation fails, or gives no numbers.
@@ -76,11 +76,11 @@ def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
 
 def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:
     """Logits [paths, vocabulary], in fp32, of what follows each path; its last token stands for what follows."""
-    by_picture: dict[str, list[int]] = {}
+    by_image: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
-        by_picture.setdefault(path.views[0].key if path.views else f"path {number}", []).append(number)
-    order = [number for members in by_picture.values() for number in members]
-    groups = [[paths[number] for number in members] for members in by_picture.values()]
+        by_image.setdefault(path.views[0].key if path.views else f"path {number}", []).append(number)
+    order = [number for members in by_image.values() for number in members]
+    groups = [[paths[number] for number in members] for members in by_image.values()]
     trees = prefix_trees(groups, encoder.image_token_id, pairs_only=encoder.family.shares == "pairs")
     packed = pack(trees, encoder.family, encoder.image_token_id, bucket=TIGHT_BUCKET)
     packed = packed.to(next(model.parameters()).device)

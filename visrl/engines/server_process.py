@@ -154,7 +154,7 @@ def vllm_command(
 ) -> list[str]:
     """The command line that serves `model` with vLLM on a local port.
 
-    vLLM knows one limit for all pictures. They come to it in the sizes that `encoder` gives wholes and crops, so that
+    vLLM knows one limit for all images. They come to it in the sizes that `encoder` gives wholes and crops, so that
     its limits need only leave both alone.
     """
     command = ["vllm", "serve", model, "--host", "127.0.0.1", "--port", str(port)]

@@ -71,7 +71,7 @@ class TokenPath:
 
 
 class Encoder:
-    """Renders, tokenises and preprocesses for one checkpoint's processor and settings."""
+    """Renders, tokenizes and preprocesses for one checkpoint's processor and settings."""
 
     def __init__(self, processor: Any, config: Any, settings: ModelSettings) -> None:
         self.processor = processor
@@ -80,8 +80,8 @@ class Encoder:
         self.family: Family = family_of(config)
         self.codec: Codec = CODECS[settings.codec]
         self.chat_template = _chat_template(processor) or self.family.chat_template
-        self.image_mark = processor.image_token  # what a rendered prompt holds in a picture's place
-        self.image_token_id = processor.image_token_ids[0]  # what one feature of a picture replaces
+        self.image_mark = processor.image_token  # what a rendered prompt holds in an image's place
+        self.image_token_id = processor.image_token_ids[0]  # what one feature of an image replaces
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.end_of_turn = self.family.end_of_turn or self.tokenizer.eos_token
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
@@ -92,18 +92,18 @@ class Encoder:
         self.cache_bytes = CACHE_BYTES
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
         self._kept_bytes = 0
-        self._lock = threading.Lock()  # of the cache: pictures may be encoded in one thread and used in another
+        self._lock = threading.Lock()  # of the cache: images may be encoded in one thread and used in another
         self._bos = _leading_bos(self.tokenizer)
 
-    # --- pictures
+    # --- images
 
     def encode_views(self, views: Sequence[View], *, alone: bool = True) -> list[EncodedView]:
         """The views, preprocessed in one batch; those seen lately come from a cache. May be called from any thread.
 
-        `alone` says whether a prompt shows one picture only, which some families cut otherwise than one among several.
+        `alone` says whether a prompt shows one image only, which some families cut otherwise than one among several.
 
         Raises:
-            PromptError: the model's processor takes no picture of this form; no picture is prepared then.
+            PromptError: the model's processor takes no image of this form; no image is prepared then.
         """
         mark = "" if alone or not self.family.alone_differs else "#among"
         wanted = {view.key + mark: view for view in views}
@@ -145,10 +145,10 @@ class Encoder:
             self._kept_bytes = 0
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
-        """Width and height that the processor gives a picture of `size`; `size` itself where no text depends on it.
+        """Width and height that the processor gives an image of `size`; `size` itself where no text depends on it.
 
         Raises:
-            PromptError: the processor takes no such picture, as one that is far too thin.
+            PromptError: the processor takes no such image, as one that is far too thin.
         """
         if not self.family.pixel_limits:
             return size
@@ -158,9 +158,9 @@ class Encoder:
             raise PromptError(f"a picture of {size[0]} × {size[1]} px: the model's processor says {error}") from error
 
     def sized(self, view: View) -> Image.Image:
-        """The picture of a view as the processor resizes it, for one that will do the rest elsewhere.
+        """The image of a view as the processor resizes it, for one that will do the rest elsewhere.
 
-        A picture of this size passes the same processor unchanged, whatever larger limits it has there.
+        An image of this size passes the same processor unchanged, whatever larger limits it has there.
         """
         if not self.family.pixel_limits:
             return _at_most(
@@ -190,7 +190,7 @@ class Encoder:
         return dict(zip(PIXEL_LIMITS, (min(low, high), high), strict=True))
 
     def _preprocess(self, views: dict[str, View], limits: PixelRange) -> dict[str, EncodedView]:
-        """All pictures in one batch, for processors that take pixel limits."""
+        """All images in one batch, for processors that take pixel limits."""
         made = limited_images(self.processor, [view.image for view in views.values()], limits)
         return {
             key: EncodedView(key, inputs, placeholder, math.prod(grid), grid, size)
@@ -198,7 +198,7 @@ class Encoder:
         }
 
     def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> dict[str, EncodedView]:
-        """Each picture by itself, as its processor cuts it (in tiles, to a fixed size)."""
+        """Each image by itself, as its processor cuts it (in tiles, to a fixed size)."""
         encoded = {}
         options = self.processor._merge_kwargs(
             self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
@@ -217,14 +217,14 @@ class Encoder:
     # --- text
 
     def render(self, conversation: Conversation) -> str:
-        """The prompt as text, with one image token per picture, up to where the model speaks.
+        """The prompt as text, with one image token per image, up to where the model speaks.
 
         Raises:
             PromptError: a message holds one of the model's control tokens or half a character, or the chat template
                 refuses the conversation.
         """
         for message in conversation.messages:
-            # The mark of a picture may itself be a token of the model; the text around it may hold none.
+            # The mark of an image may itself be a token of the model; the text around it may hold none.
             for part in message.text.split(IMAGE):
                 self._check_text(part)
         try:
@@ -244,13 +244,13 @@ class Encoder:
     def encode(
         self, conversation: Conversation, responses: Sequence[str | None], *, max_tokens: int | None = None
     ) -> list[TokenPath]:
-        """One path per response, whole paths tokenised; a response of None gives the prompt alone.
+        """One path per response, whole paths tokenized; a response of None gives the prompt alone.
 
         A path with a response ends with the end of turn. The response starts where its tokens first differ from the
-        prompt's, wherever a tokeniser merges across the edge.
+        prompt's, wherever a tokenizer merges across the edge.
 
         Raises:
-            PromptError: what `render` raises, of responses too; a picture that the model's processor does not take; a
+            PromptError: what `render` raises, of responses too; an image that the model's processor does not take; a
                 path longer than `max_tokens`, before anything of its size is allocated.
         """
         for response in responses:
@@ -288,7 +288,7 @@ class Encoder:
 
 @contextmanager
 def _refusing(view: View) -> Iterator[None]:
-    """What a processor says against a picture, as an error that names the picture."""
+    """What a processor says against an image, as an error that names the image."""
     try:
         yield
     except (ValueError, ZeroDivisionError, OverflowError) as error:
@@ -330,7 +330,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _leading_bos(tokenizer: Any) -> str:
-    """The token that a tokeniser puts before every text by itself, which chat templates may leave to it."""
+    """The token that a tokenizer puts before every text by itself, which chat templates may leave to it."""
     plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     return tokenizer.bos_token if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else ""
 
@@ -343,7 +343,7 @@ def _at_most(image: Image.Image, pixels: int | None) -> Image.Image:
     return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
 
 
-def _first_of(values: Any, pictures: int) -> torch.Tensor:
-    """The part of a processor's output that belongs to the first of `pictures` equal pictures, along the first axis."""
+def _first_of(values: Any, images: int) -> torch.Tensor:
+    """The part of a processor's output that belongs to the first of `images` equal images, along the first axis."""
     tensor = torch.as_tensor(values)
-    return tensor[: len(tensor) // pictures] if pictures > 1 else tensor
+    return tensor[: len(tensor) // images] if images > 1 else tensor

@@ -25,9 +25,9 @@ from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
 from visrl.progress import note
 
-# Width and height of the pictures on which boxes must survive before a checkpoint is used: no aspect ratio alike.
+# Width and height of the images on which boxes must survive before a checkpoint is used: no aspect ratio alike.
 TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
-MOST_SIDE, MOST_PIXELS = 8192, 100_000_000  # of a picture as a processor makes it
+MOST_SIDE, MOST_PIXELS = 8192, 100_000_000  # of an image as a processor makes it
 NUMBERED, BUFFERS = re.compile(r"\.\d+\."), ("inv_freq", "position_ids")  # buffers are made anew
 PACKED = 16  # at most so many weights in a number of a quantised file
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -85,7 +85,7 @@ def check_family(path: str | Path, model_type: Any) -> None:
 
 
 def check_sizes(values: Any, in_pixels: bool, key: str = "") -> None:
-    """Refuse a picture processor that would make pictures larger than any memory. With `in_pixels` the limits of a
+    """Refuse an image processor that would make images larger than any memory. With `in_pixels` the limits of a
     size are numbers of pixels, of which the largest only bounds.
 
     Raises:
@@ -103,7 +103,7 @@ def check_sizes(values: Any, in_pixels: bool, key: str = "") -> None:
 
 
 def check_boxes(encoder: Encoder) -> None:
-    """The start-up self-test: known boxes, written for the size that the processor really gives a picture, must be
+    """The start-up self-test: known boxes, written for the size that the processor really gives an image, must be
     read and cropped as they were meant.
 
     Raises:

@@ -1,5 +1,5 @@
-"""What a prompt needs of a checkpoint, looked for at loading: a chat template that shows pictures and ends, the token
-that stands for a picture, and the one that ends a turn.
+"""What a prompt needs of a checkpoint, looked for at loading: a chat template that shows images and ends, the token
+that stands for an image, and the one that ends a turn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_prompts(encoder: Encoder) -> None:
     """Render both steps of a question and see what must be in them.
 
     Raises:
-        CheckpointError: no template, one that does not end, or one that leaves out a picture or the question.
+        CheckpointError: no template, one that does not end, or one that leaves out an image or the question.
     """
     if encoder.chat_template is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""How a checkpoint looks at pictures: kept beside its weights, so that it trains, generates and serves the same way."""
+"""How a checkpoint looks at images: kept beside its weights, so that it trains, generates and serves the same way."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from visrl.models.folder import CheckpointError, read_object
 
 NAME = "visrl.json"
 LIMITS = ("image_min_pixels", "image_max_pixels", "crop_min_pixels", "crop_max_pixels")
-# More pixels than any picture has, and than any picture can be enlarged to; larger numbers are slips.
+# More pixels than any image has, and than any image can be enlarged to; larger numbers are slips.
 MOST_PIXELS, LARGEST_MINIMUM = 10**9, 10**8
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Pixel limits of the whole picture and of crops (None: the processor's own), the crop rule and the box codec.
+    """Pixel limits of the whole image and of crops (None: the processor's own), the crop rule and the box codec.
 
     Raises:
         ConfigError: no such crop rule or codec, or a limit that is no number of pixels.

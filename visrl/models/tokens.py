@@ -1,4 +1,4 @@
-"""How many tokens a model makes of texts and pictures, for the statistics of a data set (data/stats.py)."""
+"""How many tokens a model makes of texts and images, for the statistics of a data set (data/stats.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from visrl.models.encode import Encoder
 
 
 class TokenCounts:
-    """A `TokenCounter` over an encoder. A picture's tokens depend on its size only, so that each size is tried once."""
+    """A `TokenCounter` over an encoder. An image's tokens depend on its size only, so that each size is tried once."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder

@@ -182,7 +182,7 @@ def client_asker(client: Client) -> AskAll:
     from visrl.engines.endpoint import OWNER, trial
 
     if client.check() != {OWNER}:
-        client.try_out(trial(with_picture=False))
+        client.try_out(trial(with_image=False))
         return client.ask_all
 
     def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:
