@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from visrl.image_files import MAX_SCANNED_PIXELS, MAX_SCANS
-from visrl.images import ImageError, open_image, picture_size
+from visrl.images import ImageError, image_size, open_image
 
 SIZE = (64, 48)
 
@@ -84,7 +84,7 @@ def test_no_chunk_beside_the_pixels_keeps_a_png_from_being_read(kind):
     data = png_with(*PNG_METADATA[kind])
     image = open_image(data)
     assert image.tobytes() == pixels(saved("PNG"))
-    assert picture_size(data) == SIZE
+    assert image_size(data) == SIZE
 
 
 def test_damage_after_a_pngs_pixels_changes_nothing():
@@ -133,7 +133,7 @@ JPEG_METADATA = {
 def test_no_application_segment_keeps_a_jpeg_from_being_read(kind):
     data = jpeg_with(*JPEG_METADATA[kind])
     assert open_image(data).tobytes() == pixels(saved("JPEG", quality=95))
-    assert picture_size(data) == SIZE
+    assert image_size(data) == SIZE
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -167,7 +167,7 @@ def test_a_tiff_is_read_without_the_tags_that_are_no_pixels(order):
 def test_a_readable_orientation_turns_every_format_as_pillow_does(format, orientation):
     data = saved(format, exif=exif_of(orientation))
     assert open_image(data).tobytes() == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB").tobytes()
-    assert picture_size(data) == open_image(data).size
+    assert image_size(data) == open_image(data).size
 
 
 def test_the_orientation_of_xmp_and_of_imagemagicks_profiles_is_read():
@@ -182,7 +182,7 @@ def test_the_orientation_of_xmp_and_of_imagemagicks_profiles_is_read():
         png_with(chunk(b"tEXt", b"Raw profile type APP1\0" + raw)),
         saved("WEBP", xmp=xmp, lossless=True),
     ):
-        assert open_image(data).size == picture_size(data) == (48, 64)
+        assert open_image(data).size == image_size(data) == (48, 64)
 
 
 # --- Bounds ---------------------------------------------------------------------------------------------------------
@@ -291,4 +291,4 @@ def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path):
     with pytest.raises(ImageError, match="has 200,000,001 bytes, more than 200,000,000"):
         open_image(str(path))
     with pytest.raises(ImageError, match="more than 200,000,000"):
-        picture_size(str(path))
+        image_size(str(path))

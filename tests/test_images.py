@@ -12,7 +12,7 @@ from PIL import Image
 
 from visrl.box import Box
 from visrl.conversation import crop_view, open_view
-from visrl.images import ImageError, crop, open_image, picture_path, picture_size
+from visrl.images import ImageError, crop, image_path, image_size, open_image
 from visrl.records import Picture
 
 
@@ -40,7 +40,7 @@ def blue_corner(image: Image.Image) -> tuple[bool, bool]:
 def test_without_annotation_the_exif_tag_turns_the_picture():
     data = picture_bytes(format="JPEG", orientation=6)
     image = open_image(data)
-    assert image.size == (48, 64) == picture_size(data)
+    assert image.size == (48, 64) == image_size(data)
     assert blue_corner(image) == (False, True)
 
 
@@ -101,10 +101,10 @@ def test_paths_bytes_and_data_urls_give_the_same_picture(tmp_path):
 
 def test_the_root_may_be_the_folder_of_one_data_set(tmp_path):
     (tmp_path / "1.png").write_bytes(picture_bytes())
-    assert picture_path("cot/gqa/1.png", tmp_path) == tmp_path / "1.png"
-    assert picture_path("cot/gqa/2.png", tmp_path) is None
-    assert picture_path("x" * 5000, tmp_path) is None
-    assert picture_path("a\0b", tmp_path) is None
+    assert image_path("cot/gqa/1.png", tmp_path) == tmp_path / "1.png"
+    assert image_path("cot/gqa/2.png", tmp_path) is None
+    assert image_path("x" * 5000, tmp_path) is None
+    assert image_path("a\0b", tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_ten_thousand_mutated_pictures_are_pictures_or_clear_errors():
 def test_relative_paths_are_looked_for_here_without_a_root(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(picture_bytes())
     monkeypatch.chdir(tmp_path)
-    assert picture_path("a.png") == Path("a.png")
+    assert image_path("a.png") == Path("a.png")
     assert open_image("a.png").size == (64, 48)

@@ -76,7 +76,7 @@ def decode_image(
         return rgb.transpose(turn) if turn is not None else rgb
 
 
-def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
+def image_size(ref: str | bytes, root: str | Path | None = None) -> Size:
     """The width and height that `open_image` gives without an annotation, from the file's header alone.
 
     Raises:
@@ -89,7 +89,7 @@ def picture_size(ref: str | bytes, root: str | Path | None = None) -> Size:
         return (image.height, image.width) if _is_quarter_turn(_TURNS.get(orientation)) else image.size
 
 
-def picture_path(ref: str, root: str | Path | None = None) -> Path | None:
+def image_path(ref: str, root: str | Path | None = None) -> Path | None:
     """Where the picture `ref` lies under `root`, or None.
 
     Of `cot/gqa/1.jpg` also `gqa/1.jpg` and `1.jpg` are looked for, so that `root` may be the folder of one data set.
@@ -138,7 +138,7 @@ def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO,
             raise ImageError(f"the data URL {ref[:30]}… {error}") from error
     if ref.startswith(("http://", "https://")):
         raise ImageError(f"{ref[:200]} is not fetched: download the picture and give its path")
-    path = picture_path(ref, root)
+    path = image_path(ref, root)
     if path is None:
         raise ImageError(f"no picture at {Path(root or '.') / ref}")
     return path, str(path)

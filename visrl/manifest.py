@@ -92,11 +92,11 @@ def _locked(lock: Path, output: str | os.PathLike[str], until: float) -> int:
         os.close(descriptor)  # the last holder has removed this file: take the one that is there now
     # Only words that are no key=value and no address: those may hold passwords.
     words = [Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if "=" not in word and "://" not in word)]
-    told = (
+    holder = (
         f"process {os.getpid()} on {socket.gethostname()} ({' '.join(words)[:200]}, since {time.strftime('%H:%M:%S')})"
     )
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, told.encode(errors="replace"), 0)
+    os.pwrite(descriptor, holder.encode(errors="replace"), 0)
     return descriptor
 
 

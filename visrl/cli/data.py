@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
 from visrl.cli.verbs import Verbs
 from visrl.config import Config, ConfigError, build_config, read_yaml
+
+if TYPE_CHECKING:
+    from visrl.data.formats import Reading
 
 
 class _DataVerbs(Verbs):
@@ -92,9 +95,7 @@ def convert(
     """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
     from visrl.data.convert import Selection
     from visrl.data.convert import convert as run
-    from visrl.data.formats import Reading
     from visrl.data.rows import format_notes
-    from visrl.data.sizes import Sizes
 
     given = {
         "source": source, "target": target, "sizes": sizes, "images": images, "seed": seed,
@@ -109,8 +110,7 @@ def convert(
     options = build_config(ConvertConfig, values, where=config or "the command line")
     space = _space(options.box_space)
     _refuse_options(options.source, dataset=dataset, columns=columns, split=split)
-    own = _space(box_space) if box_space else None
-    reading = Reading(Sizes(options.sizes, options.images), own, dataset, _pairs(columns), split or "train")
+    reading = _reading(options.sizes, options.images, box_space, dataset, columns, split)
     with _progress() as tick:
         summary = run(
             options.source,
@@ -157,18 +157,14 @@ def check(
     """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
     from visrl.data.check import as_text
     from visrl.data.check import check as run
-    from visrl.data.formats import Reading
-    from visrl.data.sizes import Sizes
 
-    space = _space(box_space) if box_space else None
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
     if images is not None and not Path(images).is_dir():
         print(f"visrl: there is no folder {images}; every picture counts as missing", file=sys.stderr)
+    reading = _reading(sizes, images, box_space, dataset, columns, split)
     with _progress() as tick:
-        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
         report = run(source, inputs, reading, tick)
-        root = Sizes(images=images).images
-    print(json.dumps(report.as_json()) if as_json else as_text(report, root))
+    print(json.dumps(report.as_json()) if as_json else as_text(report, reading.sizes.images))
 
 
 @app.command()
@@ -187,15 +183,12 @@ def stats(
     split: Split = None,
 ) -> None:
     """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
-    from visrl.data.formats import Reading
-    from visrl.data.sizes import Sizes
     from visrl.data.stats import as_table, measure
 
-    space = _space(box_space) if box_space else None
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)
     tokens = _token_counts(model, image_max_pixels, crop_max_pixels) if model else None
+    reading = _reading(sizes, images, box_space, dataset, columns, split)
     with _progress() as tick:
-        reading = Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
         found = measure(source, inputs, reading, tokens, tick)
     print(as_table(found))
     if html:
@@ -234,6 +227,18 @@ def _progress() -> Iterator[Callable[[int], None]]:
         print(" " * 40, end="\r", file=sys.stderr, flush=True)
 
 
+def _reading(
+    sizes: list[str] | None, images: str | None, box_space: str | None, dataset: str | None,
+    columns: list[str] | None, split: str | None,
+) -> Reading:  # fmt: skip
+    """How the input is read, by the options of the command line."""
+    from visrl.data.formats import Reading
+    from visrl.data.sizes import Sizes
+
+    space = _space(box_space) if box_space else None
+    return Reading(Sizes(sizes, images), space, dataset, _pairs(columns), split or "train")
+
+
 def _refuse_options(source: str, **given: Any) -> None:
     """Refuse options that mean nothing for the format that is read.
 
@@ -243,6 +248,8 @@ def _refuse_options(source: str, **given: Any) -> None:
     """
     from visrl.data.formats import FORMATS, find_format
 
+    if given.get("box_space"):
+        _space(given["box_space"])
     taken = find_format(source).options
     for option, value in given.items():
         if value and option not in taken:

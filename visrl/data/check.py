@@ -17,7 +17,7 @@ from visrl.data.convert import dataset_of
 from visrl.data.formats import Reading, find_format, other_format
 from visrl.data.rows import DataRow, format_notes
 from visrl.data.sizes import FOLDERS, viscot_path
-from visrl.images import ImageError, names_file, open_image, picture_path
+from visrl.images import ImageError, image_path, names_file, open_image
 from visrl.records import Sample
 
 FAULTS = ("inverted", "outside", "empty", "unparseable")  # always reported, also where there are none
@@ -126,7 +126,7 @@ def _look_at(report: Report, row: DataRow, ref: str, size: Size | None, root: Pa
     """Open a picture once: is it there, whole, of its annotated `size` and of a shape that a model can take?"""
     if root is None:
         return
-    if names_file(ref) and picture_path(ref, root) is None:
+    if names_file(ref) and image_path(ref, root) is None:
         report.missing_images = (report.missing_images or 0) + 1
         report.missing[_origin(row, ref)] += 1
         report.note("missing", ref)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from visrl.codecs import BoxSpace
+from visrl.data.embedded import EmbeddedImages
 from visrl.data.formats import DataFormat, Reading, Writing, find_format, row_of
 from visrl.data.hf import ParquetWriter, is_hf
 from visrl.data.info import DatasetEntry, find_entry
-from visrl.data.picture_files import PictureFiles
 from visrl.data.rows import DataRow, RowFault, Writer
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json
 from visrl.manifest import hold
@@ -187,7 +187,7 @@ class _Files:
         self.reply_columns: set[str] = set()
         self.bad: Writer | None = None
         # Pictures in the rows of a parquet file become files; those in the data URLs of other rows stay as they stood.
-        self.pictures = PictureFiles(out) if pictures else None
+        self.pictures = EmbeddedImages(out) if pictures else None
 
     def __enter__(self) -> _Files:
         self.writers: list[Writer | ParquetWriter] = []

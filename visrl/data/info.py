@@ -67,6 +67,15 @@ def read_info(folder: str | os.PathLike[str]) -> dict[str, DatasetEntry]:
         RecordError: no such file, or no JSON object.
     """
     path = Path(folder) / INFO
+    return {name: _entry(name, value, path) for name, value in read_values(path).items()}
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a `dataset_info.json` holds, as it stands.
+
+    Raises:
+        RecordError: no such file, or no JSON object.
+    """
     try:
         info = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -76,7 +85,7 @@ def read_info(folder: str | os.PathLike[str]) -> dict[str, DatasetEntry]:
     if not isinstance(info, dict):
         what = "a list, as ms-swift has it" if isinstance(info, list) else f"{type(info).__name__}"
         raise RecordError(f"{path} must hold an object of data sets by name, not {what}")
-    return {name: _entry(name, value, path) for name, value in info.items()}
+    return info
 
 
 def find_entry(path: str | os.PathLike[str], name: str | None = None) -> DatasetEntry:

@@ -12,7 +12,7 @@ from typing import Any
 from visrl.box import Box, BoxError, Size
 from visrl.codecs import BOX_SPACES, BoxSpace
 from visrl.data.dialogs import CHOSEN_CROP
-from visrl.data.info import INFO, STEP_COLUMNS, DatasetEntry
+from visrl.data.info import INFO, STEP_COLUMNS, DatasetEntry, read_values
 from visrl.data.rows import RowFault
 from visrl.data.viscot import need_answer, need_box
 from visrl.manifest import hold
@@ -82,11 +82,15 @@ def ranking_row(preferences: Sequence[Preference]) -> dict[str, Any]:
 
 
 def add_entry(file: str | os.PathLike[str], entry: dict[str, Any]) -> Path:
-    """Describe `file` by `entry` in the `dataset_info.json` beside it, under its stem; other entries are kept."""
+    """Describe `file` by `entry` in the `dataset_info.json` beside it, under its stem; other entries are kept.
+
+    Raises:
+        RecordError: there is one already that is no JSON object.
+    """
     file = Path(file)
     path = file.parent / INFO
     with hold(path, wait_s=30):  # other conversions describe their files here, too
-        info = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+        info = read_values(path) if path.is_file() else {}
         info[file.stem] = entry
         return write_text(path, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 

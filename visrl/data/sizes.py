@@ -58,12 +58,12 @@ class Sizes:
         return [self._boxes[key], *self._more_boxes.get(key, ())]
 
     def _from_picture(self, ref: str) -> Size:
-        from visrl.images import ImageError, names_file, picture_size  # what decodes is not needed to list formats
+        from visrl.images import ImageError, image_size, names_file  # what decodes is not needed to list formats
 
         if self.images is None and names_file(ref):
             raise RowFault("no_size", f"the size of {ref} is not known: give --sizes FILE or --images DIR")
         try:
-            return picture_size(ref, self.images)
+            return image_size(ref, self.images)
         except ImageError as error:
             raise RowFault("no_size", f"the size of {ref} is not known: {error}") from error
 

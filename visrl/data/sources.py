@@ -25,7 +25,7 @@ from visrl.data.info import check_names, find_entry, is_named
 from visrl.data.native import parse_own
 from visrl.data.rows import DataRow, format_notes, read_rows
 from visrl.data.sizes import Sizes
-from visrl.images import names_file, picture_path
+from visrl.images import image_path, names_file
 from visrl.manifest import hash_files
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
 from visrl.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
@@ -251,7 +251,7 @@ def _placed(
 
     @lru_cache(maxsize=10_000)
     def found(ref: str) -> str:
-        beside = picture_path(ref, Path(folder)) if names_file(ref) and picture_path(ref) is None else None
+        beside = image_path(ref, Path(folder)) if names_file(ref) and image_path(ref) is None else None
         return ref if beside is None else str(beside)
 
     for record in records:

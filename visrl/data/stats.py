@@ -14,7 +14,7 @@ from typing import Protocol
 
 from visrl.box import CropRule, Size, crop_window
 from visrl.data.formats import Reading, find_format
-from visrl.images import ImageError, picture_size
+from visrl.images import ImageError, image_size
 from visrl.records import Sample
 
 SAMPLED = 500  # samples whose tokens are counted: the mean is then known to a few per cent
@@ -179,6 +179,6 @@ def _add_count(counts: list[int], tokens: int | None) -> bool:
 
 def _size(ref: str, images: Path | None) -> Size | None:
     try:
-        return picture_size(ref, images)
+        return image_size(ref, images)
     except ImageError:
         return None

@@ -18,7 +18,7 @@ from visrl.data.sizes import Sizes
 from visrl.data.sources import read_samples
 from visrl.data.viscot import parse_viscot
 from visrl.evaluate.published import REFCOCO_SPLITS, VISCOT_QUESTIONS
-from visrl.images import names_file, picture_path
+from visrl.images import image_path, names_file
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError, Sample
 from visrl.rewards.detection import truth_box
@@ -93,7 +93,7 @@ def missing_pictures(questions: Iterable[BenchmarkQuestion], image_root: str | N
         if ref in seen or not names_file(ref):
             continue
         seen.add(ref)
-        if picture_path(ref, image_root) is None:
+        if image_path(ref, image_root) is None:
             missing.setdefault(question.sample.source, []).append(ref)
     return missing
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from visrl.images import names_file, picture_path
+from visrl.images import image_path, names_file
 from visrl.manifest import PACKAGES, hash_files, package_versions
 from visrl.models.modes import evaluating
 from visrl.packing.forward import branch_logps
@@ -34,7 +34,7 @@ def hash_images(refs: Iterable[str], root: str | Path | None = None) -> str:
     """One short hash over the bytes of all image files that `refs` name, each read once. Drawn scenes and data URLs
     are what their names say."""
     names = sorted({ref for ref in refs if names_file(ref)})
-    paths = (picture_path(name, root) for name in names)
+    paths = (image_path(name, root) for name in names)
     return hash_files(*(path for path in paths if path is not None))
 
 

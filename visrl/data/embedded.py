@@ -12,7 +12,7 @@ from typing import Any
 _ENDINGS = {"jpeg": "jpg", "octet-stream": "bin"}
 
 
-class PictureFiles:
+class EmbeddedImages:
     """The folder `<stem of the output>_pictures`. Rows name its files relative to the output's folder.
 
     What was written is taken away again where the work with it fails.
@@ -57,7 +57,7 @@ class PictureFiles:
                     part.unlink(missing_ok=True)
         return f"{self.folder.name}/{name}"
 
-    def __enter__(self) -> PictureFiles:
+    def __enter__(self) -> EmbeddedImages:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
