@@ -19,6 +19,7 @@ from visrl.manifest import read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.train.checkpoints import TrainingError
 from visrl.train.config import TrainConfig
+from visrl.train.identity import parents_of
 from visrl.train.losses import LOSSES, Loss
 from visrl.train.run import train
 
@@ -68,6 +69,17 @@ def test_the_documented_loss_trains_as_arithmetic_says(tmp_path: Path) -> None:
     for row, margin in zip(steps, margins, strict=True):
         assert row["loss"] == pytest.approx((0.1 * margin - 0.5) ** 2, abs=1e-4)  # pref_beta, simpo_gamma
     assert read_manifest(out)["parents"]["loss"]
+
+
+def test_a_changed_loss_is_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from visrl.train.losses import Loss, dpo\nOWN = Loss(dpo, 'as it was')\n"
+    (tmp_path / "changing_losses.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = parents_of(config(tmp_path / "out", "changing_losses:OWN"), [])
+    (tmp_path / "changing_losses.py").write_text(text.replace("was", "is now"))
+    after = parents_of(config(tmp_path / "out", "changing_losses:OWN"), [])
+    assert {name for name in after if after[name] != before[name]} == {"loss"}
+    assert "loss" not in parents_of(config(tmp_path / "out", "sigmoid"), [])
 
 
 def test_a_loss_that_is_none_is_refused_before_anything_is_loaded(

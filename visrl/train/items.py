@@ -35,6 +35,8 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class Item:
+    """What is optimised together: the box and the answer row of a question, or all rows of an image."""
+
     id: str
     rows: tuple[TrainingRow, ...]
 
@@ -52,7 +54,8 @@ class Branch:
 
 @dataclass(slots=True)
 class TrainingBatch:
-    """A packed batch and what its branches are; `items` counts whole items, `targets` response tokens."""
+    """A packed batch and what its branches are, one for each response; `items` counts whole items, `targets` response
+    tokens. An item of stage 2 has four branches: chosen and rejected of its box row and of its answer row."""
 
     packed: PackedBatch
     branches: list[Branch]

@@ -19,6 +19,7 @@ from visrl.models.modes import evaluating
 from visrl.packing.forward import branch_logps
 from visrl.progress import progress
 from visrl.records import write_text
+from visrl.sequences import batched
 from visrl.train.distributed import gather_dicts, shard_batches, whole_weights
 from visrl.train.features import FeatureCache
 from visrl.train.items import Collator, Item, TrainingBatch
@@ -58,8 +59,7 @@ def reference_logps(
             return stored["logps"]
     device = next(model.parameters()).device
     logps: dict[str, float] = {}
-    count = len(items)  # type: ignore[arg-type]
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    batches = batched(range(len(items)), batch_size)  # type: ignore[arg-type]
     with whole_weights(model), evaluating(model):
         for members, _ in progress(shard_batches(batches), "reference log-probabilities", units="batches"):
             batch: TrainingBatch = collator([items[n] for n in members])["batch"]

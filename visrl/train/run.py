@@ -136,14 +136,7 @@ def train_here(config: TrainConfig) -> None:
         "peak_memory_mb": round(peak_memory(arguments.device) / 1e6),
         "crop_rule": settings.crop_rule,
     }
-    _save(trainer, encoder, out)
-    if trainer.is_world_process_zero():
-        if config.plot_loss:
-            plot_loss(out)
-        facts["seconds"] = round(time.time() - started, 1)
-        write_manifest(out, verb="train", config=identity_of(config), parents=parents, **facts)
-        for checkpoint in out.glob("checkpoint-*"):  # not before: a kill until here must leave what to resume from
-            shutil.rmtree(checkpoint)
+    _write(trainer, encoder, parents, facts, started)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
     say(_next_command(config))
 
@@ -227,10 +220,21 @@ def _format_data(config: TrainConfig, arguments: TrainingArguments, dataset: Any
     return f"{text}; {len(validation)} to validate on" if validation is not None else text
 
 
-def _save(trainer: VisrlTrainer, encoder: Encoder, out: Path) -> None:
+def _write(
+    trainer: VisrlTrainer, encoder: Encoder, parents: dict[str, str], facts: dict[str, Any], started: float
+) -> None:
+    """Write what is left of a training that has come to its end: weights, processor, settings, curves and manifest."""
+    config, out = trainer.visrl_config, trainer.visrl_config.output_dir
     with writing(out):
         trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        encoder.processor.save_pretrained(out)
-        encoder.settings.save(out)
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
+    if not trainer.is_world_process_zero():
+        return
+    encoder.processor.save_pretrained(out)
+    encoder.settings.save(out)
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest says the same in the open
+    if config.plot_loss:
+        plot_loss(out)
+    facts["seconds"] = round(time.time() - started, 1)
+    write_manifest(out, verb="train", config=identity_of(config), parents=parents, **facts)
+    for checkpoint in out.glob("checkpoint-*"):  # not before: a kill until here must leave what to resume from
+        shutil.rmtree(checkpoint)

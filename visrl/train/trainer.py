@@ -16,6 +16,7 @@ from visrl.models.load import load_model
 from visrl.models.modes import evaluating
 from visrl.packing.forward import branch_logps
 from visrl.records import RecordError, Sample
+from visrl.sequences import batched
 from visrl.train import losses
 from visrl.train.checkpoints import TrainingError, check_finite, resumed_step, writing
 from visrl.train.config import TrainConfig
@@ -116,6 +117,11 @@ class VisrlTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """The loss of a batch, a scalar: the sum over its rows, divided by `num_items_in_batch` where that is known.
+
+        Raises:
+            TrainingError: a row's loss is no number; the message names rows.
+        """
         batch: TrainingBatch = inputs["batch"]
         per_row = self._row_losses(model, batch)
         if not torch.isfinite(per_row).all():
@@ -208,8 +214,7 @@ class VisrlTrainer(Trainer):
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         model, since_log, validation = self.model_wrapped, self._meters, RunningMeans()
-        size, count = self.args.eval_batch_size, len(self.validation)
-        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        batches = batched(range(len(self.validation)), self.args.eval_batch_size)
         with evaluating(model):
             for members, counts in shard_batches(batches):
                 inputs = self._prepare_inputs(self.data_collator([self.validation[n] for n in members]))
