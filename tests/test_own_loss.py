@@ -85,19 +85,27 @@ def test_a_changed_loss_is_another_training(tmp_path: Path, monkeypatch: pytest.
 def test_a_loss_that_is_none_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "from visrl.train.losses import Loss, dpo\nSTEEP = Loss(dpo, 'steeper', beta=0.7)\nNUMBER = 3\n"
+    text = """
+from visrl.train.losses import Loss, dpo
+STEEP = Loss(dpo, "steeper", beta=0.7)
+SMOOTH = Loss(dpo, "with a key that there is not", parameters={"label_smoothing": "smoothness"})
+NUMBER = 3
+"""
     (tmp_path / "odd_losses.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert config(tmp_path / "out", "odd_losses:STEEP").pref_beta == 0.7
     assert config(tmp_path / "out", "odd_losses:STEEP", pref_beta=0.2).pref_beta == 0.2
     for name, said in (
         ("odd_losses:NUMBER", "is of type int; a loss of your own is a visrl.train.losses.Loss"),
+        ("odd_losses:SMOOTH", "it reads the key 'smoothness', which `visrl train` does not have"),
         ("odd_losses:NOTHING", "has no 'NOTHING'"),
         ("no_losses:LOSS", "there is no module 'no_losses'"),
         ("sigmiod", "'kto' or 'sft', or one of your own as module:NAME"),
     ):
         with pytest.raises(ConfigError, match=f"pref_loss: .*{said}"):
             config(tmp_path / "out", name)
+    with pytest.raises(ConfigError, match="reads 'pair' or 'response', not 'pairs'"):
+        Loss(LOSSES["sigmoid"].function, "a slip", reads="pairs")  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_one_number_for_all_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

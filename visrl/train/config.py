@@ -38,7 +38,9 @@ def _known_stage(value: Any) -> Any:
 
 
 def _known_loss(name: str) -> str:
-    find_loss(name)
+    unknown = set(find_loss(name).parameters.values()) - TrainConfig.known_keys()
+    if unknown:
+        raise ValueError(f"it reads the key {sorted(unknown)[0]!r}, which `visrl train` does not have")
     return name
 
 

@@ -37,6 +37,10 @@ class Loss:
     beta: float | None = 0.1  # where `pref_beta` is not given; None: it has none
     parameters: Mapping[str, str] = field(default_factory=dict)  # further keywords → the keys of the config they are
 
+    def __post_init__(self) -> None:
+        if self.reads not in ("pair", "response"):
+            raise ConfigError(f"a loss reads 'pair' or 'response', not {self.reads!r}")
+
     def arguments(self, pair: tuple[Tensor, Tensor], ref_pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """What the function reads of log-probabilities (chosen, rejected) under the policy and under the reference."""
         sides = 2 if self.reads == "pair" else 1
