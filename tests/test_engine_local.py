@@ -183,7 +183,7 @@ def test_pictures_are_resized_as_the_processor_resizes_them(engine, size, is_cro
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     encoder = engine.encoder
     ours = encoder.encode_views([View(f"noise {size} {is_crop}", Image.fromarray(noise), is_crop)])[0]
-    limits = encoder._limits(is_crop)
+    limits = encoder.limits(is_crop)
     theirs = encoder.processor.image_processor([Image.fromarray(noise)], size=limits, return_tensors="pt")
     assert torch.equal(ours.inputs["pixel_values"], theirs["pixel_values"])
     assert torch.equal(ours.inputs["image_grid_thw"], theirs["image_grid_thw"])

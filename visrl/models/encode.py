@@ -115,7 +115,7 @@ class Encoder:
                 with _refusing(view):
                     self.processed_size(view.size, is_crop)
             if group and self.family.pixel_limits:
-                known |= self._preprocess(group, self._limits(is_crop))
+                known |= self._preprocess(group, self.limits(is_crop))
             elif group:
                 known |= self._preprocess_each(group, is_crop, alone=not mark)
         encoded = [known[view.key + mark] for view in views]
@@ -153,7 +153,7 @@ class Encoder:
         if not self.family.pixel_limits:
             return size
         try:
-            return limited_size(self.processor.image_processor, size, self._limits(is_crop))
+            return limited_size(self.processor.image_processor, size, self.limits(is_crop))
         except ValueError as error:
             raise PromptError(f"a picture of {size[0]} × {size[1]} px: the model's processor says {error}") from error
 
@@ -179,9 +179,10 @@ class Encoder:
         none."""
         if not self.family.pixel_limits:
             return None
-        return covering_limits(self.processor.image_processor, [self._limits(is_crop) for is_crop in (False, True)])
+        return covering_limits(self.processor.image_processor, [self.limits(is_crop) for is_crop in (False, True)])
 
-    def _limits(self, is_crop: bool) -> PixelRange:
+    def limits(self, is_crop: bool = False) -> PixelRange:
+        """The smallest and the largest number of pixels of an image, or of a crop, for processors that take both."""
         own = self.processor.image_processor.size
         given = self.settings
         low = given.crop_min_pixels if is_crop else given.image_min_pixels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +13,16 @@ from pydantic import Field
 from safetensors import SafetensorError
 
 from visrl.config import Adapters, Config, ConfigError, as_config
+from visrl.engines.server_process import vllm_command
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_adapter
 from visrl.models.chain import adapter_chain, described
+from visrl.models.encode import Encoder
 from visrl.models.folder import CheckpointError, first_line
 from visrl.models.load import check_finite, load_encoder, load_model, quiet, some
 from visrl.models.settings import ModelSettings
+from visrl.train.card import Card, card_text, history, trainings
 
 MOST_APART = 1e-3  # of token log-probabilities, in the same type: rounding stays far below
 STAGE = "unfinished"  # the folder inside the output in which everything is written first
@@ -48,8 +51,8 @@ def export(config: ExportConfig | str | Path | None = None, /, **keys: Any) -> P
         keys: keys of `ExportConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        `export_dir`: weights as safetensors, processor, settings and manifest, with the largest deviation of the merged
-        model from the adapter in token log-probabilities (nats).
+        `export_dir`: weights as safetensors, processor, settings, a model card (`README.md`) and manifest, with the
+        largest deviation of the merged model from the adapter in token log-probabilities (nats).
 
     Raises:
         CheckpointError: no model or no adapter at the paths given, one that does not fit the other, a merged model that
@@ -111,6 +114,7 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
             "max_logp_deviation": deviation,
             f"max_logp_deviation_{config.export_dtype}": _largest(_logps(written, probe) - of_adapter),
         }
+        (stage / "README.md").write_text(card_text(_card(config, encoder, facts)), encoding="utf-8")
         claim_folder(out, identity)
         for file in sorted(stage.iterdir()):
             file.replace(out / file.name)
@@ -119,6 +123,22 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
         f"merged; token log-probabilities move by at most {facts['max_logp_change']:.1e}, and deviate by at most "
         f"{deviation:.1e} in fp32 and {facts[f'max_logp_deviation_{config.export_dtype}']:.1e} as "
         f"{config.export_dtype} → {out}"
+    )
+
+
+def _card(config: ExportConfig, encoder: Encoder, facts: Mapping[str, Any]) -> Card:
+    """What the model card of this export is made of."""
+    base, before = history(config.model_name_or_path)
+    folder = str(config.export_dir)
+    return Card(
+        folder=folder,
+        base=base,
+        trainings=[*before, *trainings([one["path"] for one in facts["adapters"]])],
+        settings=encoder.settings,
+        dtype=config.export_dtype,
+        deviation=facts[f"max_logp_deviation_{config.export_dtype}"],
+        size=encoder.limits() if encoder.family.pixel_limits else None,
+        vllm=vllm_command(folder, encoder, 8000, served_name=folder, max_images=2),
     )
 
 
