@@ -1,7 +1,8 @@
 """How fast data is read, and what mixed box conventions cost.
 
 `python benchmarks/data.py` makes a synthetic file of 438,000 Visual-CoT rows in a temporary folder and times reading,
-checking and converting it, each in a process of its own, with its largest memory. `--rows N` makes another number.
+checking and converting it, and reading it again as our own rows and as ShareGPT's, each in a process of its own, with
+its largest memory. `--rows N` makes another number.
 `--samples DIR` measures instead, on published rows (`DIR/viscot_benchmark`, `DIR/viscot_detection`), how much of what
 was meant is cropped when text of the padded square is taken for text of the image, as the reference does.
 """
@@ -29,6 +30,15 @@ from visrl.data.sizes import Sizes
 from visrl.data.viscot import detection_row, viscot_row
 from visrl.records import Sample
 
+TASKS = (
+    "read",
+    "check",
+    "convert to visrl",
+    "read visrl",
+    "convert to sharegpt",
+    "read sharegpt",
+    "convert to rl-pool",
+)
 ROWS = 438_000  # of Visual-CoT's whole training file
 
 
@@ -56,6 +66,11 @@ def measure(folder: Path, what: str) -> None:
         "check": lambda: check("viscot", [train], reading).good,
         "convert to visrl": lambda: sum(convert("viscot", "visrl", [train], str(folder / "o.jsonl"), reading=reading)
                                         .written.values()),
+        "read visrl": lambda: sum(1 for row in read_format("visrl", str(folder / "o.jsonl"), reading) if not row.fault),
+        "convert to sharegpt": lambda: sum(convert("visrl", "sharegpt", [str(folder / "o.jsonl")],
+                                                   str(folder / "s.json")).written.values()),
+        "read sharegpt": lambda: sum(1 for row in read_format("sharegpt", str(folder / "s.json"), Reading())
+                                     if not row.fault),
         "convert to rl-pool": lambda: sum(convert("viscot", "rl-pool", [train], str(folder / "p.jsonl"))
                                           .written.values()),
     }  # fmt: skip
@@ -120,7 +135,7 @@ def main() -> None:
         make_files(folder, options.rows)
         print(f"{options.rows:,} rows, {(folder / 'train.json').stat().st_size / 1e6:.0f} MB")
         print(f"{'task':20}{'rows/s':>10}{'rows/cpu-s':>12}{'peak MB':>9}")
-        for what in ("read", "check", "convert to visrl", "convert to rl-pool"):
+        for what in TASKS:
             command = [sys.executable, __file__, "--task", name, what]
             figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             assert figures["good"] == options.rows

@@ -530,3 +530,13 @@ def test_entries_of_any_form_are_read_or_refused_in_a_sentence(tmp_path):
         except RecordError:
             refused += 1
     assert refused > 100
+
+
+def test_a_dataset_info_that_cannot_be_added_to_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("[]")
+    path = write_lines(tmp_path / "own.jsonl", [{"image": "a.jpg", "question": "?", "answer": "!"}])
+    arguments = ["data", "convert", "--from", "visrl", "--to", "sharegpt", path, str(tmp_path / "out.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "must hold an object of data sets by name" in result.stderr
+    assert not (tmp_path / "out.json").exists()

@@ -19,7 +19,7 @@ from visrl.codecs import BoxSpace
 from visrl.data.embedded import EmbeddedImages
 from visrl.data.formats import DataFormat, Reading, Writing, find_format, row_of
 from visrl.data.hf import ParquetWriter, is_hf
-from visrl.data.info import DatasetEntry, find_entry
+from visrl.data.info import INFO, DatasetEntry, find_entry, read_values
 from visrl.data.rows import DataRow, RowFault, Writer
 from visrl.data.sharegpt_write import add_entry, copied_entry, entry_json
 from visrl.manifest import hold
@@ -88,6 +88,8 @@ def convert(
     same = read is wanted and wanted.writer is Writer  # parquet has typed columns, which a bad row may not fit
     like = find_entry(inputs[0], reading.dataset) if same and wanted.in_dataset_info else None
     pictures = read.holds_pictures or any(map(is_hf, inputs))
+    if wanted.in_dataset_info and (info := Path(out).parent / INFO).is_file():
+        read_values(info)  # which gets the output's entry: that it cannot is said before anything is written
     files = _Files(Path(out), wanted, validation, seed, pictures)
     summary = Summary()
     with files:
