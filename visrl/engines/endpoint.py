@@ -29,7 +29,7 @@ CROP_DETAIL = "low"  # how a crop is marked for our own server, which then keeps
 
 
 class EndpointEngine:
-    """An `Engine` over one or many servers.
+    """A `Policy` over one or many servers.
 
     `codec` says how the served model writes boxes. `encoder` is that of its checkpoint, where there is one here:
     images are sent as its processor sizes them, so that no limit of a server's own comes between (a server has one

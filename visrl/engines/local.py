@@ -19,10 +19,10 @@ from visrl.engines.base import Completion, Request, Sampling
 from visrl.engines.cached import CachedBatch, CachedModel, group_by_image
 from visrl.engines.decoding import DecodeBatch, OnToken
 from visrl.engines.recompute import RecomputedBatch, try_out
-from visrl.models.adapters import merge_adapter, read_adapter
+from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.load import load_encoder, load_model, note_dtype, reading
+from visrl.models.load import load_encoder, note_dtype
 from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
 from visrl.sequences import batched
@@ -63,12 +63,8 @@ class LocalEngine:
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         merged = [read_adapter(one) for one in adapter_chain(path, adapter)]
         encoder = load_encoder(path, settings, trust_remote_code=trust_remote_code)
-        model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_merged(path, merged, device, dtype=dtype, trust_remote_code=trust_remote_code)
         note_dtype(path, dtype)
-        with reading(path, f"the model cannot be put on {device}"):
-            model = model.to(device).eval()
-        for one in merged:
-            model = merge_adapter(model, one, path).eval()
         try_out(model, encoder, path)
         return LocalEngine(model, encoder, name=str(path))
 

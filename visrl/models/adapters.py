@@ -18,7 +18,7 @@ from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, hash_checkpoint, read_manifest
 from visrl.models.families import older_names
 from visrl.models.folder import ADAPTER, CheckpointError, check_files, check_hub_name, read_headers, read_object
-from visrl.models.load import check_finite, reading, some
+from visrl.models.load import check_finite, load_model, reading, some
 from visrl.progress import note
 
 METHODS = ("LORA", "IA3", "LOHA", "LOKR")  # whose merge is tested here; DoRA and rank patterns are LoRA's
@@ -65,6 +65,24 @@ def read_adapter(path: str | Path) -> Adapter:
         tensors = load_file(file)
     check_finite(f"{file}: the adapter's weights", tensors)
     return Adapter(folder, config, tensors)
+
+
+def load_merged(
+    path: str | Path, adapters: Iterable[Adapter], device: str | None = None, **options: Any
+) -> torch.nn.Module:
+    """The model of a checkpoint on a device, with adapters merged into its weights, the first one first; `options` are
+    those of `load_model`.
+
+    Raises:
+        CheckpointError: a model that cannot be loaded or put there, or an adapter that does not fit it.
+    """
+    model = load_model(path, **options)
+    if device is not None:
+        with reading(path, f"the model cannot be put on {device}"):
+            model = model.to(device)
+    for adapter in adapters:
+        model = merge_adapter(model, adapter, path)
+    return model.eval()
 
 
 def merge_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from visrl.config import Adapters, Config, ConfigError, as_config
 from visrl.engines.server_process import vllm_command
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
-from visrl.models.adapters import Adapter, attach_adapter, merge_adapter, read_adapter
+from visrl.models.adapters import Adapter, attach_adapter, load_merged, read_adapter
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.folder import CheckpointError, first_line
@@ -83,9 +83,7 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
     settings = ModelSettings.load(config.model_name_or_path, adapter.folder)
     encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
-    base = load_model(config.model_name_or_path, trust_remote_code=config.trust_remote_code).to(device).eval()
-    for earlier in below:
-        base = merge_adapter(base, earlier, config.model_name_or_path).eval()
+    base = load_merged(config.model_name_or_path, below, device, trust_remote_code=config.trust_remote_code)
     probe = _probe(encoder).to(device)
     of_base = _logps(base, probe)
     adapted = attach_adapter(base, adapter, config.model_name_or_path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from visrl.config import ConfigError
-from visrl.models.adapters import merge_adapter, read_adapter
+from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.chain import adapter_chain
 from visrl.models.families import (
@@ -20,7 +20,7 @@ from visrl.models.families import (
     vision_names,
     vision_tower,
 )
-from visrl.models.load import check_weights, load_config, load_model
+from visrl.models.load import check_weights, load_config
 from visrl.train.config import TrainConfig
 
 
@@ -48,11 +48,8 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
     options: dict[str, Any] = {"quantization_config": quantization(config)} if config.quantization_bit else {}
     chain = adapter_chain(config.model_name_or_path, config.adapter_name_or_path)
     merged = [read_adapter(adapter) for adapter in chain]
-    model = load_model(
-        config.model_name_or_path, dtype=weight_dtype(config), trust_remote_code=config.trust_remote_code, **options
-    )
-    for adapter in merged:
-        model = merge_adapter(model, adapter, config.model_name_or_path)
+    options |= {"dtype": weight_dtype(config), "trust_remote_code": config.trust_remote_code}
+    model = load_merged(config.model_name_or_path, merged, **options)
     use_tree_attention(model, config.attention)
     if config.stage == "dpo":
         switch_off_dropout(model)  # policy and reference must be the same function at the start
