@@ -6,7 +6,8 @@
     request = answer_request(look, protocol)           step 2: what is there
     look = finish(look, completion)                    its answer, or why there is none
 
-Who samples the completions, and how many at a time, is the driver's business: `rollout.roll_out` (sampled, batched),
+Every step leaves the look before it as it was, so that one box may get many answers. Who samples the completions, and
+how many at a time, is the driver's business: `rollout.roll_out` (sampled, batched),
 `greedy.greedy_looks` (temperature 0, batched) and `serve.focus` (one request, asynchronous).
 """
 

@@ -23,7 +23,7 @@ from visrl.serve.errors import RequestError
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
 from visrl.serve.images import Fetcher, Opener
 from visrl.serve.metrics import Metrics
-from visrl.serve.replies import ChatReply, Choice, event, event_of, model_list, whole_reply
+from visrl.serve.replies import ChatReply, Choice, ChoiceStream, Chunks, event, event_of, model_list, whole_reply
 from visrl.serve.requests import QueuedRequest
 from visrl.serve.safety import HELD, Budget, Gate
 from visrl.serve.scenes import Scenes
@@ -182,10 +182,8 @@ class _Server:
             # The places it holds are given back before the next request is looked at.
             await asyncio.gather(task, left, return_exceptions=True)
 
-    async def _answer(
-        self, asked: ChatRequest, chunks: asyncio.Queue[dict[str, Any] | None] | None, kept: Held
-    ) -> list[Choice]:
-        """All choices of a request; `chunks` is told of their parts as they come.
+    async def _answer(self, asked: ChatRequest, chunks: Chunks | None, kept: Held) -> list[Choice]:
+        """All choices of a request; their parts are put into `chunks` as they come.
 
         `kept` counts the bytes of the body, until its pictures are open, and those of the crops until they are sent.
         """
@@ -214,33 +212,21 @@ class _Server:
         views: list[View],
         index: int,
         seed: int,
-        chunks: asyncio.Queue[dict[str, Any] | None] | None,
+        chunks: Chunks | None,
         kept: Held,
     ) -> Choice:
-        sent, first = 0, {"role": "assistant"}
+        stream = ChoiceStream(index, chunks)
 
-        def tell(delta: dict[str, Any], finish_reason: str | None = None) -> None:
-            nonlocal first
-            if chunks is not None:
-                delta, first = first | delta, {}
-                chunks.put_nowait({"index": index, "delta": delta, "finish_reason": finish_reason})
-
-        def tell_focus(focus: dict[str, Any]) -> None:
+        def send_focus(focus: dict[str, Any]) -> None:
             kept.add(len(focus["crop"]))
-            tell({"focus": focus})
-
-        def tell_text(text: str) -> None:
-            nonlocal sent
-            if len(text) > sent:
-                tell({"content": text[sent:]})
-                sent = len(text)
+            stream.put({"focus": focus})
 
         queued = QueuedRequest(
             conversation,
             asked.sampling(self.settings.sampling),
             seed,
             asked.stops,
-            on_text=None if chunks is None else tell_text,
+            on_text=None if chunks is None else stream.put_text,
             passed=asked.passed,
             index=index,
         )
@@ -248,13 +234,13 @@ class _Server:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], queued)
         elif asked.suffix:
             question = to_question(asked)
-            choice = await answer_with_focus(self.backend, question, views[0], queued, tell_focus)
+            choice = await answer_with_focus(self.backend, question, views[0], queued, send_focus)
             if chunks is not None:
-                choice = replace(choice, focus=None)  # it is told, and kept no longer
+                choice = replace(choice, focus=None)  # it is sent, and kept no longer
         else:
             choice = await answer_plainly(self.backend, queued)
-        tell_text(choice.text)
-        tell({}, choice.finish_reason)
+        stream.put_text(choice.text)
+        stream.put({}, choice.finish_reason)
         return choice
 
     async def _begin_stream(self, asked: ChatRequest, request: Request) -> Response:
@@ -275,7 +261,7 @@ class _Server:
         """The reply as server-sent events. An error after the beginning is an event too: the status is long sent."""
         begun = False
         reply = ChatReply.begin(asked.model)
-        chunks: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # None: there are no more
+        chunks: Chunks = asyncio.Queue()
         work = asyncio.ensure_future(self._timely(self._answer(asked, chunks, request.scope[HELD]), request))
         work.add_done_callback(lambda _: chunks.put_nowait(None))
         try:

@@ -91,6 +91,5 @@ class ServeConfig(ModelConfig, RequestConfig):
             max_tokens=self.max_tokens_limit,
             choices=self.max_choices,
             request_s=self.request_timeout_s,
-            waiting_requests=self.max_waiting,
             connections=self.max_connections,
         )

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from visrl.serve.schemas import FOCUS_SUFFIX, WHOLE_SUFFIX
 
+Chunks = asyncio.Queue[dict[str, Any] | None]  # the parts of all choices of a request; None: there are no more
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -92,6 +94,26 @@ def event(data: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
+
+
+class ChoiceStream:
+    """The deltas of one streamed choice, each put into `chunks` as it comes; without these nothing is."""
+
+    def __init__(self, index: int, chunks: Chunks | None) -> None:
+        self._index, self._chunks = index, chunks
+        self._first: dict[str, Any] = {"role": "assistant"}
+        self._sent = 0  # characters of the text
+
+    def put(self, delta: dict[str, Any], finish_reason: str | None = None) -> None:
+        if self._chunks is not None:
+            delta, self._first = self._first | delta, {}
+            self._chunks.put_nowait({"index": self._index, "delta": delta, "finish_reason": finish_reason})
+
+    def put_text(self, text: str) -> None:
+        """What of the visible text so far has not been sent."""
+        if len(text) > self._sent:
+            self.put({"content": text[self._sent :]})
+            self._sent = len(text)
 
 
 async def event_of(reply: ChatReply, chunk: dict[str, Any]) -> bytes:

@@ -46,7 +46,6 @@ class Limits:
     choices: int = 16
     stops: int = 8
     request_s: float = 120.0
-    waiting_requests: int = 512
     connections: int = 512
     idle_s: float = 15.0  # how long a connection may be without a whole request
     body_s: float = 30.0  # how long a body may take to arrive,
