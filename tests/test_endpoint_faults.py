@@ -316,7 +316,7 @@ def test_a_forgotten_v1_is_tried_and_said(capsys):
 
 
 def test_a_wrong_path_is_found_out_before_anything_is_asked():
-    config = PolicyConfig(model_name_or_path="m", codec="visrl", request_attempts=1)
+    config = PolicyConfig(model_name_or_path="m", box_codec="visrl", request_attempts=1)
     with strict() as server:
         given = config.model_copy(update={"policy_url": (f"{server.url}/openai",)})
         with pytest.raises(EndpointError, match="a first small question failed"), opened_policy(given):
@@ -367,7 +367,7 @@ def newer(handler: Handler, body: dict[str, Any]) -> None:
 
 
 def test_the_key_that_mends_a_refusal_is_named_before_the_run():
-    config = {"model_name_or_path": "m", "codec": "visrl", "request_attempts": 1}
+    config = {"model_name_or_path": "m", "box_codec": "visrl", "request_attempts": 1}
     with serving(newer, trials=True) as server:
         for given, said in (
             ({}, r"max_tokens_key: max_completion_tokens and omit_fields: \[temperature\] it answers"),

@@ -112,7 +112,7 @@ def test_a_judge_that_is_busy_is_waited_for(data, tmp_path):
 def test_a_model_in_this_process_can_judge(data, tiny, tmp_path, capsys):
     out = tmp_path / "run"
     with known(Scripted()) as (url, _, _):
-        evaluate(run_config(data, out, **over_http(url), judge_model_name_or_path=str(tiny), limit=1))
+        evaluate(run_config(data, out, **over_http(url), judge_model_name_or_path=str(tiny), max_samples=1))
     assert "2 answers judged: 0 failed" in capsys.readouterr().out
     (file,) = out.glob("judgements-*.jsonl")
     assert [json.loads(line)["judge"] for line in file.read_text().splitlines()] == [str(tiny)] * 2

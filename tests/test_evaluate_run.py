@@ -83,7 +83,7 @@ class Scripted:
 
 
 def over_http(url: str) -> dict:
-    return {"model_name_or_path": NAME, "codec": "viscot", "policy_url": f"{url}/v1"}
+    return {"model_name_or_path": NAME, "box_codec": "viscot", "policy_url": f"{url}/v1"}
 
 
 def test_the_visual_cot_benchmark_over_http(data, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_model_of_another_convention_is_translated_for_the_published_rule(data
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with known(Scripted()) as (url, _, _):
         given = over_http(url)
-        evaluate(config(wide, tmp_path / "image", "viscot-detection", **given | {"codec": "visrl"}))
+        evaluate(config(wide, tmp_path / "image", "viscot-detection", **given | {"box_codec": "visrl"}))
         evaluate(config(wide, tmp_path / "square", "viscot-detection", **given))
     told = [scores_of(tmp_path / name)["totals"]["datasets"]["gqa"] for name in ("image", "square")]
     assert [(one["correct"], one["accuracy"]) for one in told] == [(1, pytest.approx(1 / 3)), (0, 0.0)]
@@ -190,9 +190,9 @@ def test_two_runs_are_equal_and_a_stopped_one_ends_in_the_same_files(data, tiny,
 
 
 def test_a_folder_of_another_run_is_refused(data, tiny, tmp_path):
-    evaluate(config(data, tmp_path / "run", model_name_or_path=str(tiny), limit=1))
+    evaluate(config(data, tmp_path / "run", model_name_or_path=str(tiny), max_samples=1))
     with pytest.raises(ManifestError, match="mode differ"):
-        evaluate(config(data, tmp_path / "run", model_name_or_path=str(tiny), limit=1, mode="truth"))
+        evaluate(config(data, tmp_path / "run", model_name_or_path=str(tiny), max_samples=1, mode="truth"))
 
 
 def test_what_failed_is_asked_again_where_that_is_wanted(data, tmp_path, capsys):

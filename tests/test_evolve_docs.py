@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FEWER = {
     "generate": ["max_samples=4", "batch_size=2", "rounds=1"],
     "filter": [],
-    "evolve": ["questions=4", "rounds=1", "iterations=1", "eval_samples=4", "controls=false", "train={max_steps: 1}"],
+    "evolve": ["max_samples=4", "rounds=1", "iterations=1", "eval_samples=4", "controls=false", "train={max_steps: 1}"],
 }
 
 

@@ -37,7 +37,7 @@ FEW = {
         "processes=1", "max_steps=1", "dataloader_num_workers=0", "disable_tqdm=true", "gradient_accumulation_steps=1",
     ],
     "generate": ["rounds=1", "request_attempts=1", "shard=1/1"],
-    "eval": ["request_attempts=1", "limit=2"],
+    "eval": ["request_attempts=1", "max_samples=2"],
     "export": [],
     "api": ["port=0"],
 }  # fmt: skip

@@ -30,7 +30,7 @@ def config_of(out: Path, **given: Any) -> EvolveConfig:
     values = {
         "model_name_or_path": str(CHECKPOINT),
         "dataset": "scenes:preference@1/0+32",
-        "questions": 16,
+        "max_samples": 16,
         "rounds": 2,
         "t_max": 0.3,  # so that a few questions of a small model give pairs
         "t_min": 0.3,
@@ -99,7 +99,7 @@ def test_the_plan_comes_first_and_touches_nothing(tmp_path, capsys):
 
 def test_a_stage_sees_what_its_trajectories_were_drawn_from(tmp_path):
     looks = {"image_max_pixels": 3136, "crop_max_pixels": 1568, "crop_rule": "margin", "image_root": "pictures"}
-    config = config_of(tmp_path, **looks, codec="viscot", chosen_only=True, train={"learning_rate": 0.5})
+    config = config_of(tmp_path, **looks, box_codec="viscot", chosen_only=True, train={"learning_rate": 0.5})
     stage = stage_config(config, tmp_path / "iter0", 2, "policy")
     assert {key: getattr(stage, key) for key in looks} == looks
     assert (stage.box_codec, stage.rl_stage, stage.model_name_or_path) == ("viscot", 2, "policy")
@@ -117,7 +117,7 @@ def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path):
 
 
 def test_shards_of_several_machines_are_joined(run, tmp_path):
-    given = {"iterations": 1, "shards": 2, "batch_size": 8, "dataset": "scenes:preference@1/0+16", "questions": None}
+    given = {"iterations": 1, "shards": 2, "batch_size": 8, "dataset": "scenes:preference@1/0+16", "max_samples": None}
     config = config_of(tmp_path / "out", rounds=1, t_max=1.0, t_min=0.0, **given)
     run_evolve(config, shard="2/2")
     assert not (tmp_path / "out" / "iter0" / "generate").exists()
@@ -131,7 +131,7 @@ def test_shards_of_several_machines_are_joined(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
-    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "questions": 8, "server": OUR_SERVER}
+    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "max_samples": 8, "server": OUR_SERVER}
     out = tmp_path / "out"
     run_evolve(config_of(out, rounds=1, t_max=1.0, t_min=0.0, **given))  # no pair, so no training
     manifest = read_manifest(out / "iter0" / "generate")
@@ -166,7 +166,7 @@ def test_a_server_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
 
 
 def test_a_server_that_did_not_start_may_be_mended_in_the_same_folder(tmp_path):
-    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "questions": 8}
+    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "max_samples": 8}
     broken = config_of(tmp_path / "run", **given, server=["no-such-server"])
     with pytest.raises(EndpointError, match="there is no program 'no-such-server'"):
         run_evolve(broken)

@@ -28,7 +28,7 @@ from visrl.engines.base import Sampling
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
 from visrl.engines.local import LocalEngine
-from visrl.engines.open import model_settings, open_encoder
+from visrl.engines.open import model_settings, open_served_encoder
 from visrl.engines.openai_server import Endpoint
 from visrl.engines.server_process import vllm_command
 from visrl.models.tiny import CHECKPOINT
@@ -218,7 +218,7 @@ def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
         model_name_or_path=str(checkpoint), infer_backend="vllm", vllm_args=["--dtype", "bfloat16"],
         image_max_pixels=512 * 512, crop_max_pixels=700 * 700,
     )  # fmt: skip
-    encoder = open_encoder(config, model_settings(config))
+    encoder = open_served_encoder(config, model_settings(config))
     command = vllm_command(
         str(checkpoint), encoder, 8123, served_name=config.name, max_images=config.max_images, more=config.vllm_args
     )
@@ -230,7 +230,7 @@ def test_the_command_that_starts_vllm(checkpoint: Path) -> None:
     assert command[-2:] == ["--dtype", "bfloat16"]
     assert "--trust-remote-code" not in command
     with pytest.raises(ConfigError, match="visrl export"):
-        open_encoder(config.model_copy(update={"adapter_name_or_path": "a"}), encoder.settings)
+        open_served_encoder(config.model_copy(update={"adapter_name_or_path": "a"}), encoder.settings)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core.core_schema import ValidationInfo
 
 from visrl.errors import UserError
-from visrl.foreign import ALIASES, NO_MEANING, SWITCHED_OFF
+from visrl.foreign import ALIASES, NO_MEANING, RENAMED, SWITCHED_OFF
 from visrl.redact import hidden, without_secrets
 from visrl.yaml_text import YamlError, parse_yaml
 
@@ -57,13 +57,18 @@ class Config(BaseModel):
 
     @classmethod
     def known_keys(cls) -> set[str]:
-        """The keys that this config takes."""
-        return set(cls.model_fields)
+        """The keys that this config takes, other names of theirs among them."""
+        return set(cls.model_fields) | {old for old, new in ALIASES.items() if new in cls.model_fields}
 
     @classmethod
     def with_sections(cls, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """The file's `values` with what is `given` on the command line over them."""
         return {**values, **given}
+
+    def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
+        """These keys but those to `exclude`, as manifests hold them: as JSON, and under the names that manifests of
+        earlier releases have (the `serialization_alias` of a key that was renamed since)."""
+        return self.model_dump(mode="json", by_alias=True, exclude=set(exclude))
 
 
 @cache
@@ -103,6 +108,31 @@ Listed = Annotated[
 ]
 
 
+# --- Keys that several verbs share ------------------------------------------------------------------------------------
+
+
+class CheckpointConfig(Config):
+    """Which checkpoint it is."""
+
+    model_name_or_path: str
+    """A checkpoint folder or hub name. Its processor says how boxes are written, wherever the model runs."""
+    trust_remote_code: bool = False
+
+
+class SourceConfig(Config):
+    """Where samples are read, beside `dataset`, of which some verbs take several."""
+
+    dataset_dir: str = "data"
+    """The folder of the `dataset_info.json` that names data sets."""
+    image_root: str | None = None
+    """Where the pictures are that rows name by a relative path."""
+    max_samples: int | None = Field(None, ge=1)
+    """At most so many samples of each data set."""
+
+
+# --- Reading them -----------------------------------------------------------------------------------------------------
+
+
 def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Iterable[str] = ()) -> AnyConfig:
     """The config of `kind` from a YAML file and `key=value` overrides; values are read as YAML.
 
@@ -120,8 +150,7 @@ def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Itera
             raise ConfigError(
                 f"{shown(override)}: the value is not YAML ({error}); quote it if it is a text"
             ) from error
-    values = kind.with_sections(read_yaml(path) if path else {}, given)
-    return build_config(kind, values, where=str(path) if path else "the command line")
+    return build_config(kind, *_both(kind, path, given, "the command line"))
 
 
 def split_arguments(config: Path | None, overrides: Iterable[str] | None) -> tuple[Path | None, list[str]]:
@@ -196,15 +225,24 @@ def as_config(kind: type[AnyConfig], given: AnyConfig | str | Path | None, keys:
         TypeError: something else is given for a config.
     """
     if given is None or isinstance(given, str | Path):
-        values = kind.with_sections(read_yaml(given) if given is not None else {}, keys)
-        return build_config(kind, values, where=f"{kind.__name__}" if given is None else str(given))
+        return build_config(kind, *_both(kind, given, keys, kind.__name__))
     if not isinstance(given, kind):
         raise TypeError(f"give a {kind.__name__}, the path of a YAML file or keys, not {type(given).__name__}")
-    return build_config(kind, {**given.model_dump(exclude_unset=True), **keys}, kind.__name__) if keys else given
+    own = given.model_dump(exclude_unset=True)
+    return build_config(kind, {**own, **translate(kind, keys, kind.__name__)}, kind.__name__) if keys else given
 
 
-def translate(kind: type[Config], values: dict[str, Any], where: str = "the config") -> dict[str, Any]:
-    """`values` with keys of older releases and of other programs under their names here.
+def _both(
+    kind: type[Config], path: str | Path | None, given: Mapping[str, Any], giver: str
+) -> tuple[dict[str, Any], str]:
+    """A file's values with those `given` over them, whichever of a key's names each uses; and where they are from."""
+    where = str(path) if path else giver
+    file = translate(kind, read_yaml(path), shown_path(where)) if path else {}
+    return kind.with_sections(file, translate(kind, given, giver)), where
+
+
+def translate(kind: type[Config], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` with keys of older releases and of other programs under their names here; a line names those of ours.
 
     Raises:
         ConfigError: a key is there under both names, or its value would mean another thing under the new one.
@@ -219,6 +257,8 @@ def translate(kind: type[Config], values: dict[str, Any], where: str = "the conf
             f"{where}: warmup_ratio is a share of all steps, below 1 (got {shown(share)}); for a number "
             "of steps write warmup_steps"
         )
+    for old in names.keys() & RENAMED.keys():
+        print(f"{where}: {old} is called {names[old]} now", flush=True)
     return {names.get(key, key): value for key, value in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Keys that users bring along: of older releases of transformers, and of the program whose configs the reference uses.
+"""Keys that users bring along: of older releases, of transformers, and of the program whose configs the reference uses.
 
 Those that say the same are translated. Those that have nothing to say here are named when a config is read. Those that
 would change what is done are refused, with what to write instead; switched off, they say what is so anyway.
@@ -6,7 +6,15 @@ would change what is done are refused, with what to write instead; switched off,
 
 from __future__ import annotations
 
-ALIASES: dict[str, str] = {
+# Keys of earlier releases of ours: a line says what each is called now.
+RENAMED: dict[str, str] = {
+    "codec": "box_codec",
+    "questions": "max_samples",
+    "limit": "max_samples",
+}
+
+# Other names of a key, as they are typed elsewhere.
+ALIASES: dict[str, str] = RENAMED | {
     "critic.box": "use_box_critic",  # the paper's name for an ablation
     "warmup_ratio": "warmup_steps",  # a float below 1 is a share of all steps
     "evaluation_strategy": "eval_strategy",

@@ -122,7 +122,7 @@ def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None 
         model: a checkpoint's folder, its name on a hub, or a `PolicyConfig`.
         crop_rule: how crops are cut; by default as the checkpoint was made for.
         keys: keys of `PolicyConfig`, as of every verb that asks a policy: `adapter_name_or_path`, `image_max_pixels`,
-            `policy_url`, `policy_served_name`, `codec` …
+            `policy_url`, `policy_served_name`, `box_codec` …
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), or keys that do not go together.

@@ -175,7 +175,7 @@ def ask(
 ) -> None:
     """Ask about a picture: where each checkpoint looks, what it sees there and what it answers.
 
-    `policy_url=http://…/v1` (or --policy-url) asks a server, `policy_served_name`, `codec` and the others go with it.
+    `policy_url=http://…/v1` (or --policy-url) asks a server; `policy_served_name`, `box_codec` and others go with it.
     """
     from visrl.engines.open import PolicyConfig
     from visrl.evaluate.ask import ask_models

@@ -14,7 +14,7 @@ import typer
 from pydantic import Field
 
 from visrl.cli.verbs import Verbs
-from visrl.config import Config, ConfigError, build_config, read_yaml
+from visrl.config import CheckpointConfig, Config, ConfigError, build_config, read_yaml
 
 if TYPE_CHECKING:
     from visrl.data.formats import Reading
@@ -199,13 +199,14 @@ def stats(
 
 
 def _token_counts(model: str, image_max_pixels: int | None, crop_max_pixels: int | None) -> Any:
-    from visrl.models.load import CheckpointError, load_encoder
-    from visrl.models.settings import ModelSettings
+    from visrl.engines.open import model_settings, open_encoder
+    from visrl.models.load import CheckpointError
     from visrl.models.tokens import TokenCounts
 
-    settings = ModelSettings.load(model).with_given(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
+    named = CheckpointConfig(model_name_or_path=model)
+    settings = model_settings(named).with_given(image_max_pixels=image_max_pixels, crop_max_pixels=crop_max_pixels)
     try:
-        return TokenCounts(load_encoder(model, settings))
+        return TokenCounts(open_encoder(named, settings))
     except CheckpointError as error:
         raise ConfigError(f"--model: {error}") from error
 

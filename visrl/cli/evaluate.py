@@ -65,7 +65,7 @@ def run(
     from visrl.evaluate.run import evaluate
 
     path, given = split_arguments(config, overrides)
-    settings = read_config(EvalConfig, path, [*given, *([f"limit={limit}"] if limit else [])])
+    settings = read_config(EvalConfig, path, [*given, *([f"max_samples={limit}"] if limit else [])])
     evaluate(settings)
     if not settings.dry_run:
         typer.echo(next_command("look at them", "visrl", "report", settings.output_dir))
@@ -113,12 +113,11 @@ def judge(
 ) -> None:
     """Ask a judge about every answer, with the published prompt."""
     from visrl.config import build_config
-    from visrl.engines.client import Client
     from visrl.engines.open import RequestConfig
-    from visrl.engines.openai_server import Endpoint
     from visrl.evaluate.answers import answer_to_judge
     from visrl.manifest import hold
-    from visrl.rewards.judge import client_asker, judge_all
+    from visrl.rewards.judge import judge_all
+    from visrl.rewards.open import opened_judge
 
     rows, _ = _answer_rows(predictions, truth)
     asked = [one for one in map(answer_to_judge, rows) if one is not None]
@@ -129,22 +128,14 @@ def judge(
         "api_key_env": api_key_env,
     }
     request = build_config(RequestConfig, {key: value for key, value in said.items() if value}, "visrl eval judge")
-    client = Client(
-        Endpoint(
-            tuple(base_url),
-            model,
-            concurrency=concurrency,
-            timeout_s=timeout,
-            attempts=attempts,
-            **request.model_dump(),
-        )
-    )
-    try:
-        ask_all = client_asker(client)
-        with hold(out), typer.progressbar(length=len(asked), label=f"{model} judges") as bar:
-            judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
-    finally:
-        client.close()
+    with (
+        opened_judge(
+            model, base_url, request, concurrency=concurrency, timeout_s=timeout, attempts=attempts
+        ) as ask_all,
+        hold(out),
+        typer.progressbar(length=len(asked), label=f"{model} judges") as bar,
+    ):
+        judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
     tally = Tally("judgements", max_failed)
     tally.count(one.error for one in judged)
     if tally.is_hopeless():

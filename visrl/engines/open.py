@@ -1,7 +1,9 @@
 """ONE way to open a model: a checkpoint in this process, or one behind OpenAI-compatible servers, for every verb.
 
-Policy, critic, judge, server and `ask` open theirs here, so that pictures are sized, and boxes read, by one setting.
-The config imports no torch, so that it can be refused at once; engines are imported when they are opened.
+Policy, critic, judge, server, trainer and `ask` open theirs here, so that pictures are sized, and boxes read, by one
+setting. The seam to what lies below: `models/load.py` makes an encoder and weights from a folder, and only engines,
+the trainer (`train/model.py`, whose weights are quantised and adapted) and export ask it for weights.
+The configs import no torch, so that they can be refused at once; engines are imported when they are opened.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from visrl.codecs import CODECS
-from visrl.config import Config, ConfigError, OneOrMore
+from visrl.config import CheckpointConfig, Config, ConfigError, OneOrMore
 from visrl.engines.addresses import server_address
 from visrl.failures import MAX_FAILED
-from visrl.models.settings import ModelSettings
+from visrl.models.settings import LIMITS, ModelSettings
 
 if TYPE_CHECKING:
     from visrl.engines.base import Policy
@@ -44,7 +46,7 @@ class RequestConfig(Config):
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the limit of tokens is called; newer models of OpenAI take `max_completion_tokens` only."""
     omit_fields: OneOrMore[Literal["temperature", "top_p", "seed"]] = ()
-    """Not sent, for servers that refuse them; they draw by their own default then."""
+    """Not sent, for servers that refuse them; they sample by their own default then."""
     thinking_tokens: int = Field(0, ge=0)
     """Room for what a model thinks aloud, beside the tokens of the reply itself."""
     api_key_env: str = Field("OPENAI_API_KEY", min_length=1)
@@ -63,16 +65,13 @@ def request_of(config: RequestConfig) -> RequestConfig:
     return RequestConfig(**{name: getattr(config, name) for name in RequestConfig.model_fields})
 
 
-class ModelConfig(Config):
-    """The keys that say which checkpoint it is and how it looks at pictures: the same wherever it is opened."""
+class ModelConfig(CheckpointConfig):
+    """The keys that say which model it is and how it looks at pictures: the same wherever it is opened."""
 
-    model_name_or_path: str
-    """A checkpoint folder or hub name. Its processor says how boxes are written, wherever the model runs."""
     adapter_name_or_path: str | None = None
     """A LoRA adapter that is merged into the model as it is loaded."""
     image_max_pixels: int | None = Field(None, ge=28 * 28)
     crop_max_pixels: int | None = Field(None, ge=28 * 28)
-    trust_remote_code: bool = False
 
 
 class PolicyConfig(ModelConfig, RequestConfig):
@@ -82,7 +81,7 @@ class PolicyConfig(ModelConfig, RequestConfig):
     """Servers of the policy, each up to `/v1`; none: it runs in this process."""
     policy_served_name: str | None = None
     """The name under which they serve it; by default `model_name_or_path`."""
-    codec: str | None = None
+    box_codec: str | None = Field(None, serialization_alias="codec")
     """How boxes are written, over what the checkpoint says. With it, `model_name_or_path` may be a server's name."""
     concurrency: int = Field(32, ge=1)
     """Requests to servers at once."""
@@ -91,6 +90,15 @@ class PolicyConfig(ModelConfig, RequestConfig):
     max_failed: float = Field(MAX_FAILED, ge=0, le=1)
     """The share of what is asked for that may fail. A run of which more failed, or everything, ends with status 1."""
 
+    @property
+    def patience(self) -> dict[str, Any]:
+        """How servers are treated, as an `Endpoint` takes it."""
+        return {
+            "concurrency": self.concurrency,
+            "timeout_s": self.request_timeout_s,
+            "attempts": self.request_attempts,
+        }
+
 
 # Keys that change where and how patiently the policy is asked, and not what comes of it.
 PATIENCE = frozenset(
@@ -98,32 +106,42 @@ PATIENCE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedPolicy:
-    """A policy ready to be asked, and how its checkpoint looks at pictures."""
-
-    policy: Policy
-    settings: ModelSettings
+# --- How it looks at pictures -----------------------------------------------------------------------------------------
 
 
-def model_settings(config: ModelConfig, codec: str | None = None) -> ModelSettings:
-    """How a model looks at pictures and writes boxes: what its folder says, and what the config says over it.
+def own_settings(config: CheckpointConfig) -> ModelSettings:
+    """How a checkpoint looked at pictures before: what its last adapter's folder says, else its own.
 
     Raises:
-        ConfigError: no such codec.
+        ConfigError: a file that is damaged, or says what this release does not know.
     """
-    return ModelSettings.load(config.model_name_or_path, config.adapter_name_or_path).with_given(
-        image_max_pixels=config.image_max_pixels, crop_max_pixels=config.crop_max_pixels, codec=codec
-    )
+    adapters = getattr(config, "adapter_name_or_path", None) or ()
+    last = adapters if isinstance(adapters, str) else next(reversed(adapters), None)
+    return ModelSettings.load(config.model_name_or_path, last)
 
 
-def policy_settings(config: PolicyConfig) -> ModelSettings:
-    """`model_settings` of the policy.
+def model_settings(config: CheckpointConfig) -> ModelSettings:
+    """How a model looks at pictures and writes boxes: `own_settings`, and what the config says over it.
 
     Raises:
-        ConfigError: no such codec.
+        ConfigError: as `own_settings`, or no such codec.
     """
-    return model_settings(config, config.codec)
+    given = {key: getattr(config, key, None) for key in LIMITS}
+    return own_settings(config).with_given(**given, codec=getattr(config, "box_codec", None))
+
+
+# --- In this process --------------------------------------------------------------------------------------------------
+
+
+def open_encoder(config: CheckpointConfig, settings: ModelSettings) -> Encoder:
+    """What sizes pictures, writes prompts and reads boxes as the model of a config does; no weights are loaded.
+
+    Raises:
+        CheckpointError: its processor cannot be loaded.
+    """
+    from visrl.models.load import load_encoder
+
+    return load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
 
 
 def open_local(config: ModelConfig, settings: ModelSettings, device: str | None = None) -> LocalEngine:
@@ -143,18 +161,36 @@ def open_local(config: ModelConfig, settings: ModelSettings, device: str | None 
     )
 
 
-def open_encoder(config: ModelConfig, settings: ModelSettings) -> Encoder:
-    """What sizes pictures and reads boxes as the model of a config does, whose weights are a server's.
+def open_beside(name: str, like: ModelSettings | None = None, *, trust_remote_code: bool = False) -> LocalEngine:
+    """A critic or judge in this process. Where it has no limits of its own, it is shown pictures at the size of the
+    policy's, which `like` says.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
+    own = model_settings(config)
+    missing = {key: getattr(like, key) for key in LIMITS if getattr(own, key) is None} if like else {}
+    return open_local(config, own.with_given(**missing))
+
+
+# --- Behind servers ---------------------------------------------------------------------------------------------------
+
+
+def open_served_encoder(config: ModelConfig, settings: ModelSettings) -> Encoder:
+    """`open_encoder` of a model whose weights are a server's.
 
     Raises:
         ConfigError: an adapter, which a server cannot be given.
         CheckpointError: its processor cannot be loaded.
     """
-    from visrl.models.load import load_encoder
+    _refuse_adapter(config)
+    return open_encoder(config, settings)
 
+
+def _refuse_adapter(config: ModelConfig) -> None:
     if config.adapter_name_or_path:
         raise ConfigError("adapter_name_or_path: servers serve merged models; merge it first with `visrl export`")
-    return load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
 
 
 def refuse_unused(request: RequestConfig, where: str, url_key: str) -> None:
@@ -167,38 +203,11 @@ def refuse_unused(request: RequestConfig, where: str, url_key: str) -> None:
         raise ConfigError(f"{where}{', '.join(names)}: only servers are told that; set {url_key}, or leave it out")
 
 
-@contextmanager
-def opened_policy(config: PolicyConfig) -> Iterator[OpenedPolicy]:
-    """The policy of a config, loaded, or reached and found healthy; connections are closed at the end.
-
-    Raises:
-        CheckpointError: a model that cannot be loaded.
-        ConfigError: an adapter, or box text that nobody described, at a server.
-        EndpointError: a server that does not answer or serves another model.
-    """
-    settings = policy_settings(config)
-    if not config.policy_url:
-        refuse_unused(request_of(config), "", "policy_url")
-        yield OpenedPolicy(open_local(config, settings), settings)
-        return
-    name = config.policy_served_name or config.model_name_or_path
-    encoder = _encoder(config, settings)
-    with reached(config, config.policy_url, name, config, encoder, settings.codec) as engine:
-        yield OpenedPolicy(engine, settings)
-
-
-def endpoint_of(config: PolicyConfig, urls: Sequence[str], name: str, request: RequestConfig) -> Endpoint:
-    """Where the model `name` is asked, how, and as patiently as a config says."""
+def endpoint_of(urls: Sequence[str], name: str, request: RequestConfig, **patience: Any) -> Endpoint:
+    """Where the model `name` is asked and how; `patience` are fields of `Endpoint` (see `PolicyConfig.patience`)."""
     from visrl.engines.openai_server import Endpoint
 
-    return Endpoint(
-        tuple(urls),
-        name,
-        concurrency=config.concurrency,
-        timeout_s=config.request_timeout_s,
-        attempts=config.request_attempts,
-        **request_of(request).model_dump(),
-    )
+    return Endpoint(tuple(urls), name, **request_of(request).model_dump(), **patience)
 
 
 @contextmanager
@@ -217,7 +226,7 @@ def reached(
     """
     from visrl.engines.endpoint import EndpointEngine
 
-    endpoint = endpoint_of(config, urls, name, request)
+    endpoint = endpoint_of(urls, name, request, **config.patience)
     engine = EndpointEngine(endpoint, encoder.codec if encoder else CODECS[codec], encoder)
     try:
         engine.check()
@@ -226,15 +235,45 @@ def reached(
         engine.close()
 
 
-def _encoder(config: PolicyConfig, settings: ModelSettings) -> Encoder | None:
+# --- The policy -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedPolicy:
+    """A policy ready to be asked, and how its checkpoint looks at pictures."""
+
+    policy: Policy
+    settings: ModelSettings
+
+
+@contextmanager
+def opened_policy(config: PolicyConfig) -> Iterator[OpenedPolicy]:
+    """The policy of a config, loaded, or reached and found healthy; connections are closed at the end.
+
+    Raises:
+        CheckpointError: a model that cannot be loaded.
+        ConfigError: an adapter, or box text that nobody described, at a server.
+        EndpointError: a server that does not answer or serves another model.
+    """
+    settings = model_settings(config)
+    if not config.policy_url:
+        refuse_unused(request_of(config), "", "policy_url")
+        yield OpenedPolicy(open_local(config, settings), settings)
+        return
+    name = config.policy_served_name or config.model_name_or_path
+    encoder = _encoder_of_policy(config, settings)
+    with reached(config, config.policy_url, name, config, encoder, settings.codec) as engine:
+        yield OpenedPolicy(engine, settings)
+
+
+def _encoder_of_policy(config: PolicyConfig, settings: ModelSettings) -> Encoder | None:
     """What sizes pictures as the served model does; None where the config only names the codec of a server's model."""
-    if config.codec is None or Path(config.model_name_or_path).is_dir():
-        return open_encoder(config, settings)
-    if config.adapter_name_or_path:
-        raise ConfigError("adapter_name_or_path: servers serve merged models; merge it first with `visrl export`")
-    if CODECS[config.codec].in_processed_pixels:
+    if config.box_codec is None or Path(config.model_name_or_path).is_dir():
+        return open_served_encoder(config, settings)
+    _refuse_adapter(config)
+    if CODECS[config.box_codec].in_processed_pixels:
         raise ConfigError(
-            f"codec: {config.codec} writes pixels as the model's processor sized them; set model_name_or_path to the "
-            "checkpoint's folder or hub name, and policy_served_name to the server's name of it"
+            f"box_codec: {config.box_codec} writes pixels as the model's processor sized them; set model_name_or_path "
+            "to the checkpoint's folder or hub name, and policy_served_name to the server's name of it"
         )
     return None

@@ -247,7 +247,7 @@ def _configs(models: Sequence[str], given: Sequence[str]) -> list[PolicyConfig]:
 
     first = read_config(PolicyConfig, None, [f"model_name_or_path={json.dumps(models[0])}", *given])
     looks = {name: getattr(first, name) for name in ModelConfig.model_fields}
-    here = {**looks, "adapter_name_or_path": None, "codec": None if first.policy_url else first.codec}
+    here = {**looks, "adapter_name_or_path": None, "box_codec": None if first.policy_url else first.box_codec}
     return [first, *(PolicyConfig(**{**here, "model_name_or_path": model}) for model in models[1:])]
 
 

@@ -7,28 +7,26 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from visrl.box import CropRule
+from visrl.config import SourceConfig
 from visrl.engines.open import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
 from visrl.evaluate.benchmarks import Benchmark
 from visrl.prompts import JUDGE_TOKENS
 from visrl.rollout.greedy import Mode
 
 
-class EvalConfig(PolicyConfig):
+class EvalConfig(PolicyConfig, SourceConfig):
     """What `visrl eval CONFIG` takes, besides what says which model is asked."""
 
     benchmark: Benchmark = "samples"
     dataset: str
     """The folder of the benchmark's files; for "samples" drawn scenes, a named data set or a JSONL file."""
-    dataset_dir: str = "data"
-    """The folder of the `dataset_info.json` that names data sets."""
     datasets: list[str] | None = None
     """Which data sets of the folder; all that were published, if left out."""
     box_dir: str | None = None
     """viscot: the folder of detection files, which hold picture sizes and exact boxes."""
-    image_root: str | None = None
     allow_missing_pictures: bool = False
     """Go on without some pictures: their questions count as failed."""
-    limit: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(None, ge=1, serialization_alias="limit")
     """At most so many questions of each data set."""
 
     mode: Mode = "own"

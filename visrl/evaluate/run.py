@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,8 @@ from visrl.box import CropRule
 from visrl.config import ConfigError, as_config
 from visrl.engines.open import (
     PATIENCE,
-    ModelConfig,
-    endpoint_of,
     model_settings,
-    open_local,
     opened_policy,
-    policy_settings,
 )
 from visrl.evaluate.benchmarks import (
     BenchmarkQuestion,
@@ -47,7 +43,6 @@ from visrl.sequences import batched
 
 if TYPE_CHECKING:
     from visrl.engines.base import Policy
-    from visrl.rewards.judge import AskAll
     from visrl.rollout.protocols import LookProtocol
     from visrl.rollout.rollout import Refusal
     from visrl.rollout.steps import Look
@@ -104,7 +99,7 @@ def _evaluate(config: EvalConfig) -> Path:
         "protocol": protocol.name,
         "crop_rule": rule,
         "judge": config.judge_model_name_or_path,
-        "limit": config.limit,
+        "limit": config.max_samples,
     }
     scores = {**facts, **_scored(config, rows)}
     write_text(config.output_dir / SCORES, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
@@ -128,7 +123,7 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
         datasets=config.datasets,
         boxes=config.box_dir,
         image_root=config.image_root,
-        limit=config.limit,
+        limit=config.max_samples,
     )
     if not questions:
         raise RecordError(f"{config.dataset} holds no questions")
@@ -161,11 +156,7 @@ def _protocol(config: EvalConfig) -> LookProtocol:
 def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[BenchmarkQuestion]) -> dict[str, Any]:
     """What decides the rows of this run: no address, no patience, no judge."""
     free = PATIENCE | {"output_dir", "retry_failed", "dry_run", "dataset_dir", "image_root", "box_dir"}
-    kept = {
-        key: value
-        for key, value in config.model_dump(mode="json").items()
-        if key not in free and not key.startswith("judge_")
-    }
+    kept = {key: value for key, value in config.recorded().items() if key not in free and not key.startswith("judge_")}
     digest = hashlib.blake2b(digest_size=16)
     for question in questions:
         sample = question.sample
@@ -196,7 +187,7 @@ def _answers(
     tally.count(_failure(row, config) for row in known.values())
     parts = batched(questions, config.batch_size)
     waiting = [part for part in parts if not all(_key(question) in known for question in part)]
-    settings = policy_settings(config)
+    settings = model_settings(config)
     rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
     if waiting:
         with opened_policy(config) as opened:
@@ -298,6 +289,7 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
     """The rows with the judge's two columns, and how many judgements failed or could not be read."""
     from visrl.evaluate.answers import answer_to_judge, with_judgements
     from visrl.rewards.judge import judge_all
+    from visrl.rewards.open import opened_judge
 
     rows = [{key: value for key, value in row.items() if key not in ("judge", "judge_published")} for row in rows]
     judge = config.judge_model_name_or_path
@@ -305,7 +297,7 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
         return rows, {}
     asked = [one for one in map(answer_to_judge, rows) if one is not None]
     file = config.output_dir / f"judgements-{re.sub(r'[^A-Za-z0-9._-]+', '-', judge).strip('-')}.jsonl"
-    with _judge(config, judge) as ask_all:
+    with opened_judge(judge, config.judge_url, config.judge_request, **config.patience) as ask_all:
         print(f"{judge} judges {len(asked):,} answers → {file}")
         judgements = judge_all(asked, ask_all, judge, file, max_tokens=config.judge_max_tokens)
     tally = Tally("judgements", config.max_failed)
@@ -318,24 +310,6 @@ def _judged(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, i
         "judge_unread": sum(one.error is None and one.score is None for one in judgements),
     }
     return with_judgements(rows, judgements), counts
-
-
-@contextmanager
-def _judge(config: EvalConfig, name: str) -> Iterator[AskAll]:
-    """The judge `name` while it is needed: servers, or a model in this process."""
-    from visrl.rewards.judge import client_asker, engine_asker
-
-    if config.judge_url:
-        from visrl.engines.client import Client
-
-        client = Client(endpoint_of(config, config.judge_url, name, config.judge_request))
-        try:
-            yield client_asker(client)
-        finally:
-            client.close()
-        return
-    judge = ModelConfig(model_name_or_path=name)
-    yield engine_asker(open_local(judge, model_settings(judge)))
 
 
 def _scored(config: EvalConfig, rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
-from visrl.config import CONFIGS, Config, OneOrMore
+from visrl.config import CONFIGS, Config, OneOrMore, SourceConfig
 from visrl.evolve.pairs import FilterSettings, Rule
 from visrl.rewards.open import CriticConfig
 from visrl.rollout.diversity import TRIGGER
@@ -36,10 +36,16 @@ def _valid_shard(text: str) -> str:
     return text
 
 
-class SamplingConfig(CriticConfig):
+class QuestionsConfig(SourceConfig):
+    """Which samples of a data set are asked, beside `dataset`."""
+
+    skip_samples: int = Field(0, ge=0)
+    """So many are passed by first."""
+
+
+class SamplingConfig(CriticConfig, QuestionsConfig):
     """The keys of Algorithm 1's sampling, beside those of its engines."""
 
-    image_root: str | None = None
     rounds: int = Field(5, ge=1)
     """N of Algorithm 1; a round is two boxes. The released code uses 3."""
     temperature: float = Field(1.0, ge=0)
@@ -59,9 +65,6 @@ class GenerateConfig(SamplingConfig):
     """What `visrl generate` takes."""
 
     dataset: str
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    max_samples: int | None = Field(None, ge=1)
     shard: Annotated[str, AfterValidator(_valid_shard)] = "1/1"
     """i/n: the i-th of n parts of the batches, for several machines; `--shard i/n` is the same."""
     output_dir: Path
@@ -81,16 +84,12 @@ class RuleConfig(Config):
         return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic)
 
 
-class FilterConfig(RuleConfig):
+class FilterConfig(RuleConfig, QuestionsConfig):
     """What `visrl filter` takes: folders of `visrl generate` (one, or its shards in order), and the rule."""
 
     input_dir: OneOrMore[Path] = Field(min_length=1)
     dataset: str | None = None
     """By default what the folders were generated from."""
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    max_samples: int | None = Field(None, ge=1)
-    image_root: str | None = None
     pictures: int = Field(24, ge=0)
     """Kept and dropped questions, so many of each, that the page shows; 0: no page."""
     output_dir: Path
@@ -106,7 +105,20 @@ class ServerConfig(Config):
     server_start_s: float = Field(900.0, gt=0)
 
 
-class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
+class StagesConfig(Config):
+    """How the two stages of an iteration are trained, and what every checkpoint is compared with."""
+
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `visrl train` for both stages; those of a stage go over them."""
+    train_stage1: dict[str, Any] = Field(default_factory=dict)
+    train_stage2: dict[str, Any] = Field(default_factory=dict)
+    chosen_only: bool = False
+    """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
+    controls: bool = True
+    """Score the first and the last checkpoint with other crops than their own, too."""
+
+
+class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig, StagesConfig):
     """What `visrl evolve` takes: the keys of `generate` and `filter`, and how to train and to evaluate.
 
     `model_name_or_path` is the start, a warmed-up checkpoint; `policy_url` serves it in the first iteration only, so
@@ -115,29 +127,21 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig):
 
     dataset: OneOrMore[str]
     """The questions, without boxes: one data set, or one for each iteration."""
-    dataset_dir: str = "data"
-    skip_samples: int = Field(0, ge=0)
-    questions: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(None, ge=1, serialization_alias="questions")
     """Of one data set, each iteration takes the next so many; None: all of them each time."""
     iterations: int = Field(1, ge=1)
     shards: int = Field(1, ge=1)
     """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
     train_config: Path = CONFIGS / "train_rl.yaml"
-    """Of both stages; the keys below go over it."""
-    train: dict[str, Any] = Field(default_factory=dict)
-    train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=dict)
-    chosen_only: bool = False
-    """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
+    """Of both stages; `train`, `train_stage1` and `train_stage2` go over it."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     eval_dataset: str | None = None
     """Held-out questions on which every checkpoint is scored; None: no evaluation."""
     eval_samples: int | None = Field(None, ge=1)
-    controls: bool = True
     output_dir: Path
 
 
-class DemoConfig(Config):
+class DemoConfig(StagesConfig):
     """What `visrl demo` takes; the defaults are the demo."""
 
     model_name_or_path: str = ""  # "": the embedded model
@@ -149,13 +153,8 @@ class DemoConfig(Config):
     kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
-    chosen_only: bool = False  # the honest control: same pairs and steps, fine-tuning on the chosen side alone
-    controls: bool = True
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
-    train: dict[str, Any] = Field(default_factory=dict)  # over configs/tiny/train_rl.yaml
-    train_stage1: dict[str, Any] = Field(default_factory=dict)
-    train_stage2: dict[str, Any] = Field(default_factory=dict)
 
     def evolution(self) -> EvolveConfig:
         """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""

@@ -245,7 +245,7 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
     """Everything that decides what a generation writes: two runs of one identity write the same files."""
     critic = critic_name(config, samples)
     return {
-        **without_secrets(config.model_dump(mode="json", exclude={"output_dir"} | NOT_IDENTITY)),
+        **without_secrets(config.recorded(exclude={"output_dir"} | NOT_IDENTITY)),
         "policy": "endpoint" if config.policy_url else "local",
         "model": hash_checkpoint(config.model_name_or_path),
         "adapter": hash_checkpoint(config.adapter_name_or_path) if config.adapter_name_or_path else None,

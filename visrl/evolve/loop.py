@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visrl.config import ConfigError, as_config, build_config, read_yaml
+from visrl.config import ConfigError, as_config, build_config, read_yaml, translate
 from visrl.engines.open import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.config import (
@@ -69,7 +69,7 @@ def run_evolve(
         return None
     # How a policy is served decides nothing, and a server that did not start may be mended in the same folder.
     how = {*NOT_IDENTITY, *ServerConfig.model_fields, "output_dir"}
-    identity = without_secrets(config.model_dump(mode="json", exclude=how))
+    identity = without_secrets(config.recorded(exclude=how))
     identity["model"] = hash_checkpoint(config.model_name_or_path)
     if shard is not None:  # several machines work in this folder: each holds its own shard's
         claim_folder(config.output_dir, identity)
@@ -77,7 +77,7 @@ def run_evolve(
         return None
     with hold(config.output_dir):
         claim_folder(config.output_dir, identity)
-        return run_iterations(config, "evolve", shown=without_secrets(config.model_dump(mode="json")))
+        return run_iterations(config, "evolve", shown=without_secrets(config.recorded()))
 
 
 def check_train_config(config: EvolveConfig) -> None:
@@ -194,13 +194,11 @@ def _generation(config: EvolveConfig, iteration: int, policy: str) -> GenerateCo
             f"dataset: {len(config.dataset)} data sets for {config.iterations} iterations; give one or all"
         )
     shared = len(config.dataset) == 1
-    skip = config.skip_samples + (config.questions or 0) * iteration if shared else config.skip_samples
+    skip = config.skip_samples + (config.max_samples or 0) * iteration if shared else config.skip_samples
     values |= {
         "model_name_or_path": policy,
         "dataset": config.dataset[0] if shared else config.dataset[iteration],
-        "dataset_dir": config.dataset_dir,
         "skip_samples": skip,
-        "max_samples": config.questions,
         "output_dir": config.output_dir / f"iter{iteration}" / "generate",
     }
     if iteration and not config.server:  # policy_url serves the first policy only
@@ -266,9 +264,9 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
     from visrl.train.config import TrainConfig, without_sections
 
     values = {
-        **without_sections(read_yaml(config.train_config)),
-        **config.train,
-        **(config.train_stage1 if stage == 1 else config.train_stage2),
+        **translate(TrainConfig, without_sections(read_yaml(config.train_config)), str(config.train_config)),
+        **translate(TrainConfig, config.train, "train"),
+        **translate(TrainConfig, config.train_stage1 if stage == 1 else config.train_stage2, f"train_stage{stage}"),
         "model_name_or_path": policy,
         "dataset": str(base / "filter" / "preferences.jsonl"),
         "output_dir": str(base / f"stage{stage}"),
@@ -281,7 +279,7 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
         "image_max_pixels": config.image_max_pixels,
         "crop_max_pixels": config.crop_max_pixels,
         "crop_rule": config.crop_rule,
-        "box_codec": config.codec,
+        "box_codec": config.box_codec,
         "trust_remote_code": config.trust_remote_code or None,
     }
     values |= {key: value for key, value in looks.items() if value is not None}

@@ -66,15 +66,15 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
     Raises:
         ConfigError: a limit of pixels that the command does not pass on, or passes on and nobody has set.
     """
-    from visrl.engines.open import open_encoder, policy_settings
+    from visrl.engines.open import model_settings, open_served_encoder
 
-    settings = policy_settings(asked)
+    settings = model_settings(asked)
     if server.server == "vllm":
         from visrl.engines.server_process import vllm_command
 
         return vllm_command(
             asked.model_name_or_path,
-            open_encoder(asked, settings),
+            open_served_encoder(asked, settings),
             port,
             served_name=SERVED_NAME,
             max_images=2,

@@ -6,10 +6,10 @@ The config imports no torch; the critics are imported when they are opened.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -17,12 +17,12 @@ from visrl.box import CropRule
 from visrl.config import ConfigError
 from visrl.engines.open import (
     PATIENCE,
-    ModelConfig,
     OpenedPolicy,
     PolicyConfig,
     RequestConfig,
     ServerUrls,
-    open_local,
+    endpoint_of,
+    open_beside,
     reached,
     refuse_unused,
 )
@@ -32,6 +32,7 @@ from visrl.records import Sample
 if TYPE_CHECKING:
     from visrl.engines.base import Engine
     from visrl.rewards.critic import Critic
+    from visrl.rewards.judge import AskAll
 
 
 class CriticConfig(PolicyConfig):
@@ -151,7 +152,6 @@ def _model(config: CriticConfig, name: str, grading: Grading) -> Iterator[Critic
 def _opened_engine(config: CriticConfig, name: str, opened: OpenedPolicy) -> Iterator[Engine]:
     """The engine of the model that is the critic: the policy's own where it is the same model in this process."""
     from visrl.engines.local import LocalEngine
-    from visrl.models.settings import ModelSettings
 
     if config.critic_url:
         with reached(config, config.critic_url, name, config.critic_request) as engine:
@@ -161,12 +161,25 @@ def _opened_engine(config: CriticConfig, name: str, opened: OpenedPolicy) -> Ite
     ):
         yield opened.policy
     else:
-        # A model from elsewhere has no limits of its own; it is shown pictures at the policy's size.
-        limits = ("image_min_pixels", "image_max_pixels", "crop_min_pixels", "crop_max_pixels")
-        own = ModelSettings.load(name)
-        missing = {key: getattr(opened.settings, key) for key in limits if getattr(own, key) is None}
-        model = ModelConfig(model_name_or_path=name, trust_remote_code=config.trust_remote_code)
-        yield open_local(model, own.with_given(**missing))
+        yield open_beside(name, opened.settings, trust_remote_code=config.trust_remote_code)
+
+
+@contextmanager
+def opened_judge(name: str, urls: Sequence[str], request: RequestConfig, **patience: Any) -> Iterator[AskAll]:
+    """What asks the judge `name` of an evaluation: a model behind servers, or one in this process.
+
+    Raises:
+        CheckpointError: a model in this process that cannot be loaded.
+    """
+    from visrl.rewards.judge import client_asker, engine_asker
+
+    if not urls:
+        yield engine_asker(open_beside(name))
+        return
+    from visrl.engines.client import Client
+
+    with closing(Client(endpoint_of(urls, name, request, **patience))) as client:
+        yield client_asker(client)
 
 
 # How each critic is opened.

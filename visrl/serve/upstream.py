@@ -15,8 +15,8 @@ from visrl.config import ConfigError
 from visrl.engines.base import Completion
 from visrl.engines.client import Client
 from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial
-from visrl.engines.open import model_settings, open_encoder, request_of
-from visrl.engines.openai_server import Ask, Endpoint, EndpointError
+from visrl.engines.open import endpoint_of, model_settings, open_served_encoder
+from visrl.engines.openai_server import Ask, EndpointError
 from visrl.engines.server_process import free_port, start, stop, vllm_command, wait_until_served
 from visrl.engines.streaming import StreamError, stream
 from visrl.models.encode import Encoder
@@ -90,7 +90,7 @@ class Upstream:
     def _begin(self) -> None:
         try:
             # How boxes are written and pictures sized is the checkpoint's; its weights are the other server's.
-            self._encoder = open_encoder(self._config, model_settings(self._config))
+            self._encoder = open_served_encoder(self._config, model_settings(self._config))
             if not self._url:
                 self._start_vllm(self._encoder)
             self._wait_until_served()
@@ -127,8 +127,7 @@ class Upstream:
             client.close()
 
     def _new_client(self) -> Client:
-        request = request_of(self._config).model_dump()
-        endpoint = Endpoint((self._url,), self._model, timeout_s=self._config.request_timeout_s, **request)
+        endpoint = endpoint_of((self._url,), self._model, self._config, timeout_s=self._config.request_timeout_s)
         return Client(endpoint, most_bytes=STREAM_BYTES)
 
     async def submit(self, request: QueuedRequest) -> Completion:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from visrl.box import CropRule
-from visrl.config import Adapters, ConfigError, Listed
+from visrl.config import Adapters, CheckpointConfig, ConfigError, Listed, SourceConfig, translate
 from visrl.scenes import KINDS, MAX_TAGS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
@@ -77,14 +77,12 @@ class Phase(BaseModel):
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
 
 
-class TrainConfig(TrainerFields):
+class TrainConfig(TrainerFields, CheckpointConfig, SourceConfig):
     """What `visrl train` takes, beside the fields of `transformers.TrainingArguments`."""
 
-    model_name_or_path: str
     adapter_name_or_path: Adapters | None = None
     """Adapters that are merged into the model before training, the first one first; with the last of a chain named,
     those that it was trained on come by themselves."""
-    trust_remote_code: bool = False
     image_min_pixels: Count | None = None
     image_max_pixels: Count | None = None
     crop_min_pixels: Count | None = None
@@ -118,10 +116,7 @@ class TrainConfig(TrainerFields):
     lambda_answer: float = Field(0.5, ge=0)
 
     dataset: Listed | None = None
-    dataset_dir: str = "data"
-    image_root: str | None = None
     cutoff_len: int = Field(2048, gt=0)
-    max_samples: Count | None = None
     drop_unusable: bool = False  # leave out, and count, rows over cutoff_len and images that cannot be opened
     val_size: Annotated[float, AfterValidator(_share_or_number)] = Field(
         0.0, ge=0
@@ -153,7 +148,7 @@ class TrainConfig(TrainerFields):
         plain = without_sections(values)
         both = {**plain, **given}
         section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") == "dpo" else None
-        return {**plain, **(section or {}), **given}
+        return {**plain, **translate(cls, section or {}, "the stage's own keys"), **given}
 
     @property
     def stage_name(self) -> str:

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 
-from visrl.config import Adapters, Config, ConfigError, as_config
+from visrl.config import Adapters, CheckpointConfig, ConfigError, as_config
+from visrl.engines.open import open_encoder
 from visrl.engines.server_process import vllm_command
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, hold, is_complete, write_manifest
@@ -20,7 +21,7 @@ from visrl.models.adapters import Adapter, attach_adapter, load_merged, read_ada
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.models.folder import CheckpointError, first_line
-from visrl.models.load import check_finite, load_encoder, load_model, quiet, some
+from visrl.models.load import check_finite, load_model, quiet, some
 from visrl.models.settings import ModelSettings
 from visrl.train.card import Card, card_text, history, trainings
 
@@ -28,10 +29,9 @@ MOST_APART = 1e-3  # of token log-probabilities, in the same type: rounding stay
 STAGE = "unfinished"  # the folder inside the output in which everything is written first
 
 
-class ExportConfig(Config):
+class ExportConfig(CheckpointConfig):
     """What `visrl export` takes, with the names of LLaMA-Factory's merge configs."""
 
-    model_name_or_path: str
     adapter_name_or_path: Adapters = Field(min_length=1)
     """Merged one after another; with the last of a chain named, those that it was trained on come by themselves."""
     export_dir: Path
@@ -40,7 +40,6 @@ class ExportConfig(Config):
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     export_device: Literal["cpu", "auto"] = "cpu"  # where the fp32 copy is merged; auto: on a GPU where there is one
     export_legacy_format: bool = False
-    trust_remote_code: bool = False
 
 
 def export(config: ExportConfig | str | Path | None = None, /, **keys: Any) -> Path:
@@ -81,7 +80,7 @@ def export(config: ExportConfig | str | Path | None = None, /, **keys: Any) -> P
 
 def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identity: dict[str, Any]) -> None:
     settings = ModelSettings.load(config.model_name_or_path, adapter.folder)
-    encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+    encoder = open_encoder(config, settings)
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     base = load_merged(config.model_name_or_path, below, device, trust_remote_code=config.trust_remote_code)
     probe = _probe(encoder).to(device)

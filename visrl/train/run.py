@@ -17,12 +17,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from visrl.config import ConfigError, as_config
+from visrl.engines.open import model_settings, open_encoder, own_settings
 from visrl.engines.recompute import try_out
 from visrl.manifest import claim_folder, hold, is_complete, write_manifest
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
-from visrl.models.load import load_encoder
-from visrl.models.settings import ModelSettings
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
 from visrl.train.arguments import check_start, refusals, training_arguments
@@ -81,8 +80,8 @@ def train_here(config: TrainConfig) -> None:
     """Train in this process, which may be one of several."""
     started = time.time()
     out = config.output_dir
-    settings = model_settings(config)
-    encoder = load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+    settings = model_settings(config).with_given(crop_rule=config.crop_rule)
+    encoder = open_encoder(config, settings)
     check_policy(config)
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
     parents = parents_of(config, adapters)
@@ -92,7 +91,7 @@ def train_here(config: TrainConfig) -> None:
         return
     check_resume(config)
     arguments = training_arguments(config)
-    if notice := _own_settings(config).other_rule(settings.crop_rule):
+    if notice := own_settings(config).other_rule(settings.crop_rule):
         say(f"{notice}, and what comes out is made for {settings.crop_rule!r}")
     set_seed(arguments.seed)
     rollouts = read_rollout_samples(config)
@@ -191,23 +190,6 @@ def _next_command(config: TrainConfig) -> str:
         words = [f"{key}={value}" for key, value in names.items()]
         return next_command("merge it", "visrl", "export", *words, f"export_dir={config.output_dir}-merged")
     return next_command("try it", "visrl", "ask", "--model", config.output_dir, "--image", "PICTURE", "QUESTION")
-
-
-def model_settings(config: TrainConfig) -> ModelSettings:
-    """How the checkpoint looks at images: its own settings with what the config gives in their place."""
-    return _own_settings(config).with_given(
-        image_min_pixels=config.image_min_pixels,
-        image_max_pixels=config.image_max_pixels,
-        crop_min_pixels=config.crop_min_pixels,
-        crop_max_pixels=config.crop_max_pixels,
-        crop_rule=config.crop_rule,
-        codec=config.box_codec,
-    )
-
-
-def _own_settings(config: TrainConfig) -> ModelSettings:
-    """How what is trained on looked at images before: the last adapter's settings, else the model's."""
-    return ModelSettings.load(config.model_name_or_path, *(config.adapter_name_or_path or ())[-1:])
 
 
 def _format_data(config: TrainConfig, arguments: TrainingArguments, dataset: Any, validation: Any) -> str:
