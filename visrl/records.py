@@ -200,6 +200,9 @@ _KINDS = (Sample, Trajectory, Verdict, Preference)
 class BadLine(str):
     """A line that is not JSON, as it stood; bytes that are not UTF-8 are kept as lone surrogates."""
 
+    number: int = 0  # of the line in its file, or of the row in a list
+    has_end: bool = True
+
 
 def read_jsonl(path: str | os.PathLike[str], *, unfinished: Literal["refuse", "leave_out"] = "refuse") -> Iterator[Any]:
     """The values of a JSONL file, one by one; a byte order mark and blank lines are passed by.
@@ -211,17 +214,16 @@ def read_jsonl(path: str | os.PathLike[str], *, unfinished: Literal["refuse", "l
         RecordError: a line is not JSON in UTF-8; the message names file and line.
     """
     with open(path, "rb") as file:
-        for number, value, is_whole in json_lines(file, path):
+        for value in json_lines(file, path):
             if isinstance(value, BadLine):
-                if unfinished == "leave_out" and not is_whole:
+                if unfinished == "leave_out" and not value.has_end:
                     return
-                raise bad_line(path, number, value)
+                raise bad_line(path, value)
             yield value
 
 
-def json_lines(file: BinaryIO, name: str | os.PathLike[str]) -> Iterator[tuple[int, Any, bool]]:
-    """The number and the value of every line that is not blank, and whether it has a line end. A line that is not JSON
-    comes as a `BadLine`.
+def json_lines(file: BinaryIO, name: str | os.PathLike[str]) -> Iterator[Any]:
+    """The value of every line that is not blank. A line that is not JSON comes as a `BadLine`.
 
     Raises:
         RecordError: a line of more than `MAX_ROW` bytes.
@@ -229,16 +231,18 @@ def json_lines(file: BinaryIO, name: str | os.PathLike[str]) -> Iterator[tuple[i
     number = 0
     while line := file.readline(MAX_ROW):
         number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) >= MAX_ROW:
             raise RecordError(f"{name}, line {number}: longer than {MAX_ROW:,} characters; is this a JSONL file?")
-        if line and not line.isspace():
-            try:
-                value = json_value(line.decode())
-            except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-                value = BadLine(line.rstrip(b"\n").decode("utf-8", "surrogateescape"))
-            yield number, value, line.endswith(b"\n")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            value = json_value(line.decode())
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+            if not line.strip():
+                continue
+            value = BadLine(line.rstrip(b"\n").decode("utf-8", "surrogateescape"))
+            value.number, value.has_end = number, line.endswith(b"\n")
+        yield value
 
 
 def json_value(text: str) -> Any:
@@ -269,9 +273,9 @@ def bracket_depths(text: str, start: int, end: int) -> Iterator[tuple[int, int]]
             yield found.end(), depth
 
 
-def bad_line(path: str | os.PathLike[str], number: int, line: BadLine) -> RecordError:
+def bad_line(path: str | os.PathLike[str], line: BadLine) -> RecordError:
     """What is raised where a line that is not JSON cannot be used."""
-    return RecordError(f"{path}, line {number}: {line_fault(line)}; mend or remove this line")
+    return RecordError(f"{path}, line {line.number}: {line_fault(line)}; mend or remove this line")
 
 
 def line_fault(line: BadLine) -> str:
@@ -366,7 +370,7 @@ def _end_last_line(path: Path) -> None:
         if whole == end:
             return
         file.seek(whole)
-        if any(isinstance(value, BadLine) for _, value, _ in json_lines(file, path)):
+        if any(isinstance(value, BadLine) for value in json_lines(file, path)):
             file.truncate(whole)
         else:
             file.seek(end)

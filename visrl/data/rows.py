@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from visrl.box import BoxError
 from visrl.prompts import IMAGE
@@ -26,7 +26,6 @@ from visrl.records import (
     Preference,
     RecordError,
     Sample,
-    bad_line,
     bracket_depths,
     is_deep,
     json_line,
@@ -118,14 +117,13 @@ def _refuse_marks(sample: Sample) -> None:
             raise RowFault("unparseable", f"the {key} holds an {IMAGE} mark: {text[:60]!r}")
 
 
-def json_items(path: str | os.PathLike[str], *, bad_lines: Literal["keep", "refuse"] = "keep") -> Iterator[Any]:
+def json_items(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The values of a JSON list, or of the lines of a JSONL file; a line that is not JSON comes as a `BadLine`.
 
     A file of any length is read in a few megabytes of memory.
 
     Raises:
-        RecordError: the file is not there, or a JSON list is damaged; the message names file, row and place. With
-            `bad_lines="refuse"` also: a line is not JSON.
+        RecordError: the file is not there, or a JSON list is damaged; the message names file, row and place.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115 (closed below)
@@ -137,10 +135,7 @@ def json_items(path: str | os.PathLike[str], *, bad_lines: Literal["keep", "refu
         if _is_list(file):
             yield from _list_items(io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape"), str(path))
         else:
-            for number, value, _ in json_lines(file, path):
-                if bad_lines == "refuse" and isinstance(value, BadLine):
-                    raise bad_line(path, number, value)
-                yield value
+            yield from json_lines(file, path)
 
 
 def _is_list(file: io.BufferedReader) -> bool:
@@ -168,6 +163,8 @@ def _list_items(file: IO[str], path: str) -> Iterator[Any]:
                     raise ValueError(f"{text[place]!r} where ',' or ']' must stand")
                 text, place = _next_char(file, text, place + 1)
             value, text, place = _next_value(file, text, place)
+            if isinstance(value, BadLine):
+                value.number = number
             yield value
             number += 1
         if text[place + 1 :].strip() or file.read(CHUNK).strip():

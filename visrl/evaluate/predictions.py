@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visrl.data.rows import json_items
-from visrl.records import RecordError
+from visrl.records import BadLine, RecordError, bad_line
 
 PathLike = str | os.PathLike[str]
 Rows = list[dict[str, Any]]
@@ -26,10 +26,12 @@ def read_predictions(path: PathLike) -> Rows:
     """
     if not Path(path).is_file():
         raise RecordError(f"no file at {path}")
-    rows = list(json_items(path, bad_lines="refuse"))
+    rows = list(json_items(path))
     if not rows:
         raise RecordError(f"{path} holds no rows")
     for number, row in enumerate(rows, start=1):
+        if isinstance(row, BadLine):
+            raise bad_line(path, row)
         if not isinstance(row, dict):
             raise RecordError(f"{path}, row {number}: not a JSON object")
     return rows
