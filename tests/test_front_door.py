@@ -156,20 +156,6 @@ def test_a_verb_takes_a_config_a_file_or_keys(tmp_path):
         visrl.train(said)
 
 
-def test_verbs_run_from_keys(tmp_path):
-    run, scores = tmp_path / "run", tmp_path / "eval"
-    trained = visrl.train(
-        model_name_or_path=str(CHECKPOINT), stage="sft", finetuning_type="lora", dataset="scenes:train@1/0+4",
-        max_steps=1, per_device_train_batch_size=4, output_dir=run,
-    )  # fmt: skip
-    assert trained == run
-    assert (run / "adapter_model.safetensors").is_file()
-    evaluated = visrl.evaluate(
-        model_name_or_path=str(CHECKPOINT), dataset="scenes:test@1/0+4", limit=2, output_dir=scores
-    )
-    assert len((evaluated / "results.jsonl").read_text().splitlines()) == 2
-
-
 def test_five_lines_roll_out_and_score(policy):
     samples = visrl.read_samples("scenes:preference@1:colour,count/0+6")
     trajectories = policy.roll_out(samples, rounds=3)

@@ -31,6 +31,7 @@ NAMES = {
     "read_preferences": "visrl.data.sources",
     "read_records": "visrl.data.native",
     "write_records": "visrl.records",
+    "read_results": "visrl.evaluate.results",
     # The verbs
     "demo": "visrl.evolve.demo:run_demo",
     "train": "visrl.train",
@@ -39,8 +40,15 @@ NAMES = {
     "evolve": "visrl.evolve",
     "export": "visrl.train.export",
     "evaluate": "visrl.evaluate",
+    "compare": "visrl.evaluate.compare",
+    "leaderboard": "visrl.evaluate.leaderboard:write_leaderboard",
+    "score_answers": "visrl.evaluate.answers",
+    "score_boxes": "visrl.evaluate.boxfiles",
     "serve": "visrl.serve",
     "report": "visrl.report",
+    "convert": "visrl.data.convert",
+    "check": "visrl.data.check",
+    "stats": "visrl.data.stats:measure",
     # What the verbs are told
     "PolicyConfig": "visrl.engines.open",
     "CriticConfig": "visrl.rewards.open",
@@ -53,6 +61,10 @@ NAMES = {
     "ExportConfig": "visrl.train.export",
     "EvalConfig": "visrl.evaluate.config",
     "ServeConfig": "visrl.serve.config",
+    "Reading": "visrl.data.formats",
+    "Selection": "visrl.data.convert",
+    "Sizes": "visrl.data.sizes",
+    "LeaderboardEntry": "visrl.evaluate.leaderboard",
     # What a user can mend
     "UserError": "visrl.errors",
 }
@@ -62,12 +74,24 @@ __all__ = ["__version__", *NAMES]
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.box import Box as Box
     from visrl.box import iou as iou
+    from visrl.data.check import check as check
+    from visrl.data.convert import Selection as Selection
+    from visrl.data.convert import convert as convert
+    from visrl.data.formats import Reading as Reading
     from visrl.data.native import read_records as read_records
+    from visrl.data.sizes import Sizes as Sizes
     from visrl.data.sources import read_preferences as read_preferences
     from visrl.data.sources import read_samples as read_samples
+    from visrl.data.stats import measure
     from visrl.engines.open import PolicyConfig as PolicyConfig
     from visrl.errors import UserError as UserError
+    from visrl.evaluate.answers import score_answers as score_answers
+    from visrl.evaluate.boxfiles import score_boxes as score_boxes
+    from visrl.evaluate.compare import compare as compare
     from visrl.evaluate.config import EvalConfig as EvalConfig
+    from visrl.evaluate.leaderboard import LeaderboardEntry as LeaderboardEntry
+    from visrl.evaluate.leaderboard import write_leaderboard
+    from visrl.evaluate.results import read_results as read_results
     from visrl.evaluate.run import evaluate as evaluate
     from visrl.evolve.config import DemoConfig as DemoConfig
     from visrl.evolve.config import EvolveConfig as EvolveConfig
@@ -99,7 +123,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.train.export import export as export
     from visrl.train.run import train as train
 
-    demo, filter, evolve = run_demo, filter_pairs, run_evolve  # called otherwise where they are defined
+    # Called otherwise where they are defined.
+    demo, filter, evolve, leaderboard, stats = run_demo, filter_pairs, run_evolve, write_leaderboard, measure
 
 
 def __getattr__(name: str) -> Any:

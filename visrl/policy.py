@@ -1,4 +1,4 @@
-"""A checkpoint at work, from Python: load it, ask it about a picture, roll it out on questions.
+"""A checkpoint at work, from Python: load it, ask it about an image, roll it out on questions.
 
 The same two steps, engines and settings as those of every verb. Nothing here knows prompts, box text or files of a run.
 """
@@ -34,9 +34,9 @@ BATCH = 64  # questions rolled out together, as `visrl generate` has it
 class LoadedPolicy:
     """A checkpoint that is ready to be asked, in this process or behind servers.
 
-    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at pictures;
-    `config` is what it was opened by.
-    Connections to servers end with `close()`, or with the block where it is used as `with load_policy(…) as policy:`.
+    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at images;
+    `config` is what it was opened by. Connections to servers end with `close()`, or with the block where it is used as
+    `with load_policy(…) as policy:`.
     """
 
     def __init__(self, config: PolicyConfig, opened: OpenedPolicy, crop_rule: CropRule | None, held: ExitStack) -> None:
@@ -51,15 +51,15 @@ class LoadedPolicy:
         """Where the model looks for the answer, what it sees there and what it answers, at temperature 0.
 
         Args:
-            image: a path, a data URL, a drawn scene (`scene:POOL/INDEX`) or a PIL image.
-            question: a text without marks of pictures.
+            image: a path, a data URL, a synthetic scene (`scene:POOL/INDEX`) or a PIL image.
+            question: a text without marks of images.
 
         Returns:
-            The `Look`: `box` in fractions of the picture, `box_pixels` in its pixels, `crop` as a PIL image, `answer`,
+            The `Look`: `box` in fractions of the image, `box_pixels` in its pixels, `crop` as a PIL image, `answer`,
             and `error` where there is no answer (its first word says what failed).
 
         Raises:
-            ImageError: the picture cannot be opened, or is one that the model does not take.
+            ImageError: the image cannot be opened, or is one that the model does not take.
             PromptError: the question is empty, or holds what only a prompt may hold.
         """
         try:
@@ -89,14 +89,14 @@ class LoadedPolicy:
         fails is a trajectory with its `error`.
 
         Args:
-            samples: questions with their pictures; true boxes and answers are not looked at.
+            samples: questions with their images; true boxes and answers are not looked at.
             rounds: N of Algorithm 1 (VisRL, arXiv 2503.07523); a round is two boxes.
             temperature: of boxes and answers alike; 0 is greedy.
             top_p: the share of probability that is sampled from.
             diversity: whether the second box of a round that says the same as the first is replaced by a random one.
             trigger: T, the IoU from which on two boxes say the same.
             seed: the run's; the same gives the same trajectories.
-            image_root: the folder that relative paths of pictures start from.
+            image_root: the folder that relative paths of images start from.
 
         Returns:
             `len(samples)` × `rounds` × 2 trajectories, in order of sample, round and branch.
@@ -163,8 +163,8 @@ def score(
         samples: the questions of the trajectories, with their reference answers, in any order.
         trajectories: tries of `policy`, as `roll_out` gives them.
         policy: whose tries they are: the critic sees crops by its crop rule, and is its original base model unless
-            `keys` name another one. Drawn scenes are judged exactly, by what is drawn.
-        image_root: the folder that relative paths of pictures start from.
+            `keys` name another one. Synthetic scenes are judged exactly, by what is drawn.
+        image_root: the folder that relative paths of images start from.
         seed: of what is asked again with sampling, where a first reply cannot be read.
         keys: keys of `CriticConfig`: `critic`, `critic_model_name_or_path`, `critic_url`, `critic_served_name` …
 
@@ -188,7 +188,7 @@ def score(
 
 
 def _reference(image: str | Path | Image.Image) -> str:
-    """A picture by reference, as records have it; one in memory is its own PNG, pixel by pixel."""
+    """An image by reference, as records have it; one in memory is its own PNG, pixel by pixel."""
     if isinstance(image, str | Path):
         return str(image)
     from visrl.engines.endpoint import data_url

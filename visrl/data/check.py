@@ -72,13 +72,17 @@ class Report:
 
 
 def check(
-    source: str, inputs: Iterable[str], reading: Reading, progress: Callable[[int], None] = lambda rows: None
+    source: str,
+    inputs: Iterable[str],
+    reading: Reading | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
     """Read all rows of `inputs` and report. Pictures are looked at where `reading.sizes.images` names their folder.
 
     Raises:
         RecordError: a file is not there or damaged.
     """
+    reading = reading or Reading()
     report = Report(missing_images=None if reading.sizes.images is None else 0)
     seen_rows: set[int] = set()  # hashes, here and below: of hundreds of thousands, no two are likely to be equal
     splits: dict[int, str] = {}  # of every picture seen

@@ -74,15 +74,16 @@ class Statistics:
 def measure(
     source: str,
     inputs: Iterable[str],
-    reading: Reading,
+    reading: Reading | None = None,
     tokens: TokenCounter | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Statistics:
-    """Read all rows of `inputs` and measure them; with `tokens` also those, , of a sample of the rows.
+    """Read all rows of `inputs` and measure them; with `tokens` also those, of a sample of the rows.
 
     Raises:
         RecordError: a file is not there or damaged.
     """
+    reading = reading or Reading()
     found = Statistics()
     drawn: list[Sample] = []
     rng = random.Random(0)

@@ -130,13 +130,17 @@ def _gallery(run: Run) -> Row:
     }
 
 
-def report(run: Path) -> None:
-    """Write the report of a run folder, and say what it was made from and what is not there yet.
+def report(run: str | Path) -> Path:
+    """Write the report of a run folder, finished or not, and say what it was made from and what is not there yet.
+
+    Returns:
+        The path of the page, which holds its own styles, figures and images.
 
     Raises:
         ReportError: no report can be made of it.
         HeldError: another process writes its page.
     """
+    run = Path(run)
     loaded = load_run(run)
     page = render(loaded)
     with hold(run / "report.html"):  # the page alone: a run may be reported on while it is written
@@ -148,3 +152,4 @@ def report(run: Path) -> None:
     if loaded.missing:
         typer.echo(f"left out, not there yet: {', '.join(loaded.missing)}")
     typer.echo(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return path
