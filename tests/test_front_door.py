@@ -150,8 +150,8 @@ def test_a_verb_takes_a_config_a_file_or_keys(tmp_path):
         visrl.train(**said, datset="x")
     with pytest.raises(ConfigError, match="no config at"):
         visrl.evaluate(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match=r"EvalConfig: limit: .*greater than or equal to 1"):
-        visrl.evaluate(model_name_or_path="a", dataset="b", output_dir="c", limit=0)
+    with pytest.raises(ConfigError, match=r"EvalConfig: max_samples: .*greater than or equal to 1"):
+        visrl.evaluate(model_name_or_path="a", dataset="b", output_dir="c", max_samples=0)
     with pytest.raises(TypeError, match="give a TrainConfig, the path of a YAML file or keys, not dict"):
         visrl.train(said)
 
