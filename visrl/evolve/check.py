@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def measure_critic(
         apart = sample.box and random_box_apart(sample.box, sample.box, seed_of(seed, *sample.place, "check"))
         if apart is not None:
             asked.append((sample, _tried(sample, 2, apart, sample.answer)))
-    verdicts = critic.judge([sample for sample, _ in asked], [tried for _, tried in asked])
+    blind = [replace(sample, box=None) for sample, _ in asked]  # no critic has ever seen a true box
+    verdicts = critic.judge(blind, [tried for _, tried in asked])
     tally = Tally("verdicts", max_failed)
     tally.count(map(critic_failure, verdicts))
     if tally.is_hopeless():

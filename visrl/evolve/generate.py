@@ -34,7 +34,7 @@ from visrl.manifest import (
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict
 from visrl.redact import without_secrets
 from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_failure
-from visrl.rewards.open import NOT_IDENTITY, Grading, critic_name, opened_critic
+from visrl.rewards.open import NOT_IDENTITY, Grading, critic_hash, opened_critic
 from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.sequences import batched
 
@@ -243,13 +243,12 @@ def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> Rollout
 
 def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> dict[str, Any]:
     """Everything that decides what a generation writes: two runs of one identity write the same files."""
-    critic = critic_name(config, samples)
     return {
         **without_secrets(config.recorded(exclude={"output_dir"} | NOT_IDENTITY)),
         "policy": "endpoint" if config.policy_url else "local",
         "model": hash_checkpoint(config.model_name_or_path),
         "adapter": hash_checkpoint(config.adapter_name_or_path) if config.adapter_name_or_path else None,
-        "critic": hash_checkpoint(critic),
+        "critic": critic_hash(config, samples),
         "data": hash_source(config.dataset, config.dataset_dir),
     }
 

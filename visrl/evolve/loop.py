@@ -28,7 +28,7 @@ from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
-from visrl.rewards.open import NOT_IDENTITY, critic_name
+from visrl.rewards.open import NOT_IDENTITY, critic_kind, critic_name
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
@@ -101,7 +101,8 @@ def plan(config: EvolveConfig) -> list[str]:
     samples = questions_of(_generation(config, 0, config.model_name_or_path))
     tries = 2 * config.rounds * len(samples)
     critic = critic_name(config, samples)
-    asked = "" if critic == "oracle" else f", up to {(1 + config.use_box_critic) * tries} questions to the critic"
+    asks = critic_kind(config, samples) == "model"
+    asked = f", up to {(1 + config.use_box_critic) * tries} questions to the critic" if asks else ""
     lines = [
         f"start {config.model_name_or_path}; critic {critic}; {config.iterations} iterations → {config.output_dir}",
         f"each: {len(samples)} questions × {config.rounds} rounds × 2 = {tries} tries{asked}; rule {config.rule!r}, "

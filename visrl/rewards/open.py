@@ -5,13 +5,14 @@ The config imports no torch; the critics are imported when they are opened.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from visrl.box import CropRule
 from visrl.config import ConfigError
@@ -26,7 +27,8 @@ from visrl.engines.open import (
     reached,
     refuse_unused,
 )
-from visrl.manifest import read_manifest
+from visrl.manifest import hash_checkpoint, hash_files, read_manifest
+from visrl.plugins import is_plugin, load_plugin
 from visrl.records import Sample
 
 if TYPE_CHECKING:
@@ -35,11 +37,19 @@ if TYPE_CHECKING:
     from visrl.rewards.judge import AskAll
 
 
+def _known_critic(name: str) -> str:
+    if name != "auto" and name not in CRITICS and not is_plugin(name):
+        known = ", ".join(map(repr, ("auto", *CRITICS)))
+        raise ValueError(f"Input should be {known}, or module:function for one of your own")
+    return name
+
+
 class CriticConfig(PolicyConfig):
     """The keys that say which critic scores what the policy does, beside those of the policy."""
 
-    critic: Literal["auto", "oracle", "model"] = "auto"
-    """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model."""
+    critic: Annotated[str, AfterValidator(_known_critic)] = "auto"
+    """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model;
+    `module:function` is a grader of one's own (see docs/EVOLVE.md)."""
     critic_model_name_or_path: str | None = None
     """By default the original base model (the paper's choice): what the policy was first trained from."""
     critic_url: ServerUrls = ()
@@ -58,16 +68,40 @@ class CriticConfig(PolicyConfig):
 NOT_IDENTITY = PATIENCE | {"critic_url"}
 
 
+def critic_kind(config: CriticConfig, samples: Sequence[Sample]) -> str:
+    """The row of `CRITICS` that a config means for these samples, or the name of a grader of the user's own."""
+    if config.critic != "auto":
+        return config.critic
+    drawn = all(sample.image.startswith("scene:") for sample in samples)
+    named = bool(config.critic_url or config.critic_model_name_or_path)
+    return "oracle" if drawn and not named else "model"
+
+
 def critic_name(config: CriticConfig, samples: Sequence[Sample]) -> str:
-    """The critic that a config means for these samples: "oracle", or the path or name of a model.
+    """The critic that a config means for these samples: "oracle", the path or name of a model, or `module:function`.
 
     Raises:
         ConfigError: the original base model cannot be found.
     """
-    drawn = all(sample.image.startswith("scene:") for sample in samples)
-    named = bool(config.critic_url or config.critic_model_name_or_path)
-    if config.critic == "oracle" or (config.critic == "auto" and drawn and not named):
-        return "oracle"
+    kind = critic_kind(config, samples)
+    return _model_name(config) if kind == "model" else kind
+
+
+def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
+    """What decides the critic's scores, in short: its name, and the weights or the module that it is made of.
+
+    Raises:
+        ConfigError: the original base model, or the module of a grader, cannot be found.
+    """
+    name = critic_name(config, samples)
+    if not is_plugin(critic_kind(config, samples)):
+        return hash_checkpoint(name)
+    load_plugin(name, "critic")
+    file = sys.modules[name.partition(":")[0]].__file__
+    return f"{name} {hash_files(file)}" if file else name
+
+
+def _model_name(config: CriticConfig) -> str:
     if config.critic_url:
         name = config.critic_served_name or config.critic_model_name_or_path
         if name is None:
@@ -117,15 +151,29 @@ def opened_critic(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
         ConfigError: no critic for these samples.
         EndpointError: a server that does not answer or serves another model.
     """
-    name = critic_name(config, grading.samples)
+    kind = critic_kind(config, grading.samples)
     if not config.critic_url:
         refuse_unused(config.critic_request, "critic_request: ", "critic_url")
-    with CRITICS["oracle" if name == "oracle" else "model"](config, name, grading) as critic:
+    with CRITICS.get(kind, _function)(config, grading) as critic:
         yield critic
 
 
 @contextmanager
-def _oracle(config: CriticConfig, name: str, grading: Grading) -> Iterator[Critic]:
+def _function(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+    """A grader of the user's own."""
+    from visrl.rewards.grader import FunctionCritic
+
+    for key in ("critic_url", "critic_model_name_or_path", "critic_served_name"):
+        if getattr(config, key):
+            raise ConfigError(f"{key}: critic={config.critic} asks no model; leave one of the two out")
+    grader = load_plugin(config.critic, "critic")
+    if not callable(grader):
+        raise ConfigError(f"critic {config.critic!r} is no function of samples and trajectories")
+    yield FunctionCritic(config.critic, grader)
+
+
+@contextmanager
+def _oracle(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
     from visrl.rewards.critic import SceneOracle
 
     policy = grading.policy.policy
@@ -133,10 +181,10 @@ def _oracle(config: CriticConfig, name: str, grading: Grading) -> Iterator[Criti
 
 
 @contextmanager
-def _model(config: CriticConfig, name: str, grading: Grading) -> Iterator[Critic]:
+def _model(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
     from visrl.rewards.critic import ModelCritic
 
-    with _opened_engine(config, name, grading.policy) as engine:
+    with _opened_engine(config, _model_name(config), grading.policy) as engine:
         yield ModelCritic(
             engine,
             crop_rule=grading.crop_rule,
@@ -182,8 +230,8 @@ def opened_judge(name: str, urls: Sequence[str], request: RequestConfig, **patie
         yield client_asker(client)
 
 
-# How each critic is opened.
-CRITICS: dict[str, Callable[[CriticConfig, str, Grading], AbstractContextManager[Critic]]] = {
+# The critics by name: how each is opened. A row more is a critic more, for `visrl generate` and all that grade by name.
+CRITICS: dict[str, Callable[[CriticConfig, Grading], AbstractContextManager[Critic]]] = {
     "oracle": _oracle,
     "model": _model,
 }
