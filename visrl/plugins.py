@@ -6,6 +6,7 @@ The module is imported as `import module` would: from what is installed or on PY
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from visrl.config import ConfigError
@@ -34,3 +35,13 @@ def load_plugin(name: str, kind: str) -> Any:
         ) from error
     except AttributeError as error:
         raise ConfigError(f"{kind} {name!r}: {module} has no {attribute!r}") from error
+
+
+def plugin_file(name: str) -> Path | None:
+    """The file of the module of `module:object`, to tell a changed one by its hash; None where it has none.
+
+    Raises:
+        ModuleNotFoundError: there is no such module; `load_plugin` says so to the user.
+    """
+    file = import_module(name.partition(":")[0]).__file__
+    return None if file is None else Path(file)

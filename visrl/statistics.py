@@ -37,7 +37,7 @@ def interval(values: Values, seed: int = 0, level: float = 0.95) -> dict[str, fl
 
 
 def mean_interval(groups: Mapping[str, Values], seed: int = 0, level: float = 0.95) -> dict[str, float]:
-    """The unweighted mean of the groups' means, with a bootstrap interval that draws anew within each group.
+    """The unweighted mean of the groups' means, with a bootstrap interval that resamples within each group.
 
     Raises:
         ValueError: no groups, or a group that `interval` would refuse.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from visrl.cli.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs, json_object
-from visrl.failures import MAX_FAILED, Tally
+from visrl.failures import MAX_FAILED
 from visrl.progress import next_command
 from visrl.prompts import JUDGE_TOKENS
 
@@ -114,12 +114,13 @@ def judge(
     """Ask a judge about every answer, with the published prompt."""
     from visrl.config import build_config
     from visrl.engines.open import RequestConfig
-    from visrl.evaluate.answers import answer_to_judge
+    from visrl.evaluate.answers import answer_to_judge, score_answer_files
+    from visrl.evaluate.judging import count_judgements, format_judged
     from visrl.manifest import hold
     from visrl.rewards.judge import judge_all
     from visrl.rewards.open import opened_judge
 
-    rows, _ = _answer_rows(predictions, truth)
+    rows, _ = score_answer_files(predictions, truth)
     asked = [one for one in map(answer_to_judge, rows) if one is not None]
     said = {
         "max_tokens_key": max_tokens_key,
@@ -136,13 +137,7 @@ def judge(
         typer.progressbar(length=len(asked), label=f"{model} judges") as bar,
     ):
         judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
-    tally = Tally("judgements", max_failed)
-    tally.count(one.error for one in judged)
-    if tally.is_hopeless():
-        raise tally.refuse(f"the judgements are kept in {out}")
-    failed = tally.failed
-    unread = sum(one.error is None and one.score is None for one in judged)
-    typer.echo(f"{len(judged)} answers judged: {failed} failed, {unread} replies that could not be read")
+    typer.echo(format_judged(count_judgements(judged, max_failed, f"the judgements are kept in {out}")))
     if len(asked) < len(rows):
         typer.echo(f"{len(rows) - len(asked)} questions without an answer were not shown to the judge")
     typer.echo(f"judgements: {out}")
@@ -222,27 +217,11 @@ def _by_answer(judgements: Iterable[Judgement]) -> dict[tuple[str, str, int], Ju
 
 
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:
-    from visrl.codecs import CODECS
-    from visrl.evaluate.boxfiles import box_totals, folder_totals, score_boxes
-    from visrl.evaluate.predictions import files_by_dataset
+    from visrl.evaluate.boxfiles import score_box_files
     from visrl.evaluate.tables import summary_lines
-    from visrl.records import RecordError
     from visrl.rewards.results import summarise
 
-    if codec is not None and codec not in CODECS:
-        raise RecordError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
-    if not predictions.is_dir():
-        rows = score_boxes(predictions, truth, codec=codec)
-        totals: dict[str, Any] = box_totals(rows)
-    else:
-        files = files_by_dataset(predictions)
-        truths = {} if truth is None else files_by_dataset(truth)
-        lacking = [name for name in files if truth is not None and name not in truths]
-        if lacking:
-            raise RecordError(f"{truth} holds no file for {', '.join(lacking)}")
-        by_name = {name: score_boxes(path, truths.get(name), name, codec) for name, path in files.items()}
-        rows = [row for group in by_name.values() for row in group]
-        totals = folder_totals({name: box_totals(group) for name, group in by_name.items()})
+    rows, totals = score_box_files(predictions, truth, codec)
     _write(out, rows, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(totals))
@@ -256,13 +235,13 @@ def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: 
 def _score_answers(
     predictions: Path, truth: Path | None, judgements: Path | None, out: Path | None, as_json: bool
 ) -> None:
-    from visrl.evaluate.answers import with_averages, with_judgements
+    from visrl.evaluate.answers import score_answer_files, with_averages, with_judgements
     from visrl.evaluate.tables import summary_lines
     from visrl.records import RecordError
     from visrl.rewards.judge import read_judgements
     from visrl.rewards.results import summarise
 
-    rows, missing = _answer_rows(predictions, truth)
+    rows, missing = score_answer_files(predictions, truth)
     if judgements is not None:
         if not judgements.is_file():
             raise RecordError(f"no judgements at {judgements}; make them with `visrl eval judge`")
@@ -281,21 +260,6 @@ def _score_answers(
         typer.echo(f"\nno answers to: {', '.join(summary['missing_datasets'])}; the means above are over the others")
     if summary["average_published"] is not None:
         typer.echo(f"\naverage as published, missing data sets counted 0: {summary['average_published']:.3f}")
-
-
-def _answer_rows(predictions: Path, truth: Path | None) -> tuple[list[dict[str, Any]], list[str]]:
-    from visrl.evaluate.answers import score_answers
-    from visrl.evaluate.predictions import files_by_dataset
-
-    if not predictions.is_dir():
-        return score_answers(predictions, truth)
-    rows, missing = [], []
-    for name, path in files_by_dataset(predictions).items():
-        told = truth / f"{name}.json" if truth is not None and truth.is_dir() else truth
-        found, left = score_answers(path, told, name)
-        rows += found
-        missing += [f"{name}/{one}" for one in left]
-    return rows, missing
 
 
 def _write(out: Path | None, rows: list[dict[str, Any]], quiet: bool) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from visrl.evaluate.predictions import PathLike, Rows, predicted_text, read_predictions
-from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers
+from visrl.evaluate.predictions import PathLike, Rows, files_by_dataset, predicted_text, read_predictions
+from visrl.evaluate.published import VISCOT_QUESTIONS, average_published_answers, missing_datasets
 from visrl.prompts import IMAGE, judged_question
 from visrl.records import RecordError
 from visrl.replies import spoken
@@ -47,6 +48,24 @@ def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset:
             raise RecordError(f"{where}: question {name} is not in {truth}; name the file of the same data set")
         results.append(_answer_row(row, known.get(name), where, dataset))
     return results, [str(name) for name in known if name not in seen]
+
+
+def score_answer_files(predictions: Path, truth: Path | None) -> tuple[Rows, list[str]]:
+    """`score_answers` of a file, or of a folder of them by data set with the data sets' names before the ids; `truth`
+    is then a folder of `NAME.json`.
+
+    Raises:
+        RecordError: whatever `score_answers` refuses, or a folder that holds no prediction files.
+    """
+    if not predictions.is_dir():
+        return score_answers(predictions, truth)
+    rows, missing = [], []
+    for name, path in files_by_dataset(predictions).items():
+        own = truth / f"{name}.json" if truth is not None and truth.is_dir() else truth
+        found, left = score_answers(path, own, name)
+        rows += found
+        missing += [f"{name}/{one}" for one in left]
+    return rows, missing
 
 
 def answer_to_judge(row: Mapping[str, Any]) -> AnswerToJudge | None:
@@ -95,7 +114,7 @@ def with_averages(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **summary,
         "average_published": average_published_answers(scores) if benchmark and scores else None,
-        "missing_datasets": [name for name in VISCOT_QUESTIONS if name not in datasets] if benchmark else [],
+        "missing_datasets": missing_datasets(datasets) if benchmark else [],
     }
 
 
@@ -136,8 +155,8 @@ def _benchmark_rows(path: PathLike) -> Rows:
     rows = read_predictions(path)
     for number, row in enumerate(rows, start=1):
         turns = row.get("conversations")
-        told = isinstance(turns, list) and turns and all(_has_value(turn) for turn in turns)
-        if "question_id" not in row or not told:
+        has_turns = isinstance(turns, list) and turns and all(_has_value(turn) for turn in turns)
+        if "question_id" not in row or not has_turns:
             raise RecordError(f"{path}, row {number}: not a benchmark row: it needs question_id and conversations")
     return rows
 

@@ -1,46 +1,116 @@
-"""The questions of a benchmark: every one of them, a bad ground truth included. Reads metadata, opens no picture.
+"""The benchmarks, one row each: how each is read, asked and scored. Everything else asks this table.
 
-What is missing, data sets or pictures, is told at once and in full, before any model is loaded.
+A new one is a file with a reader like viscot.py and a row of `BENCHMARKS`; one of your own is a `Benchmark` in a module
+of yours, named as `benchmark: module:NAME`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
-from visrl.box import BoxError
-from visrl.data.check import ALL_PICTURES, ORIGINS
-from visrl.data.rows import RowFault, four_numbers, get_size, get_text, read_rows
-from visrl.data.sizes import Sizes
+from visrl.codecs import Codec
+from visrl.config import ConfigError
 from visrl.data.sources import read_samples
-from visrl.data.viscot import parse_viscot
+from visrl.evaluate import viscot
 from visrl.evaluate.published import REFCOCO_SPLITS, VISCOT_QUESTIONS
-from visrl.images import image_path, names_file
-from visrl.prompts import IMAGE, judged_question
-from visrl.records import RecordError, Sample
-from visrl.rewards.detection import truth_box
-
-Benchmark = Literal["samples", "viscot", "viscot-detection", "refcoco"]
-Corners = tuple[float, float, float, float]
+from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, check_names
+from visrl.plugins import is_plugin, load_plugin
+from visrl.rewards.reply_scores import is_score
+from visrl.rewards.results import ANSWER_COLUMNS, COLUMNS, Result, Row
+from visrl.rollout.protocols import REFCOCO, VISCOT, VISCOT_BOXES, VISRL, VISRL_BOXES, LookProtocol
 
 
 @dataclass(frozen=True, slots=True)
-class BenchmarkQuestion:
-    """A question, and where boxes are what is scored, its ground truth in pixels as published, be it a box or not.
+class Benchmark:
+    """All that is known of a benchmark.
 
-    Within a data set `sample.id` is what names a question in prediction files too: its number (answers), or its line.
+    `read` gives the questions of each data set by its name, lazily where it can; a sample without a `source` gets that
+    name. `protocol` is how the benchmark was published to be asked; one without an answer step scores boxes alone.
+    `datasets` are those that were published, with their number of questions where it is known. `score` gives columns of
+    its own for the result of a question, of those in `rewards.results.COLUMNS`: `correct` where a rule says what is
+    right, `correct_published` where the published rule is another one; its `prediction` is None where there is no
+    answer. `figures` adds to the summary what is computed over all rows.
     """
 
-    sample: Sample
-    truth: Corners | None = None
+    read: Callable[[BenchmarkFiles], Mapping[str, Iterable[BenchmarkQuestion]]]
+    protocol: LookProtocol = VISRL
+    datasets: Mapping[str, int | None] = field(default_factory=dict)
+    score: Callable[[BenchmarkQuestion, Result, Codec], Mapping[str, float | None]] | None = None
+    figures: Callable[[dict[str, Any], Sequence[Row]], dict[str, Any]] | None = None
+
+    @property
+    def scores(self) -> Literal["answers", "boxes"]:
+        """What is scored; only answers can be judged, and only they have controls."""
+        return "boxes" if self.protocol.answer is None else "answers"
+
+    @property
+    def protocols(self) -> dict[str, LookProtocol]:
+        """How it may be asked, by name: as published first, or in the words of training."""
+        ours = VISRL if self.scores == "answers" else VISRL_BOXES
+        return {self.protocol.name: self.protocol, "visrl": ours}
+
+    def row_of(self, question: BenchmarkQuestion, result: Result, codec: Codec) -> dict[str, Any]:
+        """The row of a question, with the benchmark's own columns; `codec` is that of the policy that was asked.
+
+        Whatever `score` says: without a reply its columns are null, and a box text that holds no box answers nothing.
+
+        Raises:
+            ConfigError: `score` gives a column that no summary knows, or a value outside [0, 1].
+        """
+        own = dict(self.score(question, result, codec)) if self.score else {}
+        for name, value in own.items():
+            if name not in COLUMNS:
+                raise ConfigError(f"the benchmark's score gives a column {name!r}; there are {', '.join(COLUMNS)}")
+            if value is not None and not is_score(value):
+                raise ConfigError(f"the benchmark's score gives {name} = {value!r}; it must be None or lie in [0, 1]")
+            if result.failure is not None:
+                own[name] = None
+            elif result.unparseable and name in ANSWER_COLUMNS:
+                own[name] = 0.0
+        return {**result.eval_row(), **own}
+
+
+def read_drawn_or_own(files: BenchmarkFiles) -> dict[str, list[BenchmarkQuestion]]:
+    """Drawn scenes, a named data set or a file, as `data.sources.read_samples` takes them."""
+    samples = read_samples(files.dataset, with_box=True, dataset_dir=files.dataset_dir, image_root=files.image_root)
+    return {"": [BenchmarkQuestion(sample) for sample in samples]}
+
+
+BENCHMARKS = {
+    "samples": Benchmark(read_drawn_or_own),
+    "viscot": Benchmark(viscot.answer_questions, VISCOT, VISCOT_QUESTIONS, figures=viscot.answer_figures),
+    "viscot-detection": Benchmark(
+        viscot.box_questions, VISCOT_BOXES, VISCOT_QUESTIONS, viscot.score_box, viscot.box_figures
+    ),
+    "refcoco": Benchmark(
+        viscot.box_questions, REFCOCO, dict.fromkeys(REFCOCO_SPLITS), viscot.score_box, viscot.box_figures
+    ),
+}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of that name, or the user's own that `module:NAME` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if not is_plugin(name):
+        raise ConfigError(f"benchmark {name!r}: there are {', '.join(BENCHMARKS)}, or one of your own as module:NAME")
+    found = load_plugin(name, "benchmark")
+    if not isinstance(found, Benchmark):
+        raise ConfigError(f"benchmark {name!r} is a {type(found).__name__}, not a visrl.evaluate.benchmarks.Benchmark")
+    return found
 
 
 def read_benchmark(
-    benchmark: Benchmark,
-    data: str,
+    benchmark: str,
+    dataset: str,
     *,
     dataset_dir: str = "data",
     datasets: Sequence[str] | None = None,
@@ -48,114 +118,25 @@ def read_benchmark(
     image_root: str | None = None,
     limit: int | None = None,
 ) -> list[BenchmarkQuestion]:
-    """The questions, data set after data set, at most `limit` of each.
-
-    `data` is the folder of the benchmark's files, or for "samples" what `data.sources.read_samples` takes, which looks
-    for named data sets in `dataset_dir`. `datasets` are those wanted (all that were published, if left out). `boxes`
-    is the folder of Visual-CoT's detection files, which hold sizes and untruncated boxes; without it the sizes are
-    read from the pictures.
+    """The questions, data set after data set, at most `limit` of each. `boxes` is the config's `box_dir`.
 
     Raises:
-        RecordError: data sets that are not there, all named; a row that is no question.
+        ConfigError: no such benchmark.
+        RecordError: data sets that are not there, all named; a row that is no question; a question twice.
     """
-    if benchmark == "samples":
-        samples = read_samples(data, with_box=True, dataset_dir=dataset_dir, image_root=image_root)
-        return [BenchmarkQuestion(sample) for sample in samples[:limit]]
-    suffix = ".json" if benchmark == "viscot" else ".jsonl"
-    published = REFCOCO_SPLITS if benchmark == "refcoco" else tuple(VISCOT_QUESTIONS)
-    names = tuple(datasets or published)
-    files = _files(data, names, suffix)
-    box_files = _files(boxes, names, ".jsonl") if benchmark == "viscot" and boxes else {}
+    known = find_benchmark(benchmark)
+    files = BenchmarkFiles(dataset, tuple(datasets or known.datasets), dataset_dir, boxes, image_root)
     questions = []
-    for name, path in files.items():
-        sizes = Sizes([str(box_files[name])] if name in box_files else None, image_root)
-        own = _viscot(path, name, sizes) if benchmark == "viscot" else _boxed(path, name)
-        questions += [question for _, question in zip(range(limit), own, strict=False)] if limit else list(own)
-    _check_names(questions)
+    for name, own in known.read(files).items():
+        for one in islice(own, limit):
+            sample = one.sample if one.sample.source else replace(one.sample, source=name)
+            questions.append(replace(one, sample=sample))
+    check_names(questions)
     return questions
 
 
-def incomplete(benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]) -> dict[str, tuple[int, int]]:
-    """Of the data sets of the Visual-CoT benchmark that are not asked in full: how many there are, of how many."""
-    if benchmark in ("samples", "refcoco"):
-        return {}
+def incomplete(benchmark: str, questions: Sequence[BenchmarkQuestion]) -> dict[str, tuple[int, int]]:
+    """Of the published data sets that are not asked in full: how many questions there are, of how many."""
     counts = Counter(question.sample.source for question in questions)
-    return {name: (count, VISCOT_QUESTIONS[name]) for name, count in counts.items()
-            if count != VISCOT_QUESTIONS.get(name, count)}  # fmt: skip
-
-
-def missing_pictures(questions: Iterable[BenchmarkQuestion], image_root: str | None) -> dict[str, list[str]]:
-    """The pictures that are not under `image_root`, each once, by data set."""
-    missing: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    for question in questions:
-        ref = question.sample.image
-        if ref in seen or not names_file(ref):
-            continue
-        seen.add(ref)
-        if image_path(ref, image_root) is None:
-            missing.setdefault(question.sample.source, []).append(ref)
-    return missing
-
-
-def format_missing(missing: dict[str, list[str]], image_root: str | None) -> str:
-    """What is missing, where it belongs and where it comes from, in lines."""
-    lines = [f"{sum(map(len, missing.values())):,} pictures are missing under {image_root or '.'}:"]
-    for name, refs in missing.items():
-        origin = ORIGINS.get("refcoco" if name.startswith("REC_") else name, "the place its data came from")
-        lines.append(f"  {name or 'pictures'}: {len(refs):,}, {refs[0]} the first; they come from {origin}")
-    if any(name in VISCOT_QUESTIONS for name in missing):
-        lines.append(f"  all of Visual-CoT's pictures in one place: {ALL_PICTURES}")
-    return "\n".join(lines)
-
-
-def _files(folder: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
-    files = {name: Path(folder, name + suffix) for name in names}
-    missing = [path.name for path in files.values() if not path.is_file()]
-    if missing:
-        there = sorted(path.stem for path in Path(folder).glob(f"*{suffix}"))
-        remedy = f"; to evaluate what is there: datasets=[{', '.join(there)}]" if there else ""
-        raise RecordError(f"{folder} lacks {len(missing)} data sets: {', '.join(missing)}{remedy}")
-    return files
-
-
-def _viscot(path: Path, name: str, sizes: Sizes) -> Iterator[BenchmarkQuestion]:
-    """Rows of benchmark JSON. A row whose box is bad is asked all the same, and holds no true box."""
-
-    def parse(raw: Any, number: int) -> tuple[Sample]:
-        try:
-            (sample,) = parse_viscot(raw, number, sizes)
-        except (RowFault, BoxError):
-            (sample,) = parse_viscot(raw, number, sizes, boxes=False)
-        question = judged_question(raw["conversations"][0]["value"]).removeprefix(f"{IMAGE}\n")
-        own = raw.get("question_id")
-        return (replace(sample, id=str(number if own is None else own), source=name, question=question, raw=None),)
-
-    return _questions(path, parse)
-
-
-def _boxed(path: Path, name: str) -> Iterator[BenchmarkQuestion]:
-    """Rows of detection or RefCOCO JSONL: an expression and four pixels, be they a box or not."""
-
-    def parse(raw: Any, number: int) -> tuple[Sample]:
-        ref, expression, size = get_text(raw, "img_path"), get_text(raw, "expression"), get_size(raw)
-        truth = four_numbers(raw.get("bbox"), "bbox")
-        return (Sample(str(number), ref, expression, "", truth_box(truth, size), name, truth, size),)
-
-    return (BenchmarkQuestion(replace(one.sample, raw=None), one.sample.raw) for one in _questions(path, parse))
-
-
-def _questions(path: Path, parse: Any) -> Iterator[BenchmarkQuestion]:
-    for row in read_rows(path, parse):
-        if row.fault:
-            raise RecordError(f"{path}, row {row.number}: {row.reason}; a benchmark must be whole: mend or replace it")
-        (sample,) = row.records
-        assert isinstance(sample, Sample)
-        yield BenchmarkQuestion(sample)
-
-
-def _check_names(questions: Iterable[BenchmarkQuestion]) -> None:
-    counts = Counter((question.sample.source, question.sample.id) for question in questions)
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice is not None:
-        raise RecordError(f"question {twice[1]} of {twice[0]} is there twice; one file must hold each once")
+    wholes = {name: whole for name, whole in find_benchmark(benchmark).datasets.items() if whole is not None}
+    return {name: (count, wholes[name]) for name, count in counts.items() if count != wholes.get(name, count)}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from visrl.box import Size
-from visrl.evaluate.predictions import PathLike, Rows, predicted_text, read_predictions
-from visrl.evaluate.published import VISCOT_QUESTIONS, average, average_published_detection
+from visrl.codecs import CODECS
+from visrl.evaluate.predictions import PathLike, Rows, files_by_dataset, predicted_text, read_predictions
+from visrl.evaluate.published import VISCOT_QUESTIONS, average, average_published_detection, missing_datasets
 from visrl.records import RecordError
 from visrl.rewards.detection import Detection, judge_boxes, judge_lmms
 from visrl.rewards.results import values_of
@@ -34,15 +36,15 @@ def score_boxes(
     if any(_lmms_entry(row) is not None for row in rows):
         return [_lmms_row(row, f"{predictions}, row {number}", dataset, number, codec or "visrl")
                 for number, row in enumerate(rows, start=1)]  # fmt: skip
-    told, truth_file = rows, predictions
+    truths, truth_file = rows, predictions
     if truth is not None:
-        told, truth_file = read_predictions(truth), truth
-        if len(told) != len(rows):
+        truths, truth_file = read_predictions(truth), truth
+        if len(truths) != len(rows):
             raise RecordError(
-                f"{predictions} has {len(rows)} rows and {truth} {len(told)}; they must belong together line by line"
+                f"{predictions} has {len(rows)} rows and {truth} {len(truths)}; they must belong together line by line"
             )
     boxes, sizes = [], []
-    for number, row in enumerate(told, start=1):
+    for number, row in enumerate(truths, start=1):
         box, size = _truth(row, f"{truth_file}, row {number}", truth is None)
         boxes.append(box)
         sizes.append(size)
@@ -50,8 +52,29 @@ def score_boxes(
     found = judge_boxes(texts, boxes, sizes, codec or "viscot")
     return [
         _box_row(str(number), dataset, text, one) | {"question": str(row.get("expression") or row.get("prompt") or "")}
-        for number, (row, text, one) in enumerate(zip(told, texts, found, strict=True), start=1)
+        for number, (row, text, one) in enumerate(zip(truths, texts, found, strict=True), start=1)
     ]
+
+
+def score_box_files(predictions: Path, truth: Path | None, codec: str | None) -> tuple[Rows, dict[str, Any]]:
+    """`score_boxes` of a file with its `box_totals`, or of a folder of them by data set with their `folder_totals`.
+
+    Raises:
+        RecordError: no such codec, a data set that `truth` has no file for, or whatever `score_boxes` refuses.
+    """
+    if codec is not None and codec not in CODECS:
+        raise RecordError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
+    if not predictions.is_dir():
+        rows = score_boxes(predictions, truth, codec=codec)
+        return rows, box_totals(rows)
+    files = files_by_dataset(predictions)
+    truths = {} if truth is None else files_by_dataset(truth)
+    lacking = [name for name in files if truth is not None and name not in truths]
+    if lacking:
+        raise RecordError(f"{truth} holds no file for {', '.join(lacking)}")
+    by_name = {name: score_boxes(path, truths.get(name), name, codec) for name, path in files.items()}
+    totals = folder_totals({name: box_totals(group) for name, group in by_name.items()})
+    return [row for group in by_name.values() for row in group], totals
 
 
 def box_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | int | None]:
@@ -84,9 +107,7 @@ def folder_totals(totals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "datasets": dict(totals),
         "average_published": average_published_detection(published),
         "average": average({name: value for name, value in ours.items() if value is not None}) if known else None,
-        "missing": [name for name in VISCOT_QUESTIONS if name not in totals]
-        if set(totals) & set(VISCOT_QUESTIONS)
-        else [],
+        "missing": missing_datasets(totals) if set(totals) & set(VISCOT_QUESTIONS) else [],
     }
 
 

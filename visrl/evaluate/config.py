@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from visrl.box import CropRule
 from visrl.config import SourceConfig
 from visrl.engines.open import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
-from visrl.evaluate.benchmarks import Benchmark
+from visrl.evaluate.benchmarks import find_benchmark
 from visrl.prompts import JUDGE_TOKENS
 from visrl.rollout.greedy import Mode
 
@@ -17,7 +17,8 @@ from visrl.rollout.greedy import Mode
 class EvalConfig(PolicyConfig, SourceConfig):
     """What `visrl eval CONFIG` takes, besides what says which model is asked."""
 
-    benchmark: Benchmark = "samples"
+    benchmark: str = "samples"
+    """A row of the table in evaluate/benchmarks.py, or one of your own as `module:NAME`."""
     dataset: str
     """The folder of the benchmark's files; for "samples" drawn scenes, a named data set or a JSONL file."""
     datasets: list[str] | None = None
@@ -57,7 +58,7 @@ class EvalConfig(PolicyConfig, SourceConfig):
             raise ValueError("judge_url needs judge_model_name_or_path, the judge's name there")
         if not self.judge_url:
             refuse_unused(self.judge_request, "judge_request: ", "judge_url")
-        if self.benchmark in ("viscot-detection", "refcoco"):
+        if find_benchmark(self.benchmark).scores == "boxes":
             if self.mode != "own":
                 raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")
             if self.judge_model_name_or_path is not None:

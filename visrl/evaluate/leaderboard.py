@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visrl.evaluate.published import JUDGE_NOTE, REFCOCO_SCORES, VISCOT_QUESTIONS, VISCOT_SCORES
+from visrl.evaluate.published import JUDGE_NOTE, REFCOCO_SCORES, VISCOT_QUESTIONS, VISCOT_SCORES, missing_datasets
 from visrl.pages.html import render_page
 from visrl.records import write_text
 
@@ -65,7 +65,7 @@ def unranked(entry: LeaderboardEntry) -> str | None:
     """Why an entry cannot stand among the published averages, or None where it can."""
     if not entry.summary["columns"].get("judge_published", {}).get("counted"):
         return "no judge has scored it"
-    missing = [name for name in VISCOT_QUESTIONS if name not in entry.summary["datasets"]]
+    missing = missing_datasets(entry.summary["datasets"])
     if missing:
         return f"{len(missing)} of the 11 data sets are missing: {', '.join(missing)}"
     short = [

@@ -6,7 +6,7 @@ ways to average over data sets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 # Questions of each data set of the Visual-CoT benchmark, in the order of its tables.
@@ -79,6 +79,11 @@ REFCOCO_SCORES: dict[str, float] = {
     "REC_refcoco_unc_testA": 0.9618,
     "REC_refcoco_unc_testB": 0.9021,
 }
+
+
+def missing_datasets(names: Collection[str]) -> list[str]:
+    """The data sets of the Visual-CoT benchmark that are not among `names`."""
+    return [name for name in VISCOT_QUESTIONS if name not in names]
 
 
 def average(scores: Mapping[str, float]) -> float:

@@ -1,0 +1,124 @@
+"""Asking a policy the questions of an evaluation: resumable, batch after batch; rows in the run's journal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from visrl import manifest
+from visrl.box import CropRule
+from visrl.engines.open import model_settings, opened_policy
+from visrl.evaluate.benchmarks import Benchmark
+from visrl.evaluate.config import EvalConfig
+from visrl.evaluate.questions import BenchmarkQuestion
+from visrl.evaluate.results import NAME, SCORES
+from visrl.failures import Tally, is_failure
+from visrl.manifest import claim_folder, release_folder
+from visrl.records import Journal, read_jsonl, write_records
+from visrl.rewards.results import Key, Result, key_of
+from visrl.rollout.greedy import greedy_looks
+from visrl.sequences import batched
+
+if TYPE_CHECKING:
+    from visrl.engines.base import Policy
+    from visrl.rollout.protocols import LookProtocol
+
+JOURNAL = "journal.jsonl"
+FAILED = "failed.jsonl"  # what failed in a run of which too much did
+Row = dict[str, Any]
+
+
+def answer_questions(
+    config: EvalConfig,
+    benchmark: Benchmark,
+    protocol: LookProtocol,
+    questions: Sequence[BenchmarkQuestion],
+    identity: dict[str, Any],
+) -> tuple[list[Row], CropRule]:
+    """A row for every question, in order, and the crop rule; those that are there already are not asked again.
+
+    Raises:
+        FailedRun: more than the share `max_failed` failed; what is kept and what failed lies in the run's folder.
+    """
+    from visrl.progress import progress
+
+    known = _known_rows(config)
+    tally = Tally("questions", config.max_failed)
+    tally.count(_failure(row, config) for row in known.values())
+    parts = batched(questions, config.batch_size)
+    waiting = [part for part in parts if not all(_key(question) in known for question in part)]
+    settings = model_settings(config)
+    rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
+    if waiting:
+        with opened_policy(config) as opened:
+            if protocol.answer is not None and (notice := settings.other_rule(rule)):
+                print(notice)
+            claim_folder(config.output_dir, identity)
+            with Journal(config.output_dir / JOURNAL) as journal:
+                for part in progress(waiting, "eval", units="parts"):
+                    rows = _ask(opened.policy, part, benchmark, protocol, config, rule)
+                    journal.append(rows)
+                    tally.count(_failure(row, config) for row in rows if key_of(row) not in known)
+                    known.update((key_of(row), row) for row in rows)
+                    if tally.is_hopeless(len(questions)):
+                        break
+    if tally.is_hopeless(len(questions)):
+        raise tally.refuse(_set_aside(config, list(known.values())))
+    return [known[_key(question)] for question in questions], rule
+
+
+def _failure(row: Row, config: EvalConfig) -> str | None:
+    """Why a question failed; None where it did not, or where its missing picture was allowed."""
+    error = row["error"]
+    if not is_failure(error) or (config.allow_missing_pictures and error.startswith("picture:")):
+        return None
+    return str(error)
+
+
+def _set_aside(config: EvalConfig, rows: Sequence[Row]) -> str:
+    """Keep the sound rows of a run of which too much failed, so that the next one asks the others; what is kept."""
+    folder = config.output_dir
+    sound = [row for row in rows if _failure(row, config) is None]
+    failed = [row for row in rows if _failure(row, config) is not None]
+    write_records(folder / FAILED, failed)
+    write_records(folder / JOURNAL, sound)
+    for name in (NAME, SCORES, manifest.NAME):
+        (folder / name).unlink(missing_ok=True)
+    if not sound:
+        release_folder(folder)  # another config may have it
+    return f"{len(sound):,} answers are kept, and what failed lies in {folder / FAILED}"
+
+
+def _known_rows(config: EvalConfig) -> dict[Key, Row]:
+    """The rows of an earlier, stopped or complete run; without the failed ones where those are to be asked again."""
+    journal, done = config.output_dir / JOURNAL, config.output_dir / NAME
+    rows: list[Row] = list(read_jsonl(done)) if done.is_file() else []
+    if journal.is_file():
+        rows += read_jsonl(journal, unfinished="leave_out")
+    return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
+
+
+def _key(question: BenchmarkQuestion) -> Key:
+    return question.sample.source, question.sample.id, question.sample.repeat
+
+
+def _ask(
+    policy: Policy,
+    part: Sequence[BenchmarkQuestion],
+    benchmark: Benchmark,
+    protocol: LookProtocol,
+    config: EvalConfig,
+    rule: CropRule,
+) -> list[Row]:
+    """Both steps of a batch of questions, and a row for each with the benchmark's own columns."""
+    looks = greedy_looks(
+        policy,
+        [question.sample for question in part],
+        mode=config.mode,
+        protocol=protocol,
+        crop_rule=rule,
+        root=config.image_root,
+        seed=config.seed,
+    )
+    results = [Result.of(one.sample, look, config.mode) for one, look in zip(part, looks, strict=True)]
+    return [benchmark.row_of(one, result, policy.codec) for one, result in zip(part, results, strict=True)]
