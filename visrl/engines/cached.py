@@ -20,6 +20,7 @@ from visrl.engines.kv_tree import PrefixCache, Slots
 from visrl.models.attention import attending_trees
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.families import cache_argument, join_images
+from visrl.packing.tree import group_by_image
 
 
 class CachedModel:
@@ -136,7 +137,7 @@ class CachedBatch(DecodeBatch):
         sequences, failed = self.start(requests)
         if not sequences:
             return failed
-        groups = group_by_image({n: sequence.request for n, sequence in sequences.items()})
+        groups = group_by_image({n: sequence.prompt.views for n, sequence in sequences.items()})
         prefix, prompts, logits = self._model.prefill(groups, sequences)
         slots = Slots.of(groups, prefix, prompts)
         self.sequences |= sequences
@@ -177,12 +178,3 @@ class CachedBatch(DecodeBatch):
             self._prefix.cache.crop(self._prefix.length - self._prefix.cache.get_seq_length())
             self._model.prefix = self._prefix
         self._slots = self._prefix = None
-
-
-def group_by_image(requests: Mapping[int, Request]) -> dict[str, list[int]]:
-    """The numbers of requests, together where they show the same image first: each group is a tree of the KV cache."""
-    groups: dict[str, list[int]] = {}
-    for number, request in requests.items():
-        views = request.conversation.views
-        groups.setdefault(views[0].key if views else f"request {number}", []).append(number)
-    return groups

@@ -16,7 +16,7 @@ from visrl.box import Size
 from visrl.codecs import Codec
 from visrl.conversation import Conversation
 from visrl.engines.base import Completion, Request, Sampling
-from visrl.engines.cached import CachedBatch, CachedModel, group_by_image
+from visrl.engines.cached import CachedBatch, CachedModel
 from visrl.engines.decoding import DecodeBatch, OnToken
 from visrl.engines.recompute import RecomputedBatch, try_out
 from visrl.models.adapters import load_merged, read_adapter
@@ -25,6 +25,7 @@ from visrl.models.encode import EncodedView, Encoder
 from visrl.models.load import load_encoder, note_dtype
 from visrl.models.modes import evaluating
 from visrl.models.settings import ModelSettings
+from visrl.packing.tree import group_by_image
 from visrl.sequences import batched
 
 LONG_TEXT = 4096  # characters
@@ -98,7 +99,7 @@ class LocalEngine:
         that request so far, and stops it by False.
         """
         done: dict[int, Completion] = {}
-        groups = list(group_by_image(dict(enumerate(requests))).values())
+        groups = list(group_by_image({n: one.conversation.views for n, one in enumerate(requests)}).values())
         long = [members for members in groups if any(_is_long(requests[n].conversation) for n in members)]
         short = [members for members in groups if members not in long]
         with evaluating(self.model):

@@ -25,7 +25,7 @@ from visrl.models.load import reading
 from visrl.models.modes import evaluating
 from visrl.packing.forward import kept_logits
 from visrl.packing.pack import TIGHT_BUCKET, pack
-from visrl.packing.tree import prefix_trees
+from visrl.packing.tree import group_by_image, prefix_trees
 
 
 class RecomputedBatch(DecodeBatch):
@@ -76,12 +76,13 @@ def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
 
 def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:
     """Logits [paths, vocabulary], in fp32, of what follows each path; its last token stands for what follows."""
-    by_image: dict[str, list[int]] = {}
-    for number, path in enumerate(paths):
-        by_image.setdefault(path.views[0].key if path.views else f"path {number}", []).append(number)
-    order = [number for members in by_image.values() for number in members]
-    groups = [[paths[number] for number in members] for members in by_image.values()]
-    trees = prefix_trees(groups, encoder.image_token_id, pairs_only=encoder.family.shares == "pairs")
+    groups = group_by_image({number: path.views for number, path in enumerate(paths)}).values()
+    order = [number for members in groups for number in members]
+    trees = prefix_trees(
+        [[paths[number] for number in members] for members in groups],
+        encoder.image_token_id,
+        pairs_only=encoder.family.shares == "pairs",
+    )
     packed = pack(trees, encoder.family, encoder.image_token_id, bucket=TIGHT_BUCKET)
     packed = packed.to(next(model.parameters()).device)
     last = torch.empty(len(paths), dtype=torch.long, device=packed.row.device)

@@ -12,7 +12,7 @@ import openai
 from visrl.engines.client import Client
 from visrl.engines.openai_server import CHARACTERS_PER_TOKEN, Ask
 from visrl.engines.transport import http
-from visrl.engines.wire import Piece, finish, read_piece, read_reply
+from visrl.engines.wire import StreamChunk, read_chunk, read_finish_reason, read_reply
 
 DONE = "[DONE]"
 PASSED_ON = (400, 413, 422, 429)  # what a server says of the request, and not of itself
@@ -26,7 +26,7 @@ class StreamError(RuntimeError):
         self.status = status
 
 
-async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerator[StreamChunk, None]:
     """The pieces of a reply of the client's first server; `more` are fields beside those of `ask`.
 
     A server that answers whole instead gives one piece. Closing this closes the connection.
@@ -48,7 +48,9 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
             if first.startswith("{"):
                 rest = [line async for line in lines]
                 reply = read_reply(json.loads("\n".join([first, *rest])), most)
-                yield Piece(reply.text or "", finish(reply.finish_reason), (reply.tokens, reply.prompt_tokens))
+                yield StreamChunk(
+                    reply.text or "", read_finish_reason(reply.finish_reason), (reply.tokens, reply.prompt_tokens)
+                )
                 return
             async for piece in _pieces(first, lines, most):
                 yield piece
@@ -87,13 +89,13 @@ async def _first_line(lines: AsyncIterator[str]) -> str:
     raise ValueError("it sent nothing")
 
 
-async def _pieces(first: str, lines: AsyncIterator[str], most_characters: int) -> AsyncIterator[Piece]:
+async def _pieces(first: str, lines: AsyncIterator[str], most_characters: int) -> AsyncIterator[StreamChunk]:
     size, begun, ended = 0, False, False
     async for data in _events(first, lines):
         if data.strip() == DONE:
             ended = True
             break
-        piece = read_piece(json.loads(data))
+        piece = read_chunk(json.loads(data))
         begun = begun or piece.of_choice
         ended = ended or piece.reason is not None
         size += len(piece.text)

@@ -26,7 +26,7 @@ def read_reply(reply: Any, most_characters: int) -> Completion:
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices:
         fault = reply.get("error")
-        raise ValueError(f"an error in place of choices: {fault_of(fault)}" if fault else "it has no choices")
+        raise ValueError(f"an error in place of choices: {read_error(fault)}" if fault else "it has no choices")
     choice = _first(choices)
     message = choice.get("message")
     if not isinstance(message, dict):
@@ -42,12 +42,12 @@ def read_reply(reply: Any, most_characters: int) -> Completion:
         raise ValueError("the first choice holds no text")
     if len(text) > most_characters:
         raise ValueError(f"a reply of {len(text):,} characters, far beyond the tokens asked for")
-    tokens, prompt_tokens = counts_of(reply.get("usage"))
-    return Completion(text, tokens, finish(reason), prompt_tokens=prompt_tokens)
+    tokens, prompt_tokens = read_usage(reply.get("usage"))
+    return Completion(text, tokens, read_finish_reason(reason), prompt_tokens=prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StreamChunk:
     """What one piece of a stream adds: text, why the reply ended (None: it has not), and counts of tokens, reply first.
 
     `of_choice` is false for what tells of no choice, such as the last piece of counts.
@@ -59,7 +59,7 @@ class Piece:
     of_choice: bool = True
 
 
-def read_piece(chunk: Any) -> Piece:
+def read_chunk(chunk: Any) -> StreamChunk:
     """What a chunk of a stream adds to the first choice.
 
     Raises:
@@ -68,16 +68,16 @@ def read_piece(chunk: Any) -> Piece:
     if not isinstance(chunk, dict):
         raise ValueError(f"a chunk must be a JSON object, not {type(chunk).__name__}")
     if chunk.get("error"):
-        raise ValueError(f"an error in place of a chunk: {fault_of(chunk['error'])}")
-    counts = counts_of(chunk["usage"]) if isinstance(chunk.get("usage"), dict) else None
+        raise ValueError(f"an error in place of a chunk: {read_error(chunk['error'])}")
+    counts = read_usage(chunk["usage"]) if isinstance(chunk.get("usage"), dict) else None
     choices = chunk.get("choices")
     if choices is None or choices == []:
-        return Piece("", counts=counts, of_choice=False)
+        return StreamChunk("", counts=counts, of_choice=False)
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
         raise ValueError("a chunk's choices are no list of objects")
     choice = _first(choices)
     if choice.get("index") not in (None, 0):
-        return Piece("", counts=counts, of_choice=False)
+        return StreamChunk("", counts=counts, of_choice=False)
     delta = choice.get("delta", choice.get("message"))
     if delta is not None and not isinstance(delta, dict):
         raise ValueError("a chunk's delta is no object")
@@ -89,7 +89,7 @@ def read_piece(chunk: Any) -> Piece:
         text = whole_text((delta or {})["refusal"])
     reason = choice.get("finish_reason")
     _refuse_broken(reason, choice.get("error"))
-    return Piece(text or "", None if reason is None else finish(reason), counts)
+    return StreamChunk(text or "", None if reason is None else read_finish_reason(reason), counts)
 
 
 def _first(choices: list[Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _refuse_broken(reason: Any, fault: Any) -> None:
     if reason == "content_filter":
         raise ValueError("the server's content filter withheld the reply")
     if reason in ("error", "abort") or fault:
-        raise ValueError(f"the server ended the reply with {fault_of(fault or reason)!r}")
+        raise ValueError(f"the server ended the reply with {read_error(fault or reason)!r}")
 
 
 def text_of_content(content: Any) -> str | None:
@@ -118,7 +118,7 @@ def text_of_content(content: Any) -> str | None:
     return whole_text(content) if isinstance(content, str) else None
 
 
-def counts_of(usage: Any) -> tuple[int, int]:
+def read_usage(usage: Any) -> tuple[int, int]:
     """The tokens of reply and prompt that a server counted; 0 for what it does not say."""
     said = usage if isinstance(usage, dict) else {}
     counts = (said.get(name) for name in ("completion_tokens", "prompt_tokens"))
@@ -129,12 +129,12 @@ def counts_of(usage: Any) -> tuple[int, int]:
     return reply, prompt
 
 
-def finish(reason: Any) -> Literal["stop", "length"]:
+def read_finish_reason(reason: Any) -> Literal["stop", "length"]:
     """Why a text ended: at its limit, or, for whatever reason a server names, by itself."""
     return "length" if reason in ("length", "max_tokens") else "stop"
 
 
-def fault_of(error: Any) -> str:
+def read_error(error: Any) -> str:
     """The sentence in the protocol's error object, or whatever stands in its place."""
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(str(message or error).split())[:200]

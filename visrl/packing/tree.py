@@ -7,11 +7,12 @@ cache (engines/kv_tree.py). The file knows token ids, positions and images; it k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from visrl.conversation import View
 from visrl.models.encode import EncodedView, TokenPath, common_prefix
 
 
@@ -81,6 +82,15 @@ class PrefixTree:
                 raise ValueError("a prefix ends inside a picture")
             done += view.tokens
         return views
+
+
+def group_by_image(views: Mapping[int, Sequence[View | EncodedView]]) -> dict[str, list[int]]:
+    """The numbers of prompts, given with the images of each, together where they show the same image first: what may
+    share a prefix tree. A prompt without images stands by itself."""
+    groups: dict[str, list[int]] = {}
+    for number, shown in views.items():
+        groups.setdefault(shown[0].key if shown else f"prompt {number}", []).append(number)
+    return groups
 
 
 def prefix_trees(

@@ -15,7 +15,7 @@ import torch
 from visrl.conversation import Conversation, PromptError
 from visrl.models.encode import Encoder, TokenPath
 from visrl.packing.pack import BUCKET, PackedBatch, pack
-from visrl.packing.tree import prefix_trees
+from visrl.packing.tree import group_by_image, prefix_trees
 from visrl.records import RecordError, Step
 
 Role = Literal["target", "chosen", "rejected", "mismatched"]
@@ -109,20 +109,19 @@ class Collator:
         # All images of a batch go through the image processor together.
         with suppress(PromptError):  # the row that shows an image which cannot be used is named below
             self.encoder.encode_views([view for item in items for row in item.rows for view in row.conversation.views])
-        by_image: dict[str, tuple[list[TokenPath], list[Branch]]] = {}
+        encoded = []
         for number, item in enumerate(items):
-            views = item.rows[0].conversation.views
-            group = by_image.setdefault(views[0].key if views else f"item {number}", ([], []))
-            paths, branches = encode_item(self.encoder, number, item)
-            self._check_lengths(paths, branches)
-            group[0].extend(paths)
-            group[1].extend(branches)
+            encoded.append(encode_item(self.encoder, number, item))
+            self._check_lengths(*encoded[-1])
+        groups = group_by_image({n: item.rows[0].conversation.views for n, item in enumerate(items)}).values()
         family, image_token = self.encoder.family, self.encoder.image_token_id
         trees = prefix_trees(
-            [paths for paths, _ in by_image.values()], image_token, pairs_only=family.shares == "pairs"
+            [[path for number in members for path in encoded[number][0]] for members in groups],
+            image_token,
+            pairs_only=family.shares == "pairs",
         )
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
-        branches = [branch for _, group in by_image.values() for branch in group]
+        branches = [branch for members in groups for number in members for branch in encoded[number][1]]
         return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
 
     def _check_lengths(self, paths: Sequence[TokenPath], branches: Sequence[Branch]) -> None:
