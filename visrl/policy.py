@@ -177,7 +177,7 @@ def score(
         ConfigError: an unknown key, or no critic for these samples.
         CheckpointError, EndpointError: a critic that cannot be loaded, or a server that does not serve it.
     """
-    config = as_config(CriticConfig, None, {**policy.config.model_dump(exclude_unset=True, by_alias=False), **keys})
+    config = as_config(CriticConfig, None, {**policy.config.model_dump(exclude_unset=True), **keys})
     asked = {sample.place: sample for sample in samples}
     for one in trajectories:
         if one.place not in asked:

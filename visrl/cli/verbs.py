@@ -45,7 +45,7 @@ class Verbs(TyperGroup):
     """A group of verbs that ends with a sentence where the user can mend what is wrong."""
 
     def invoke(self, ctx: Any) -> Any:
-        warnings.formatwarning = _told
+        warnings.formatwarning = _format_warning
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -68,11 +68,13 @@ def _is_read(stream: TextIO) -> bool:
     return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _told(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning as it is printed: ours is a sentence for the user, whatever line of the program it comes from."""
     if category.__name__ == "VisrlWarning":
         return f"{message}\n"
-    return _PYTHONS(message, category, filename, lineno, line)
+    return _format_as_python(message, category, filename, lineno, line)
 
 
-_PYTHONS = warnings.formatwarning
+_format_as_python = warnings.formatwarning
