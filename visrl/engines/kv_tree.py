@@ -2,7 +2,14 @@
 
 Prompts about one image form one prefix tree, which is one row of the KV cache; the sequences that continue them share
 that row, each under a mask that shows it its ancestors and its own tokens. So a shared prefix lies in memory, and is
-computed, once. An *entry* is one token's keys and values in a row. Nothing here samples a token or runs a model.
+computed, once. An *entry* is one token's keys and values in a row. Two sequences from one crop and one from another:
+
+    entries of a row     image + question | crop A | crop B | first tokens of 0 1 2 | second tokens of 0 1 2
+    slot (tree, 0) sees         x         |   x    |        |                 x     |                  x
+    slot (tree, 1) sees         x         |   x    |        |                   x   |                    x
+    slot (tree, 2) sees         x         |        |   x    |                     x |                      x
+
+Nothing here samples a token or runs a model.
 """
 
 from __future__ import annotations

@@ -18,15 +18,17 @@ from visrl.models.encode import EncodedView, TokenPath, common_prefix
 
 @dataclass(slots=True)
 class PrefixTree:
-    """The prefix tree of some paths, as one packed sequence in the order in which tokens were first met."""
+    """The prefix tree of some paths, as one packed sequence in the order in which tokens were first met.
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-    views: list[EncodedView] = field(default_factory=list)
-    paths: list[tuple[np.ndarray, TokenPath]] = field(default_factory=list)  # places of each path's tokens here
-    segments: list[tuple[int, int, np.ndarray]] = field(
-        default_factory=list
-    )  # tokens [a, b) and the places of their ancestors
+    The paths 1 2 3 and 1 2 4 5 make `ids` 1 2 3 4 5; the places of their tokens in it are 0 1 2 and 0 1 3 4. There are
+    two segments: [0, 3) without ancestors, and [3, 5), whose ancestors are at 0 and 1.
+    """
+
+    ids: list[np.ndarray] = field(default_factory=list)  # of each segment
+    positions: list[np.ndarray] = field(default_factory=list)  # of each segment, [d, n]
+    views: list[EncodedView] = field(default_factory=list)  # the images, in the order of their tokens
+    paths: list[tuple[np.ndarray, TokenPath]] = field(default_factory=list)  # each with the places of its tokens
+    segments: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # first, last + 1, places of ancestors
     branches: list[int] = field(default_factory=list)  # the number of each path in the batch, from `prefix_trees`
     size: int = 0
     _keys: list[np.ndarray] = field(default_factory=list)
