@@ -16,7 +16,7 @@ from visrl.cli import app
 from visrl.data.formats import FORMATS
 from visrl.data.rows import json_items
 from visrl.data.sources import hash_source, read_preferences, read_samples
-from visrl.records import RecordError
+from visrl.records import RecordError, VisrlWarning
 
 DOCS = (Path(__file__).parents[1] / "docs" / "DATA.md").read_text(encoding="utf-8")
 ROWS = [
@@ -101,3 +101,41 @@ def test_the_documentation_and_the_help_name_every_format_of_the_table():
     for name, each in FORMATS.items():
         assert f"| `{name}` | {each.about} |" in DOCS
         assert name in shown
+
+
+TABLE = """
+import csv
+from visrl.data.formats import DataFormat
+from visrl.data.rows import RowFault, parsed_row
+from visrl.records import Picture, Preference
+
+def parse(raw, number):
+    if not raw["worse"]:
+        raise RowFault("no_reply", "'worse' is empty")
+    prompt = "<image>\\n" + raw["ask"]
+    return (Preference(f"{number}", "answer", prompt, (Picture(raw["file"]),), raw["better"], raw["worse"]),)
+
+def read(path, reading):
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, raw in enumerate(csv.DictReader(file), start=1):
+            yield parsed_row(raw, number, parse)
+
+CSV = DataFormat(name="csv", about="two replies to a question", read=read, called=("spreadsheet",))
+"""
+
+
+def test_a_format_may_read_files_of_any_kind_and_give_preferences(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "two_replies.py").write_text(TABLE)
+    (tmp_path / "a.csv").write_text("file,ask,better,worse\na.jpg,What?,that,this\nb.jpg,Who?,Ada,\n")
+    text = run("data", "convert", "--from", "two_replies:CSV", "--to", "visrl", "a.csv", "pairs.jsonl")
+    assert "listed 1 bad rows in pairs.jsonl.bad.jsonl: 1 no_reply" in text
+    (pair,) = read_preferences("pairs.jsonl")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("<image>\nWhat?", "that", "this")
+    info = {"pairs": {"file_name": "a.csv", "formatting": "two_replies:CSV"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.warns(VisrlWarning, match="1 of 2 rows cannot be read; row 2: 'worse' is empty"):
+        assert read_preferences("pairs", dataset_dir=".") == [pair]
+    message = run("data", "convert", "--from", "visrl", "--to", "two_replies:CSV", "pairs.jsonl", "b.csv", code=1)
+    assert "no format 'two_replies:CSV' to write" in message

@@ -62,7 +62,7 @@ def from_json(kind: type[Record], row: Any, number: int = 1) -> Record:
     try:
         if kind in _FIELDS:
             return _typed(kind, row)
-        (record,) = parse_visrl(row, number)
+        (record,) = parse_own(row, number, Sizes()).records
     except (RowFault, BoxError) as error:
         raise RecordError(f"not a {kind.__name__}: {error}") from error
     if not isinstance(record, kind):
