@@ -1,4 +1,4 @@
-"""The boxes that bound a score when they take the place of the model's own: random, centre, true, the whole picture.
+"""The boxes that bound a score when they take the place of the model's own: random, centre, true, the whole image.
 
 Two ways to draw random and centre ones: as Visual-CoT's scripts do (`published_control`), and with the size of the true
 box, so that only the place differs (`matched_control`). Both depend on a seed and the question alone.
@@ -21,7 +21,7 @@ _CENTER = (0.25, 0.25, 0.75, 0.75)
 
 
 def matched_control(control: Control, sample: Sample, seed: int = 0) -> Box:
-    """A box of the true box's size: at a random place, or in the middle of the picture.
+    """A box of the true box's size: at a random place, or in the middle of the image.
 
     Raises:
         BoxError: the sample has no true box.
@@ -46,14 +46,14 @@ def true_box(sample: Sample) -> Box:
 
 
 def published_control(control: Control, size: Size, sample_id: str, seed: int = 0) -> Box:
-    """The control box of a question about a picture of `size`, as Visual-CoT's scripts draw it, but with a seed.
+    """The control box of a question about an image of `size`, as Visual-CoT's scripts draw it, but with a seed.
 
     It is drawn in the padded square. "random" has its middle anywhere there and half-sides uniform between 0 and half
     of it, cut off at the edges; "center" is the middle half of each axis. What lies in the padding is cut off, and a
-    random box that lies there wholly is drawn again: nothing of the picture could be cropped from it.
+    random box that lies there wholly is drawn again: nothing of the image could be cropped from it.
 
     Raises:
-        BoxError: the picture is so thin that its centre box is empty.
+        BoxError: the image is so thin that its centre box is empty.
     """
     if control == "center":
         return _in_picture(_CENTER, size)

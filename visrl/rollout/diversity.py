@@ -11,7 +11,7 @@ import numpy as np
 from visrl.box import Box, iou, overlap
 
 TRIGGER = 0.2  # T of the paper; the released code replaces above 0.05
-MIN_SIDE = 0.02  # of the picture: a thinner strip is no room
+MIN_SIDE = 0.02  # of the image: a thinner strip is no room
 
 
 def needs_replacing(first: Box, second: Box, trigger: float = TRIGGER) -> bool:
@@ -20,7 +20,7 @@ def needs_replacing(first: Box, second: Box, trigger: float = TRIGGER) -> bool:
 
 
 def random_box_apart(first: Box, like: Box, seed: int) -> Box | None:
-    """A random box of the size of `like` that does not overlap `first`, or None where the picture has no room.
+    """A random box of the size of `like` that does not overlap `first`, or None where the image has no room.
 
     Uniform over all places of that size beside, above or below `first`. Where none is left (a large box), the size
     shrinks into the largest free strip.
@@ -46,7 +46,7 @@ def random_box_apart(first: Box, like: Box, seed: int) -> Box | None:
 
 
 def _free_strips(box: Box) -> list[Box]:
-    """The parts of the picture left of, right of, above and below `box`, those at least `MIN_SIDE` thick."""
+    """The parts of the image left of, right of, above and below `box`, those at least `MIN_SIDE` thick."""
     strips = []
     if box.x0 >= MIN_SIDE:
         strips.append(Box(0, 0, box.x0, 1))

@@ -20,7 +20,7 @@ from visrl.rollout.protocols import VISRL, LookProtocol, plain_conversation
 from visrl.rollout.rollout import OpenedQuestion, Refusal, answer_all, look_all, open_question
 from visrl.rollout.steps import WHOLE, Look, finish, with_box
 
-# "no_box" is one turn of picture and question; "no_crop" is the second step, shown the whole picture for a crop.
+# "no_box" is one turn of image and question; "no_crop" is the second step, shown the whole image for a crop.
 Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CROP_MODES: tuple[Mode, ...] = ("own", "no_crop", "random", "center", "truth")

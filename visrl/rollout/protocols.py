@@ -29,7 +29,7 @@ class LookProtocol:
 
 
 def plain_conversation(question: str, whole: View) -> Conversation:
-    """One turn, picture and question, no box: what two steps are to be better than."""
+    """One turn, image and question, no box: what two steps are to be better than."""
     return Conversation((Message("user", f"{IMAGE}\n{question}"),), (whole,))
 
 
@@ -41,7 +41,7 @@ def _three_turns(question: str, whole: View, box_text: str, detail: View) -> Con
     """Step 2 as published: the question, the box as the model's own turn, and the question again with the crop."""
     turns = (
         Message("user", f"{IMAGE}\n{question}"),
-        Message("assistant", box_text.replace(IMAGE, "")),  # a model may write anything, the mark of a picture too
+        Message("assistant", box_text.replace(IMAGE, "")),  # a model may write anything, the mark of an image too
         Message("user", viscot_answer_prompt(question)),
     )
     return Conversation(turns, (whole, detail))

@@ -38,7 +38,7 @@ from visrl.serve.schemas import (
 )
 
 PAGE = Path(__file__).parent / "page"
-SMALL_PIXELS = 4_000_000  # of a picture: it may use the part of the budget that is closed to larger ones
+SMALL_PIXELS = 4_000_000  # of an image: it may use the part of the budget that is closed to larger ones
 SHORT_BODY = 64_000  # bytes that are read in the event loop: a few milliseconds at worst
 # The page is this file's alone: nothing from elsewhere, no inline script, in nobody's frame.
 PAGE_HEADERS = {
@@ -132,7 +132,7 @@ class _Server:
         return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
     async def scene(self, request: Request) -> Response:
-        """A drawn scene and questions about it, for who has no picture at hand."""
+        """A drawn scene and questions about it, for who has no image at hand."""
         # Browsers say so where another page asks; it could not read the scene, but have scenes drawn without end.
         if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise RequestError(403, "scenes are drawn for this server's own page")
@@ -185,7 +185,7 @@ class _Server:
     async def _answer(self, asked: ChatRequest, chunks: Chunks | None, kept: Held) -> list[Choice]:
         """All choices of a request; their parts are put into `chunks` as they come.
 
-        `kept` counts the bytes of the body, until its pictures are open, and those of the crops until they are sent.
+        `kept` counts the bytes of the body, until its images are open, and those of the crops until they are sent.
         """
         with ExitStack() as held:
             # Held as they are opened: eight at a time, and many requests side by side, are more than memory has.

@@ -166,20 +166,20 @@ class Held:
 def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
     """uvicorn's protocol for HTTP/1.1, telling `connections` what comes and goes, and parsing a little at a time."""
 
-    class Watched(H11Protocol):
+    class CountedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self.unread = bytearray()
             super().connection_made(transport)
-            self.watched = connections.open(transport)
+            self.counted = connections.open(transport)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            connections.lost(self.watched)
+            connections.lost(self.counted)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             is_idle = not self.unread
             if is_idle and len(data) <= SLICE:
-                self.watched.parsed += len(data)
+                self.counted.parsed += len(data)
                 super().data_received(data)
                 return
             self.unread += data
@@ -192,7 +192,7 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
                 return
             part = bytes(self.unread[:SLICE])
             del self.unread[:SLICE]
-            self.watched.parsed += len(part)
+            self.counted.parsed += len(part)
             super().data_received(part)
             if self.unread:
                 self.transport.pause_reading()
@@ -200,7 +200,7 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
             elif not self.flow.read_paused and not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    return Watched
+    return CountedProtocol
 
 
 def _key(client: Any, server: Any) -> Key:

@@ -77,7 +77,7 @@ HONOURED_NOWHERE: dict[str, tuple[Any, ...]] = {
     "chat_template": (None,),
     "documents": (None, []),
     "media_io_kwargs": (None, {}),
-    "mm_processor_kwargs": (None, {}),  # it would size pictures otherwise than their boxes are read back at
+    "mm_processor_kwargs": (None, {}),  # it would size images otherwise than their boxes are read back at
     "truncate_prompt_tokens": (None,),
     "truncation_side": (None,),
     "watermarking": (None, False),

@@ -23,7 +23,7 @@ from visrl.serve.fields import for_the_box
 from visrl.serve.replies import Choice
 from visrl.serve.requests import QueuedRequest
 
-LONGEST_CROP = 1024  # px: a crop in a reply is a picture to look at; the exact pixels are the caller's to cut
+LONGEST_CROP = 1024  # px: a crop in a reply is an image to look at; the exact pixels are the caller's to cut
 
 
 async def answer_with_focus(

@@ -1,9 +1,9 @@
-"""The other side of `image_decoders.py`: a process that opens one picture after another, and can be killed over any.
+"""The other side of `image_decoders.py`: a process that opens one image after another, and can be killed over any.
 
-`python -m visrl.serve.image_decoder FILE_NUMBER` reads jobs from its standard input (two lengths, JSON, the picture as
+`python -m visrl.serve.image_decoder FILE_NUMBER` reads jobs from its standard input (two lengths, JSON, the image as
 it was sent) and writes replies to its standard output (a length and JSON); pixels lie in the open file of that number,
 which both sides map into their memory. It ends when its input does, that is with the server. Memory and processor time
-of a picture are bounded by the kernel's own limits, so that no decoder needs to be trusted with either.
+of an image are bounded by the kernel's own limits, so that no decoder needs to be trusted with either.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from visrl.images import ImageError, decode_image
 JOB = struct.Struct(">QQ")  # bytes of JSON, bytes of data
 REPLY = struct.Struct(">Q")
 BYTES_A_PIXEL = 48  # a decoder's own, and the copies on the way to RGB
-KEPT_BYTES = 4_000_000  # of shared memory between two pictures
-SPARE_BYTES = 300_000_000  # for the file in its encodings, and for what does not grow with the picture
+KEPT_BYTES = 4_000_000  # of shared memory between two images
+SPARE_BYTES = 300_000_000  # for the file in its encodings, and for what does not grow with the image
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ class SharedBytes:
         return self._map
 
     def shrink(self) -> None:
-        """Give back what a large picture took, here and, the file being shorter, on the other side."""
+        """Give back what a large image took, here and, the file being shorter, on the other side."""
         if self._map is not None and len(self._map) > KEPT_BYTES:
             self._map.close()
             self._map = None
@@ -72,7 +72,7 @@ class SharedBytes:
 
 
 def _reply(job: dict[str, Any], data: bytes, shared: SharedBytes) -> dict[str, Any]:
-    """What of a picture is told, with its pixels as RGB in `shared`; or the sentence that says why there are none."""
+    """What of an image is told, with its pixels as RGB in `shared`; or the sentence that says why there are none."""
     name = job["name"]
     try:
         if job["is_url"]:
@@ -91,7 +91,7 @@ def _reply(job: dict[str, Any], data: bytes, shared: SharedBytes) -> dict[str, A
 
 
 def _limit(own_bytes: int, max_pixels: int, cpu_s: float) -> None:
-    """Bound what the next picture may take, where the system has such limits."""
+    """Bound what the next image may take, where the system has such limits."""
     with contextlib.suppress(ImportError):
         import resource
 

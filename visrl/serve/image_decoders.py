@@ -1,6 +1,6 @@
-"""Pictures opened in processes of their own, a bounded number at once, each of which can be killed.
+"""Images opened in processes of their own, a bounded number at once, each of which can be killed.
 
-A picture that takes too much time or memory, or that brings its decoder down, is its sender's loss alone. One that
+An image that takes too much time or memory, or that brings its decoder down, is its sender's loss alone. One that
 takes long makes way for others; one whose sender left is soon given up. Nothing here knows about HTTP or models.
 """
 
@@ -26,20 +26,20 @@ from PIL import Image
 from visrl.serve.errors import RequestError
 from visrl.serve.image_decoder import JOB, REPLY, SharedBytes
 
-DECODERS = 2  # pictures opened at once: each may need its limit of pixels several times over while it is decoded
+DECODERS = 2  # images opened at once: each may need its limit of pixels several times over while it is decoded
 SLOW_DECODERS = 2  # and so many more that have taken longer than
 SLOW_S = 1.0
-CPU_S = 10.0  # of processor time for one picture; 25 megapixels of the slowest kind take one or two
-LARGE_PIXELS = 4_000_000  # pictures that claim more are opened one at a time, so that small ones find a place
+CPU_S = 10.0  # of processor time for one image; 25 megapixels of the slowest kind take one or two
+LARGE_PIXELS = 4_000_000  # images that claim more are opened one at a time, so that small ones find a place
 LATE_BYTES = 100_000  # and those of so many bytes that do not say their size at once
-HEAD = 4_096  # characters or bytes of a picture that are looked at for that
-LEFT_S = 0.5  # how long a picture whose sender has left may still take
-# Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than a picture needs.
+HEAD = 4_096  # characters or bytes of an image that are looked at for that
+LEFT_S = 0.5  # how long an image whose sender has left may still take
+# Pillow's simple raster decoders only; others (EPS, PSD, …) run more code than an image needs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 class ImageDecoders:
-    """Opens pictures for one event loop."""
+    """Opens images for one event loop."""
 
     def __init__(self, cpu_s: float = CPU_S) -> None:
         self.cpu_s = cpu_s
@@ -50,10 +50,10 @@ class ImageDecoders:
         self._busy: set[_Process] = set()
 
     async def open(self, data: str | bytes, name: str, max_pixels: int, max_bytes: int) -> tuple[str, Image.Image]:
-        """A key of the picture's bytes, and the picture as RGB; `data` is a data URL or the file's bytes.
+        """A key of the image's bytes, and the image as RGB; `data` is a data URL or the file's bytes.
 
         Raises:
-            RequestError: 400 where it is no picture within the limits.
+            RequestError: 400 where it is no image within the limits.
         """
         lanes = [self._large, self._places] if _is_large(data) else [self._places]
         with ExitStack() as taken:
@@ -103,14 +103,14 @@ class ImageDecoders:
         _idle.extend(fresh)
 
     def close(self) -> None:
-        """Give up the pictures that are being opened."""
+        """Give up the images that are being opened."""
         for process in list(self._busy):
             process.kill()
         self._threads.shutdown(wait=False)
 
 
 def _is_large(data: str | bytes) -> bool:
-    """Whether a picture is to be taken for a large one, by the size that its first bytes claim."""
+    """Whether an image is to be taken for a large one, by the size that its first bytes claim."""
     if isinstance(data, str):
         start = data.find(",", 0, HEAD) + 1
         try:
@@ -126,7 +126,7 @@ def _is_large(data: str | bytes) -> bool:
     return len(data) > LATE_BYTES
 
 
-_CLAIMS = (  # where a picture's size stands, by its format
+_CLAIMS = (  # where an image's size stands, by its format
     (re.compile(rb"\A\x89PNG\r\n\x1a\n.{8}(.{8})", re.DOTALL), ">II"),
     (re.compile(rb"\AGIF8.a(.{4})", re.DOTALL), "<HH"),
     (re.compile(rb"\ABM.{16}(.{8})", re.DOTALL), "<ii"),
@@ -162,7 +162,7 @@ class _Process:
         return self._process
 
     def decode(self, job: dict[str, object], data: str | bytes) -> tuple[str, Image.Image]:
-        """The key and the picture.
+        """The key and the image.
 
         Raises:
             RequestError: 400 with what `image_decoder.py` says, or that it died over this.
@@ -213,7 +213,7 @@ class _Process:
 ENVIRONMENT = {
     # One thread: numerical libraries would take address space for as many as there are cores.
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-    # glibc would give a picture's memory back and take it anew each time, which costs as much as decoding a small one.
+    # glibc would give an image's memory back and take it anew each time, which costs as much as decoding a small one.
     "MALLOC_MMAP_THRESHOLD_": "8000000", "MALLOC_TRIM_THRESHOLD_": "16000000",
 }  # fmt: skip
 # Processes without work, for whoever comes next; they end when their input does, which is with this process.

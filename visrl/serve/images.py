@@ -1,4 +1,4 @@
-"""Pictures that strangers send: data URLs decoded within limits, and http(s) only where the operator allows a host.
+"""Images that strangers send: data URLs decoded within limits, and http(s) only where the operator allows a host.
 
 Fetching on a caller's behalf is how servers are turned against their own networks, so it is off by default, and where
 it is on: names are resolved once, every address must be public, the connection goes to the very address that was
@@ -28,7 +28,7 @@ from visrl.serve.image_decoders import ImageDecoders
 from visrl.serve.schemas import ImageUrl, Limits
 
 FETCH_S = 10.0
-FETCHERS = 2  # pictures fetched at once
+FETCHERS = 2  # images fetched at once
 # The characters of RFC 3986 alone: a backslash, blank or control character is read differently by different parsers.
 PLAIN_URL = re.compile(r"(https?)://([a-z0-9.-]+)(?::(\d{1,5}))?(/[A-Za-z0-9\-._~!$&'()*+,;=:@%/?]*)?", re.IGNORECASE)
 # IANA's registries of special-purpose addresses. Tables of our own: what `ipaddress` knows changes with Python.
@@ -82,7 +82,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Fetches pictures from the hosts that the operator allows, each as `name` or `name:port`; none by default."""
+    """Fetches images from the hosts that the operator allows, each as `name` or `name:port`; none by default."""
 
     allowed_hosts: frozenset[str] = frozenset()
     resolve: Resolve = resolve
@@ -167,7 +167,7 @@ class _PinnedConnection(http.client.HTTPConnection):
 
 
 class Opener:
-    """Opens the pictures of requests, one after another for each."""
+    """Opens the images of requests, one after another for each."""
 
     def __init__(self, limits: Limits, fetcher: Fetcher) -> None:
         self.limits, self.fetcher = limits, fetcher
@@ -178,12 +178,12 @@ class Opener:
     async def open(
         self, pictures: Sequence[ImageUrl], hold: Callable[[int], object] = lambda pixels: None
     ) -> list[View]:
-        """The views of a request's pictures; equal bytes are one view. What they were sent as is dropped.
+        """The views of a request's images; equal bytes are one view. What they were sent as is dropped.
 
         `hold` is told the pixels of each as soon as it is open, and may refuse to have any more.
 
         Raises:
-            RequestError: 400 with the number of the picture and what is wrong with it.
+            RequestError: 400 with the number of the image and what is wrong with it.
         """
         opened: dict[str, tuple[str, Image.Image]] = {}  # by URL
         views: dict[str, View] = {}

@@ -1,6 +1,6 @@
 """Giving memory back to the system, where the C library is glibc: it keeps what was freed, for each thread apart.
 
-One request with large pictures needs some hundred megabytes for a moment. By itself glibc would keep them, in heaps of
+One request with large images needs some hundred megabytes for a moment. By itself glibc would keep them, in heaps of
 its own for every thread that ever opened, wrote or computed something, and grow with each new mixture of sizes.
 """
 
@@ -13,7 +13,7 @@ from functools import cache
 # mallopt's names for: bytes beyond which a block is mapped by itself, and given back when it is freed; free bytes
 # at the end of a heap beyond which they are given back; and how many heaps there are.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
-LARGE_BYTES = 4_000_000  # a small picture is less: mapping its blocks anew each time would cost as much as opening it
+LARGE_BYTES = 4_000_000  # a small image is less: mapping its blocks anew each time would cost as much as opening it
 SPARE_BYTES = 16_000_000
 HEAPS = 1
 

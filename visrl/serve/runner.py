@@ -33,7 +33,7 @@ from visrl.serve.metrics import Metrics
 from visrl.serve.safety import Gate, is_local_name
 
 BACKLOG = 1024
-KEPT_BYTES = 64_000_000  # of pictures before the batch in work: strangers seldom send one twice
+KEPT_BYTES = 64_000_000  # of images before the batch in work: strangers seldom send one twice
 PLAIN_KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
 SHUTDOWN_S = 20  # how long requests in work may still run once the server is told to stop
 OWN_FILES = 512

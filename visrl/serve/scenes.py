@@ -1,4 +1,4 @@
-"""Scenes that the page shows to who has no picture at hand: drawn as often as a person asks, whoever asks."""
+"""Scenes that the page shows to who has no image at hand: drawn as often as a person asks, whoever asks."""
 
 from __future__ import annotations
 

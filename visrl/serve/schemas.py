@@ -1,6 +1,6 @@
 """What the OpenAI chat protocol looks like here: requests read and bounded, replies and chunks built.
 
-Nothing here opens a picture, knows a model or touches the network.
+Nothing here opens an image, knows a model or touches the network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from visrl.serve.errors import RequestError
 from visrl.serve.fields import passed_on
 
 FOCUS_SUFFIX = ":focus"
-WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole picture in place of the crop
+WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole image in place of the crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Limits:
     """What one request may ask for, and what all of them together may hold."""
 
     body_bytes: int = 20_000_000
-    values: int = 20_000  # in a body: a conversation of pictures has some hundred
+    values: int = 20_000  # in a body: a conversation of images has some hundred
     images: int = 8
     picture_pixels: int = 25_000_000
     text_bytes: int = 8_192  # a token is at least a byte, so this bounds the text's tokens too
@@ -53,7 +53,7 @@ class Limits:
     body_rate: int = 16_000  # bytes that came
     write_s: float = 20.0  # how long a client may take no more of its reply
     held_bytes: int = 400_000_000  # of bodies that came and replies that are not sent
-    held_pixels: int = 250_000_000  # opened pictures of all requests in work: 750 MB
+    held_pixels: int = 250_000_000  # opened images of all requests in work: 750 MB
 
 
 def _fault(message: str, *at: str) -> PydanticCustomError:
@@ -96,7 +96,7 @@ def _as_list(stop: Any) -> Any:
 
 
 class Part(_Strict):
-    """A piece of a message: a text or a picture."""
+    """A piece of a message: a text or an image."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -173,7 +173,7 @@ class ChatRequest(BaseModel):
         return tuple(text for text in self.stop if text)
 
     def pictures(self) -> list[ImageUrl]:
-        """The pictures in their order."""
+        """The images in their order."""
         return [part.image_url for message in self.messages for part in message.content if part.image_url is not None]
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -236,7 +236,7 @@ def _bytes_of(texts: Sequence[str], enough: int) -> int:
 
 
 def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
-    """The whole conversation, each picture's mark at its place."""
+    """The whole conversation, each image's mark at its place."""
     messages = []
     for message in request.messages:
         role: Any = "system" if message.role == "developer" else message.role
@@ -249,7 +249,7 @@ def to_question(request: ChatRequest) -> str:
     """The question of a `:focus` or `:whole` request: the text of the last user message.
 
     Raises:
-        RequestError: 400 where there is none, or not exactly one picture in the conversation.
+        RequestError: 400 where there is none, or not exactly one image in the conversation.
     """
     if len(request.pictures()) != 1:
         raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.pictures())}")

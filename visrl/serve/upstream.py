@@ -89,7 +89,7 @@ class Upstream:
 
     def _begin(self) -> None:
         try:
-            # How boxes are written and pictures sized is the checkpoint's; its weights are the other server's.
+            # How boxes are written and images sized is the checkpoint's; its weights are the other server's.
             self._encoder = open_served_encoder(self._config, model_settings(self._config))
             if not self._url:
                 self._start_vllm(self._encoder)
