@@ -21,7 +21,7 @@ from visrl.evaluate.questions import BenchmarkQuestion
 from visrl.evaluate.results import read_results
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import RecordError, Sample
-from visrl.rewards.results import Result, summarise_measures
+from visrl.rewards.results import Result, summarise, summarise_measures
 from visrl.scenes import scene_samples
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,19 @@ def test_both_rows_of_a_result_say_the_same_where_both_say_anything() -> None:
     assert (lost.eval_row()["iou"], lost.loop_row()["iou"]) == (None, 0.0)  # null where it failed, or counted as wrong
     # An IoU of one half is not above it: one rule for both.
     assert good.eval_row()["hit"] == summarise_measures([good.loop_row()])["box_accuracy_50"]["mean"] == 0
+
+
+def test_the_measures_of_a_loop_are_the_columns_of_an_evaluation() -> None:
+    """One summary: of the same results both give the same mean and interval, whatever shape the rows have."""
+    overlaps = (0.9, 0.6, 0.5, 0.2, 0.1)
+    results = [Result(SAMPLE, "7" if x > 0.3 else "8", "[…]", Box(0, 0, 0.5, 0.5 * x)) for x in overlaps]
+    measures = summarise_measures([one.loop_row() for one in results])
+    columns = summarise([one.eval_row() for one in results])["columns"]
+    for measure, column in (("answer_accuracy", "exact"), ("box_iou", "iou"), ("box_accuracy_50", "hit")):
+        assert {"n": 5, **measures[measure]} == columns[column]["left_out"]
+    assert measures["answer_accuracy"]["mean"] == pytest.approx(3 / 5)
+    assert measures["box_iou"]["mean"] == pytest.approx(sum(overlaps) / 5)
+    assert measures["box_accuracy_50"]["mean"] == pytest.approx(2 / 5)
 
 
 def test_the_published_columns_of_a_control_are_nobodys() -> None:

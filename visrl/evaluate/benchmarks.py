@@ -17,7 +17,7 @@ from visrl.config import ConfigError
 from visrl.data.sources import read_samples
 from visrl.evaluate import viscot
 from visrl.evaluate.published import REFCOCO_SPLITS, VISCOT_QUESTIONS
-from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, check_names
+from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, check_each_once
 from visrl.plugins import is_plugin, load_plugin
 from visrl.rewards.reply_scores import is_score
 from visrl.rewards.results import ANSWER_COLUMNS, COLUMNS, Result, Row
@@ -82,12 +82,12 @@ def read_drawn_or_own(files: BenchmarkFiles) -> dict[str, list[BenchmarkQuestion
 
 BENCHMARKS = {
     "samples": Benchmark(read_drawn_or_own),
-    "viscot": Benchmark(viscot.answer_questions, VISCOT, VISCOT_QUESTIONS, figures=viscot.answer_figures),
+    "viscot": Benchmark(viscot.questions_with_answers, VISCOT, VISCOT_QUESTIONS, figures=viscot.answer_figures),
     "viscot-detection": Benchmark(
-        viscot.box_questions, VISCOT_BOXES, VISCOT_QUESTIONS, viscot.score_box, viscot.box_figures
+        viscot.questions_with_boxes, VISCOT_BOXES, VISCOT_QUESTIONS, viscot.score_box, viscot.box_figures
     ),
     "refcoco": Benchmark(
-        viscot.box_questions, REFCOCO, dict.fromkeys(REFCOCO_SPLITS), viscot.score_box, viscot.box_figures
+        viscot.questions_with_boxes, REFCOCO, dict.fromkeys(REFCOCO_SPLITS), viscot.score_box, viscot.box_figures
     ),
 }
 
@@ -131,7 +131,7 @@ def read_benchmark(
         for one in islice(own, limit):
             sample = one.sample if one.sample.source else replace(one.sample, source=name)
             questions.append(replace(one, sample=sample))
-    check_names(questions)
+    check_each_once(questions)
     return questions
 
 

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from visrl.records import RecordError
-from visrl.rewards.results import READINGS, Reading, Row, columns_of, dataset_of, key_of, value_of
+from visrl.rewards.results import READINGS, Reading, Row, columns_of, dataset_name, key_of, value_of
 from visrl.statistics import paired, paired_mean
 
 Pair = tuple[Row, Row]
@@ -32,7 +32,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]
         raise RecordError(f"the two results have no {what} in common; were they made on the same benchmark?")
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault(dataset_of(pair[0]), []).append(pair)
+        groups.setdefault(dataset_name(pair[0]), []).append(pair)
     return {
         "n": len(pairs),
         "only_a": len(a) - len(pairs),

@@ -24,9 +24,9 @@ class EvalConfig(PolicyConfig, SourceConfig):
     datasets: list[str] | None = None
     """Which data sets of the folder; all that were published, if left out."""
     box_dir: str | None = None
-    """viscot: the folder of detection files, which hold picture sizes and exact boxes."""
+    """viscot: the folder of detection files, which hold image sizes and exact boxes."""
     allow_missing_pictures: bool = False
-    """Go on without some pictures: their questions count as failed."""
+    """Go on without some images: their questions count as failed."""
     max_samples: int | None = Field(None, ge=1, serialization_alias="limit")
     """At most so many questions of each data set."""
 

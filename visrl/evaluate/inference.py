@@ -68,7 +68,7 @@ def answer_questions(
 
 
 def _failure(row: Row, config: EvalConfig) -> str | None:
-    """Why a question failed; None where it did not, or where its missing picture was allowed."""
+    """Why a question failed; None where it did not, or where its missing image was allowed."""
     error = row["error"]
     if not is_failure(error) or (config.allow_missing_pictures and error.startswith("picture:")):
         return None

@@ -1,6 +1,6 @@
-"""The questions of a benchmark, and what reads them: every one, a bad ground truth included. Opens no picture.
+"""The questions of a benchmark, and what reads them: every one, a bad ground truth included. Opens no image.
 
-What is missing, data sets or pictures, is said at once and in full, before any model is loaded.
+What is missing, data sets or images, is said at once and in full, before any model is loaded.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_whole(path: Path, parse: Callable[[Any, int], tuple[Sample]]) -> Iterat
         yield sample
 
 
-def check_names(questions: Iterable[BenchmarkQuestion]) -> None:
+def check_each_once(questions: Iterable[BenchmarkQuestion]) -> None:
     """Refuse a question that is there twice: its answers could not be told apart.
 
     Raises:
@@ -86,8 +86,8 @@ def check_names(questions: Iterable[BenchmarkQuestion]) -> None:
         raise RecordError(f"question {twice[1]} of {twice[0]} is there twice; one file must hold each once")
 
 
-def missing_pictures(questions: Iterable[BenchmarkQuestion], image_root: str | None) -> dict[str, list[str]]:
-    """The pictures that are not under `image_root`, each once, by data set."""
+def missing_images(questions: Iterable[BenchmarkQuestion], image_root: str | None) -> dict[str, list[str]]:
+    """The images that are not under `image_root`, each once, by data set."""
     missing: dict[str, list[str]] = {}
     seen: set[str] = set()
     for question in questions:

@@ -20,7 +20,7 @@ from visrl.evaluate.benchmarks import Benchmark, find_benchmark, incomplete, rea
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.inference import FAILED, JOURNAL, answer_questions
 from visrl.evaluate.judging import format_judged, judge_rows
-from visrl.evaluate.questions import BenchmarkQuestion, format_missing, missing_pictures
+from visrl.evaluate.questions import BenchmarkQuestion, format_missing, missing_images
 from visrl.evaluate.results import NAME, SCORES
 from visrl.manifest import hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.folder import check_folder
@@ -43,7 +43,7 @@ def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> P
         keys: keys of `EvalConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        `output_dir`: `results.jsonl` (a row for every question: boxes in fractions of the picture, scores in [0, 1]),
+        `output_dir`: `results.jsonl` (a row for every question: boxes in fractions of the image, scores in [0, 1]),
         `scores.json` (means with 95 % intervals), judgements where there is a judge, and manifest.
 
     Raises:
@@ -98,7 +98,7 @@ def _evaluate(config: EvalConfig) -> Path:
 
 
 def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
-    """The questions, with what was read said, once no picture is missing."""
+    """The questions, with what was read said, once no image is missing."""
     questions = read_benchmark(
         config.benchmark,
         config.dataset,
@@ -116,7 +116,7 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
     print(f"{len(questions):,} questions of {len(sources)} data sets{lacking}")
     for name, (count, whole) in incomplete(config.benchmark, questions).items():
         print(f"  {name}: {count:,} of its {whole:,} published questions")
-    missing = missing_pictures(questions, config.image_root)
+    missing = missing_images(questions, config.image_root)
     if missing:
         notice = format_missing(missing, config.image_root)
         if not config.allow_missing_pictures:

@@ -1,6 +1,6 @@
 """Visual-CoT's benchmark and RefCOCO: their questions, and what their published scorer makes of a box.
 
-Sources: Visual-CoT (arXiv 2403.16999), and the RefCOCO files that its scripts read. Reads metadata, opens no picture.
+Sources: Visual-CoT (arXiv 2403.16999), and the RefCOCO files that its scripts read. Reads metadata, opens no image.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from visrl.rewards.detection import published_hit, truth_box
 from visrl.rewards.results import Result, Row, by_dataset
 
 
-def answer_questions(files: BenchmarkFiles) -> dict[str, Iterator[BenchmarkQuestion]]:
+def questions_with_answers(files: BenchmarkFiles) -> dict[str, Iterator[BenchmarkQuestion]]:
     """The questions of `NAME.json`. `box_dir` holds the detection files, with sizes and untruncated boxes; without it
-    the sizes are read from the pictures.
+    the sizes are read from the images.
 
     Raises:
         RecordError: data sets that are not there, all named.
@@ -52,7 +52,7 @@ def _answers(path: Path, name: str, sizes: Sizes) -> Iterator[BenchmarkQuestion]
     return map(BenchmarkQuestion, read_whole(path, parse))
 
 
-def box_questions(files: BenchmarkFiles) -> dict[str, Iterator[BenchmarkQuestion]]:
+def questions_with_boxes(files: BenchmarkFiles) -> dict[str, Iterator[BenchmarkQuestion]]:
     """The questions of `NAME.jsonl`, detection or RefCOCO: an expression and four pixels, be they a box or not.
 
     Raises:

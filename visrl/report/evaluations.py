@@ -9,7 +9,7 @@ from visrl.evaluate.results import NAME as RESULTS
 from visrl.evaluate.results import SCORES, read_results
 from visrl.report.measures import Scores, question_name, read_scores
 from visrl.report.shapes import EvaluationShape, Row, read_run_object
-from visrl.rewards.results import dataset_of, is_right, right_column
+from visrl.rewards.results import dataset_name, is_right, right_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +46,5 @@ def _answers(path: Path) -> tuple[dict[str, Row], str]:
     """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
     rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
     right_by = right_column(rows)
-    named = {" ".join(part for part in (dataset_of(row), question_name(row)) if part): row for row in rows}
+    named = {" ".join(part for part in (dataset_name(row), question_name(row)) if part): row for row in rows}
     return {name: row | {"correct": is_right(row, right_by)} for name, row in named.items()}, right_by

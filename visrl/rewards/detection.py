@@ -71,7 +71,7 @@ def published_hit(text: str | None, truth: Sequence[float], size: Size) -> bool:
 
 
 def truth_box(corners: Sequence[float], size: Size) -> Box | None:
-    """The ground truth as a box, or None where its pixels are inverted, empty or outside a picture of `size`."""
+    """The ground truth as a box, or None where its pixels are inverted, empty or outside an image of `size`."""
     rounded = [round(value, _PIXEL_DECIMALS) for value in corners]
     return None if corner_fault(rounded, size) else Box.from_pixels(rounded, size)
 
@@ -129,7 +129,7 @@ def _iou_lmms(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def parse_box(text: str | None, size: Size, codec: Codec) -> Box | None:
-    """The one box in `text`, or None. What reaches from a padded square's picture into its padding is cut off there."""
+    """The one box in `text`, or None. What reaches from a padded square's image into its padding is cut off there."""
     if text is None:
         return None
     try:

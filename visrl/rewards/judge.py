@@ -174,7 +174,7 @@ def client_asker(client: Client) -> AskAll:
     """The judge behind a client's servers, once they answer and serve it.
 
     The published prompt keeps the `<image>` mark of the question, and so it goes out; our own server, which takes such
-    a mark for a forged picture, is asked without it.
+    a mark for a forged image, is asked without it.
 
     Raises:
         EndpointError: a server that does not answer or serves another model.
@@ -192,7 +192,7 @@ def client_asker(client: Client) -> AskAll:
 
 
 def engine_asker(engine: Engine) -> AskAll:
-    """A model in this process as the judge. The `<image>` mark of the question goes: no picture is shown with it."""
+    """A model in this process as the judge. The `<image>` mark of the question goes: no image is shown with it."""
 
     def ask_all(asks: Iterable[Ask], on_reply: OnReply | None = None) -> list[Completion]:
         replies = []

@@ -52,7 +52,7 @@ class Result:
 
     `box_text` is what stands for the box in the conversation (None: no box was asked for); in a control (a `mode` other
     than "own") nobody wrote it. An `error` beside an empty text says that no reply came, unless it is of the box
-    ("box: …"). `size` is that of the picture as it was opened, in pixels.
+    ("box: …"). `size` is that of the image as it was opened, in pixels.
     """
 
     sample: Sample
@@ -77,7 +77,7 @@ class Result:
 
     @property
     def shown(self) -> Box | None:
-        """The box whose crop was shown; None without one, and where the whole picture was."""
+        """The box whose crop was shown; None without one, and where the whole image was."""
         return None if self.mode in ("no_box", "no_crop") else self.box
 
     @property
@@ -154,14 +154,14 @@ def _overlap(box: Box | None, truth: Box | None) -> float | None:
 # --- Reading rows -----------------------------------------------------------------------------------------------------
 
 
-def dataset_of(row: Row) -> str:
+def dataset_name(row: Row) -> str:
     """The data set (or kind of scene) a row belongs to."""
     return str(row.get("dataset") or row.get("kind") or "")
 
 
 def key_of(row: Row) -> Key:
     """What names a question within one benchmark: rows of two checkpoints with equal keys are a pair."""
-    return dataset_of(row), str(row["id"]), row.get("repeat", 0)
+    return dataset_name(row), str(row["id"]), row.get("repeat", 0)
 
 
 def columns_of(rows: Iterable[Row]) -> list[str]:
@@ -197,7 +197,7 @@ def by_dataset(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The rows of each data set (or kind), in the order in which they first come."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(dataset_of(row), []).append(row)
+        groups.setdefault(dataset_name(row), []).append(row)
     return groups
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from visrl.data.sources import hash_source
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, ManifestError, hash_checkpoint, hash_files, is_complete
-from visrl.plugins import is_plugin
+from visrl.plugins import is_plugin, plugin_file
 from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
@@ -45,9 +44,9 @@ def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str,
     if config.dataset:
         parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
     if config.stage == "dpo" and is_plugin(config.pref_loss):
-        module = importlib.util.find_spec(config.pref_loss.partition(":")[0])
-        if module is not None and module.origin is not None:
-            parents["loss"] = hash_files(module.origin)
+        file = plugin_file(config.pref_loss)
+        if file is not None:
+            parents["loss"] = hash_files(file)
     return parents
 
 
