@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the module of the documentation on Python's path, and rows in its format."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "xywh", raising=False)  # of another test's folder
     (module,) = re.findall(r"```python\n(.*?)```", DOCS, flags=re.S)
     (tmp_path / "xywh.py").write_text(module, encoding="utf-8")
     write_lines(tmp_path / "shop.jsonl", ROWS)
@@ -70,7 +72,11 @@ def test_what_trains_and_generates_reads_it_by_the_name_of_a_data_set(shop):
     first, second = read_samples("shop", dataset_dir=str(shop))
     assert (first.question, first.answer, first.size) == ("What?", "that", (640, 480))
     assert second.box == Box(0, 0, 0.1, 0.4)
-    assert hash_source("shop", str(shop)) != "shop"
+    before = hash_source("shop", str(shop))
+    assert before == hash_source("shop", str(shop)) != "shop"
+    with open(shop / "xywh.py", "a") as module:  # read by another module it is other data
+        module.write("\n# changed\n")
+    assert hash_source("shop", str(shop)) != before
     with pytest.raises(RecordError, match="shop holds no preferences"):
         read_preferences("shop", dataset_dir=str(shop))
     info["shop"]["columns"] = {"images": "file"}

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar, cast, get_args
 
-from visrl.data.formats import Reading, other_format, read_entry
+from visrl.data.formats import Reading, find_format, other_format, read_entry
 from visrl.data.hf import is_hf, read_hf
 from visrl.data.info import check_names, find_entry, is_named
 from visrl.data.native import parse_own
@@ -27,6 +27,7 @@ from visrl.data.rows import DataRow, format_notes, read_rows
 from visrl.data.sizes import Sizes
 from visrl.images import image_path, names_file
 from visrl.manifest import hash_files
+from visrl.plugins import is_plugin, plugin_file
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
 from visrl.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
 
@@ -155,12 +156,20 @@ def _hint(row: DataRow, path: str) -> str:
 
 
 def hash_source(spec: str, dataset_dir: str = "data") -> str:
-    """One short hash over the files that `spec` names; what names no files (drawn scenes, a file that is not there)
-    stands for itself."""
+    """One short hash over the files that `spec` names, and over the module of a format of one's own that reads them;
+    what names no files (drawn scenes, a file that is not there) stands for itself.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
     if spec.startswith("scenes:"):
         return spec
     if is_named(spec, dataset_dir):
-        files = [find_entry(dataset_dir, part.strip()).path for part in spec.split(",")]
+        entries = [find_entry(dataset_dir, part.strip()) for part in spec.split(",")]
+        files = [entry.path for entry in entries]
+        for own in sorted({entry.formatting for entry in entries if is_plugin(entry.formatting)}):
+            find_format(own)  # says so where there is none
+            files += filter(None, [plugin_file(own)])
     else:
         files = [Path(spec)]
     known = all(file.is_file() or is_hf(file) for file in files)
