@@ -1,6 +1,11 @@
 """A grader from outside the package: `critic=module:function`, what it is given, and what is refused of it."""
 
 import math
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,9 @@ from visrl.models.tiny import CHECKPOINT
 from visrl.records import Sample, Trajectory, Verdict
 from visrl.rewards.grader import FunctionCritic, GraderError, grade
 from visrl.rewards.metrics import exact_match
+
+ROOT = Path(__file__).parent.parent
+SECTION = (ROOT / "docs" / "EVOLVE.md").read_text(encoding="utf-8").partition("### A reward of your own")[2]
 
 GRADER = '''
 def small_and_right(samples, trajectories):
@@ -53,13 +61,9 @@ def config_of(out: Path, critic: str, **given: object) -> GenerateConfig:
     )  # fmt: skip
 
 
-def test_a_generation_is_scored_by_a_grader_of_ones_own(module: str, tmp_path: Path) -> None:
+def test_a_grader_scores_a_generation_and_a_changed_one_is_another(module: str, tmp_path: Path) -> None:
     critic, out = f"{module}:small_and_right", tmp_path / "generate"
-    done = CliRunner().invoke(
-        app, ["generate", f"model_name_or_path={CHECKPOINT}", "dataset=scenes:preference@1/0+4", "rounds=1",
-              f"critic={critic}", f"output_dir={out}"],
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    generate(config_of(out, critic))
     trajectories = list(read_records(Trajectory, out / TRAJECTORIES))
     verdicts = list(read_records(Verdict, out / VERDICTS))
     assert len(trajectories) == len(verdicts) == 8
@@ -82,6 +86,26 @@ def test_a_generation_is_scored_by_a_grader_of_ones_own(module: str, tmp_path: P
     (tmp_path / f"{module}.py").write_text(GRADER + "\n# another rule\n", encoding="utf-8")
     with pytest.raises(ManifestError, match="critic"):
         generate(config_of(out, critic))
+
+
+def test_the_documented_reward_scores_a_generation(tmp_path: Path) -> None:
+    (module,), (line,) = (re.findall(rf"```{kind}\n(.*?)```", SECTION, flags=re.S) for kind in ("python", "bash"))
+    (tmp_path / "my_rewards.py").write_text(module, encoding="utf-8")
+    for name in ("configs", "visrl"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    setting, program, *words = shlex.split(line)
+    assert (setting, program) == ("PYTHONPATH=.", "visrl")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "visrl.cli", *words, "max_samples=4", "rounds=1"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    out = tmp_path / "runs" / "tiny" / "rewarded"
+    verdicts = list(read_records(Verdict, out / VERDICTS))
+    assert len(verdicts) == 8
+    graded = [one for one in verdicts if one.answer_score is not None]
+    assert graded
+    assert all(0 < one.box_score < 1 and one.answer_score in (0.0, 1.0) for one in graded)
+    assert read_manifest(out)["critic"] == "my_rewards:small_and_right"
 
 
 def test_a_grader_that_cannot_be_had_is_a_sentence_before_anything_is_written(module: str, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ The config imports no torch; the critics are imported when they are opened.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from visrl.engines.open import (
     refuse_unused,
 )
 from visrl.manifest import hash_checkpoint, hash_files, read_manifest
-from visrl.plugins import is_plugin, load_plugin
+from visrl.plugins import is_plugin, load_plugin, plugin_file
 from visrl.records import Sample
 
 if TYPE_CHECKING:
@@ -97,8 +96,8 @@ def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
     if not is_plugin(critic_kind(config, samples)):
         return hash_checkpoint(name)
     load_plugin(name, "critic")
-    file = sys.modules[name.partition(":")[0]].__file__
-    return f"{name} {hash_files(file)}" if file else name
+    file = plugin_file(name)
+    return f"{name} {hash_files(file)}" if file is not None else name
 
 
 def _model_name(config: CriticConfig) -> str:
