@@ -141,7 +141,8 @@ class CachedBatch(DecodeBatch):
         prefix, prompts, logits = self._model.prefill(groups, sequences)
         slots = Slots.of(groups, prefix, prompts)
         self.sequences |= sequences
-        ended = failed | self._sample(slots, torch.stack([logits[n] for n in slots.running]))
+        ended = failed | self.sample(slots.running, torch.stack([logits[n] for n in slots.running]))
+        slots.put(self.last_tokens)
         if self._slots is None:
             self._slots, self._prefix = slots, prefix
         elif slots.running:
@@ -160,14 +161,9 @@ class CachedBatch(DecodeBatch):
         columns = list(range(slots.numbers.shape[1]))
         logits = self._model.forward(slots.tokens, slots.positions, slots.visible, slots.cache, [], columns)
         slots.next_position = slots.next_position + 1
-        ended = self._sample(slots, logits[torch.from_numpy(slots.active).to(logits.device)])
+        ended = self.sample(slots.running, logits[torch.from_numpy(slots.active).to(logits.device)])
+        slots.put(self.last_tokens)
         self._give_back_prefix()
-        return ended
-
-    def _sample(self, slots: Slots, logits: torch.Tensor) -> dict[int, Completion]:
-        """Sample a token of each running sequence from `logits` [sequences, vocabulary]; those that ended with it."""
-        ended = self.sample(slots.running, logits)
-        slots.put({n: sequence.tokens[-1] for n, sequence in self.sequences.items()})
         return ended
 
     def _give_back_prefix(self) -> None:

@@ -54,6 +54,11 @@ class DecodeBatch(ABC):
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def last_tokens(self) -> dict[int, int]:
+        """The token that was sampled last for each sequence."""
+        return {number: sequence.tokens[-1] for number, sequence in self.sequences.items()}
+
     @abstractmethod
     def add(self, requests: Mapping[int, Request]) -> dict[int, Completion]:
         """Let requests join: prefill their prompts and sample the first token of each. Returns the completions of those
