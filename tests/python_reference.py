@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import visrl
+from visrl.callable_package import CallablePackage
 from visrl.config import Config
 
 PAGE = Path(__file__).parents[1] / "docs" / "PYTHON.md"
@@ -38,7 +39,7 @@ def reference() -> str:
 
 def entry(name: str) -> Iterator[str]:
     found = getattr(visrl, name)
-    defined = found.function() if hasattr(found, "function") else found
+    defined = found.function() if isinstance(found, CallablePackage) else found
     is_config = isinstance(defined, type) and issubclass(defined, Config)
     shown = "(**keys)" if is_config or _has_no_signature(defined) else signature(defined)
     yield f"#### `visrl.{name}`"
@@ -78,7 +79,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def _default(value: Any) -> Any:
-    return Plain("…") if inspect.isfunction(value) else value
+    return Plain("…") if " at 0x" in repr(value) else value  # a function, or what holds one
 
 
 def prose(docstring: str) -> Iterator[str]:

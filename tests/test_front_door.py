@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import visrl
+from visrl.callable_package import CallablePackage
 from visrl.models.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
@@ -53,15 +54,15 @@ def test_every_public_name_is_there_and_is_what_type_checkers_see():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    (renamed,) = (node for node in block.body if isinstance(node, ast.Assign))
-    for new, old in zip(renamed.targets[0].elts, renamed.value.elts, strict=True):
-        typed[new.id] = typed.pop(old.id)
+    for renamed in (node for node in block.body if isinstance(node, ast.Assign)):
+        for new, old in zip(renamed.targets[0].elts, renamed.value.elts, strict=True):
+            typed[new.id] = typed.pop(old.id)
     assert typed.keys() == visrl.NAMES.keys()
     assert set(visrl.__all__) <= set(dir(visrl))
     for name, (module, attribute) in typed.items():
         defined = getattr(importlib.import_module(module), attribute)
         given = getattr(visrl, name)
-        assert (given.function() if hasattr(given, "function") else given) is defined, name
+        assert (given.function() if isinstance(given, CallablePackage) else given) is defined, name
         assert defined.__module__ == module, f"{name} is named where it is defined"
         assert defined.__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'loadpolicy'"):

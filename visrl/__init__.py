@@ -32,6 +32,7 @@ NAMES = {
     "read_records": "visrl.data.native",
     "write_records": "visrl.records",
     "read_results": "visrl.evaluate.results",
+    "summarise": "visrl.rewards.results",
     # The verbs
     "demo": "visrl.evolve.demo:run_demo",
     "train": "visrl.train",
@@ -42,8 +43,10 @@ NAMES = {
     "evaluate": "visrl.evaluate",
     "compare": "visrl.evaluate.compare",
     "leaderboard": "visrl.evaluate.leaderboard:write_leaderboard",
-    "score_answers": "visrl.evaluate.answers",
-    "score_boxes": "visrl.evaluate.boxfiles",
+    "score_answer_files": "visrl.evaluate.answers",
+    "score_box_files": "visrl.evaluate.boxfiles",
+    "judge": "visrl.evaluate.judging:judge_answers",
+    "agree": "visrl.evaluate.judging",
     "serve": "visrl.serve",
     "report": "visrl.report",
     "convert": "visrl.data.convert",
@@ -65,6 +68,10 @@ NAMES = {
     "Selection": "visrl.data.convert",
     "Sizes": "visrl.data.sizes",
     "LeaderboardEntry": "visrl.evaluate.leaderboard",
+    # What is added from outside, as module:NAME
+    "Loss": "visrl.train.losses",
+    "DataFormat": "visrl.data.formats",
+    "Benchmark": "visrl.evaluate.benchmarks",
     # What a user can mend
     "UserError": "visrl.errors",
 }
@@ -77,6 +84,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.data.check import check as check
     from visrl.data.convert import Selection as Selection
     from visrl.data.convert import convert as convert
+    from visrl.data.formats import DataFormat as DataFormat
     from visrl.data.formats import Reading as Reading
     from visrl.data.native import read_records as read_records
     from visrl.data.sizes import Sizes as Sizes
@@ -85,10 +93,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.data.stats import measure
     from visrl.engines.open import PolicyConfig as PolicyConfig
     from visrl.errors import UserError as UserError
-    from visrl.evaluate.answers import score_answers as score_answers
-    from visrl.evaluate.boxfiles import score_boxes as score_boxes
+    from visrl.evaluate.answers import score_answer_files as score_answer_files
+    from visrl.evaluate.benchmarks import Benchmark as Benchmark
+    from visrl.evaluate.boxfiles import score_box_files as score_box_files
     from visrl.evaluate.compare import compare as compare
     from visrl.evaluate.config import EvalConfig as EvalConfig
+    from visrl.evaluate.judging import agree as agree
+    from visrl.evaluate.judging import judge_answers
     from visrl.evaluate.leaderboard import LeaderboardEntry as LeaderboardEntry
     from visrl.evaluate.leaderboard import write_leaderboard
     from visrl.evaluate.results import read_results as read_results
@@ -115,16 +126,19 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.records import write_records as write_records
     from visrl.report.page import report as report
     from visrl.rewards.open import CriticConfig as CriticConfig
+    from visrl.rewards.results import summarise as summarise
     from visrl.rollout.steps import Look as Look
     from visrl.serve.config import ServeConfig as ServeConfig
     from visrl.serve.runner import serve as serve
     from visrl.train.config import TrainConfig as TrainConfig
     from visrl.train.export import ExportConfig as ExportConfig
     from visrl.train.export import export as export
+    from visrl.train.losses import Loss as Loss
     from visrl.train.run import train as train
 
     # Called otherwise where they are defined.
-    demo, filter, evolve, leaderboard, stats = run_demo, filter_pairs, run_evolve, write_leaderboard, measure
+    demo, filter, evolve, stats = run_demo, filter_pairs, run_evolve, measure
+    judge, leaderboard = judge_answers, write_leaderboard
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,9 @@ Each prints what it read, what it left out and where the result lies. Heavy impo
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +16,6 @@ from visrl.cli.verbs import ApiKeyEnv, ExtraBody, MaxTokensKey, OmitField, Verbs
 from visrl.failures import MAX_FAILED
 from visrl.progress import next_command
 from visrl.prompts import JUDGE_TOKENS
-
-if TYPE_CHECKING:
-    from visrl.rewards.judge import Judgement
 
 
 class RunUnlessNamed(Verbs):
@@ -112,52 +107,43 @@ def judge(
     ] = MAX_FAILED,
 ) -> None:
     """Ask a judge about every answer, with the published prompt."""
-    from visrl.config import build_config
-    from visrl.engines.open import RequestConfig
-    from visrl.evaluate.answers import answer_to_judge, score_answer_files
-    from visrl.evaluate.judging import count_judgements, format_judged
-    from visrl.manifest import hold
-    from visrl.rewards.judge import judge_all
-    from visrl.rewards.open import opened_judge
+    from visrl.evaluate.answers import score_answer_files
+    from visrl.evaluate.judging import format_judged, judge_answers
 
     rows, _ = score_answer_files(predictions, truth)
-    asked = [one for one in map(answer_to_judge, rows) if one is not None]
+    answered = sum(row.get("prediction") is not None for row in rows)
     said = {
         "max_tokens_key": max_tokens_key,
         "omit_fields": omit_field,
         "extra_body": json_object(extra_body, "--extra-body"),
         "api_key_env": api_key_env,
     }
-    request = build_config(RequestConfig, {key: value for key, value in said.items() if value}, "visrl eval judge")
-    with (
-        opened_judge(
-            model, base_url, request, concurrency=concurrency, timeout_s=timeout, attempts=attempts
-        ) as ask_all,
-        hold(out),
-        typer.progressbar(length=len(asked), label=f"{model} judges") as bar,
-    ):
-        judged = judge_all(asked, ask_all, model, out, on_judgement=lambda _: bar.update(1), max_tokens=max_tokens)
-    typer.echo(format_judged(count_judgements(judged, max_failed, f"the judgements are kept in {out}")))
-    if len(asked) < len(rows):
-        typer.echo(f"{len(rows) - len(asked)} questions without an answer were not shown to the judge")
+    with typer.progressbar(length=answered, label=f"{model} judges") as bar:
+        counts = judge_answers(
+            rows,
+            out,
+            model=model,
+            base_url=base_url,
+            concurrency=concurrency,
+            timeout_s=timeout,
+            attempts=attempts,
+            max_tokens=max_tokens,
+            max_failed=max_failed,
+            on_judgement=lambda _: bar.update(1),
+            **{key: value for key, value in said.items() if value},
+        )
+    typer.echo(format_judged(counts))
+    if answered < len(rows):
+        typer.echo(f"{len(rows) - answered} questions without an answer were not shown to the judge")
     typer.echo(f"judgements: {out}")
 
 
 @app.command()
 def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
     """How far two judges agree on the same answers."""
-    from visrl.records import RecordError
-    from visrl.rewards.judge import read_judgements
-    from visrl.statistics import agreement
+    from visrl.evaluate.judging import agree as agree_on
 
-    first, second = (_by_answer(read_judgements(path)) for path in (a, b))
-    both = [(first[key], second[key]) for key in first if key in second]
-    scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
-    if not scores:
-        raise RecordError(f"{a} and {b} have no answer that both judges scored; were both asked about the same?")
-    result: dict[str, Any] = agreement([x for x, _ in scores], [y for _, y in scores])
-    result["unread"] = len(both) - len(scores)
-    result["not_shared"] = len(first) + len(second) - 2 * len(both)
+    result = agree_on(a, b)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -204,16 +190,6 @@ def leaderboard(
 
 
 # --- Pieces -----------------------------------------------------------------------------------------------------------
-
-
-def _by_answer(judgements: Iterable[Judgement]) -> dict[tuple[str, str, int], Judgement]:
-    """Judgements by data set, id, and how many before have both: an id may stand for several answers."""
-    found: dict[tuple[str, str, int], Judgement] = {}
-    seen: Counter[tuple[str, str]] = Counter()
-    for one in judgements:
-        found[one.dataset, one.id, seen[one.dataset, one.id]] = one
-        seen[one.dataset, one.id] += 1
-    return found
 
 
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:

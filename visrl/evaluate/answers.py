@@ -50,13 +50,14 @@ def score_answers(predictions: PathLike, truth: PathLike | None = None, dataset:
     return results, [str(name) for name in known if name not in seen]
 
 
-def score_answer_files(predictions: Path, truth: Path | None) -> tuple[Rows, list[str]]:
+def score_answer_files(predictions: str | Path, truth: str | Path | None = None) -> tuple[Rows, list[str]]:
     """`score_answers` of a file, or of a folder of them by data set with the data sets' names before the ids; `truth`
     is then a folder of `NAME.json`.
 
     Raises:
         RecordError: whatever `score_answers` refuses, or a folder that holds no prediction files.
     """
+    predictions, truth = Path(predictions), None if truth is None else Path(truth)
     if not predictions.is_dir():
         return score_answers(predictions, truth)
     rows, missing = [], []

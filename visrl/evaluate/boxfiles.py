@@ -56,12 +56,15 @@ def score_boxes(
     ]
 
 
-def score_box_files(predictions: Path, truth: Path | None, codec: str | None) -> tuple[Rows, dict[str, Any]]:
+def score_box_files(
+    predictions: str | Path, truth: str | Path | None = None, codec: str | None = None
+) -> tuple[Rows, dict[str, Any]]:
     """`score_boxes` of a file with its `box_totals`, or of a folder of them by data set with their `folder_totals`.
 
     Raises:
         RecordError: no such codec, a data set that `truth` has no file for, or whatever `score_boxes` refuses.
     """
+    predictions, truth = Path(predictions), None if truth is None else Path(truth)
     if codec is not None and codec not in CODECS:
         raise RecordError(f"no codec {codec!r}; there are {', '.join(CODECS)}")
     if not predictions.is_dir():

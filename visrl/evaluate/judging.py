@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from visrl.config import as_config
+from visrl.engines.open import RequestConfig
 from visrl.evaluate.answers import answer_to_judge, with_judgements
 from visrl.evaluate.config import EvalConfig
-from visrl.failures import Tally
+from visrl.failures import MAX_FAILED, Tally
+from visrl.manifest import hold
+from visrl.prompts import JUDGE_TOKENS
+from visrl.records import RecordError
 
 if TYPE_CHECKING:
     from visrl.rewards.judge import Judgement
@@ -32,6 +39,88 @@ def judge_rows(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str
         judgements = judge_all(asked, ask_all, judge, file, max_tokens=config.judge_max_tokens)
     kept = f"the answers are kept in {config.output_dir} and the judgements in {file}"
     return with_judgements(rows, judgements), count_judgements(judgements, config.max_failed, kept)
+
+
+def judge_answers(
+    rows: Sequence[Row],
+    out: str | os.PathLike[str],
+    *,
+    model: str,
+    base_url: Sequence[str],
+    concurrency: int = 16,
+    timeout_s: float = 60.0,
+    attempts: int = 6,
+    max_tokens: int = JUDGE_TOKENS,
+    max_failed: float = MAX_FAILED,
+    on_judgement: Callable[[Judgement], None] = lambda judgement: None,
+    **keys: Any,
+) -> dict[str, int]:
+    """Ask a judge behind servers about every answer, with the published prompt of Visual-CoT (arXiv 2403.16999).
+
+    Args:
+        rows: result rows of answers, as `score_answer_files` gives them; those without an answer are passed by.
+        out: where the judgements go; a run that was stopped goes on there.
+        model: the judge's name on its servers.
+        base_url: their addresses, up to `/v1`.
+        concurrency: requests at once.
+        timeout_s: seconds for one try.
+        attempts: tries before a judgement counts as failed.
+        max_tokens: the most that the judge may write.
+        max_failed: the share that may fail.
+        on_judgement: called with every judgement as it comes.
+        keys: keys of `RequestConfig`: `max_tokens_key`, `omit_fields`, `extra_body`, `api_key_env` …
+
+    Returns:
+        How many answers were judged, how many judgements failed, and how many replies could not be read.
+
+    Raises:
+        ConfigError: an unknown key.
+        EndpointError: a server that does not answer or serves another model.
+        FailedRun: more than the share `max_failed` failed.
+        HeldError: another process writes `out`.
+    """
+    from visrl.rewards.judge import judge_all
+    from visrl.rewards.open import opened_judge
+
+    request = as_config(RequestConfig, None, keys)
+    asked = [one for one in map(answer_to_judge, rows) if one is not None]
+    patience: dict[str, Any] = {"concurrency": concurrency, "timeout_s": timeout_s, "attempts": attempts}
+    with opened_judge(model, base_url, request, **patience) as ask_all, hold(out):
+        judged = judge_all(asked, ask_all, model, out, on_judgement=on_judgement, max_tokens=max_tokens)
+    return count_judgements(judged, max_failed, f"the judgements are kept in {out}")
+
+
+def agree(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, Any]:
+    """How far two judges agree on the same answers, whose judgements are in the files `a` and `b`.
+
+    Returns:
+        `visrl.statistics.agreement` of the answers that both scored, with how many were `unread` by one of them, and
+        how many one alone judged (`not_shared`).
+
+    Raises:
+        RecordError: a file that holds no judgements, or no answer that both judges scored.
+    """
+    from visrl.rewards.judge import read_judgements
+    from visrl.statistics import agreement
+
+    first, second = (_by_answer(read_judgements(path)) for path in (a, b))
+    both = [(first[key], second[key]) for key in first if key in second]
+    scores = [(x.score, y.score) for x, y in both if x.score is not None and y.score is not None]
+    if not scores:
+        raise RecordError(f"{a} and {b} have no answer that both judges scored; were both asked about the same?")
+    found: dict[str, Any] = agreement([x for x, _ in scores], [y for _, y in scores])
+    apart = len(first) + len(second) - 2 * len(both)
+    return {**found, "unread": len(both) - len(scores), "not_shared": apart}
+
+
+def _by_answer(judgements: Iterable[Judgement]) -> dict[tuple[str, str, int], Judgement]:
+    """Judgements by data set, id, and how many before have both: an id may stand for several answers."""
+    found: dict[tuple[str, str, int], Judgement] = {}
+    seen: Counter[tuple[str, str]] = Counter()
+    for one in judgements:
+        found[one.dataset, one.id, seen[one.dataset, one.id]] = one
+        seen[one.dataset, one.id] += 1
+    return found
 
 
 def count_judgements(judgements: Sequence[Judgement], max_failed: float, kept: str) -> dict[str, int]:
