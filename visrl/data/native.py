@@ -71,7 +71,8 @@ def from_json(kind: type[Record], row: Any, number: int = 1) -> Record:
 
 
 def parse_own(raw: Any, number: int, sizes: Sizes) -> Parsed:
-    """The sample or the preference of a row, with notes on what was chosen for it.
+    """The sample or the preference of a row as users write it: of several answers one is taken, and the size that
+    pixels need is looked up where the row has none. The notes say what was chosen for it.
 
     Raises:
         RowFault, BoxError: the row's form or its box.
@@ -93,7 +94,7 @@ def parse_own(raw: Any, number: int, sizes: Sizes) -> Parsed:
 
 
 def parse_visrl(raw: Any, number: int) -> tuple[Sample | Preference, ...]:
-    """The sample or the preference of a row.
+    """The sample or the preference of a row that says all by itself.
 
     Raises:
         RowFault, BoxError: the row's form or its box.
