@@ -46,7 +46,7 @@ def judge_answers(
     out: str | os.PathLike[str],
     *,
     model: str,
-    base_url: Sequence[str],
+    base_url: str | Sequence[str],
     concurrency: int = 16,
     timeout_s: float = 60.0,
     attempts: int = 6,
@@ -61,7 +61,7 @@ def judge_answers(
         rows: result rows of answers, as `score_answer_files` gives them; those without an answer are passed by.
         out: where the judgements go; a run that was stopped goes on there.
         model: the judge's name on its servers.
-        base_url: their addresses, up to `/v1`.
+        base_url: their address or addresses, up to `/v1`.
         concurrency: requests at once.
         timeout_s: seconds for one try.
         attempts: tries before a judgement counts as failed.
@@ -75,8 +75,7 @@ def judge_answers(
 
     Raises:
         ConfigError: an unknown key.
-        EndpointError: a server that does not answer or serves another model.
-        FailedRun: more than the share `max_failed` failed.
+        FailedRun: more than the share `max_failed` failed, as where no server answers.
         HeldError: another process writes `out`.
     """
     from visrl.rewards.judge import judge_all
@@ -85,7 +84,8 @@ def judge_answers(
     request = as_config(RequestConfig, None, keys)
     asked = [one for one in map(answer_to_judge, rows) if one is not None]
     patience: dict[str, Any] = {"concurrency": concurrency, "timeout_s": timeout_s, "attempts": attempts}
-    with opened_judge(model, base_url, request, **patience) as ask_all, hold(out):
+    urls = [base_url] if isinstance(base_url, str) else base_url
+    with opened_judge(model, urls, request, **patience) as ask_all, hold(out):
         judged = judge_all(asked, ask_all, model, out, on_judgement=on_judgement, max_tokens=max_tokens)
     return count_judgements(judged, max_failed, f"the judgements are kept in {out}")
 
