@@ -1,0 +1,19 @@
+"""Engines: conversations in, sampled completions out.
+
+base             Engine, Policy, Request, Sampling, Completion: what every engine is
+open             one way to open a model, in this process or behind servers
+
+local            a checkpoint in this process: continuous batching
+decoding         the running decode batch; sampling a token; the third protocol, DecodingEngine
+cached           prefill and decode steps over the prefix-shared KV cache
+kv_tree          prefix cache, slots, compaction: which entry of the KV cache belongs to whom
+recompute        decoding without a KV cache, for families whose tokens see more than their ancestors
+
+endpoint         OpenAI-compatible servers as an engine: conversations to messages
+client           many requests to them: concurrency, retries, health
+openai_server    one request to one of them, and its faults
+streaming        one reply chunk by chunk
+wire, transport  replies and chunks taken apart, HTTP within bounds
+addresses        base URLs as users write them
+server_process   a vLLM server as a child process; keeper ends it with its parent
+"""

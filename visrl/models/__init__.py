@@ -1,0 +1,13 @@
+"""Models: checkpoints, their families, and conversations as tokens and pixels.
+
+families         what differs between model families, in one table; the only file that looks into a model
+encode           chat template, tokenizer and image processor: conversation → token ids and pixels
+attention        attention under ancestor masks: SDPA, blocks, FlexAttention
+load             model, processor and settings of a folder, with a clear sentence where that cannot be done
+adapters, chain  LoRA and its like: merging them, and which were trained on which
+folder           what must be true of a folder before a library reads it
+prompting        what a chat template must do; template_trial tries one in a process of its own
+settings         pixel limits, crop rule and box codec beside the weights
+modes, tokens    evaluation mode for a while; token counts for statistics
+tiny/            the embedded model
+"""
