@@ -26,7 +26,8 @@ from visrl.config import ConfigError, read_config
 from visrl.data.native import read_records
 from visrl.evolve.check import check_critic, check_lines, tell_apart
 from visrl.evolve.config import GenerateConfig, parse_shard
-from visrl.evolve.generate import generate, merge_shards, questions_of
+from visrl.evolve.generate import generate, questions_of
+from visrl.evolve.serving import merge_shards
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
 from visrl.records import RecordError, Trajectory, Verdict, read_jsonl

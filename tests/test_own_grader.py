@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from visrl.models.tiny import CHECKPOINT
 from visrl.records import Sample, Trajectory, Verdict
 from visrl.rewards.grader import FunctionCritic, GraderError, grade
 from visrl.rewards.metrics import exact_match
+from visrl.rewards.open import CRITICS
 
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "docs" / "EVOLVE.md").read_text(encoding="utf-8").partition("### A reward of your own")[2]
@@ -106,6 +108,15 @@ def test_the_documented_reward_scores_a_generation(tmp_path: Path) -> None:
     assert graded
     assert all(0 < one.box_score < 1 and one.answer_score in (0.0, 1.0) for one in graded)
     assert read_manifest(out)["critic"] == "my_rewards:small_and_right"
+
+
+def test_a_row_of_the_table_is_a_critic_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = FunctionCritic("half", lambda samples, trajectories: [(0.5, 0.5)] * len(trajectories))
+    monkeypatch.setitem(CRITICS, "half", lambda config, grading: nullcontext(half))
+    generate(config_of(tmp_path / "out", "half"))
+    scores = {(one.box_score, one.answer_score) for one in read_records(Verdict, tmp_path / "out" / VERDICTS)}
+    assert (0.5, 0.5) in scores
+    assert scores <= {(0.5, 0.5), (None, None)}
 
 
 def test_a_grader_that_cannot_be_had_is_a_sentence_before_anything_is_written(module: str, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """When a run is no success: too large a share of what it asked for failed. One rule for every verb that asks models.
 
-A failure is what the software, a server or a file did not give: no reply, no picture. A reply that is wrong, a box that
-cannot be read, or a control for which there is no true box is a result. A row that the model cannot be shown (`prompt`)
-fails whenever it is asked: no share of such rows makes a run a failed one, unless they are all of it.
+A failure is what the software, a server or a file did not give: no reply, no image. A reply that is wrong, a box that
+cannot be read, or a control for which there is no true box is a result. A sample that the model cannot be shown
+(`prompt`) fails whenever it is asked: no share of such samples makes a run a failed one, unless they are all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from visrl.errors import UserError
 
 MAX_FAILED = 0.2  # the default of the key `max_failed`: the share that may fail in a run that counts as a success
-_RESULTS = ("box", "no_room", "control")  # first words of errors that are results (see evolve/rollout.py)
+_RESULTS = ("box", "no_room", "control")  # first words of errors that are results (see rollout/rollout.py)
 
 
 class FailedRun(UserError, RuntimeError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +25,6 @@ from visrl.manifest import (
     hash_checkpoint,
     hold,
     is_complete,
-    read_manifest,
     release_folder,
     write_manifest,
 )
@@ -251,50 +248,6 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
         "critic": critic_hash(config, samples),
         "data": hash_source(config.dataset, config.dataset_dir),
     }
-
-
-# --- Shards -----------------------------------------------------------------------------------------------------------
-
-
-def merge_shards(folders: Sequence[Path], out: Path) -> Path:
-    """The files of complete shards, given in their order, one after another in `out`, with their counts added up.
-
-    Raises:
-        RecordError: a shard that is not complete.
-    """
-    with hold(out):
-        return _merge_shards(folders, out)
-
-
-def _merge_shards(folders: Sequence[Path], out: Path) -> Path:
-    manifests = [read_manifest(folder) for folder in folders]
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if manifest is None:
-            raise RecordError(f"the shard {folder} is not complete")
-    found = [manifest for manifest in manifests if manifest is not None]
-    identity = {**found[0]["config"], "shard": "1/1", "shards": len(folders)}
-    if claim_folder(out, identity):
-        return out
-    for name in (TRAJECTORIES, VERDICTS):
-        with open(out / f"{name}.part", "wb") as whole:
-            for folder in folders:
-                with open(folder / name, "rb") as part:
-                    shutil.copyfileobj(part, whole)
-        os.replace(out / f"{name}.part", out / name)
-    counts: Counter[str] = Counter()
-    requests: dict[str, Counter[str]] = {}
-    for manifest in found:
-        counts.update(manifest["counts"])
-        for role, ended in manifest["requests"].items():
-            requests.setdefault(role, Counter()).update(ended)
-    facts: dict[str, Any] = {
-        key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")
-    }
-    same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
-    facts |= {"counts": dict(counts), "requests": requests}
-    write_manifest(out, verb="generate", config=identity, parents=found[0]["parents"], **facts, **same)
-    print(f"{len(folders)} shards, {facts['questions']} questions: {format_counts(counts)} → {out}")
-    return out
 
 
 def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], per_sample: int) -> None:

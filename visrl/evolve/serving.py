@@ -1,14 +1,20 @@
-"""The generation of one iteration at scale: behind a server that is started for its policy, and in shards."""
+"""The generation of one iteration at scale: in shards, and behind a server that is started for its policy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from visrl.config import ConfigError
 from visrl.evolve.config import GenerateConfig, ServerConfig
-from visrl.evolve.generate import generate, generation_identity, merge_shards, questions_of
-from visrl.manifest import is_complete
+from visrl.evolve.generate import TRAJECTORIES, VERDICTS, format_counts, generate, generation_identity, questions_of
+from visrl.manifest import claim_folder, hold, is_complete, read_manifest, write_manifest
+from visrl.records import RecordError
 
 SERVED_NAME = "policy"  # how the policy is called at a server of our own starting
 PIXEL_LIMITS = ("image_max_pixels", "crop_max_pixels")
@@ -29,6 +35,50 @@ def shard_config(asked: GenerateConfig, number: int, of: int) -> GenerateConfig:
     """One shard of a generation, in a folder beside it."""
     folder = asked.output_dir.with_name(f"generate-{number}-of-{of}")
     return asked.model_copy(update={"shard": f"{number}/{of}", "output_dir": folder})
+
+
+def merge_shards(folders: Sequence[Path], out: Path) -> Path:
+    """The files of complete shards, given in their order, one after another in `out`, with their counts added up.
+
+    Raises:
+        RecordError: a shard that is not complete.
+    """
+    with hold(out):
+        return _merge_shards(folders, out)
+
+
+def _merge_shards(folders: Sequence[Path], out: Path) -> Path:
+    manifests = [read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest is None:
+            raise RecordError(f"the shard {folder} is not complete")
+    found = [manifest for manifest in manifests if manifest is not None]
+    identity = {**found[0]["config"], "shard": "1/1", "shards": len(folders)}
+    if claim_folder(out, identity):
+        return out
+    for name in (TRAJECTORIES, VERDICTS):
+        with open(out / f"{name}.part", "wb") as whole:
+            for folder in folders:
+                with open(folder / name, "rb") as part:
+                    shutil.copyfileobj(part, whole)
+        os.replace(out / f"{name}.part", out / name)
+    counts: Counter[str] = Counter()
+    requests: dict[str, Counter[str]] = {}
+    for manifest in found:
+        counts.update(manifest["counts"])
+        for role, ended in manifest["requests"].items():
+            requests.setdefault(role, Counter()).update(ended)
+    facts: dict[str, Any] = {
+        key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")
+    }
+    same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
+    facts |= {"counts": dict(counts), "requests": requests}
+    write_manifest(out, verb="generate", config=identity, parents=found[0]["parents"], **facts, **same)
+    print(f"{len(folders)} shards, {facts['questions']} questions: {format_counts(counts)} → {out}")
+    return out
+
+
+# --- Behind a server --------------------------------------------------------------------------------------------------
 
 
 def generate_served(asked: GenerateConfig, server: ServerConfig) -> None:
