@@ -133,6 +133,8 @@ def test_a_policy_rolls_out_questions_as_generate_does(policy):
     ]
     assert policy.roll_out(samples[1:2], rounds=2, seed=3) == trajectories[4:8]
     assert policy.roll_out(samples[1:2], rounds=2, seed=4) != trajectories[4:8]
+    settings = visrl.RolloutSettings(rounds=2, crop_rule=policy.crop_rule, seed=3)
+    assert visrl.roll_out(policy.engine, samples[2:], settings) == trajectories[8:]
 
 
 def test_a_verb_takes_a_config_a_file_or_keys(tmp_path):

@@ -17,6 +17,8 @@ NAMES = {
     "LoadedPolicy": "visrl.policy",
     "Look": "visrl.rollout.steps",
     "ask": "visrl.policy",
+    "roll_out": "visrl.rollout.rollout",
+    "RolloutSettings": "visrl.rollout.rollout",
     "score": "visrl.policy",
     "make_pairs": "visrl.evolve.pairs",
     # What flows from step to step
@@ -127,6 +129,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from visrl.report.page import report as report
     from visrl.rewards.open import CriticConfig as CriticConfig
     from visrl.rewards.results import summarise as summarise
+    from visrl.rollout.rollout import RolloutSettings as RolloutSettings
+    from visrl.rollout.rollout import roll_out as roll_out
     from visrl.rollout.steps import Look as Look
     from visrl.serve.config import ServeConfig as ServeConfig
     from visrl.serve.runner import serve as serve

@@ -54,7 +54,11 @@ class OpenedQuestion:
 def roll_out(
     policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
 ) -> list[Trajectory]:
-    """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch."""
+    """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch.
+
+    `policy` is an engine with a codec, as `LoadedPolicy.engine`; relative paths of images start from `root`. All
+    questions are one batch. A try that fails is a trajectory with its `error`.
+    """
     return [
         _trajectory(sample, round_, branch, policy.name, looks[n] if isinstance(looks, list) else looks)
         for sample, looks in zip(samples, sampled_looks(policy, samples, settings, root), strict=True)
