@@ -127,6 +127,11 @@ def test_a_grader_that_cannot_be_had_is_a_sentence_before_anything_is_written(mo
     ):
         with pytest.raises(ConfigError, match=said):
             generate(config_of(tmp_path / "out", critic))
+    for number, text in enumerate(("half = 1 / 0\n", "def half(:\n", "import json\njson.halves\n")):
+        (tmp_path / f"{module}{number}.py").write_text(text, encoding="utf-8")
+        said = rf"critic '{module}{number}:half': .* stopped with (Zero|Syntax|Attribute).*{module}{number}.py, line"
+        with pytest.raises(ConfigError, match=said):
+            generate(config_of(tmp_path / "out", f"{module}{number}:half"))
     with pytest.raises(ConfigError, match=r"critic_model_name_or_path: critic=.* asks no model"):
         generate(config_of(tmp_path / "out", f"{module}:of_answers_alone", critic_model_name_or_path="m"))
     assert not (tmp_path / "out").exists()

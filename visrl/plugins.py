@@ -5,6 +5,7 @@ The module is imported as `import module` would: from what is installed or on PY
 
 from __future__ import annotations
 
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,33 @@ def load_plugin(name: str, kind: str) -> Any:
     """The object that `module:object` names; `kind` says in an error what it was to be ("a loss").
 
     Raises:
-        ConfigError: no such form, no such module, or nothing of that name in it.
+        ConfigError: no such form, no such module, nothing of that name in it, or a module that stops as it is imported.
     """
     if not is_plugin(name):
         raise ConfigError(f"{name!r} is no {kind}; one of your own is named as module:object")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        found = import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{kind} {name!r}: there is no module {error.name!r}; install it, or put its folder on PYTHONPATH"
         ) from error
+    except Exception as error:  # whatever a user's own code raises
+        raise ConfigError(f"{kind} {name!r}: {module} stopped with {raised(error)}") from error
+    try:
+        return getattr(found, attribute)
     except AttributeError as error:
         raise ConfigError(f"{kind} {name!r}: {module} has no {attribute!r}") from error
+
+
+def raised(error: Exception) -> str:
+    """What a user's own code raised, in a line, and where."""
+    if isinstance(error, SyntaxError):
+        file, line, said = error.filename, error.lineno, error.msg
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        file, line, said = frame.filename, frame.lineno, str(error)
+    return f"{type(error).__name__}: {' '.join(said.split())[:300]} ({file}, line {line})"
 
 
 def plugin_file(name: str) -> Path | None:

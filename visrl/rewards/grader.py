@@ -7,12 +7,12 @@ in its place would be learned from.
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
 from visrl.errors import UserError
+from visrl.plugins import raised
 from visrl.records import Sample, Trajectory, Verdict
 
 Grade = tuple[float | None, float | None]  # of the box and of the answer, each in [0, 1]; None: there is none
@@ -61,11 +61,7 @@ def grade(name: str, grader: Grader, samples: Sequence[Sample], trajectories: Se
     try:
         found: Any = grader(samples, trajectories)
     except Exception as error:  # whatever a user's function raises: it is told, with its place, and ends the run
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        said = " ".join(str(error).split())[:300]
-        raise GraderError(
-            f"critic {name} stopped with {type(error).__name__}: {said} ({where.filename}, line {where.lineno})"
-        ) from error
+        raise GraderError(f"critic {name} stopped with {raised(error)}") from error
     try:
         grades = list(found)
     except TypeError as error:
