@@ -109,6 +109,21 @@ def test_a_picture_may_be_a_path_a_data_url_or_in_memory(policy, tmp_path):
     }
 
 
+def test_an_image_in_memory_may_have_any_mode(policy, tmp_path):
+    from visrl.images import open_image
+
+    image = open_image(SCENE)
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "clear.png")
+    for given in (image.convert("CMYK"), image.convert("L"), image.convert("I;16"), image.convert("F"), clear):
+        assert policy.ask(given, QUESTION).whole.image.mode == "RGB"
+    with Image.open(tmp_path / "clear.png") as opened:
+        assert policy.ask(opened, QUESTION).whole.image.getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(visrl.UserError, match="the image"):
+        policy.ask(Image.new("F", (64, 64), float("nan")), QUESTION)
+
+
 def test_what_cannot_be_asked_is_refused_in_a_sentence(policy, tmp_path):
     with pytest.raises(visrl.UserError, match="no picture at"):
         policy.ask(tmp_path / "none.png", QUESTION)

@@ -16,6 +16,7 @@ from visrl.conversation import PromptError
 from visrl.data.native import without_mark
 from visrl.data.rows import RowFault
 from visrl.engines.open import OpenedPolicy, PolicyConfig, opened_policy
+from visrl.image_modes import to_rgb
 from visrl.images import ImageError
 from visrl.records import RecordError, Sample, Trajectory, Verdict
 from visrl.rewards.open import CriticConfig, Grading, opened_critic
@@ -51,7 +52,8 @@ class LoadedPolicy:
         """Where the model looks for the answer, what it sees there and what it answers, at temperature 0.
 
         Args:
-            image: a path, a data URL, a synthetic scene (`scene:POOL/INDEX`) or a PIL image.
+            image: a path, a data URL, a synthetic scene (`scene:POOL/INDEX`), or a PIL image, which is taken as it is:
+                an orientation in its EXIF data is not applied.
             question: a text without marks of images.
 
         Returns:
@@ -193,4 +195,5 @@ def _reference(image: str | Path | Image.Image) -> str:
         return str(image)
     from visrl.engines.endpoint import data_url
 
-    return data_url(image)
+    image.load()  # one that was opened and not read yet does not know all of its mode
+    return data_url(to_rgb(image, "the image"))
