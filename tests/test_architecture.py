@@ -1,8 +1,13 @@
 """The order of the house: a room uses only what stands above it, and no two files use each other."""
 
 import ast
+import pkgutil
+import re
+import runpy
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +62,37 @@ def test_the_front_door_names_modules_and_imports_none():
 def test_no_two_files_use_each_other():
     files = {name: {used for used in all_used if used != "visrl"} for name, all_used in uses().items()}
     assert set(TopologicalSorter(files).static_order()) == files.keys()
+
+
+def test_no_two_classes_have_one_name():
+    places: dict[str, list[str]] = {}
+    for path in (ROOT / "visrl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+# --- docs/ARCHITECTURE.md and its picture -----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_the_house_shows_its_order():
+    drawn = runpy.run_path(str(ROOT / "docs" / "images" / "house.py"))
+    lines = {room: number for number, (rooms, _) in enumerate(drawn["ROOMS"]) for room in rooms}
+    assert lines.keys() == set(ORDER)
+    for user, all_used in uses().items():
+        for used in all_used - {"visrl"}:
+            assert user == "visrl" or lines[room(used)] <= lines[room(user)], f"{user} uses {used}, drawn below it"
+    assert (ROOT / "docs" / "images" / "house.svg").read_text(encoding="utf-8") == drawn["draw"]()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(rf"`((?:{'|'.join(ORDER)})\.[\w.]+)`", PAGE))))
+def test_what_the_page_names_is_there(name: str):
+    assert pkgutil.resolve_name(f"visrl.{name}") is not None
+
+
+def test_every_file_that_the_page_names_is_there():
+    for path in re.findall(r"`((?:tests|docs|visrl)/[\w/.]+)`|\]\(([\w/.]+)\)", PAGE):
+        assert (ROOT / path[0]).exists() if path[0] else (ROOT / "docs" / path[1]).exists(), path

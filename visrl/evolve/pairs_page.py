@@ -35,7 +35,7 @@ class Try:
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class QuestionCard:
     """One question of the page; `problem` says why there is no picture, else ""."""
 
     question: str
@@ -76,7 +76,7 @@ def _card(
     labels: tuple[str, str],
     true_box: Box | None,
     root: str | None,
-) -> Card:
+) -> QuestionCard:
     marks: list[Mark] = [(true_box, TRUE_COLOUR, "true")] if true_box else []
     shown = []
     for (trajectory, verdict), label, colour in zip(tries, labels, (WINNER_COLOUR, LOSER_COLOUR), strict=False):
@@ -94,7 +94,7 @@ def _card(
             )
         )
     picture, problem = _picture(sample, marks, root)
-    return Card(sample.question, sample.answer, reason, picture, problem, shown)
+    return QuestionCard(sample.question, sample.answer, reason, picture, problem, shown)
 
 
 def _picture(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:
