@@ -96,3 +96,10 @@ def test_what_the_page_names_is_there(name: str):
 def test_every_file_that_the_page_names_is_there():
     for path in re.findall(r"`((?:tests|docs|visrl)/[\w/.]+)`|\]\(([\w/.]+)\)", PAGE):
         assert (ROOT / path[0]).exists() if path[0] else (ROOT / "docs" / path[1]).exists(), path
+
+
+@pytest.mark.parametrize("folder", sorted(name for name in ORDER if (ROOT / "visrl" / name).is_dir() and name != "cli"))
+def test_a_folder_opens_with_the_map_of_its_files(folder: str):
+    opening = ast.get_docstring(ast.parse((ROOT / "visrl" / folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    files = {path.stem for path in (ROOT / "visrl" / folder).glob("*.py")} - {"__init__"}
+    assert files <= set(re.findall(r"\w+", opening))

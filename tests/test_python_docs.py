@@ -81,3 +81,10 @@ def test_every_block_runs_and_prints_what_the_page_says(
                 assert printed.endswith(output), text
     assert (tmp_path / "runs" / "stage2-merged" / "README.md").is_file()
     assert names["pairs"].kept
+
+
+def test_the_lines_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    exec(block, {})
+    assert re.fullmatch(r"\(([\d.]+, ){3}[\d.]+\) \d+\n", capsys.readouterr().out)

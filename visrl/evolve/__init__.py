@@ -1,4 +1,14 @@
-"""Self-evolution: `visrl.evolve(…)` is `visrl.evolve.loop.run_evolve`."""
+"""Self-evolution: `visrl.evolve(…)` is `visrl.evolve.loop.run_evolve`.
+
+config          the keys of generate, filter, evolve and demo
+loop            iterations of generate → filter → stage 1 → stage 2: `visrl evolve`; demo is `visrl demo`
+generate        samples → trajectories → verdicts; batches is what is resumed and sharded
+filter          verdicts → preferences; pairs is Algorithm 1's rule, pairs_page the page
+check           whether a critic is worth asking
+serving         generation in shards, and behind a server that is started for its policy
+scores          checkpoints on held-out questions, and summary.json
+clock           seconds and memory of the steps
+"""
 
 from visrl.callable_package import make_callable
 

@@ -1,4 +1,9 @@
-"""Reports: `visrl.report(…)` is `visrl.report.page.report`."""
+"""Reports: `visrl.report(…)` is `visrl.report.page.report`.
+
+run             what lies in a run folder; loop and evaluations read its parts, shapes says what they must hold
+measures        scores with intervals and their titles
+page            the page; figures draws, gallery picks questions to look at, story puts it into words
+"""
 
 from visrl.callable_package import make_callable
 

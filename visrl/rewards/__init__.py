@@ -1,0 +1,13 @@
+"""Rewards: what a look and an answer are worth, and what results add up to.
+
+open            the table of critics, and which one a config means
+critic          critics: the oracle of drawn scenes, and a model that is asked for scores
+grader          a grader of your own, module:function
+judge           judging answers with a language model
+reply_scores    the score in a critic's or judge's reply
+metrics         string metrics of answers: exact, relaxed, ANLS, VQA
+detection       whether a box is right
+
+results         the row of one question, and the summary of rows
+scored          greedy rollouts and their rows at once: training curves, checkpoints of a loop
+"""

@@ -1,4 +1,24 @@
-"""Training: `visrl.train(…)` is `visrl.train.run.train`."""
+"""Training: `visrl.train(…)` is `visrl.train.run.train`.
+
+run             from a config to a trained checkpoint
+config          the keys; fields is the table of transformers.TrainingArguments, arguments makes those of a run
+losses          the table of losses, each a pure function of log-probabilities
+trainer         transformers.Trainer over packed sequences
+
+data            data sets of items; curriculum is the warm-up's
+rows, items     a sample or preference as rows with responses; their collation into a packed batch
+sampler         items of one image in one batch
+model           weights, adapter, what is frozen
+reference       reference log-probabilities, computed once and cached
+features        image features kept over epochs
+distributed     several processes: DDP, and what FSDP and DeepSpeed start
+
+dry_run         items, tokens, steps, drops and memory before anything is trained
+checkpoints     which is whole, and where a resumed run goes on
+identity        which training a folder holds
+log             running means, log.jsonl, curves
+export, card    `visrl export` and the model card it writes
+"""
 
 from visrl.callable_package import make_callable
 
