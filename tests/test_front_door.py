@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +49,7 @@ print(json.dumps([seconds, heavy, inside, "torch" in sys.modules]))
 
 def test_every_public_name_is_there_and_is_what_type_checkers_see():
     tree = ast.parse((ROOT / "visrl" / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     typed = {
         alias.asname or alias.name: (node.module, alias.name)
         for node in block.body
@@ -189,3 +191,24 @@ def test_five_lines_roll_out_and_score(policy):
         visrl.score(samples[1:], trajectories, policy)
     with pytest.raises(visrl.UserError, match="did you mean 'critic_url'"):
         visrl.score(samples, trajectories, policy, critic_ur="http://localhost:1/v1")
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_the_types_of_what_the_front_door_gives(tmp_path):
+    (tmp_path / "use.py").write_text(
+        """import visrl
+look = visrl.load_policy("checkpoint").ask("image.png", "What?")
+reveal_type(look.box_pixels)
+reveal_type(visrl.train(stage="dpo"))
+reveal_type(visrl.make_pairs([], [], []).preferences)
+visrl.load_policy(7)
+visrl.loadpolicy
+"""
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    ran = subprocess.run([*command, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.findall(r'Revealed type is "(?:builtins\.)?(.+)"', ran.stdout) == [
+        "tuple[float, float, float, float] | None", "pathlib.Path", "list[visrl.records.Preference]",
+    ]  # fmt: skip
+    assert re.findall(r"use.py:(\d+): error: .*\[(.+)\]", ran.stdout) == [("6", "arg-type"), ("7", "attr-defined")]

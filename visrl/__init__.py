@@ -144,13 +144,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     demo, filter, evolve, stats = run_demo, filter_pairs, run_evolve, measure
     judge, leaderboard = judge_answers, write_leaderboard
 
+if not TYPE_CHECKING:  # type checkers would take any name for one that this knows
 
-def __getattr__(name: str) -> Any:
-    if name not in NAMES:
-        raise AttributeError(f"module 'visrl' has no attribute {name!r}")
-    path, _, attribute = NAMES[name].partition(":")
-    module = import_module(path)
-    return module if path == f"{__name__}.{name}" else getattr(module, attribute or name)
+    def __getattr__(name: str) -> Any:
+        if name not in NAMES:
+            raise AttributeError(f"module 'visrl' has no attribute {name!r}")
+        path, _, attribute = NAMES[name].partition(":")
+        module = import_module(path)
+        return module if path == f"{__name__}.{name}" else getattr(module, attribute or name)
 
 
 def __dir__() -> list[str]:
