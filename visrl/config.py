@@ -125,7 +125,7 @@ class SourceConfig(Config):
     dataset_dir: str = "data"
     """The folder of the `dataset_info.json` that names data sets."""
     image_root: str | None = None
-    """Where the pictures are that rows name by a relative path."""
+    """Where the images are that rows name by a relative path."""
     max_samples: int | None = Field(None, ge=1)
     """At most so many samples of each data set."""
 

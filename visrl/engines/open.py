@@ -1,6 +1,6 @@
 """ONE way to open a model: a checkpoint in this process, or one behind OpenAI-compatible servers, for every verb.
 
-Policy, critic, judge, server, trainer and `ask` open theirs here, so that pictures are sized, and boxes read, by one
+Policy, critic, judge, server, trainer and `ask` open theirs here, so that images are sized, and boxes read, by one
 setting. The seam to what lies below: `models/load.py` makes an encoder and weights from a folder, and only engines,
 the trainer (`train/model.py`, whose weights are quantised and adapted) and export ask it for weights.
 The configs import no torch, so that they can be refused at once; engines are imported when they are opened.
@@ -66,7 +66,7 @@ def request_of(config: RequestConfig) -> RequestConfig:
 
 
 class ModelConfig(CheckpointConfig):
-    """The keys that say which model it is and how it looks at pictures: the same wherever it is opened."""
+    """The keys that say which model it is and how it looks at images: the same wherever it is opened."""
 
     adapter_name_or_path: str | None = None
     """A LoRA adapter that is merged into the model as it is loaded."""
@@ -106,11 +106,11 @@ PATIENCE = frozenset(
 )
 
 
-# --- How it looks at pictures -----------------------------------------------------------------------------------------
+# --- How it looks at images -------------------------------------------------------------------------------------------
 
 
 def own_settings(config: CheckpointConfig) -> ModelSettings:
-    """How a checkpoint looked at pictures before: what its last adapter's folder says, else its own.
+    """How a checkpoint looked at images before: what its last adapter's folder says, else its own.
 
     Raises:
         ConfigError: a file that is damaged, or says what this release does not know.
@@ -121,7 +121,7 @@ def own_settings(config: CheckpointConfig) -> ModelSettings:
 
 
 def model_settings(config: CheckpointConfig) -> ModelSettings:
-    """How a model looks at pictures and writes boxes: `own_settings`, and what the config says over it.
+    """How a model looks at images and writes boxes: `own_settings`, and what the config says over it.
 
     Raises:
         ConfigError: as `own_settings`, or no such codec.
@@ -134,7 +134,7 @@ def model_settings(config: CheckpointConfig) -> ModelSettings:
 
 
 def open_encoder(config: CheckpointConfig, settings: ModelSettings) -> Encoder:
-    """What sizes pictures, writes prompts and reads boxes as the model of a config does; no weights are loaded.
+    """What sizes images, writes prompts and reads boxes as the model of a config does; no weights are loaded.
 
     Raises:
         CheckpointError: its processor cannot be loaded.
@@ -145,7 +145,7 @@ def open_encoder(config: CheckpointConfig, settings: ModelSettings) -> Encoder:
 
 
 def open_local(config: ModelConfig, settings: ModelSettings, device: str | None = None) -> LocalEngine:
-    """The model of a config in this process, looking at pictures as `settings` say.
+    """The model of a config in this process, looking at images as `settings` say.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -162,7 +162,7 @@ def open_local(config: ModelConfig, settings: ModelSettings, device: str | None 
 
 
 def open_beside(name: str, like: ModelSettings | None = None, *, trust_remote_code: bool = False) -> LocalEngine:
-    """A critic or judge in this process. Where it has no limits of its own, it is shown pictures at the size of the
+    """A critic or judge in this process. Where it has no limits of its own, it is shown images at the size of the
     policy's, which `like` says.
 
     Raises:
@@ -240,7 +240,7 @@ def reached(
 
 @dataclass(frozen=True, slots=True)
 class OpenedPolicy:
-    """A policy ready to be asked, and how its checkpoint looks at pictures."""
+    """A policy ready to be asked, and how its checkpoint looks at images."""
 
     policy: Policy
     settings: ModelSettings
@@ -267,7 +267,7 @@ def opened_policy(config: PolicyConfig) -> Iterator[OpenedPolicy]:
 
 
 def _encoder_of_policy(config: PolicyConfig, settings: ModelSettings) -> Encoder | None:
-    """What sizes pictures as the served model does; None where the config only names the codec of a server's model."""
+    """What sizes images as the served model does; None where the config only names the codec of a server's model."""
     if config.box_codec is None or Path(config.model_name_or_path).is_dir():
         return open_served_encoder(config, settings)
     _refuse_adapter(config)

@@ -50,7 +50,7 @@ def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) 
 
     Returns:
         `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order, and
-        manifest. Boxes are fractions of the picture; scores are in [0, 1], None where none could be read.
+        manifest. Boxes are fractions of the image; scores are in [0, 1], None where none could be read.
 
     Raises:
         ConfigError: an unknown key, or no critic for these samples.

@@ -274,7 +274,7 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
         "rl_stage": stage,
         "seed": config.seed,
     }
-    # What the trajectories were sampled from, the stages are trained on: the same pictures, limits, crops and box text.
+    # What the trajectories were sampled from, the stages are trained on: the same images, limits, crops and box text.
     looks = {
         "image_root": config.image_root,
         "image_max_pixels": config.image_max_pixels,

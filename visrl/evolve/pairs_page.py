@@ -36,7 +36,7 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class QuestionCard:
-    """One question of the page; `problem` says why there is no picture, else ""."""
+    """One question of the page; `problem` says why there is no image, else ""."""
 
     question: str
     answer: str

@@ -1,6 +1,6 @@
 """Critics: one score for the box, one for the answer, each in [0, 1] or None where none could be read.
 
-A critic sees the question, the picture, the crop window, the reference answer and the answer; never a true box. The
+A critic sees the question, the image, the crop window, the reference answer and the answer; never a true box. The
 oracle for drawn scenes knows what is drawn and judges exactly; for everything else a model is asked.
 """
 
@@ -23,7 +23,7 @@ from visrl.rewards.metrics import exact_match
 from visrl.rewards.reply_scores import read_score
 from visrl.scenes import GLYPH_HEIGHT, SIDE, PixelBox, Tag, find_question
 
-ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole picture it has 3.5)
+ILLEGIBLE_HEIGHT = 5.0  # px of a shown digit up to which it cannot be read (in the whole image it has 3.5)
 LEGIBLE_HEIGHT = 16.0  # px from which on it counts as fully legible
 MAX_REPLY_TOKENS = 64  # of a model critic: room for the JSON and a few words
 RETRY_TEMPERATURE = 0.7  # a greedy reply that cannot be read would come again
@@ -107,7 +107,7 @@ class Opinion:
 
 
 class ModelCritic:
-    """A model that scores the box by its crop, and the answer by the whole picture, both against the reference answer.
+    """A model that scores the box by its crop, and the answer by the whole image, both against the reference answer.
 
     The paper's critic is the original base model. It is asked greedily first, and again with sampling, up to
     `attempts` times in all, while its reply cannot be read (`visrl.rewards.reply_scores.read_score`).
@@ -160,7 +160,7 @@ class ModelCritic:
             part = crop_view(wholes[picture], Picture(sample.image, box), self.crop_rule)
             talks[keys[0]] = _about(critic_box_prompt(sample.question, sample.answer), part)
         if keys[1] not in talks:
-            # What a policy wrote may hold anything, the mark of a picture too.
+            # What a policy wrote may hold anything, the mark of an image too.
             asked = critic_answer_prompt(sample.question, sample.answer, answer.replace(IMAGE, ""))
             talks[keys[1]] = _about(asked, wholes[picture])
 
