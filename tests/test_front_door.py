@@ -137,6 +137,37 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(policy, tmp_path):
         visrl.load_policy(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("image", "question", "said"),
+    [
+        (b"PNG", QUESTION, "an image is a path, .* not bytes"),
+        (None, QUESTION, "an image is a path, .* not NoneType"),
+        (SCENE, None, "a question is a text, not NoneType"),
+    ],
+)
+def test_what_is_no_image_and_no_question_is_named(policy, image, question, said):
+    with pytest.raises(visrl.UserError, match=said):
+        policy.ask(image, question)
+
+
+def test_a_truncated_image_in_memory_is_refused(policy, tmp_path):
+    Image.effect_noise((300, 300), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with Image.open(tmp_path / "half.png") as opened, pytest.raises(visrl.UserError, match="cannot be read"):
+        policy.ask(opened, QUESTION)
+
+
+@pytest.mark.parametrize("keys", [{"rounds": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"trigger": 2}])
+def test_settings_of_a_rollout_outside_their_range_are_refused(policy, keys):
+    with pytest.raises(visrl.UserError, match=next(iter(keys))):
+        policy.roll_out(visrl.read_samples("scenes:preference@1/0+1"), **keys)
+
+
+def test_an_unknown_crop_rule_is_refused():
+    with pytest.raises(visrl.UserError, match="crop_rule must be one of exact, margin, viscot_square"):
+        visrl.load_policy(CHECKPOINT, crop_rule="square")
+
+
 def test_one_call_asks_as_a_loaded_policy_does(policy):
     look = visrl.ask(visrl.PolicyConfig(model_name_or_path=str(CHECKPOINT)), SCENE, QUESTION)
     assert (look.box, look.answer) == (policy.ask(SCENE, QUESTION).box, ANSWER)

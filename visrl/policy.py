@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from visrl.box import CropRule
-from visrl.config import as_config
+from visrl.config import ConfigError, as_config
 from visrl.conversation import PromptError
 from visrl.data.native import without_mark
 from visrl.data.rows import RowFault
@@ -61,9 +61,11 @@ class LoadedPolicy:
             and `error` where there is no answer (its first word says what failed).
 
         Raises:
-            ImageError: the image cannot be opened, or is one that the model does not take.
-            PromptError: the question is empty, or holds what only a prompt may hold.
+            ImageError: the image cannot be opened, is none, or is one that the model does not take.
+            PromptError: the question is empty, no text, or holds what only a prompt may hold.
         """
+        if not isinstance(question, str):
+            raise PromptError(f"a question is a text, not {type(question).__name__}")
         try:
             sample = Sample("", _reference(image), without_mark(question), "")
         except RowFault as error:
@@ -102,6 +104,9 @@ class LoadedPolicy:
 
         Returns:
             `len(samples)` × `rounds` × 2 trajectories, in order of sample, round and branch.
+
+        Raises:
+            ConfigError: `rounds`, `temperature`, `top_p` or `trigger` is outside its range.
         """
         settings = RolloutSettings(rounds, temperature, top_p, trigger, diversity, self.crop_rule, seed)
         return [one for part in batched(samples, BATCH) for one in roll_out(self.engine, part, settings, image_root)]
@@ -127,7 +132,7 @@ def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None 
             `policy_url`, `policy_served_name`, `box_codec` …
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), or keys that do not go together.
+        ConfigError: an unknown key (with the nearest known one), an unknown crop rule, or keys that do not go together.
         CheckpointError: a model that cannot be loaded.
         EndpointError: a server that does not answer, or serves another model.
     """
@@ -135,6 +140,8 @@ def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None 
         config = as_config(PolicyConfig, model, keys)
     else:
         config = as_config(PolicyConfig, None, {"model_name_or_path": str(model), **keys})
+    if crop_rule is not None and crop_rule not in get_args(CropRule):
+        raise ConfigError(f"crop_rule must be one of {', '.join(get_args(CropRule))}, not {crop_rule!r}")
     with ExitStack() as held:
         opened = held.enter_context(opened_policy(config))
         return LoadedPolicy(config, opened, crop_rule, held.pop_all())
@@ -193,7 +200,15 @@ def _reference(image: str | Path | Image.Image) -> str:
     """An image by reference, as records have it; one in memory is its own PNG, pixel by pixel."""
     if isinstance(image, str | Path):
         return str(image)
+    from PIL import Image
+
     from visrl.engines.endpoint import data_url
 
-    image.load()  # one that was opened and not read yet does not know all of its mode
+    if not isinstance(image, Image.Image):
+        kinds = "a path, a data URL, a synthetic scene (scene:POOL/INDEX) or a PIL image"
+        raise ImageError(f"an image is {kinds}, not {type(image).__name__}")
+    try:
+        image.load()  # one that was opened and not read yet does not know all of its mode
+    except OSError as error:
+        raise ImageError(f"the image cannot be read: {error}") from error
     return data_url(to_rgb(image, "the image"))

@@ -51,7 +51,7 @@ def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | Non
 
 @app.command()
 def demo(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Run the whole loop on drawn scenes with the embedded model, and write a report."""
+    """Run the whole loop on synthetic scenes with the embedded model, and write a report."""
     from visrl.config import read_config
     from visrl.evolve.config import DemoConfig
     from visrl.evolve.demo import run_demo
@@ -64,7 +64,7 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print items, tokens, steps, drops and memory; write nothing")
+        bool, typer.Option("--dry-run", help="print items, tokens, steps, unusable rows and peak memory; write nothing")
     ] = False,
 ) -> None:
     """Warm-up (stage: sft), or preference training of boxes (stage 1) and of boxes and answers (stage 2)."""
@@ -82,10 +82,10 @@ def train(
 def generate(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    check: Annotated[int, typer.Option(metavar="N", min=0, help="Only try the critic on N questions.")] = 0,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts.")] = None,
+    check: Annotated[int, typer.Option(metavar="N", min=0, help="Only check the critic, on N questions.")] = 0,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Make only the I-th of N parts.")] = None,
 ) -> None:
-    """Samples → trajectories → verdicts: sample boxes, crop, answer, let the critic score."""
+    """Roll out boxes and answers for every question, and let a critic score them."""
     from visrl.config import read_config
     from visrl.evolve.config import GenerateConfig
     from visrl.evolve.generate import generate as run
@@ -107,7 +107,7 @@ def generate(
 
 @app.command(name="filter")
 def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Verdicts → preferences: the best and the worst trajectory of every question that has both."""
+    """Keep the best and the worst trajectory of every question as preferences."""
     from visrl.config import read_config
     from visrl.evolve.config import FilterConfig
     from visrl.evolve.filter import filter_pairs
@@ -122,10 +122,12 @@ def filter_(config: ConfigFile = None, overrides: Overrides = None) -> None:
 def evolve(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only print what would be done.")] = False,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Only this part of the next generation.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the plan.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make only this part of the next generation.")
+    ] = None,
 ) -> None:
-    """Iterations of generate → filter → stage 1 → stage 2, with the plan printed first; resumable."""
+    """Iterate generate → filter → stage 1 → stage 2; prints the plan first, and resumes."""
     from visrl.config import read_config
     from visrl.evolve.config import EvolveConfig
     from visrl.evolve.loop import run_evolve
@@ -135,7 +137,7 @@ def evolve(
 
 @app.command()
 def export(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Merge a LoRA adapter into its base model."""
+    """Merge an adapter into its base model, and check the result."""
     from visrl.config import read_config
     from visrl.train.export import ExportConfig
     from visrl.train.export import export as run
@@ -161,19 +163,18 @@ def api(config: ConfigFile = None, overrides: Overrides = None) -> None:
 def ask(
     questions: Annotated[
         list[str],
-        typer.Argument(help="one or more questions about the picture; key=value is a key of `visrl eval`'s policy"),
+        typer.Argument(help="one or more questions about the image; key=value sets a key of the policy"),
     ],
     model: Annotated[str, typer.Option(help="a checkpoint folder")],
-    image: Annotated[str, typer.Option(help="a picture's path, or scene:POOL/INDEX for a drawn one")],
-    compare: Annotated[
-        list[str] | None, typer.Option(help="another checkpoint beside it; may be given several times")
-    ] = None,
+    image: Annotated[str, typer.Option(help="the path of an image, or scene:POOL/INDEX for a synthetic scene")],
+    compare: Annotated[list[str] | None, typer.Option(help="another checkpoint to ask the same; may repeat")] = None,
     policy_url: Annotated[
-        list[str] | None, typer.Option(help="a server of --model up to /v1, in place of loading it here; may repeat")
+        list[str] | None,
+        typer.Option(help="address of a server of --model, up to /v1, instead of loading it here; may repeat"),
     ] = None,
     out: Annotated[Path, typer.Option(help="the picture with boxes, crops and answers")] = Path("ask.png"),
 ) -> None:
-    """Ask about a picture: where each checkpoint looks, what it sees there and what it answers.
+    """Ask about an image: where each checkpoint looks, the crop it sees and what it answers.
 
     `policy_url=http://…/v1` (or --policy-url) asks a server; `policy_served_name`, `box_codec` and others go with it.
     """
@@ -191,7 +192,7 @@ def ask(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finished or not")]) -> None:
-    """One self-contained HTML page for a run: scores, loop, curves, controls and a gallery."""
+    """Write one HTML page for a run: scores, loop, learning curves, controls, gallery."""
     from visrl.report.page import report as write
 
     write(run)
@@ -199,7 +200,7 @@ def report(run: Annotated[Path, typer.Argument(help="the folder of a run, finish
 
 @app.command()
 def version() -> None:
-    """The version of this program."""
+    """Print the version."""
     from visrl.environment import version_line
 
     typer.echo(version_line())
@@ -207,7 +208,7 @@ def version() -> None:
 
 @app.command()
 def env() -> None:
-    """Versions, machine, devices and paths, for a report of a fault; no secrets."""
+    """Print versions, machine, devices and paths for a bug report; no secrets."""
     from visrl.environment import environment_lines
 
     typer.echo("\n".join(environment_lines()))

@@ -42,12 +42,12 @@ From = Annotated[str, typer.Option("--from", help=_FROM)]
 Inputs = Annotated[list[str], typer.Argument(metavar="IN…", help="Data files, or data sets for hf.")]
 SizesFile = Annotated[
     list[str] | None,
-    typer.Option("--sizes", help="Detection or metadata JSONL with picture sizes; may be repeated."),
+    typer.Option("--sizes", help="Detection or metadata JSONL with image sizes; may repeat."),
 ]
-Images = Annotated[str | None, typer.Option("--images", help="Folder of the pictures.")]
+Images = Annotated[str | None, typer.Option("--images", help="Folder of the images.")]
 Space = Annotated[str | None, typer.Option("--box-space", help="What three-decimal boxes mean: image, padded_square.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Name in dataset_info.json (sharegpt).")]
-Columns = Annotated[list[str] | None, typer.Option("--columns", help="ours=theirs, for hf; may be repeated.")]
+Columns = Annotated[list[str] | None, typer.Option("--columns", help="ours=theirs, for hf; may repeat.")]
 
 Split = Annotated[str | None, typer.Option("--split", help="Split of a data set, for hf; train by default.")]
 
@@ -75,15 +75,16 @@ def convert(
     sizes: SizesFile = None,
     images: Images = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", help="Rows to pass by: N of each data set, or NAME=N of one.")
+        list[str] | None, typer.Option("--skip", help="Rows to skip: N of each data set, or NAME=N of one.")
     ] = None,
     take: Annotated[
-        list[str] | None, typer.Option("--take", help="Rows to take then: N of each data set, or NAME=N of one.")
+        list[str] | None, typer.Option("--take", help="Rows to take after those: N of each data set, or NAME=N of one.")
     ] = None,
     validation: Annotated[
-        float | None, typer.Option("--validation", help="Share of the pictures whose rows go to the .val file of OUT.")
+        float | None,
+        typer.Option("--validation", help="Share of the images held out: their rows go to the .val file of OUT."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Which pictures those are; 88 by default.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of that choice; 88 by default.")] = None,
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
@@ -92,7 +93,7 @@ def convert(
         str | None, typer.Option("--config", help="YAML with these options (configs/data_*.yaml).")
     ] = None,
 ) -> None:
-    """Write any format as any other; what cannot be written is listed in OUT.bad.jsonl with its reason."""
+    """Convert between formats; rows that cannot be converted go to OUT.bad.jsonl with the reason."""
     from visrl.data.convert import Selection
     from visrl.data.convert import convert as run
     from visrl.data.rows import format_notes
@@ -154,7 +155,7 @@ def check(
     columns: Columns = None,
     split: Split = None,
 ) -> None:
-    """Report bad rows, missing and broken pictures, duplicates, and pictures that are in two splits."""
+    """Report bad rows, missing and broken images, duplicates, and images that occur in two splits."""
     from visrl.data.check import as_text
     from visrl.data.check import check as run
 
@@ -174,15 +175,15 @@ def stats(
     images: Images = None,
     sizes: SizesFile = None,
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint whose processor counts tokens.")] = None,
-    image_max_pixels: Annotated[int | None, typer.Option(help="Limit of the whole picture, for tokens.")] = None,
-    crop_max_pixels: Annotated[int | None, typer.Option(help="Limit of the crop, for tokens.")] = None,
+    image_max_pixels: Annotated[int | None, typer.Option(help="Pixel limit of the image, for counting tokens.")] = None,
+    crop_max_pixels: Annotated[int | None, typer.Option(help="Pixel limit of the crop, for counting tokens.")] = None,
     html: Annotated[str | None, typer.Option("--html", help="Write the page here.")] = None,
     box_space: Space = None,
     dataset: Dataset = None,
     columns: Columns = None,
     split: Split = None,
 ) -> None:
-    """Count rows, boxes, pictures and tokens: a table, and with --html a page of histograms."""
+    """Count rows, boxes, images and tokens: a table, and with --html a page of histograms."""
     from visrl.data.stats import as_table, measure
 
     _refuse_options(source, dataset=dataset, columns=columns, split=split, box_space=box_space)

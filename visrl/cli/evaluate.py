@@ -52,9 +52,11 @@ Out = Annotated[Path | None, typer.Option(help="Write the result rows here, for 
 def run(
     config: Annotated[Path | None, typer.Argument(help="A YAML file of flat `key: value` lines.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the file's.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of each data set.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first N questions of each data set, as max_samples=N.", metavar="N")
+    ] = None,
 ) -> None:
-    """Ask a model every question of a benchmark and score what it says; `run` may be left out."""
+    """Run a model over a benchmark and score its boxes and answers; `run` may be left out."""
     from visrl.config import read_config, split_arguments
     from visrl.evaluate.config import EvalConfig
     from visrl.evaluate.run import evaluate
@@ -72,23 +74,24 @@ def score(
     protocol: Annotated[ProtocolName, typer.Option(help="What the file holds.")],
     truth: Truth = None,
     judgements: Annotated[Path | None, typer.Option(help="Answers: what `visrl eval judge` wrote.")] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="Boxes: how our reading takes the text; the published has one way.")
+    box_codec: Annotated[
+        str | None,
+        typer.Option("--box-codec", "--codec", help="Boxes: the codec that our rule reads their text with."),
     ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score predictions that other programs wrote: as published, and beside it as it should have been done."""
+    """Score prediction files of other programs, by the published rule and by ours."""
     if protocol is ProtocolName.answers:
         _score_answers(predictions, truth, judgements, out, as_json)
     else:
-        _score_boxes(predictions, truth, codec, out, as_json)
+        _score_boxes(predictions, truth, box_codec, out, as_json)
 
 
 @app.command()
 def judge(
     predictions: Predictions,
-    out: Annotated[Path, typer.Option(help="Where the judgements go; a run that was stopped goes on there.")],
+    out: Annotated[Path, typer.Option(help="File of the judgements; a stopped run resumes from it.")],
     model: Annotated[str, typer.Option(help="The judge's name on its server.")],
     base_url: Annotated[list[str], typer.Option(help="Address of an OpenAI-compatible server, up to /v1; may repeat.")],
     truth: Truth = None,
@@ -96,7 +99,7 @@ def judge(
     timeout: Annotated[float, typer.Option(help="Seconds for one try.")] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries before a judgement counts as failed.")] = 6,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="The most a judge may write; raise it for one that thinks aloud first.")
+        int, typer.Option(min=1, help="The most a judge may write; raise it for a reasoning model.")
     ] = JUDGE_TOKENS,
     max_tokens_key: MaxTokensKey = None,
     omit_field: OmitField = None,
@@ -106,7 +109,7 @@ def judge(
         float, typer.Option(min=0, max=1, help="The share that may fail; beyond it the command ends with status 1.")
     ] = MAX_FAILED,
 ) -> None:
-    """Ask a judge about every answer, with the published prompt."""
+    """Ask an LLM judge about every answer, with the published prompt."""
     from visrl.evaluate.answers import score_answer_files
     from visrl.evaluate.judging import format_judged, judge_answers
 
@@ -140,7 +143,7 @@ def judge(
 
 @app.command()
 def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
-    """How far two judges agree on the same answers."""
+    """Agreement of two judges on the same answers: equal scores, correlation, kappa."""
     from visrl.evaluate.judging import agree as agree_on
 
     result = agree_on(a, b)
@@ -155,7 +158,7 @@ def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
 
 @app.command()
 def compare(a: Path, b: Path, seed: int = 0, as_json: AsJson = False) -> None:
-    """Two checkpoints on the same questions: the difference B − A, its interval and McNemar's test."""
+    """Compare two runs on the same questions: B − A with its interval, and McNemar's test."""
     from visrl.evaluate.compare import compare as compare_results
     from visrl.evaluate.results import read_results
     from visrl.evaluate.tables import comparison_lines
@@ -175,7 +178,7 @@ def leaderboard(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
     judge_name: Annotated[str, typer.Option("--judge", help="Who judged these results.")] = "not said",
 ) -> None:
-    """One self-contained page: your results among the published ones, which keep their own colour."""
+    """Write one page with your results among the published ones."""
     from visrl.evaluate.leaderboard import LeaderboardEntry, write_leaderboard
     from visrl.evaluate.results import read_results
     from visrl.rewards.results import summarise

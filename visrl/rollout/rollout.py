@@ -12,6 +12,7 @@ from pathlib import Path
 
 from visrl.box import Box, BoxError, CropRule, Size
 from visrl.codecs import Codec
+from visrl.config import ConfigError
 from visrl.conversation import Conversation, PromptError, View, open_view
 from visrl.engines.base import Policy, Sampling, seed_of
 from visrl.images import ImageError
@@ -25,7 +26,11 @@ Refusal = ImageError | PromptError  # why a question cannot be asked
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """How rollouts are sampled: N rounds of two branches each, as in Algorithm 1."""
+    """How rollouts are sampled: N rounds of two branches each, as in Algorithm 1.
+
+    Raises:
+        ConfigError: a number is outside its range.
+    """
 
     rounds: int = 5
     temperature: float = 1.0
@@ -34,6 +39,17 @@ class RolloutSettings:
     diversity: bool = True
     crop_rule: CropRule = "exact"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "rounds must be at least 1": self.rounds >= 1,
+            "temperature must be at least 0": self.temperature >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "trigger must be from 0 to 1": 0 <= self.trigger <= 1,
+        }
+        for said, holds in ranges.items():
+            if not holds:
+                raise ConfigError(said)
 
     @property
     def branches(self) -> list[tuple[int, int]]:
