@@ -48,7 +48,7 @@ from visrl.models.families import language_model
 from visrl.models.load import load_encoder
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer
 from visrl.train.config import TrainConfig
-from visrl.train.dry_run import peak_memory
+from visrl.train.dry_run import peak_bytes
 from visrl.train.features import FeatureCache
 from visrl.train.items import Collator, Item, TrainingBatch
 from visrl.train.model import lora_targets, prepare_model
@@ -214,7 +214,7 @@ def run_layout(given: argparse.Namespace) -> None:
         work = run_trl if given.layout == "trl" else run_ours
         facts = work(given.model, Path(scratch), items, per_step, given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({**facts, "items_per_second": per_step / facts["seconds"], "peak_mb": peak_memory(device) / 1e6}))
+    print(json.dumps({**facts, "items_per_second": per_step / facts["seconds"], "peak_mb": peak_bytes(device) / 1e6}))
 
 
 def measure(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:

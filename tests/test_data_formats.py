@@ -10,7 +10,7 @@ from data_rows import benchmark, good_boxes, meta, refcoco, viscot, write_lines
 from visrl.box import Box, enclosing
 from visrl.codecs import CODECS
 from visrl.data.convert import Selection, convert, share_of
-from visrl.data.formats import SOURCES, Reading, format_of, read_format
+from visrl.data.formats import FORMATS, SOURCES, Reading, is_own_row, read_format
 from visrl.data.rows import RowFault, json_items
 from visrl.data.sizes import Sizes
 from visrl.records import Preference, RecordError, Sample
@@ -430,6 +430,10 @@ def test_two_boxes_under_one_question_number_are_not_mixed_up(tmp_path):
     path.write_text(json.dumps([viscot(0, box, (640, 480)) for box in boxes]))
     sizes = write_lines(tmp_path / "d.jsonl", [detection(0, box, (640, 480)) for box in boxes])
     assert [row.fault for row in read_format("viscot", str(path), reading(sizes))] == ["", "outside"]
+
+
+def format_of(raw):
+    return next((name for name, each in FORMATS.items() if is_own_row(each, raw)), None)
 
 
 def test_refcoco_rows(tmp_path):

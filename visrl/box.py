@@ -14,6 +14,7 @@ from visrl.errors import UserError
 
 Size = tuple[int, int]  # width, height in pixels
 Window = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the original
+Corners = tuple[float, float, float, float]  # the same, not yet on whole pixels and not yet checked
 
 BoxFault = Literal["no_box", "count", "not_a_number", "inverted", "outside", "empty", "more_than_one"]
 CropRule = Literal["exact", "margin", "viscot_square"]

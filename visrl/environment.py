@@ -24,16 +24,15 @@ def version_line() -> str:
     return f"visrl {__version__}"
 
 
-def environment_lines(devices: bool = True) -> list[str]:
-    """Versions, machine and paths, a line each; with `devices` torch is asked what it computes on."""
+def environment_lines() -> list[str]:
+    """Versions, machine and paths, a line each; torch is asked what it computes on."""
     lines = [
         version_line(),
         f"Python {platform.python_version()} ({sys.executable})",
         f"{platform.platform()}, {os.cpu_count()} cores",
         f"visrl lies in {Path(__file__).parent}; working folder {Path.cwd()}",
+        *_device_lines(),
     ]
-    if devices:
-        lines += _device_lines()
     disk = shutil.disk_usage(Path.cwd())
     lines.append(f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} GB where you work")
     lines += [f"{name} {_version(name)}" for name in PACKAGES]

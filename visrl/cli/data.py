@@ -193,9 +193,9 @@ def stats(
         found = measure(source, inputs, reading, tokens, tick)
     print(as_table(found))
     if html:
-        from visrl.data.stats_page import write_page
+        from visrl.data.stats_page import write_stats_page
 
-        write_page(found, ", ".join(Path(path).name for path in inputs), html)
+        write_stats_page(found, ", ".join(Path(path).name for path in inputs), html)
         print(f"wrote {html}")
 
 

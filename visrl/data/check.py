@@ -14,7 +14,7 @@ from typing import Any
 
 from visrl.box import MAX_CROP_ASPECT, MIN_CROP_SIDE, Size
 from visrl.data.convert import dataset_of
-from visrl.data.formats import Reading, find_format, other_format
+from visrl.data.formats import Reading, other_format, read_format
 from visrl.data.rows import DataRow, format_notes
 from visrl.data.sizes import FOLDERS, viscot_path
 from visrl.images import ImageError, image_path, names_file, open_image
@@ -87,9 +87,8 @@ def check(
     seen_rows: set[int] = set()  # hashes, here and below: of hundreds of thousands, no two are likely to be equal
     splits: dict[int, str] = {}  # of every picture seen
     leaked: set[int] = set()
-    rows = find_format(source).rows
     for path in inputs:
-        for row in rows(path, reading):
+        for row in read_format(source, path, reading):
             report.rows += 1
             progress(report.rows)
             if row.fault:

@@ -248,11 +248,6 @@ def other_format(raw: Any, source: str, reading: Reading) -> str | None:
     return None
 
 
-def format_of(raw: Any) -> str | None:
-    """The format that a sample's raw row came from, by its keys."""
-    return next((name for name, each in FORMATS.items() if is_own_row(each, raw)), None)
-
-
 def is_own_row(each: DataFormat, raw: Any) -> bool:
     """Whether a sample's raw row is of this format, so that it goes back as it stood."""
     return each.is_own is not None and isinstance(raw, dict) and each.is_own(raw)

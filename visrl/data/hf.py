@@ -63,13 +63,13 @@ def read_hf(
         yield parsed_row(values, number, parse)
 
 
-def raw_rows(source: str | os.PathLike[str], split: str = "train") -> Iterator[dict[str, Any]]:
+def raw_rows(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The rows of a data set as plain JSON values, under their own column names.
 
     Raises:
         RecordError: as `read_hf`.
     """
-    return _rows(source, _open(source, split))
+    return _rows(source, _open(source, "train"))
 
 
 def _rows(source: str | os.PathLike[str], data: Any) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from visrl.box import CropRule, Size, crop_window
-from visrl.data.formats import Reading, find_format
+from visrl.data.formats import Reading, read_format
 from visrl.images import ImageError, image_size
 from visrl.records import Sample
 
@@ -87,9 +87,8 @@ def measure(
     found = Statistics()
     drawn: list[Sample] = []
     rng = random.Random(0)
-    rows = find_format(source).rows
     for path in inputs:
-        for row in rows(path, reading):
+        for row in read_format(source, path, reading):
             found.rows += 1
             progress(found.rows)
             found.bad += bool(row.fault)

@@ -15,7 +15,7 @@ from visrl.pages.html import render_page
 _LOG_RATIO = 20  # where the largest value is so many medians, bins are spaced by ratio
 
 
-def write_page(found: Statistics, title: str, path: str | Path) -> None:
+def write_stats_page(found: Statistics, title: str, path: str | Path) -> None:
     """Write the page; it needs nothing but itself."""
     figures = [_histogram(name, [float(value) for value in values]) for name, values in found.measures().items()]
     page = render_page(Path(__file__).with_name("stats.html"), title=title, table=as_table(found), figures=figures)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from visrl.box import Box, BoxError, BoxFault, Size, corner_fault, enclosing
+from visrl.box import Box, BoxError, BoxFault, Corners, Size, corner_fault, enclosing
 from visrl.codecs import BOX_SPACES
 from visrl.data.rows import RowFault, check_text, four_numbers, get_size, get_text
 from visrl.data.sizes import FOLDERS, Sizes, viscot_path
@@ -24,7 +24,6 @@ _MARK_LAST = re.compile(rf"(?:\s*{IMAGE})+\s*\Z")
 _MARK_INSIDE = re.compile(IMAGE)
 _TEXT = BOX_SPACES["padded_square"]
 _HALF_DIGIT = 0.0005  # what rounding to three decimals may move a corner, in padded-square fractions
-Corners = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 _SPEAKERS = ["human", "gpt", "human", "gpt"]
 

@@ -257,9 +257,9 @@ def remedy_of(message: str) -> tuple[str, Any] | None:
     """The key of ours, and its value (a name to add to `omit_fields`), that mends what a server complains about."""
     if "max_tokens" in message and "max_completion_tokens" in message:
         return "max_tokens_key", "max_completion_tokens"
-    told = message.lower()
+    text = message.lower()
     for name in get_args(OptionalField):
-        if name in told and any(word in told for word in ("unsupported", "not support", "not permitted", "unknown")):
+        if name in text and any(word in text for word in ("unsupported", "not support", "not permitted", "unknown")):
             return "omit_fields", name
     return None
 

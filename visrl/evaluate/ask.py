@@ -169,9 +169,9 @@ def _panel(answer: Answer, colour: str, font: ImageFont.FreeTypeFont | ImageFont
     scale = min(CROP_SIDE / crop.width, CROP_SIDE / crop.height, 4.0)
     if scale > 1:  # a small crop is shown large enough to be read
         crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.LANCZOS)
-    told = look.answer if look.answer is not None else f"no answer: {look.error}"
+    said = look.answer if look.answer is not None else f"no answer: {look.error}"
     verdict = _wrapped(answer.verdict(), 36)
-    text = "\n".join([*_wrapped(answer.model, 36), *(_wrapped(told, 36) or ["(nothing)"])])
+    text = "\n".join([*_wrapped(answer.model, 36), *(_wrapped(said, 36) or ["(nothing)"])])
     panel = Image.new("RGB", (CROP_SIDE + GAP + TEXT_WIDTH, 0), "white")
     draw = ImageDraw.Draw(panel)
     _, _, _, end = draw.multiline_textbbox((0, 0), text, font=font, spacing=6)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 FAILED = "failed.jsonl"  # what failed in a run of which too much did
-Row = dict[str, Any]
 
 
 def answer_questions(
@@ -34,7 +33,7 @@ def answer_questions(
     protocol: LookProtocol,
     questions: Sequence[BenchmarkQuestion],
     identity: dict[str, Any],
-) -> tuple[list[Row], CropRule]:
+) -> tuple[list[dict[str, Any]], CropRule]:
     """A row for every question, in order, and the crop rule; those that are there already are not asked again.
 
     Raises:
@@ -67,7 +66,7 @@ def answer_questions(
     return [known[_key(question)] for question in questions], rule
 
 
-def _failure(row: Row, config: EvalConfig) -> str | None:
+def _failure(row: dict[str, Any], config: EvalConfig) -> str | None:
     """Why a question failed; None where it did not, or where its missing image was allowed."""
     error = row["error"]
     if not is_failure(error) or (config.allow_missing_pictures and error.startswith("picture:")):
@@ -75,7 +74,7 @@ def _failure(row: Row, config: EvalConfig) -> str | None:
     return str(error)
 
 
-def _set_aside(config: EvalConfig, rows: Sequence[Row]) -> str:
+def _set_aside(config: EvalConfig, rows: Sequence[dict[str, Any]]) -> str:
     """Keep the sound rows of a run of which too much failed, so that the next one asks the others; what is kept."""
     folder = config.output_dir
     sound = [row for row in rows if _failure(row, config) is None]
@@ -89,10 +88,10 @@ def _set_aside(config: EvalConfig, rows: Sequence[Row]) -> str:
     return f"{len(sound):,} answers are kept, and what failed lies in {folder / FAILED}"
 
 
-def _known_rows(config: EvalConfig) -> dict[Key, Row]:
+def _known_rows(config: EvalConfig) -> dict[Key, dict[str, Any]]:
     """The rows of an earlier, stopped or complete run; without the failed ones where those are to be asked again."""
     journal, done = config.output_dir / JOURNAL, config.output_dir / NAME
-    rows: list[Row] = list(read_jsonl(done)) if done.is_file() else []
+    rows: list[dict[str, Any]] = list(read_jsonl(done)) if done.is_file() else []
     if journal.is_file():
         rows += read_jsonl(journal, unfinished="leave_out")
     return {key_of(row): row for row in rows if not (config.retry_failed and row["error"])}
@@ -109,7 +108,7 @@ def _ask(
     protocol: LookProtocol,
     config: EvalConfig,
     rule: CropRule,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Both steps of a batch of questions, and a row for each with the benchmark's own columns."""
     looks = greedy_looks(
         policy,

@@ -20,10 +20,8 @@ from visrl.records import RecordError
 if TYPE_CHECKING:
     from visrl.rewards.judge import Judgement
 
-Row = dict[str, Any]
 
-
-def judge_rows(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+def judge_rows(config: EvalConfig, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The rows with the judge's two columns, and how many judgements failed or could not be read."""
     from visrl.rewards.judge import judge_all
     from visrl.rewards.open import opened_judge
@@ -42,7 +40,7 @@ def judge_rows(config: EvalConfig, rows: list[Row]) -> tuple[list[Row], dict[str
 
 
 def judge_answers(
-    rows: Sequence[Row],
+    rows: Sequence[dict[str, Any]],
     out: str | os.PathLike[str],
     *,
     model: str,

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visrl.box import Corners
 from visrl.data.check import ALL_PICTURES, ORIGINS
 from visrl.data.rows import read_rows
 from visrl.evaluate.published import VISCOT_QUESTIONS
 from visrl.images import image_path, names_file
 from visrl.records import RecordError, Sample
-
-Corners = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,8 +257,8 @@ def _at_home(adapter: Adapter, model: torch.nn.Module) -> dict[str, torch.Tensor
             used.add(move)
         tensors[name] = tensor
     if used and len(tensors) == len(adapter.tensors):
-        told = ", ".join(f"{old}* are {new}* now" for old, new in sorted(used))
-        note(f"{adapter.folder}: the adapter names layers as an older release did; {told}")
+        renamed = ", ".join(f"{old}* are {new}* now" for old, new in sorted(used))
+        note(f"{adapter.folder}: the adapter names layers as an older release did; {renamed}")
         _move_config(adapter.config, sorted(used), layers)
     return tensors
 

@@ -158,15 +158,15 @@ def check_weights(path: str | Path, config: Any) -> None:
     weights = read_weights(path)
     if weights is None:
         return
-    told = f"{path}: config.json does not belong to these weights: it describes"
+    mismatch = f"{path}: config.json does not belong to these weights: it describes"
     for layers in layer_counts(config):
         if layers > weights.tensors:
-            raise CheckpointError(f"{told} {layers} layers, they hold {weights.tensors} tensors")
+            raise CheckpointError(f"{mismatch} {layers} layers, they hold {weights.tensors} tensors")
     with reading(path, "no model can be made of its config.json"), torch.device("meta"), quiet():
         wanted = sum(weight.numel() for weight in AutoModelForImageTextToText.from_config(config).parameters())
     packed = PACKED if getattr(config, "quantization_config", None) else 1
-    if wanted > 2 * packed * weights.numbers:  # what lacks less is told tensor by tensor
-        raise CheckpointError(f"{told} {wanted:,} numbers, they hold {weights.numbers:,}")
+    if wanted > 2 * packed * weights.numbers:  # what lacks less is listed tensor by tensor
+        raise CheckpointError(f"{mismatch} {wanted:,} numbers, they hold {weights.numbers:,}")
 
 
 def _check_found(path: str | Path, found: dict[str, Any]) -> None:
@@ -235,8 +235,8 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        told = str(error)
-        raise error if told.startswith(str(path)) else CheckpointError(f"{path}: {told}") from error
+        message = str(error)
+        raise error if message.startswith(str(path)) else CheckpointError(f"{path}: {message}") from error
     except BoxError as error:
         raise CheckpointError(f"{path}: {what}: {error}") from error
     except Exception as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from visrl.evaluate.results import NAME as RESULTS
 from visrl.evaluate.results import SCORES, read_results
 from visrl.report.measures import Scores, question_name, read_scores
-from visrl.report.shapes import EvaluationShape, Row, read_run_object
+from visrl.report.shapes import EvaluationShape, JsonObject, read_run_object
 from visrl.rewards.results import dataset_name, is_right, right_column
 
 
@@ -20,9 +20,9 @@ class Evaluation:
     """
 
     name: str  # of its folder
-    facts: Row
+    facts: JsonObject
     scores: Scores
-    rows: dict[str, Row]
+    rows: dict[str, JsonObject]
     right_by: str
 
     @property
@@ -42,7 +42,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     return found
 
 
-def _answers(path: Path) -> tuple[dict[str, Row], str]:
+def _answers(path: Path) -> tuple[dict[str, JsonObject], str]:
     """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
     rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
     right_by = right_column(rows)

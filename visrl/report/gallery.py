@@ -17,7 +17,7 @@ from visrl.box import Box, CropRule, iou
 from visrl.images import ImageError, crop, open_image
 from visrl.pages.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
 from visrl.records import utf8
-from visrl.report.shapes import Row
+from visrl.report.shapes import JsonObject
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
@@ -33,7 +33,7 @@ class AnswerSet(Protocol):
     @property
     def title(self) -> str: ...
     @property
-    def rows(self) -> dict[str, Row]: ...
+    def rows(self) -> dict[str, JsonObject]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def draw_lot(ids: Iterable[str], count: int = PICTURES) -> list[str]:
     return sorted(ids, key=lambda name: hashlib.blake2b(utf8(name), digest_size=8).digest())[:count]
 
 
-def outcome(first: Row, last: Row) -> str:
+def outcome(first: JsonObject, last: JsonObject) -> str:
     """Which of `OUTCOMES` a question is, by what the first and the last checkpoint answered."""
     before, after = bool(first["correct"]), bool(last["correct"])
     if before == after:
@@ -149,7 +149,7 @@ def _exhibit(stages: Sequence[AnswerSet], rule: CropRule, root: str | None, name
     )
 
 
-def _said(row: Row) -> str:
+def _said(row: JsonObject) -> str:
     """What stands for the answer of a row: its text, or why there is none."""
     if row.get("prediction") is None:
         return row.get("error") or ("no answer" if "prediction" in row else "a box only")

@@ -11,7 +11,7 @@ from typing import Any
 from visrl.data.native import from_json
 from visrl.records import Verdict
 from visrl.report.measures import Scores, measure_rows, question_name, read_scores
-from visrl.report.shapes import AnswerShape, PairShape, Row, Shape, TryShape, read_run_rows
+from visrl.report.shapes import AnswerShape, JsonObject, PairShape, Shape, TryShape, read_run_rows
 from visrl.rewards.critic import count_verdicts
 from visrl.rewards.results import summarise_kinds
 
@@ -34,8 +34,8 @@ class Stage:
     iteration: int
     scores: Scores
     n: int
-    by_kind: dict[str, Row]
-    rows: dict[str, Row]
+    by_kind: dict[str, JsonObject]
+    rows: dict[str, JsonObject]
 
     @property
     def title(self) -> str:
@@ -62,7 +62,7 @@ class Pairs:
     unread: int  # scores that the critic was asked for and that could not be read
 
 
-def read_stages(folder: Path, summary: Row) -> list[Stage]:
+def read_stages(folder: Path, summary: JsonObject) -> list[Stage]:
     """The evaluated checkpoints in the order of training, by the summary where it has them, else by their files."""
     known = {(entry["iteration"] if entry["name"] != "sft" else -1, entry["name"]): entry
             for entry in summary.get("stages", [])}  # fmt: skip
@@ -86,7 +86,7 @@ def stage_files(folder: Path) -> dict[tuple[int, str], Path]:
     return {(int(match[1] or -1), match[2]): path for path, match in found.items() if match}
 
 
-def read_controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[str, dict[str, Scores]]:
+def read_controls(folder: Path, summary: JsonObject, stages: Sequence[Stage]) -> dict[str, dict[str, Scores]]:
     """The controls of the first and of the last checkpoint, its own box among them, in bounding order."""
     found = {}
     for which, key, stage in (("first", "controls", stages[:1]), ("last", "controls_last", stages[1:][-1:])):
@@ -103,7 +103,7 @@ def read_controls(folder: Path, summary: Row, stages: Sequence[Stage]) -> dict[s
     return found
 
 
-def read_pairs(folder: Path, summary: Row) -> list[Pairs]:
+def read_pairs(folder: Path, summary: JsonObject) -> list[Pairs]:
     """What became of the pairs of every iteration, by the summary where it has them, else by the records."""
     known = {entry["iteration"]: entry for entry in summary.get("pairs", [])}
     numbers = {int(path.name[4:]) for path in folder.glob("iter*") if path.name[4:].isdigit()}

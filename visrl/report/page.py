@@ -20,7 +20,7 @@ from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot
 from visrl.report.loop import CONTROLS, Pairs
 from visrl.report.measures import TITLES
 from visrl.report.run import Run, load_run
-from visrl.report.shapes import Row
+from visrl.report.shapes import JsonObject
 from visrl.report.story import caveats, change, gap_closed, headlines, lede
 
 NAME = "report.html"
@@ -72,7 +72,7 @@ def _ceiling(run: Run, measure: str) -> float | None:
     return truth[measure].mean if measure == "answer_accuracy" and measure in truth else None
 
 
-def _iteration(run: Run, pairs: Pairs) -> Row:
+def _iteration(run: Run, pairs: Pairs) -> JsonObject:
     """One turn of the loop: which checkpoint made the tries, what was kept, and what training on it reached."""
     before = [stage for stage in run.stages if stage.name == "sft" or stage.iteration < pairs.iteration]
     after = [stage for stage in run.stages if stage.name != "sft" and stage.iteration == pairs.iteration]
@@ -82,7 +82,7 @@ def _iteration(run: Run, pairs: Pairs) -> Row:
     return {"pairs": pairs, "policy": before[-1] if before else None, "stages": after, "dropped": dropped}
 
 
-def _stage_rows(run: Run) -> list[Row]:
+def _stage_rows(run: Run) -> list[JsonObject]:
     """The table of checkpoints, each against the one before it."""
     rows = []
     for number, stage in enumerate(run.stages):
@@ -96,7 +96,7 @@ def _stage_rows(run: Run) -> list[Row]:
     return rows
 
 
-def _kinds(run: Run) -> Row:
+def _kinds(run: Run) -> JsonObject:
     """The results by kind of question, first checkpoint against last."""
     if not run.stages or not run.stages[0].by_kind:
         return {"kind_figures": [], "kind_sides": [], "kinds": []}
@@ -110,7 +110,7 @@ def _kinds(run: Run) -> Row:
     }
 
 
-def _gallery(run: Run) -> Row:
+def _gallery(run: Run) -> JsonObject:
     """The questions to look at, and how their outcomes compare with those of all questions."""
     stages: list[AnswerSet] = [stage for stage in run.stages if stage.rows]
     if not run.stages:

@@ -18,10 +18,10 @@ from visrl.report.evaluations import Evaluation, read_evaluations
 from visrl.report.loop import Pairs, Stage, read_controls, read_pairs, read_stages, stage_files
 from visrl.report.measures import Scores
 from visrl.report.shapes import (
+    JsonObject,
     LogShape,
     ManifestShape,
     ReportError,
-    Row,
     SummaryShape,
     read_run_object,
     read_run_rows,
@@ -37,13 +37,13 @@ class Run:
     """A run folder as it is now."""
 
     folder: Path
-    summary: Row
+    summary: JsonObject
     stages: list[Stage]
     controls: dict[str, dict[str, Scores]]  # by checkpoint ("first", "last"), then by control
     pairs: list[Pairs]
     curves: list[Curve]
     evaluations: list[Evaluation]
-    manifests: dict[str, Row]  # by folder, relative to the run
+    manifests: dict[str, JsonObject]  # by folder, relative to the run
     missing: list[str]
 
     @property

@@ -147,14 +147,14 @@ def fault(value: Any, shape: type[Shape]) -> str | None:
     return None
 
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
 class ReportError(UserError, ValueError):
     """A run folder that no report can be made of; the message names file and remedy."""
 
 
-def read_run_rows(path: Path, shape: type[Shape]) -> list[Row]:
+def read_run_rows(path: Path, shape: type[Shape]) -> list[JsonObject]:
     """The objects of a JSONL file, each of the shape given; an unfinished last line is left out.
 
     Raises:
@@ -171,14 +171,14 @@ def read_run_rows(path: Path, shape: type[Shape]) -> list[Row]:
     return rows
 
 
-def read_run_object(path: Path, shape: type[Shape]) -> Row:
+def read_run_object(path: Path, shape: type[Shape]) -> JsonObject:
     """The object of a JSON file, of the shape given.
 
     Raises:
         ReportError: it is not JSON, or not of that shape.
     """
     try:
-        value: Row = json.loads(path.read_text(encoding="utf-8-sig"))
+        value: JsonObject = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON ({error}); remove it and run the step that writes it again") from error
     wrong = "no JSON object" if not isinstance(value, dict) else fault(value, shape)

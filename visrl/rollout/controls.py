@@ -26,7 +26,7 @@ def matched_control(control: Control, sample: Sample, seed: int = 0) -> Box:
     Raises:
         BoxError: the sample has no true box.
     """
-    width, height = true_box(sample).width, true_box(sample).height
+    width, height = require_box(sample).width, require_box(sample).height
     if control == "center":
         return Box(0.5 - width / 2, 0.5 - height / 2, 0.5 + width / 2, 0.5 + height / 2)
     rng = np.random.default_rng(seed_of(seed, *sample.place, "control"))
@@ -34,7 +34,7 @@ def matched_control(control: Control, sample: Sample, seed: int = 0) -> Box:
     return Box(x, y, x + width, y + height)
 
 
-def true_box(sample: Sample) -> Box:
+def require_box(sample: Sample) -> Box:
     """The true box of a sample.
 
     Raises:

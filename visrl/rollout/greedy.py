@@ -8,21 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from visrl.box import Box, BoxError, CropRule
 from visrl.codecs import Codec
 from visrl.conversation import View
 from visrl.engines.base import Policy, Sampling
 from visrl.records import Sample, place_name
-from visrl.rollout.controls import matched_control, published_control, true_box
+from visrl.rollout.controls import matched_control, published_control, require_box
 from visrl.rollout.protocols import VISRL, LookProtocol, plain_conversation
 from visrl.rollout.rollout import OpenedQuestion, Refusal, answer_all, look_all, open_question
 from visrl.rollout.steps import WHOLE, Look, finish, with_box
 
 # "no_box" is one turn of image and question; "no_crop" is the second step, shown the whole image for a crop.
 Mode = Literal["own", "no_box", "no_crop", "random", "center", "truth"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 CROP_MODES: tuple[Mode, ...] = ("own", "no_crop", "random", "center", "truth")
 
 
@@ -85,7 +84,7 @@ def control_box(sample: Sample, whole: View, mode: Mode, protocol: LookProtocol 
         BoxError: the control needs a true box, and the sample has none.
     """
     if mode == "truth":
-        return true_box(sample)
+        return require_box(sample)
     if mode == "random" or mode == "center":
         if protocol is VISRL:
             return matched_control(mode, sample, seed)

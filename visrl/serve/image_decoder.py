@@ -43,8 +43,8 @@ def main() -> None:
         length, size = JOB.unpack(head)
         job = json.loads(jobs.read(length))
         _limit(own_bytes, job["max_pixels"], job["cpu_s"])
-        told = json.dumps(_reply(job, jobs.read(size), shared)).encode()
-        replies.write(REPLY.pack(len(told)) + told)
+        reply = json.dumps(_reply(job, jobs.read(size), shared)).encode()
+        replies.write(REPLY.pack(len(reply)) + reply)
 
 
 class SharedBytes:
@@ -72,7 +72,7 @@ class SharedBytes:
 
 
 def _reply(job: dict[str, Any], data: bytes, shared: SharedBytes) -> dict[str, Any]:
-    """What of an image is told, with its pixels as RGB in `shared`; or the sentence that says why there are none."""
+    """The reply about an image, with its pixels as RGB in `shared`; or the sentence that says why there are none."""
     name = job["name"]
     try:
         if job["is_url"]:

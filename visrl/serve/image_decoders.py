@@ -173,17 +173,17 @@ class _Process:
         try:
             _write(process, JOB.pack(len(head), len(payload)) + head)
             _write(process, payload)
-            told = json.loads(_read(process, *REPLY.unpack(_read(process, REPLY.size))))
+            reply = json.loads(_read(process, *REPLY.unpack(_read(process, REPLY.size))))
         except (OSError, EOFError) as error:
             raise RequestError(400, f"{job['name']} {self._how_it_ended()}") from error
-        if "error" in told:
-            raise RequestError(400, told["error"])
-        width, height = told["size"]
+        if "error" in reply:
+            raise RequestError(400, reply["error"])
+        width, height = reply["size"]
         pixels = self._shared.first(width * height * 3)
         with memoryview(pixels) as whole, whole[: width * height * 3] as used:
             image = Image.frombytes("RGB", (width, height), used)
         self._shared.shrink()
-        return told["key"], image
+        return reply["key"], image
 
     def kill(self) -> None:
         """End the process over what it does; its `decode` then raises."""

@@ -63,7 +63,7 @@ def refusals() -> Iterator[None]:
         raise ConfigError(f"training arguments: {' '.join(str(error).split())[:500]}") from error
 
 
-def check_start(config: TrainConfig, trainer: Trainer, items: int) -> None:
+def check_start(trainer: Trainer, items: int) -> None:
     """Try what a training does in its first second: optimiser, schedule, batches.
 
     Raises:

@@ -97,7 +97,7 @@ def resumed_step(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
-def check_finite(model: Any, step: int) -> None:
+def check_not_diverged(model: Any, step: int) -> None:
     """Refuse weights that are no numbers any more.
 
     Raises:
@@ -115,6 +115,6 @@ class MarkComplete(TrainerCallback):
     """Marks a checkpoint when all of it is on disk, so that a kill in the middle of writing leaves none to resume."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        check_finite(kwargs["model"], state.global_step)
+        check_not_diverged(kwargs["model"], state.global_step)
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

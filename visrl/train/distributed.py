@@ -99,8 +99,8 @@ def on_processes(count: int, work: Callable[[Argument], Any], argument: Argument
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message: Any = failure.message
-        told = message["message"] if isinstance(message, dict) else message
-        raise ProcessError(f"process {rank} of {count}: {told}") from error
+        text = message["message"] if isinstance(message, dict) else message
+        raise ProcessError(f"process {rank} of {count}: {text}") from error
     finally:
         if in_main:
             for number, handler in before.items():

@@ -162,7 +162,7 @@ def dry_run(dataset: Any, found: DatasetScan, *, visrl_config: TrainConfig, mode
     where = "a GPU" if arguments.device.type == "cuda" else "the process"
     print(
         f"{_steps(config, len(found.tokens))} steps of {_batch(config)} items\n"
-        f"memory of {where}: {peak_memory(arguments.device) / 1e6:.0f} MB at the peak, measured over the heaviest "
+        f"memory of {where}: {peak_bytes(arguments.device) / 1e6:.0f} MB at the peak, measured over the heaviest "
         f"step; {weights / 1e6:.0f} MB of it are weights, {trained / 1e6:.2f} million of which are trained\n"
         "dry run: nothing was written"
     )
@@ -199,7 +199,7 @@ def _steps(config: TrainConfig, items: int) -> int:
     return math.ceil(given.num_train_epochs * max(1, math.ceil(batches / given.gradient_accumulation_steps)))
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

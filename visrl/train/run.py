@@ -30,7 +30,7 @@ from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.data import SftSamples, build_data, read_rollout_samples
 from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
-from visrl.train.dry_run import DatasetScan, dry_run, peak_memory, scan_dataset
+from visrl.train.dry_run import DatasetScan, dry_run, peak_bytes, scan_dataset
 from visrl.train.features import open_features
 from visrl.train.identity import clear_folder, identity_of, parents_of, replaces_other_work
 from visrl.train.items import Collator
@@ -114,7 +114,7 @@ def train_here(config: TrainConfig) -> None:
             args=arguments, train_dataset=dataset, validation=validation, rollouts=rollouts,
             callbacks=[JsonLog(out), MarkComplete()], **common,
         )  # fmt: skip
-    check_start(config, trainer, len(dataset))
+    check_start(trainer, len(dataset))
     if arguments.process_index == 0:
         if replaces_other_work(config, identity):
             clear_folder(out)
@@ -132,7 +132,7 @@ def train_here(config: TrainConfig) -> None:
         "steps": trainer.state.global_step,
         "processes": arguments.world_size,
         "best": {"metric": trainer.state.best_metric, "checkpoint": trainer.state.best_global_step},
-        "peak_memory_mb": round(peak_memory(arguments.device) / 1e6),
+        "peak_memory_mb": round(peak_bytes(arguments.device) / 1e6),
         "crop_rule": settings.crop_rule,
     }
     _write(trainer, encoder, parents, facts, started)

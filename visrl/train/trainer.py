@@ -18,7 +18,7 @@ from visrl.packing.forward import branch_logps
 from visrl.records import RecordError, Sample
 from visrl.sequences import batched
 from visrl.train import losses
-from visrl.train.checkpoints import TrainingError, check_finite, resumed_step, writing
+from visrl.train.checkpoints import TrainingError, check_not_diverged, resumed_step, writing
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.distributed import shard_batches, shards_weights
@@ -246,7 +246,7 @@ class VisrlTrainer(Trainer):
         own = resumed is None or resumed.resolve().parent == Path(str(self.args.output_dir)).resolve()
         if resumed is not None and not own and resumed_step(resumed) >= steps:
             raise TrainingError(f"nothing was trained: {resumed} stands at step {steps} already; raise max_steps")
-        check_finite(self.model, steps)
+        check_not_diverged(self.model, steps)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(str(self.args.output_dir))):
