@@ -11,6 +11,7 @@ from typing import Any
 import visrl
 from visrl.callable_package import CallablePackage
 from visrl.config import Config
+from visrl.train.fields import TrainerFields
 
 PAGE = Path(__file__).parents[1] / "docs" / "PYTHON.md"
 MARK = "Made from the docstrings by `python tests/python_reference.py`.\n"
@@ -46,11 +47,20 @@ def entry(name: str) -> Iterator[str]:
     yield f"```text\nvisrl.{name}{'' if _has_no_signature(defined) else shown}\n```"
     yield from prose(defined.__doc__)
     if is_config:
-        yield "Keys: " + ", ".join(f"`{key}`" for key in defined.model_fields) + "."
+        yield "Keys, with their defaults: " + ", ".join(keys(defined)) + "."
     for method in METHODS.get(name, ()):
         function = getattr(defined, method)
         yield f"```text\n{name}.{method}{signature(function)}\n```"
         yield from prose(function.__doc__)
+
+
+def keys(config: type[Config]) -> Iterator[str]:
+    """The keys of a config with their defaults, where these are numbers, texts or truth values. Fields of
+    `transformers.TrainingArguments` are that library's to list."""
+    for key, field in config.model_fields.items():
+        if not issubclass(config, TrainerFields) or key not in TrainerFields.model_fields or key == "output_dir":
+            has_default = isinstance(field.default, bool | int | float | str) and field.default != ""
+            yield f"`{key}={field.default!r}`" if has_default else f"`{key}`"
 
 
 def _has_no_signature(defined: Any) -> bool:

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # Public name → module, or module:name where it is called otherwise there. Names that are packages too (train, evaluate,
 # evolve, serve, report) can be called: see callable_package.py.
 NAMES = {
-    # A checkpoint at work
+    # Policy, rollouts, rewards
     "load_policy": "visrl.policy",
     "LoadedPolicy": "visrl.policy",
     "Look": "visrl.rollout.steps",
@@ -21,7 +21,7 @@ NAMES = {
     "RolloutSettings": "visrl.rollout.rollout",
     "score": "visrl.policy",
     "make_pairs": "visrl.evolve.pairs",
-    # What flows from step to step
+    # Records
     "Box": "visrl.box",
     "iou": "visrl.box",
     "Sample": "visrl.records",
@@ -35,7 +35,7 @@ NAMES = {
     "write_records": "visrl.records",
     "read_results": "visrl.evaluate.results",
     "summarise": "visrl.rewards.results",
-    # The verbs
+    # Verbs
     "demo": "visrl.evolve.demo:run_demo",
     "train": "visrl.train",
     "generate": "visrl.evolve.generate",
@@ -54,7 +54,7 @@ NAMES = {
     "convert": "visrl.data.convert",
     "check": "visrl.data.check",
     "stats": "visrl.data.stats:measure",
-    # What the verbs are told
+    # Configs and settings
     "PolicyConfig": "visrl.engines.open",
     "CriticConfig": "visrl.rewards.open",
     "DemoConfig": "visrl.evolve.config",
@@ -70,11 +70,11 @@ NAMES = {
     "Selection": "visrl.data.convert",
     "Sizes": "visrl.data.sizes",
     "LeaderboardEntry": "visrl.evaluate.leaderboard",
-    # What is added from outside, as module:NAME
+    # Extensions, named module:NAME in a config
     "Loss": "visrl.train.losses",
     "DataFormat": "visrl.data.formats",
     "Benchmark": "visrl.evaluate.benchmarks",
-    # What a user can mend
+    # Errors
     "UserError": "visrl.errors",
 }
 

@@ -33,10 +33,10 @@ BATCH = 64  # questions rolled out together, as `visrl generate` has it
 
 
 class LoadedPolicy:
-    """A checkpoint that is ready to be asked, in this process or behind servers.
+    """A loaded checkpoint, in this process or behind servers.
 
-    `engine` and `settings` are what it is made of: an engine with its codec, and how the checkpoint looks at images;
-    `config` is what it was opened by. Connections to servers end with `close()`, or with the block where it is used as
+    `engine` samples and has the codec of boxes, `settings` are the checkpoint's image sizes, crop rule and box format,
+    `config` holds the keys it was opened by. `close()` ends connections to servers, as does the end of a block
     `with load_policy(…) as policy:`.
     """
 
@@ -89,16 +89,16 @@ class LoadedPolicy:
     ) -> list[Trajectory]:
         """`rounds` × 2 sampled trajectories of every question: a box, and the answer given from its crop.
 
-        Every draw has a seed of its own, so that a question's trajectories do not depend on the others. A try that
-        fails is a trajectory with its `error`.
+        Every request has a seed of its own, so a question's trajectories do not depend on the rest of the batch. A
+        failed rollout is a trajectory with its `error`.
 
         Args:
             samples: questions with their images; true boxes and answers are not looked at.
             rounds: N of Algorithm 1 (VisRL, arXiv 2503.07523); a round is two boxes.
             temperature: of boxes and answers alike; 0 is greedy.
-            top_p: the share of probability that is sampled from.
-            diversity: whether the second box of a round that says the same as the first is replaced by a random one.
-            trigger: T, the IoU from which on two boxes say the same.
+            top_p: nucleus sampling: the probability mass that is sampled from.
+            diversity: whether the second box of a round is replaced by a random one where it agrees with the first.
+            trigger: T, the IoU from which on two boxes agree.
             seed: the run's; the same gives the same trajectories.
             image_root: the folder that relative paths of images start from.
 
@@ -148,7 +148,7 @@ def load_policy(model: str | Path | PolicyConfig, *, crop_rule: CropRule | None 
 
 
 def ask(model: str | Path | PolicyConfig, image: str | Path | Image.Image, question: str, **keys: Any) -> Look:
-    """`load_policy(model, **keys).ask(image, question)`, for one question; a model asked again is better kept loaded.
+    """`load_policy(model, **keys).ask(image, question)`, for one question; for several, keep the policy loaded.
 
     Raises:
         ConfigError, CheckpointError, EndpointError, ImageError, PromptError: as of these two.
@@ -166,20 +166,20 @@ def score(
     seed: int = 0,
     **keys: Any,
 ) -> list[Verdict]:
-    """What a critic says of trajectories: one score for the box, one for the answer.
+    """The scores that a critic gives trajectories: one for the box, one for the answer.
 
     Args:
         samples: the questions of the trajectories, with their reference answers, in any order.
-        trajectories: tries of `policy`, as `roll_out` gives them.
-        policy: whose tries they are: the critic sees crops by its crop rule, and is its original base model unless
-            `keys` name another one. Synthetic scenes are judged exactly, by what is drawn.
+        trajectories: of `policy`, as `roll_out` gives them.
+        policy: the critic sees crops by its crop rule, and is its original base model unless `keys` name another one.
+            Synthetic scenes are scored exactly.
         image_root: the folder that relative paths of images start from.
-        seed: of what is asked again with sampling, where a first reply cannot be read.
+        seed: of the sampling with which an unreadable reply is asked again.
         keys: keys of `CriticConfig`: `critic`, `critic_model_name_or_path`, `critic_url`, `critic_served_name` …
 
     Returns:
         A verdict for every trajectory, in their order, its scores in [0, 1]; None where none could be read, or where
-        the try had failed.
+        the rollout had failed.
 
     Raises:
         RecordError: a trajectory of a question that is not among the samples.

@@ -41,9 +41,9 @@ class VisrlWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture by reference: a path, a data URL or `scene:POOL/INDEX`, whole or cropped to `crop`.
+    """An image by reference: a path, a data URL or `scene:POOL/INDEX`, whole or cropped to `crop`.
 
-    `size` is its annotated width and height, where known: it decides which way up the picture is opened.
+    `size` is its annotated width and height, where known: it decides which way up the image is opened.
     """
 
     ref: str
@@ -53,9 +53,9 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A question about a picture. `raw` is the row it came from, so that a format is written back as it was read.
+    """A question about an image. `raw` is the row it came from, so that a format is written back as it was read.
 
-    `size` is the annotated width and height of the picture, where known: boxes were drawn on the picture that way up.
+    `size` is the annotated width and height of the image, where known: boxes were annotated on the image that way up.
     An `id` is the user's, and may stand for several rows: `repeat` counts the rows of the data set before this one that
     have the same, and both together (`place`) tell a sample from all others of its data set.
     """
@@ -78,7 +78,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One try at a question: a box, and the answer given from its crop. A failed try is a record with its `error`.
+    """One rollout of a question: a box, and the answer given from its crop. A failed one is a record with its `error`.
 
     `box_text` is what the policy wrote, or the codec's text where the diversity controller put a random box.
     """
@@ -130,7 +130,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Preference:
     """A preference at one step of an item. A box and an answer preference that belong together (`belongs_to`) are one
-    item: they share pictures and a training step.
+    item: they share images and a training step.
 
     `context` is the conversation before the prompt, where there is one: a system message, then turns of user and
     assistant. Pictures are in the order of their marks in context and prompt.

@@ -70,8 +70,8 @@ def convert(
 ) -> Summary:
     """Write the rows of `inputs` to `out` in another format; bad rows go to `<out>.bad.jsonl`.
 
-    `validation` is the share of pictures whose rows go to `<out stem>.val<suffix>`: chosen by a hash of `seed` and
-    picture, so that it is the same at every run and no picture is on both sides.
+    `validation` is the share of images whose rows go to `<out stem>.val<suffix>`: chosen by a hash of `seed` and
+    image, so that it is the same at every run and no image is on both sides.
 
     Raises:
         RecordError: an input is not there or damaged (nothing is written then), no such format, or the output is

@@ -31,7 +31,7 @@ _UNDERSTOOD = ("inverted", "outside", "empty", "disagree", "no_size")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How to read: sizes, and what some formats need to be told."""
+    """How to read: image sizes, and the options of some formats."""
 
     sizes: Sizes = field(default_factory=Sizes)
     box_space: BoxSpace | None = None

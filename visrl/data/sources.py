@@ -42,8 +42,8 @@ Kept = TypeVar("Kept", Sample, Preference)
 def read_samples(
     spec: str, *, with_box: bool = False, dataset_dir: str = "data", image_root: str | None = None
 ) -> list[Sample]:
-    """The samples that `spec` names; drawn ones hold their true box only where it is asked for. Rows of one id are told
-    apart by their `repeat`.
+    """The samples that `spec` names; synthetic scenes hold their true box only `with_box`. Rows of one id
+    differ by their `repeat`.
 
     Raises:
         RecordError: no such pool or file, or a row that is no sample.

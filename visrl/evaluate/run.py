@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> P
         `scores.json` (means with 95 % intervals), judgements where there is a judge, and manifest.
 
     Raises:
-        RecordError, ConfigError: an unknown key, missing data sets or pictures, and whatever the engines refuse.
+        RecordError, ConfigError: an unknown key, missing data sets or images, and whatever the engines refuse.
         ManifestError: the folder holds another run, or another process writes it.
     """
     config = as_config(EvalConfig, config, keys)

@@ -12,14 +12,14 @@ from visrl.manifest import claim_folder, hash_checkpoint, hold
 
 
 def run_demo(config: DemoConfig | str | Path | None = None, /, **keys: Any) -> Path:
-    """Run what is left of the demo: iterations of the loop on drawn scenes, from the embedded model on.
+    """Run the demo, or what is left of it: iterations of the loop on synthetic scenes, from the embedded model on.
 
     Args:
         config: a `DemoConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.
         keys: keys of `DemoConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        The path of its report, a page that holds its own pictures.
+        The path of its report, a page that holds its own images.
 
     Raises:
         ManifestError: the output folder holds a demo of another config, or another process writes it.

@@ -141,7 +141,7 @@ def causal(layout: Layout, family: Family) -> dict[str, Any]:
 
 
 def onevision(layout: Layout, family: Family) -> dict[str, Any]:
-    """Its ancestors; the model is told how many images each prompt shows."""
+    """Its ancestors; the model takes the number of images of each prompt."""
     counts = [len(tree) for tree in layout.images if tree]
     return {**causal(layout, family), **({"batch_num_images": torch.tensor(counts)} if counts else {})}
 

@@ -73,7 +73,7 @@ def roll_out(
     """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch.
 
     `policy` is an engine with a codec, as `LoadedPolicy.engine`; relative paths of images start from `root`. All
-    questions are one batch. A try that fails is a trajectory with its `error`.
+    questions are one batch. A failed rollout is a trajectory with its `error`.
     """
     return [
         _trajectory(sample, round_, branch, policy.name, looks[n] if isinstance(looks, list) else looks)

@@ -41,7 +41,7 @@ TIDY_S = 10.0  # between two times that memory is given back, while there are re
 
 
 def serve(config: ServeConfig | str | Path | None = None, /, **keys: Any) -> None:
-    """Serve a checkpoint behind the OpenAI protocol until told to stop (SIGINT or SIGTERM), which lets the requests in
+    """Serve a checkpoint behind the OpenAI protocol until stopped (SIGINT or SIGTERM), which lets the requests in
     work finish. A model name that ends in `:focus` looks before it answers.
 
     Args:

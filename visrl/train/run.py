@@ -60,7 +60,7 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
         CheckpointError: no model at `model_name_or_path`.
         RecordError: rows that are none, or longer than `cutoff_len`.
         ProcessError: one of several processes failed.
-        TrainingError: the loss is no number any more, or nothing was trained.
+        TrainingError: the loss became NaN or infinite, or nothing was trained.
     """
     config = as_config(TrainConfig, config, keys)
     count = processes_wanted(config.processes)
