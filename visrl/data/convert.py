@@ -30,7 +30,7 @@ _AS_IT_STOOD = Sample("", "", "", "")  # stands for a bad row that is written ba
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rows of each data set: `skip` so many, then `take` so many; by name, or under "" for all others."""
+    """Which rows of each data set: `skip` the first N, then `take` the next N; by name, or under "" for all others."""
 
     skip: Mapping[str, int] = field(default_factory=dict)
     take: Mapping[str, int] = field(default_factory=dict)

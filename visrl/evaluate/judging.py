@@ -56,8 +56,8 @@ def judge_answers(
     """Ask a judge behind servers about every answer, with the published prompt of Visual-CoT (arXiv 2403.16999).
 
     Args:
-        rows: result rows of answers, as `score_answer_files` gives them; those without an answer are passed by.
-        out: where the judgements go; a run that was stopped goes on there.
+        rows: result rows of answers, as `score_answer_files` gives them; those without an answer are skipped.
+        out: file of the judgements; a stopped run resumes from it.
         model: the judge's name on its servers.
         base_url: their address or addresses, up to `/v1`.
         concurrency: requests at once.

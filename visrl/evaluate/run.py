@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> Path:
     """Ask a model every question of a benchmark at temperature 0, score what it says, and print the table.
 
-    Killed at any moment and started again, it goes on at the last whole batch and ends with the same files.
+    Killed at any moment and started again, it resumes at the last whole batch and ends with the same files.
 
     Args:
         config: an `EvalConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.

@@ -41,7 +41,7 @@ TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) -> Path:
     """Sample trajectories of every question, and have the critic score them: Algorithm 1 of VisRL (arXiv 2503.07523).
 
-    Killed at any moment and started again, it goes on at the last whole batch and ends with the same files. The files
+    Killed at any moment and started again, it resumes at the last whole batch and ends with the same files. The files
     of shards 1 to n, one after another, are those of the whole.
 
     Args:

@@ -43,7 +43,7 @@ def run_evolve(
     **keys: Any,
 ) -> Path | None:
     """Run what is left of the iterations of generate → filter → stage 1 → stage 2, once the plan has been printed: the
-    loop of VisRL (arXiv 2503.07523). Killed at any moment, the same call goes on where it stopped.
+    loop of VisRL (arXiv 2503.07523). Killed at any moment, the same call resumes.
 
     Args:
         config: an `EvolveConfig`, the path of a YAML file of its keys, or nothing where `keys` say it all.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Loss:
     """A row of the table: a loss with what its function reads. A loss of your own is one, too: `pref_loss=module:NAME`.
 
-    The function is given, each [rows]: chosen, then rejected where it reads pairs, then the same under the reference
+    The function gets, each [rows]: chosen, then rejected where it reads pairs, then the same under the reference
     where it needs one; and by keyword `beta` [rows], `kl` [rows] and its parameters. It returns [rows].
     """
 
