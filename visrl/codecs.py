@@ -1,6 +1,6 @@
 """Box text: one codec per model family, the only place where a box is written as text or read from it.
 
-Each codec writes the text that its family was trained on, bound at every call to the size of the original picture and
+Each codec writes the text that its family was trained on, bound at every call to the size of the original image and
 to the size that the processor really gave it. The scale is never guessed from the size of the numbers. Nothing here
 knows about models or files. Formats and their sources are listed in docs/DATA.md.
 """
@@ -39,7 +39,7 @@ class Mended:
 class Codec:
     """How one model family writes a box: `format`, `parse` and `mend` are bound to the sizes given at each call.
 
-    `original` is the size of the picture as it lies on disk, `processed` the size that the processor gave it.
+    `original` is the size of the image as it lies on disk, `processed` the size that the processor gave it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Codec:
         """The text of `box`, its corners rounded to the codec's grid and never so that it becomes empty.
 
         Raises:
-            BoxError: the picture is so thin that the grid has no two lines in it.
+            BoxError: the image is so thin that the grid has no two lines in it.
         """
         scale_x, scale_y = self.scales(original, processed)
         x0, x1 = self._on_grid(box.x0, box.x1, scale_x)
@@ -67,7 +67,7 @@ class Codec:
         """The one box in `text`. What reaches over the edge by no more than the codec's own rounding is brought inside.
 
         Raises:
-            BoxError: no box, more than one, not four numbers, inverted, empty, or outside the picture.
+            BoxError: no box, more than one, not four numbers, inverted, empty, or outside the image.
         """
         found = [self._tokens(group) for group in self.pattern.findall(text)]
         fours = [tokens for tokens in found if len(tokens) == 4]
@@ -91,7 +91,7 @@ class Codec:
         corners, and clamps what reaches outside.
 
         Raises:
-            BoxError: fewer than four numbers, an empty box, or one that lies wholly outside the picture.
+            BoxError: fewer than four numbers, an empty box, or one that lies wholly outside the image.
         """
         try:
             return Mended(self.parse(text, original, processed))
@@ -124,7 +124,7 @@ class Codec:
 
     @property
     def in_processed_pixels(self) -> bool:
-        """Whether the text changes with the size that the processor gives a picture."""
+        """Whether the text changes with the size that the processor gives an image."""
         return self.scales is _processed_pixels
 
     def unit(self, original: Size, processed: Size) -> tuple[float, float]:
@@ -133,7 +133,7 @@ class Codec:
         return 10**-self.decimals / scale_x, 10**-self.decimals / scale_y
 
     def _on_grid(self, low: float, high: float, scale: Scale) -> tuple[int, int]:
-        """The nearest grid lines to [low, high], apart by at least one line and inside the picture up to rounding."""
+        """The nearest grid lines to [low, high], apart by at least one line and inside the image up to rounding."""
         lines = scale[0] * 10**self.decimals
         shift = scale[1] * 10**self.decimals
         first, last = round(low * lines + shift), round(high * lines + shift)
@@ -232,7 +232,7 @@ BOX_SPACES: dict[BoxSpace, Codec] = {"image": CODECS["visrl"], "padded_square": 
 
 # --- The start-up self-test -------------------------------------------------------------------------------------------
 
-# The same crop, pixels 100 to 500 by 50 to 250 of a picture of 1,000 × 400 that a processor made 504 × 196, worked out
+# The same crop, pixels 100 to 500 by 50 to 250 of an image of 1,000 × 400 that a processor made 504 × 196, worked out
 # by hand in each family's text. A codec that is wrong in both directions would pass a round trip; not this.
 _KNOWN_SIZES: tuple[Size, Size] = ((1000, 400), (504, 196))
 _KNOWN_BOX = Box(0.1, 0.125, 0.5, 0.625)
@@ -254,8 +254,8 @@ def self_test(
 ) -> float:
     """Send known boxes through format, parse and crop at these sizes; the smallest IoU found.
 
-    Boxes are written as a model that sees the picture at `shown` writes them (None: at `processed`) and read at
-    `processed`. They lie on whole pixels of what is shown, so that a picture of few pixels is no excuse.
+    Boxes are written as a model that sees the image at `shown` writes them (None: at `processed`) and read at
+    `processed`. They lie on whole pixels of what is shown, so that an image of few pixels is no excuse.
 
     Raises:
         BoxError: a crop overlaps with what was meant by less than `SELF_TEST_IOU`: nothing may be trained or served.

@@ -1,4 +1,4 @@
-"""What is said to a model: messages with pictures in their places. Knows no model and no engine."""
+"""What is said to a model: messages with images in their places. Knows no model and no engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PromptError(UserError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A picture as a model is shown it. Views with equal `key` are the same pixels and are computed once."""
+    """An image as a model is shown it. Views with equal `key` are the same pixels and are computed once."""
 
     key: str
     image: Image.Image
@@ -33,10 +33,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages and their pictures, in the order of their `<image>` marks; the model speaks next.
+    """Messages and their images, in the order of their `<image>` marks; the model speaks next.
 
     Raises:
-        PromptError: more or fewer marks than pictures, as where a question or a reply holds one.
+        PromptError: more or fewer marks than images, as where a question or a reply holds one.
     """
 
     messages: tuple[Message, ...]
@@ -49,12 +49,12 @@ class Conversation:
 
 
 def image_view(picture: Picture, image: Image.Image) -> View:
-    """The view of a whole picture that has been opened."""
+    """The view of a whole image that has been opened."""
     return View(picture.ref, image)
 
 
 def open_view(picture: Picture, root: str | Path | None = None) -> View:
-    """The view of a whole picture by reference, the annotated way up.
+    """The view of a whole image by reference, the annotated way up.
 
     Raises:
         ImageError: it cannot be opened.
@@ -76,5 +76,5 @@ def focus_conversation(question: str, whole: View) -> Conversation:
 
 
 def answer_conversation(question: str, whole: View, detail: View) -> Conversation:
-    """Step 2 of the `visrl` protocol: the answer, from picture and crop in one user turn."""
+    """Step 2 of the `visrl` protocol: the answer, from image and crop in one user turn."""
     return Conversation((Message("user", answer_prompt(question)),), (whole, detail))

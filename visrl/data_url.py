@@ -1,4 +1,4 @@
-"""Reading data URLs (RFC 2397), in data files and in requests alike. Of pictures it knows the media types only."""
+"""Reading data URLs (RFC 2397), in data files and in requests alike. Of images it knows the media types only."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def is_data_url(ref: str) -> bool:
 
 
 def read_data_url(url: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes that the data URL of a picture holds.
+    """The bytes that the data URL of an image holds.
 
-    Parameters of the media type (`charset=`, `name=`, quoted or not) are allowed and mean nothing to a picture. The
+    Parameters of the media type (`charset=`, `name=`, quoted or not) are allowed and mean nothing to an image. The
     data is base64 where `;base64` says so, else percent-encoded; base64 may be percent-encoded, broken into lines and
     without its padding. A missing media type is no error: the bytes say what they are.
 
     Raises:
-        DataUrlError: no data URL, one of something else than a picture, damaged, or of more than `max_bytes`.
+        DataUrlError: no data URL, one of something else than an image, damaged, or of more than `max_bytes`.
     """
     head = _HEAD.match(url[:MAX_HEAD])
     media_type = head["type"].strip().lower() if head else ""

@@ -1,4 +1,4 @@
-"""What of a picture's file is pixels. Metadata is taken off before a decoder sees the file, and work is bounded.
+"""What of an image's file is pixels. Metadata is taken off before a decoder sees the file, and work is bounded.
 
 A text, profile, thumbnail or comment, whole or damaged, must not decide whether the pixels are read, nor must a file
 make a decoder work without end: progressive JPEGs of thousands of empty scans, millions of tiny chunks, frames and
@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from visrl.errors import UserError
 
-MAX_PARTS = 100_000  # chunks, segments or blocks of one file: a real picture has some thousand at most
+MAX_PARTS = 100_000  # chunks, segments or blocks of one file: a real image has some thousand at most
 MAX_STRIPS = 200_000  # strips or tiles of a TIFF
 # JPEGs of cameras and editors have up to 20 scans. An empty scan costs a decoder 0.3 ns a pixel: a second in all.
 MAX_SCANS = 200
@@ -28,18 +28,18 @@ _MAX_INFLATED = 1 << 20  # of metadata that may hold an orientation
 
 
 class ImageError(UserError, ValueError):
-    """A picture that cannot be used; the message names it and says why."""
+    """An image that cannot be used; the message names it and says why."""
 
 
-class PictureFile(NamedTuple):
+class CleanImageFile(NamedTuple):
     """A file for the decoder, without its metadata, and the EXIF orientation (1 to 8) that the metadata told."""
 
     stream: BinaryIO
     orientation: int
 
 
-def without_metadata(file: BinaryIO, name: str, max_pixels: int, header_only: bool = False) -> PictureFile:
-    """The picture in `file` (at its beginning) with nothing in it but what its pixels need.
+def without_metadata(file: BinaryIO, name: str, max_pixels: int, header_only: bool = False) -> CleanImageFile:
+    """The image in `file` (at its beginning) with nothing in it but what its pixels need.
 
     With `header_only` the result may end after the header: enough for a size and an orientation. Formats that hold
     nothing to take off (BMP, PPM, JPEG 2000) are given back as they are.
@@ -63,7 +63,7 @@ def without_metadata(file: BinaryIO, name: str, max_pixels: int, header_only: bo
             return _tiff(file.read(), name, max_pixels)
     except (struct.error, IndexError) as error:  # the file ends where a length or a table should be
         raise ImageError(f"{name} cannot be read as a picture: it is cut short or damaged in its header") from error
-    return PictureFile(file, 1)
+    return CleanImageFile(file, 1)
 
 
 # --- PNG ------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def without_metadata(file: BinaryIO, name: str, max_pixels: int, header_only: bo
 _SAMPLES_OF_TRNS = {0: 2, 2: 6}  # colour type → bytes of its transparent colour
 
 
-def _png(file: BinaryIO, name: str, header_only: bool) -> PictureFile:
+def _png(file: BinaryIO, name: str, header_only: bool) -> CleanImageFile:
     """Critical chunks as they are, transparency where it is whole; texts, profiles, times and later frames go."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -109,7 +109,7 @@ def _png(file: BinaryIO, name: str, header_only: bool) -> PictureFile:
         raise ImageError(f"{name} is a PNG of more than {MAX_PARTS:,} chunks")
     if kept[-1][4:8] != b"IEND":
         kept.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
-    return PictureFile(io.BytesIO(b"".join(kept)), orientation or 1)
+    return CleanImageFile(io.BytesIO(b"".join(kept)), orientation or 1)
 
 
 def _transparency(header: bytes, body: bytes) -> bytes:
@@ -161,11 +161,11 @@ _SOI, _EOI, _SOS, _APP0, _APP1, _APP14, _COMMENT = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1,
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers: they hold the size
 
 
-def _jpeg(file: BinaryIO, name: str, header_only: bool) -> PictureFile:
+def _jpeg(file: BinaryIO, name: str, header_only: bool) -> CleanImageFile:
     """Tables, frame and scans. Of the application segments those that say how colours are coded stay: JFIF and Adobe.
 
     Markers are found as libjpeg finds them, past any bytes between segments, so that a wrong length loses a segment
-    and not the picture.
+    and not the image.
     """
     data = file.read(1 << 16) if header_only else file.read()
     while header_only and not _has_scan(data):
@@ -199,7 +199,7 @@ def _jpeg(file: BinaryIO, name: str, header_only: bool) -> PictureFile:
         raise ImageError(f"{name} is a JPEG of more than {MAX_PARTS:,} segments")
     if not header_only:
         _check_scans(rest, pixels, name)
-    return PictureFile(io.BytesIO(b"".join([*kept, rest])), orientation or 1)
+    return CleanImageFile(io.BytesIO(b"".join([*kept, rest])), orientation or 1)
 
 
 def _is_application_data(kind: int, body: bytes) -> bool:
@@ -251,7 +251,7 @@ def _check_scans(data: bytes, pixels: int, name: str) -> None:
 # --- GIF and WebP ---------------------------------------------------------------------------------------------------
 
 
-def _gif(file: BinaryIO, name: str) -> PictureFile:
+def _gif(file: BinaryIO, name: str) -> CleanImageFile:
     """The screen, the last control block before the first frame, and that frame; comments and extensions go."""
     data = file.read()
     place = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
@@ -273,10 +273,10 @@ def _gif(file: BinaryIO, name: str) -> PictureFile:
         place += 1
         if data[start + 1] == 0xF9 and data[start + 2] >= 4:
             control = data[start:place]
-    return PictureFile(io.BytesIO(kept + control + data[place:]), 1)
+    return CleanImageFile(io.BytesIO(kept + control + data[place:]), 1)
 
 
-def _webp(file: BinaryIO, name: str, max_pixels: int) -> PictureFile:
+def _webp(file: BinaryIO, name: str, max_pixels: int) -> CleanImageFile:
     """The canvas and the first frame with its transparency. The decoder reserves the canvas before it is asked for a
     size, so the size is looked at here."""
     data = file.read()
@@ -310,7 +310,7 @@ def _webp(file: BinaryIO, name: str, max_pixels: int) -> PictureFile:
     # A file cut short keeps the length that it claims, so that the decoder sees the cut.
     missing = max(struct.unpack_from("<I", data, 4)[0] + 8 - len(data), 0)
     head = b"RIFF" + struct.pack("<I", min(4 + len(whole) + missing, 0xFFFFFFFE)) + b"WEBP"
-    return PictureFile(io.BytesIO(head + whole), orientation or 1)
+    return CleanImageFile(io.BytesIO(head + whole), orientation or 1)
 
 
 def _webp_size(kind: bytes, body: bytes) -> tuple[int, int]:
@@ -333,7 +333,7 @@ _TIFF_TAGS = frozenset({
 _STRIPS, _TILE_SIZES, _SIZES = (273, 279, 324, 325), (322, 323), (256, 257)
 
 
-def _tiff(data: bytes, name: str, max_pixels: int) -> PictureFile:
+def _tiff(data: bytes, name: str, max_pixels: int) -> CleanImageFile:
     """The first directory with the tags that pixels need, in its place; further directories (pages) go."""
     order = "<" if data[:2] == b"II" else ">"
     is_big = 43 in (data[2], data[3])
@@ -363,7 +363,7 @@ def _tiff(data: bytes, name: str, max_pixels: int) -> PictureFile:
     table = struct.pack(f"{order}{count_code}", len(kept)) + b"".join(kept) + bytes(word)
     changed = bytearray(data)
     changed[start : start + len(table)] = table
-    return PictureFile(io.BytesIO(changed), orientation)
+    return CleanImageFile(io.BytesIO(changed), orientation)
 
 
 # --- Orientation ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from PIL import Image
 
 from visrl.image_files import ImageError
 
-# What the samples of a wide grey picture run to, where the file does not say so: the first that holds the largest.
+# What the samples of a wide grey image run to, where the file does not say so: the first that holds the largest.
 FLOAT_RANGES = (1.0, 255.0, 65535.0)
 INTEGER_RANGES = (255.0, 65535.0, 4294967295.0)
 _OVERSHOOT = 0.1  # of the range of floating point: filters and calibrations do, and what does is clipped
@@ -20,10 +20,10 @@ _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The loaded picture as RGB, transparency shown on white. An RGB picture is given back as it is.
+    """The loaded image as RGB, transparency shown on white. An RGB image is given back as it is.
 
     Grey of 16 bits runs from 0 to 65,535 (of 12 bits in TIFF to 4,095). Grey of 32 bits and of floating point does not
-    say what white is: the first of `INTEGER_RANGES` or `FLOAT_RANGES` that holds the picture's largest value is.
+    say what white is: the first of `INTEGER_RANGES` or `FLOAT_RANGES` that holds the image's largest value is.
 
     Raises:
         ImageError: a sample is no number, or far below 0 or above every range; the message opens with `name`.
@@ -42,7 +42,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _grey(image: Image.Image, name: str) -> Image.Image:
-    """A picture of one wide channel. Its transparent value, which PNG has, is shown white."""
+    """An image of one wide channel. Its transparent value, which PNG has, is shown white."""
     tags: dict[int, Any] = dict(getattr(image, "tag_v2", {}))
     samples = np.asarray(image)
     if image.mode == "I" and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
@@ -53,7 +53,7 @@ def _grey(image: Image.Image, name: str) -> Image.Image:
         top = _top(samples, FLOAT_RANGES, _OVERSHOOT, name)
     else:
         top = _top(samples, INTEGER_RANGES, 0, name)
-    if samples.dtype.itemsize == 2:  # a table of all values is quicker, and needs no floats of the picture's size
+    if samples.dtype.itemsize == 2:  # a table of all values is quicker, and needs no floats of the image's size
         grey = _scaled(np.arange(65536), top)[samples]
     else:
         grey = _scaled(samples, top)
@@ -81,7 +81,7 @@ def _top(samples: NDArray[Any], ranges: tuple[float, ...], overshoot: float, nam
     """
     low, high = float(samples.min()), float(samples.max())
     top = next((top for top in ranges if high <= top * (1 + overshoot)), None)
-    # What is below black is measured by what is there: from -1,000 to 1,000 is no picture that is nearly black.
+    # What is below black is measured by what is there: from -1,000 to 1,000 is no image that is nearly black.
     if top is not None and low >= -overshoot * max(high, ranges[0]):
         return top
     raise ImageError(

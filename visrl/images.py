@@ -1,4 +1,4 @@
-"""Opening and cropping pictures: the one safe way in. Nothing here knows about models."""
+"""Opening and cropping images: the one safe way in. Nothing here knows about models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from visrl.data_url import MAX_BYTES, DataUrlError, is_data_url, read_data_url
 from visrl.image_files import ImageError, without_metadata
 from visrl.image_modes import to_rgb
 
-MAX_PIXELS = 100_000_000  # a picture larger than this is taken for a decompression bomb
+MAX_PIXELS = 100_000_000  # an image larger than this is taken for a decompression bomb
 # Decoders that may see the bytes. Others are left out because nobody needs them here, and some start programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
@@ -30,9 +30,9 @@ _TURNS = {  # by the EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SAME_SHAPE = 0.01  # two sizes whose aspect ratios differ by less are one picture at two scales
+_SAME_SHAPE = 0.01  # two sizes whose aspect ratios differ by less are one image at two scales
 
-# What Pillow's decoders raise on bytes that are not the picture they claim to be.
+# What Pillow's decoders raise on bytes that are not the image they claim to be.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
     struct.error, zlib.error,
@@ -40,11 +40,11 @@ _DECODER_ERRORS = (
 
 
 def open_image(ref: str | bytes, root: str | Path | None = None, size: Size | None = None) -> Image.Image:
-    """The picture `ref` as RGB, the right way up.
+    """The image `ref` as RGB, the right way up.
 
     `ref` is a path (relative ones under `root`), the file's bytes, a data URL, or `scene:POOL/INDEX`, which is drawn.
     `size` is the annotated width and height: where given, it decides the orientation, else the EXIF tag does where it
-    can be read. Of an animation or of several pages the first is the picture.
+    can be read. Of an animation or of several pages the first is the image.
 
     Raises:
         ImageError: missing, unreadable, truncated, larger than `MAX_PIXELS` or `MAX_BYTES`, made to keep a decoder busy
@@ -63,7 +63,7 @@ def decode_image(
     formats: tuple[str, ...] | None = None,
     size: Size | None = None,
 ) -> Image.Image:
-    """The picture in a file or stream as RGB; `formats` (Pillow's names) bounds which decoders may see the bytes.
+    """The image in a file or stream as RGB; `formats` (Pillow's names) bounds which decoders may see the bytes.
 
     Raises:
         ImageError: unreadable, truncated, of another format, larger than `max_pixels` or not of the annotated shape
@@ -80,7 +80,7 @@ def image_size(ref: str | bytes, root: str | Path | None = None) -> Size:
     """The width and height that `open_image` gives without an annotation, from the file's header alone.
 
     Raises:
-        ImageError: missing, no picture, or larger than `MAX_PIXELS`. Damage after the header is not seen.
+        ImageError: missing, no image, or larger than `MAX_PIXELS`. Damage after the header is not seen.
     """
     if isinstance(ref, str) and ref.startswith("scene:"):
         return _drawn(ref).size
@@ -90,7 +90,7 @@ def image_size(ref: str | bytes, root: str | Path | None = None) -> Size:
 
 
 def image_path(ref: str, root: str | Path | None = None) -> Path | None:
-    """Where the picture `ref` lies under `root`, or None.
+    """Where the image `ref` lies under `root`, or None.
 
     Of `cot/gqa/1.jpg` also `gqa/1.jpg` and `1.jpg` are looked for, so that `root` may be the folder of one data set.
     """
@@ -107,7 +107,7 @@ def image_path(ref: str, root: str | Path | None = None) -> Path | None:
 
 
 def names_file(ref: str) -> bool:
-    """Whether `ref` is the path of a picture, and not a scene to draw or the picture itself."""
+    """Whether `ref` is the path of an image, and not a scene to draw or the image itself."""
     return not ref.startswith("scene:") and not is_data_url(ref)
 
 
@@ -126,7 +126,7 @@ def _drawn(ref: str) -> Image.Image:
 
 
 def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO, str]:
-    """Where the bytes of a picture come from, and what to call it in an error."""
+    """Where the bytes of an image come from, and what to call it in an error."""
     if isinstance(ref, bytes):
         if len(ref) > MAX_BYTES:
             raise ImageError(f"a picture of {len(ref):,} bytes, more than {MAX_BYTES:,}")
@@ -148,7 +148,7 @@ def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO,
 def _opened(
     source: Path | BinaryIO, name: str, max_pixels: int, formats: tuple[str, ...], header_only: bool = False
 ) -> Iterator[tuple[Image.Image, int]]:
-    """The picture with its header read and its work found bearable, and the EXIF orientation.
+    """The image with its header read and its work found bearable, and the EXIF orientation.
 
     What a decoder raises becomes an `ImageError`.
     """
@@ -184,7 +184,7 @@ def _stream(source: Path | BinaryIO, name: str) -> AbstractContextManager[Binary
 
 
 def _turn(stored: Size, orientation: int, size: Size | None, name: str) -> Image.Transpose | None:
-    """How to turn a picture of the `stored` size: to its annotated `size`, or by its EXIF tag without annotation."""
+    """How to turn an image of the `stored` size: to its annotated `size`, or by its EXIF tag without annotation."""
     turn = _TURNS.get(orientation)
     if size is None:
         return turn

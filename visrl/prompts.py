@@ -1,6 +1,6 @@
 """Every prompt and critic rubric, once. Two protocols: `visrl` (training, generation, serving) and `viscot` (scores).
 
-Nothing here knows about models: `<image>` marks the place of a picture, in the order of the pictures given.
+Nothing here knows about models: `<image>` marks the place of an image, in the order of the images given.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ FOCUS_SENTENCE = (
 
 
 def focus_prompt(question: str) -> str:
-    """Step 1 of the `visrl` protocol: one picture, the model answers with a box."""
+    """Step 1 of the `visrl` protocol: one image, the model answers with a box."""
     return f"{IMAGE}\n{question} {FOCUS_SENTENCE}"
 
 
 def answer_prompt(question: str) -> str:
-    """Step 2 of the `visrl` protocol: picture and crop in one user turn, the model answers the question."""
+    """Step 2 of the `visrl` protocol: image and crop in one user turn, the model answers the question."""
     return f"{focus_prompt(question)}\n{IMAGE}"
 
 
@@ -34,7 +34,7 @@ _SCORE_FORM = (
 
 
 def critic_box_prompt(question: str, reference: str) -> str:
-    """Whether a crop, the one picture shown, holds what the reference answer needs."""
+    """Whether a crop, the one image shown, holds what the reference answer needs."""
     return (
         f"{IMAGE}\nThis picture is a part that was cut out of a larger one, to answer a question about it.\n"
         f"Question: {question}\nCorrect answer: {reference}\n"
@@ -45,7 +45,7 @@ def critic_box_prompt(question: str, reference: str) -> str:
 
 
 def critic_answer_prompt(question: str, reference: str, answer: str) -> str:
-    """Whether an answer about the whole picture says what the reference answer says."""
+    """Whether an answer about the whole image says what the reference answer says."""
     return (
         f"{IMAGE}\nSomebody answered a question about this picture.\n"
         f"Question: {question}\nCorrect answer: {reference}\nTheir answer: {answer}\n"

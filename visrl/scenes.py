@@ -1,7 +1,7 @@
-"""Drawn scenes: pictures of small tags whose numbers and dots can be read in a crop and not in the whole picture.
+"""Drawn scenes: images of small tags whose numbers and dots can be read in a crop and not in the whole image.
 
 A scene is a pure function of its pool and index. Pools draw from disjoint seeds, so training, preference, validation
-and test scenes never meet. The file knows pictures, questions and true boxes; it knows no model and no file.
+and test scenes never meet. The file knows images, questions and true boxes; it knows no model and no file.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SceneQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything about one picture: its tags, from which picture, questions, answers and boxes follow exactly."""
+    """Everything about one image: its tags, from which image, questions, answers and boxes follow exactly."""
 
     pool: str
     index: int
@@ -293,7 +293,7 @@ def find_question(sample_id: str) -> tuple[Scene, SceneQuestion]:
 
 @lru_cache(maxsize=256)
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, 672 × 672 RGB. Do not write into it: pictures are shared, and the last are kept."""
+    """The image of a scene, 672 × 672 RGB. Do not write into it: images are shared, and the last are kept."""
     return draw_anew(scene)
 
 
@@ -320,7 +320,7 @@ def _shading() -> tuple[Image.Image, Image.Image]:
 
 
 def draw_ref(ref: str) -> Image.Image:
-    """The picture of `scene:POOL/INDEX`."""
+    """The image of `scene:POOL/INDEX`."""
     return draw(parse_ref(ref))
 
 

@@ -1,6 +1,6 @@
-"""What is wrong with a data set before it is used: bad rows, missing and broken pictures, duplicates, leaks.
+"""What is wrong with a data set before it is used: bad rows, missing and broken images, duplicates, leaks.
 
-Reads every row and, where a folder of pictures is given, decodes every picture once. Changes nothing.
+Reads every row and, where a folder of images is given, decodes every image once. Changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visrl.records import Sample
 FAULTS = ("inverted", "outside", "empty", "unparseable")  # always reported, also where there are none
 EXAMPLES = 3
 
-# Where the pictures of Visual-CoT's data sets come from. All of them together: the Visual-CoT data set on the hub.
+# Where the images of Visual-CoT's data sets come from. All of them together: the Visual-CoT data set on the hub.
 ORIGINS = {
     "cub": "https://www.vision.caltech.edu/datasets/cub_200_2011/",
     "docvqa": "https://rrc.cvc.uab.es/?ch=17",
@@ -46,7 +46,7 @@ ALL_PICTURES = "https://huggingface.co/datasets/deepcs233/Visual-CoT"
 
 @dataclass(slots=True)
 class Report:
-    """What was found. Pictures are counted once each; `missing_images` is None where none were looked for."""
+    """What was found. Images are counted once each; `missing_images` is None where none were looked for."""
 
     rows: int = 0
     good: int = 0
@@ -77,7 +77,7 @@ def check(
     reading: Reading | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Report:
-    """Read all rows of `inputs` and report. Pictures are looked at where `reading.sizes.images` names their folder.
+    """Read all rows of `inputs` and report. Images are looked at where `reading.sizes.images` names their folder.
 
     Raises:
         RecordError: a file is not there or damaged.
@@ -85,7 +85,7 @@ def check(
     reading = reading or Reading()
     report = Report(missing_images=None if reading.sizes.images is None else 0)
     seen_rows: set[int] = set()  # hashes, here and below: of hundreds of thousands, no two are likely to be equal
-    splits: dict[int, str] = {}  # of every picture seen
+    splits: dict[int, str] = {}  # of every image seen
     leaked: set[int] = set()
     for path in inputs:
         for row in read_format(source, path, reading):
@@ -126,7 +126,7 @@ def _find_duplicate(report: Report, row: DataRow, path: str, seen: set[int]) -> 
 
 
 def _look_at(report: Report, row: DataRow, ref: str, size: Size | None, root: Path | None) -> None:
-    """Open a picture once: is it there, whole, of its annotated `size` and of a shape that a model can take?"""
+    """Open an image once: is it there, whole, of its annotated `size` and of a shape that a model can take?"""
     if root is None:
         return
     if names_file(ref) and image_path(ref, root) is None:
@@ -146,7 +146,7 @@ def _look_at(report: Report, row: DataRow, ref: str, size: Size | None, root: Pa
 
 
 def _pictures(row: DataRow) -> Iterator[tuple[str, Size | None]]:
-    """The pictures of a row with their annotated sizes, of a bad one as far as it says so."""
+    """The images of a row with their annotated sizes, of a bad one as far as it says so."""
     for record in row.records:
         if isinstance(record, Sample):
             yield record.image, record.size
@@ -173,7 +173,7 @@ def _origin(row: DataRow, ref: str) -> str:
 
 
 def as_text(report: Report, root: Path | None) -> str:
-    """The report for people: what was found, the first examples of each, and what to do about missing pictures."""
+    """The report for people: what was found, the first examples of each, and what to do about missing images."""
     lines = [f"{report.rows:,} rows: {report.good:,} good, {report.rows - report.good:,} bad"]
     for fault, count in sorted(report.bad.items(), key=lambda item: -item[1]):
         if count:

@@ -188,7 +188,7 @@ class _Files:
         self.outs = [out, out.with_name(f"{out.stem}.val{out.suffix}")] if validation else [out]
         self.reply_columns: set[str] = set()
         self.bad: Writer | None = None
-        # Pictures in the rows of a parquet file become files; those in the data URLs of other rows stay as they stood.
+        # Images in the rows of a parquet file become files; those in the data URLs of other rows stay as they stood.
         self.pictures = EmbeddedImages(out) if pictures else None
 
     def __enter__(self) -> _Files:
@@ -239,6 +239,6 @@ class _Files:
 
 
 def share_of(seed: int, image: str) -> float:
-    """A number in [0, 1) for a picture, the same at every run with this seed."""
+    """A number in [0, 1) for an image, the same at every run with this seed."""
     digest = hashlib.blake2b(json.dumps([seed, image]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Rows of LLaMA-Factory, ms-swift and LLaVA in one form: who said what, about which pictures. Knows no record of ours.
+"""Rows of LLaMA-Factory, ms-swift and LLaVA in one form: who said what, about which images. Knows no record of ours.
 
 Read are conversations as a list of messages (`conversations`, `messages`, or ms-swift's `conversation` of pairs), and
 one question with its reply and earlier ones (`instruction`/`input`/`output`, `query`/`response`, each with `history`).
@@ -45,7 +45,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """A row: a system message (or ""), then user and assistant by turns, and the pictures in the order of their marks.
+    """A row: a system message (or ""), then user and assistant by turns, and the images in the order of their marks.
 
     `chosen` and `rejected` are two replies to the last turn, which is then the user's, and the `_step` ones two boxes
     that say where to look first.
@@ -152,7 +152,7 @@ def _pictures(raw: dict[str, Any], columns: dict[str, str]) -> tuple[Picture, ..
 
 
 def _path(value: Any) -> Any:
-    """A picture that ms-swift and `datasets` write as an object of path and bytes, by its path."""
+    """An image that ms-swift and `datasets` write as an object of path and bytes, by its path."""
     if isinstance(value, dict) and set(value) <= {"path", "bytes"} and value.get("bytes") is None:
         return value.get("path")
     return value
@@ -325,7 +325,7 @@ def _check_order(dialog: Dialog, entry: DatasetEntry) -> None:
 
 
 def _with_marks(dialog: Dialog) -> Dialog:
-    """The dialog with one mark per picture; a single picture without a mark stands before the first question."""
+    """The dialog with one mark per image; a single image without a mark stands before the first question."""
     marks = sum(turn.text.count(IMAGE) for turn in dialog.turns)
     if marks == len(dialog.pictures):
         return dialog

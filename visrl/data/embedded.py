@@ -1,4 +1,4 @@
-"""Pictures that rows hold as data URLs, written as files beside an output. A file is named by what is in it."""
+"""Images that rows hold as data URLs, written as files beside an output. A file is named by what is in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EmbeddedImages:
         self._seen: set[str] = set()
 
     def placed(self, value: Any) -> Any:
-        """`value` with the path of a file in the place of every data URL of a picture, however deep."""
+        """`value` with the path of a file in the place of every data URL of an image, however deep."""
         if isinstance(value, str):
             return self._placed(value) if value.startswith("data:image/") else value
         if isinstance(value, list):
@@ -39,7 +39,7 @@ class EmbeddedImages:
         try:
             data = base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError):
-            return url  # no picture: who reads the row says so
+            return url  # no image: who reads the row says so
         kind = head.removeprefix("data:image/")
         name = f"{hashlib.blake2b(data, digest_size=12).hexdigest()}.{_ENDINGS.get(kind, kind)}"
         path = self.folder / name

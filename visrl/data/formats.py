@@ -49,7 +49,7 @@ class Writing:
     box_space: BoxSpace = "image"
 
     def size_of(self, sample: Sample) -> Size:
-        """The width and height of a sample's picture.
+        """The width and height of a sample's image.
 
         Raises:
             RowFault: "no_size", where nothing says them.
@@ -57,7 +57,7 @@ class Writing:
         return sample.size or self.sizes.of(sample.image)
 
     def text_size(self, sample: Sample) -> Size | None:
-        """The size that the text of a box needs: in the padded square that of the picture, else what is annotated."""
+        """The size that the text of a box needs: in the padded square that of the image, else what is annotated."""
         return self.size_of(sample) if self.box_space == "padded_square" else sample.size
 
 

@@ -17,7 +17,7 @@ _KEYS = {"ref", "bbox", "bbox_type", "image_id"}
 def filled_turns(dialog: Dialog, objects: Any, sizes: Sizes) -> tuple[tuple[Turn, ...], dict[int, Box]]:
     """The turns with what is referred to by name, and the box of each turn (by its place) that is nothing but a box.
 
-    Boxes are pixels of the picture ("real", its own size is looked up where the row has none) or fractions ("norm1").
+    Boxes are pixels of the image ("real", its own size is looked up where the row has none) or fractions ("norm1").
 
     Raises:
         RowFault, BoxError: objects of another form or number than the marks, points, and boxes within words: a sample

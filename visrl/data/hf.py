@@ -1,7 +1,7 @@
 """Hugging Face data sets: parquet files, folders that `datasets` saved, and data sets of the hub as a stream.
 
 Columns are those of our own JSONL, or what they are commonly called; `columns` says which of theirs they are where that
-does not find them. Pictures kept as bytes become data URLs, which `convert` writes as files.
+does not find them. Images kept as bytes become data URLs, which `convert` writes as files.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def _columns(source: str | os.PathLike[str], data: Any, given: dict[str, str]) -
 
 
 def _as_ours(values: dict[str, Any], theirs: dict[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The row under our names; columns of its own are kept in `raw`, pictures aside.
+    """The row under our names; columns of its own are kept in `raw`, images aside.
 
     Raises:
-        RowFault: no picture or several where one is wanted, answers of another form, or a `raw` that is no JSON.
+        RowFault: no image or several where one is wanted, answers of another form, or a `raw` that is no JSON.
     """
     raw = {ours: values[name] for ours, name in theirs.items() if values.get(name) is not None}
     notes: list[str] = []
@@ -175,7 +175,7 @@ def _open(source: str | os.PathLike[str], split: str) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with pictures, sounds and videos in it, however deep, left as their bytes."""
+    """The feature with images, sounds and videos in it, however deep, left as their bytes."""
     import datasets
 
     if isinstance(feature, dict):
@@ -190,7 +190,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """A column's value as JSON has it: pictures as references, dates and decimal numbers as their text."""
+    """A column's value as JSON has it: images as references, dates and decimal numbers as their text."""
     if isinstance(value, dict):
         if set(value) == {"bytes", "path"}:
             return _data_url(value["bytes"]) if value["bytes"] is not None else value["path"]

@@ -121,10 +121,10 @@ def one_answer(value: Any, column: str) -> tuple[str, bool]:
 
 
 def with_size(raw: Any, sizes: Sizes) -> Any:
-    """A row whose box in pixels says no size, with that of its picture.
+    """A row whose box in pixels says no size, with that of its image.
 
     Raises:
-        RowFault: "no_size", where the picture cannot be looked at.
+        RowFault: "no_size", where the image cannot be looked at.
     """
     if not isinstance(raw, dict) or raw.get("bbox") is None or not isinstance(raw.get("image"), str):
         return raw
@@ -164,7 +164,7 @@ def parse_picture(value: Any, size: Size | None = None) -> Picture:
 
 
 def parse_pictures(values: Any, size: Any, key: str) -> tuple[Picture, ...]:
-    """The pictures of a row; `size` is what stands beside them as [width, height], or None."""
+    """The images of a row; `size` is what stands beside them as [width, height], or None."""
     if isinstance(values, str):
         values = [values]
     if not isinstance(values, list):
@@ -231,7 +231,7 @@ def _preference(raw: dict[str, Any], number: int) -> Preference:
 
 
 def check_shown(prompt: str, pictures: tuple[Picture, ...]) -> None:
-    """That a preference's pictures can be shown: a whole one, then crops of it, each in its place in the prompt.
+    """That a preference's images can be shown: a whole one, then crops of it, each in its place in the prompt.
 
     Raises:
         RowFault: they cannot.
@@ -270,7 +270,7 @@ def _sample(raw: dict[str, Any], number: int) -> Sample:
 
 
 def without_mark(question: str) -> str:
-    """The question without the mark of its picture, which every prompt sets itself.
+    """The question without the mark of its image, which every prompt sets itself.
 
     Raises:
         RowFault: it holds several marks, or is nothing but one.

@@ -1,4 +1,4 @@
-"""Rows of data files, one by one: JSON lists and JSONL as streams, in and out. Knows no format and no picture.
+"""Rows of data files, one by one: JSON lists and JSONL as streams, in and out. Knows no format and no image.
 
 Every row of every file becomes one `DataRow`: good with its records, or bad with a fault in one word and a reason in a
 sentence. `raw` is what stood there, so that a file can be written back as it was read, bad rows included.
@@ -111,7 +111,7 @@ def parsed_row(raw: Any, number: int, parse: Parse) -> DataRow:
 
 
 def _refuse_marks(sample: Sample) -> None:
-    """A prompt marks the places of its pictures itself: a mark in a question or an answer would stand for another."""
+    """A prompt marks the places of its images itself: a mark in a question or an answer would stand for another."""
     for key, text in (("question", sample.question), ("answer", sample.answer)):
         if IMAGE in text:
             raise RowFault("unparseable", f"the {key} holds an {IMAGE} mark: {text[:60]!r}")

@@ -1,6 +1,6 @@
 """Rows of other tools as records of ours: LLaMA-Factory's, ms-swift's and LLaVA's SFT sets and rankings.
 
-Each question of a conversation about one picture is a sample of its own; a ranking is a preference over the last reply,
+Each question of a conversation about one image is a sample of its own; a ranking is a preference over the last reply,
 with the conversation before it as its prompt. How a row is read is `dialogs`' matter, what an entry says `info`'s.
 """
 
@@ -72,7 +72,7 @@ def parse_sharegpt(
 
 
 def read_box(text: str, picture: Picture, sizes: Sizes, space: BoxSpace) -> Box:
-    """The box that a three-decimal text means in `space`; the padded square needs the picture's size."""
+    """The box that a three-decimal text means in `space`; the padded square needs the image's size."""
     size: Size = (picture.size or sizes.of(picture.ref)) if space == "padded_square" else (1, 1)
     return BOX_SPACES[space].parse(text, size, size)
 
@@ -84,7 +84,7 @@ def _samples(
     name: str, turns: tuple[Turn, ...], pictures: tuple[Picture, ...], boxes: dict[int, Box], entry: DatasetEntry,
     sizes: Sizes, space: BoxSpace | None, raw: dict[str, Any],
 ) -> Iterator[Sample]:  # fmt: skip
-    """A sample for each question. A crop shown after a box, or beside the picture, is the box of its question."""
+    """A sample for each question. A crop shown after a box, or beside the image, is the box of its question."""
     wholes, shown = _wholes(turns, pictures)
     several = sum(1 for place in range(0, len(turns), 2) if not _continues(turns, shown, place)) > 1
     # The conversation is not kept with each of its questions: a long one would be written as often as it has turns.
@@ -119,10 +119,10 @@ def _continues(turns: tuple[Turn, ...], shown: list[tuple[Picture, ...]], place:
 
 
 def _wholes(turns: tuple[Turn, ...], pictures: tuple[Picture, ...]) -> tuple[list[Picture], list[tuple[Picture, ...]]]:
-    """For each turn the picture that its question is about, and the pictures that it shows.
+    """For each turn the image that its question is about, and the images that it shows.
 
     Raises:
-        RowFault: a question about several pictures, or one that may be about another one's.
+        RowFault: a question about several images, or one that may be about another one's.
     """
     left = list(pictures)
     shown = []
@@ -155,7 +155,7 @@ def _box_reply(said: str, asked: bool, whole: Picture, sizes: Sizes, space: BoxS
     the reply is nothing else.
 
     Raises:
-        RowFault: nothing says what the box is a fraction of, or the picture's size is needed and not known.
+        RowFault: nothing says what the box is a fraction of, or the image's size is needed and not known.
         BoxError: a box is asked for, and the reply is none.
     """
     if space is None:

@@ -126,7 +126,7 @@ def entry_json(
 
 
 def _row(name: str, prompt: str, reply: str, pictures: list[Picture], size: Size | None) -> dict[str, Any]:
-    """A row with its pictures as plain paths; the annotated size stands beside them, where other readers pass it by."""
+    """A row with its images as plain paths; the annotated size stands beside them, where other readers pass it by."""
     row = {
         "id": name,
         "images": [picture_json(picture) for picture in pictures],

@@ -1,4 +1,4 @@
-"""Annotated picture sizes: from a file that holds them beside the rows, or from the pictures themselves."""
+"""Annotated image sizes: from a file that holds them beside the rows, or from the images themselves."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from visrl.box import Size
 from visrl.data.rows import RowFault, get_size, get_text, json_items
 from visrl.records import RecordError
 
-# Data sets of Visual-CoT whose pictures lie in another one's folder.
+# Data sets of Visual-CoT whose images lie in another one's folder.
 FOLDERS = {"textcap": "textvqa"}
 
 
 def viscot_path(dataset: str, name: str) -> str:
-    """Where Visual-CoT keeps the picture `name` of a data set: `cot/<folder>/<name>`."""
+    """Where Visual-CoT keeps the image `name` of a data set: `cot/<folder>/<name>`."""
     return name if name.startswith("cot/") or not dataset else f"cot/{FOLDERS.get(dataset, dataset)}/{name}"
 
 
 class Sizes:
-    """Width and height of pictures, by reference.
+    """Width and height of images, by reference.
 
-    `files` are detection or metadata JSONL files; what they do not hold is read from the pictures under `images`,
+    `files` are detection or metadata JSONL files; what they do not hold is read from the images under `images`,
     where that is given. A detection file also holds the untruncated box of each benchmark row.
     """
 
     def __init__(self, files: list[str] | None = None, images: str | os.PathLike[str] | None = None) -> None:
         self.images = Path(images) if images is not None else None
         self._sizes: dict[str, Size] = {}
-        self._seen: dict[str, Size] = {}  # of pictures, turned as their EXIF tags say
-        self._boxes: dict[tuple[str, Any], Any] = {}  # by picture and question number
+        self._seen: dict[str, Size] = {}  # of images, turned as their EXIF tags say
+        self._boxes: dict[tuple[str, Any], Any] = {}  # by image and question number
         self._more_boxes: dict[tuple[str, Any], list[Any]] = {}  # of numbers that stand for several questions
         for path in files or []:
             self._read(path)
 
     def of(self, ref: str) -> Size:
-        """The width and height of a picture.
+        """The width and height of an image.
 
         Raises:
             RowFault: "no_size", with the remedy.
@@ -47,7 +47,7 @@ class Sizes:
         return size
 
     def annotated(self, ref: str) -> Size | None:
-        """The width and height that a file gives for a picture, or None; no picture is opened."""
+        """The width and height that a file gives for an image, or None; no image is opened."""
         return self._sizes.get(ref)
 
     def boxes(self, ref: str, question_id: Any) -> list[Any]:

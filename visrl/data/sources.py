@@ -252,8 +252,8 @@ def _records(
 def _placed(
     records: Iterable[Sample | Preference], folder: str | os.PathLike[str], images: str | os.PathLike[str] | None
 ) -> Iterator[Sample | Preference]:
-    """The records with their pictures looked for beside the data where no folder of pictures is given, and none lies at
-    the path as it stands: other tools name pictures from the folder of the data set."""
+    """The records with their images looked for beside the data where no folder of images is given, and none lies at
+    the path as it stands: other tools name images from the folder of the data set."""
     if images is not None:
         yield from records
         return
@@ -275,7 +275,7 @@ def _taken(
 ) -> Iterator[Sample | Preference]:
     """The records of good rows; what of the others and of columns is left out is said at the end, in warnings.
 
-    `beside` is the name of a set that is used together with others: where it holds no picture at all it is left out.
+    `beside` is the name of a set that is used together with others: where it holds no image at all it is left out.
 
     Raises:
         RecordError: no row can be read.

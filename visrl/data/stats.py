@@ -1,4 +1,4 @@
-"""What a data set looks like: counts, boxes, pictures, questions per picture, and token lengths under a processor.
+"""What a data set looks like: counts, boxes, images, questions per image, and token lengths under a processor.
 
 Rows are read as a stream; token lengths are taken from a sample of them, drawn by a fixed seed. Knows no page.
 """
@@ -22,7 +22,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 class TokenCounter(Protocol):
-    """What a model makes of texts and pictures, in tokens (see models/tokens.py)."""
+    """What a model makes of texts and images, in tokens (see models/tokens.py)."""
 
     @property
     def crop_rule(self) -> CropRule: ...
@@ -30,20 +30,20 @@ class TokenCounter(Protocol):
     def text(self, text: str) -> int: ...
 
     def picture(self, size: Size, is_crop: bool) -> int | None:
-        """The tokens of a picture or crop of `size` pixels; None where the model does not take it."""
+        """The tokens of an image or crop of `size` pixels; None where the model does not take it."""
         ...
 
 
 @dataclass(slots=True)
 class Statistics:
-    """The numbers of a data set. A list holds one value per sample or picture, in the order they were read."""
+    """The numbers of a data set. A list holds one value per sample or image, in the order they were read."""
 
     rows: int = 0
     bad: int = 0
     preferences: int = 0
     by_source: Counter[str] = field(default_factory=Counter)
-    questions_of: Counter[str] = field(default_factory=Counter)  # by picture
-    box_area: list[float] = field(default_factory=list)  # fraction of the picture
+    questions_of: Counter[str] = field(default_factory=Counter)  # by image
+    box_area: list[float] = field(default_factory=list)  # fraction of the image
     box_aspect: list[float] = field(default_factory=list)  # width / height in pixels, where the size is known
     picture_aspect: list[float] = field(default_factory=list)
     picture_megapixels: list[float] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Statistics:
     picture_tokens: list[int] = field(default_factory=list)
     crop_tokens: list[int] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
-    refused: int = 0  # pictures and crops among those whose tokens were counted that the model does not take
+    refused: int = 0  # images and crops among those whose tokens were counted that the model does not take
 
     def measures(self) -> dict[str, list[float] | list[int]]:
         """Every measure that has values, by its name and unit."""
@@ -156,7 +156,7 @@ def _add(found: Statistics, sample: Sample, reading: Reading) -> None:
 
 
 def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, tokens: TokenCounter) -> None:
-    """Tokens of picture, crop and text, as training would spend them."""
+    """Tokens of image, crop and text, as training would spend them."""
     for sample in samples:
         found.text_tokens.append(tokens.text(f"{sample.question}\n{sample.answer}"))
         size = sample.size or reading.sizes.annotated(sample.image) or _size(sample.image, reading.sizes.images)

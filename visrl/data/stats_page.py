@@ -24,7 +24,7 @@ def write_stats_page(found: Statistics, title: str, path: str | Path) -> None:
 
 
 def _histogram(name: str, values: list[float]) -> str:
-    """An SVG of how many samples or pictures have which value."""
+    """An SVG of how many samples or images have which value."""
     low, high, middle = min(values), max(values), sorted(values)[len(values) // 2]
     by_ratio = low > 0 and high > _LOG_RATIO * middle
     count = min(40, max(1, len(set(values))))

@@ -18,7 +18,7 @@ from visrl.records import Sample
 
 _PIXEL = r"\s*(-?[0-9]{1,9}(?:\.[0-9]{1,18})?)\s*"
 _PIXELS = re.compile(rf"\[{_PIXEL},{_PIXEL},{_PIXEL},{_PIXEL}\]")
-# Marks of pictures: before a text with a line break or blanks after each, after it with blanks before, and inside it.
+# Marks of images: before a text with a line break or blanks after each, after it with blanks before, and inside it.
 _MARK_FIRST = re.compile(rf"\A\s*(?:{IMAGE}(?:\r?\n|[ \t]*))+")
 _MARK_LAST = re.compile(rf"(?:\s*{IMAGE})+\s*\Z")
 _MARK_INSIDE = re.compile(IMAGE)
@@ -45,7 +45,7 @@ def parse_viscot(raw: Any, number: int, sizes: Sizes, boxes: bool = True) -> tup
     _check_form(exact)
     size = sizes.of(ref)
     if sizes.annotated(ref) is None and not _fits(box_text, pixels, size) and _fits(box_text, pixels, size[::-1]):
-        # Only the picture says its size, and its EXIF tag turns it: text and pixels were made the other way up.
+        # Only the image says its size, and its EXIF tag turns it: text and pixels were made the other way up.
         size = size[::-1]
     _check_inside(exact, size)
     _check_inside(pixels, size)
@@ -198,7 +198,7 @@ def _agree(text: str, pixels: Corners, size: Size) -> bool:
     """Whether the text is the box of the pixels, as far as cutting off and rounding allow.
 
     Raises:
-        BoxError: the text is no box, or one outside the picture.
+        BoxError: the text is no box, or one outside the image.
     """
     try:
         box = _TEXT.parse(text, size, size)
@@ -210,7 +210,7 @@ def _agree(text: str, pixels: Corners, size: Size) -> bool:
 
 
 def _fits(text: str, pixels: Corners, size: Size) -> bool:
-    """Whether text and pixels are one box inside a picture of `size`."""
+    """Whether text and pixels are one box inside an image of `size`."""
     try:
         return corner_fault(pixels, size) is None and _agree(text, pixels, size)
     except BoxError:
@@ -252,7 +252,7 @@ def _turns(raw: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def bare_question(prompt: str) -> str:
-    """The question in a prompt to the letter, without picture marks and without the sentence that asks for a box."""
+    """The question in a prompt to the letter, without image marks and without the sentence that asks for a box."""
     return without_sentence(without_marks(prompt))
 
 
@@ -266,7 +266,7 @@ def without_sentence(question: str) -> str:
 
 
 def without_marks(prompt: str) -> str:
-    """A prompt without the marks of its pictures, and without the line breaks or blanks that set them apart."""
+    """A prompt without the marks of its images, and without the line breaks or blanks that set them apart."""
     if prompt.startswith(f"{IMAGE}\n") and prompt.count(IMAGE) == 1:  # as nearly every prompt is written
         return prompt[len(IMAGE) + 1 :]
     return _MARK_INSIDE.sub("", _MARK_LAST.sub("", _MARK_FIRST.sub("", prompt)))

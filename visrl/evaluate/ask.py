@@ -1,6 +1,6 @@
-"""`visrl ask`: questions about one picture, by one checkpoint or several side by side, as text and as a picture.
+"""`visrl ask`: questions about one image, by one checkpoint or several side by side, as text and as an image.
 
-The picture shows where each looked, what it saw there, and what it answered; of a drawn scene, where the truth is
+The image shows where each looked, what it saw there, and what it answered; of a drawn scene, where the truth is
 known, also whether that is right.
 """
 
@@ -91,10 +91,10 @@ class Answer:
 
 
 def ask(policy: Policy, model: str, image: str, questions: Sequence[str], crop_rule: CropRule) -> list[Answer]:
-    """Both steps at temperature 0 for every question about the picture `image` (a path, or `scene:POOL/INDEX`).
+    """Both steps at temperature 0 for every question about the image `image` (a path, or `scene:POOL/INDEX`).
 
     Raises:
-        ImageError: the picture cannot be opened, or the model takes no such.
+        ImageError: the image cannot be opened, or the model takes no such.
     """
     samples = [Sample(str(number), image, question, "") for number, question in enumerate(questions)]
     answers = []
@@ -124,7 +124,7 @@ def hint(image: str, question: str) -> str:
 
 
 def answer_sheet(by_question: Sequence[Sequence[Answer]]) -> Image.Image:
-    """One picture of all answers: a row a question, with every checkpoint's box on it, crop and answer beside it."""
+    """One image of all answers: a row a question, with every checkpoint's box on it, crop and answer beside it."""
     font = ImageFont.load_default(size=FONT_SIZE)
     rows = [_question_strip(answers, font) for answers in by_question]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
@@ -202,14 +202,14 @@ def _colours(count: int) -> list[str]:
 def ask_models(
     models: Sequence[str], image: str, questions: Sequence[str], out: Path, given: Sequence[str] = ()
 ) -> None:
-    """Ask every model every question, print the two steps, and write the picture to `out`.
+    """Ask every model every question, print the two steps, and write the image to `out`.
 
     A model is a checkpoint folder or hub name. They are opened one after another, so that only one is in memory.
     `given` is `key=value` of `PolicyConfig`, as of every verb that asks a policy; what it says of servers is of those
     of the first model, and the others run in this process.
 
     Raises:
-        ConfigError: a key of `given` that is none, or a value of the wrong type; no question, or `out` is no picture.
+        ConfigError: a key of `given` that is none, or a value of the wrong type; no question, or `out` is no image.
         FailedRun: no model gave a reply to more than the share `max_failed` of the questions.
     """
     from visrl.engines.open import opened_policy

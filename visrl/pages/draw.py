@@ -1,6 +1,6 @@
-"""Boxes drawn on pictures, and pictures as data URIs: the one look of a box in report, terminal and server.
+"""Boxes drawn on images, and images as data URIs: the one look of a box in report, terminal and server.
 
-Colours are fixed hex values because a picture does not follow the page's light or dark theme. Nothing here knows what
+Colours are fixed hex values because an image does not follow the page's light or dark theme. Nothing here knows what
 a box means: the caller says colour and label.
 """
 
@@ -56,7 +56,7 @@ def shrink(image: Image.Image, longest: int) -> Image.Image:
 def data_uri(image: Image.Image, limit: int | None = None) -> str:
     """`image` as a JPEG data URI, so that a page needs no second file; coarser until it has at most `limit` characters.
 
-    A picture that is too long even at the coarsest quality is given at that quality.
+    An image that is too long even at the coarsest quality is given at that quality.
     """
     for quality in (86, 75, 60, 40, 20):
         buffer = io.BytesIO()

@@ -16,7 +16,7 @@ from visrl.rewards.results import dataset_name, is_right, right_column
 class Evaluation:
     """What `visrl eval` found: `facts` are its `scores.json`, `scores` its columns, failures counted 0.
 
-    `rows` are its answers by data set and id, those about a picture; each has `correct`, by the column `right_by`.
+    `rows` are its answers by data set and id, those about an image; each has `correct`, by the column `right_by`.
     """
 
     name: str  # of its folder

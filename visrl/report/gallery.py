@@ -21,8 +21,8 @@ from visrl.report.shapes import JsonObject
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
-LONGEST_CROP, CROP_LIMIT = 240, 15_000  # with 36 pictures and two crops each the page stays below 5 MB
-LONGEST_LABEL = 12  # characters of a name that is written on a picture
+LONGEST_CROP, CROP_LIMIT = 240, 15_000  # with 36 images and two crops each the page stays below 5 MB
+LONGEST_LABEL = 12  # characters of a name that is written on an image
 
 OUTCOMES = ("wrong → right", "right → wrong", "right both times", "wrong both times")
 
@@ -60,7 +60,7 @@ class Exhibit:
     answer: str
     picture: str
     alt: str
-    problem: str  # why there is no picture, else ""
+    problem: str  # why there is no image, else ""
     looks: list[GalleryLook]
     trail: list[tuple[str, bool, float | None]]  # every checkpoint: title, right or not, IoU
     outcome: str
@@ -107,7 +107,7 @@ def exhibits(
 ) -> list[Exhibit]:
     """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops.
 
-    `root` is the folder that pictures are named from.
+    `root` is the folder that images are named from.
     """
     return [_exhibit(stages, rule, root, name) for name in draw_lot(shared_ids(stages), count)]
 
@@ -166,4 +166,4 @@ def _open(ref: str, root: str | None) -> tuple[Image.Image | None, str]:
     try:
         return open_image(ref, root), ""
     except ImageError as error:
-        return None, str(error)  # shown in the picture's place: a question does not leave the lot for it
+        return None, str(error)  # shown in the image's place: a question does not leave the lot for it

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that holds its own styles, figures and pictures and asks nothing of the network.
+"""The report of a run: one HTML file that holds its own styles, figures and images and asks nothing of the network.
 
 `page.html` is the page, `page.css` its look; the numbers come from `run`, the words from `story`.
 """

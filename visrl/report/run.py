@@ -54,7 +54,7 @@ class Run:
 
     @property
     def image_root(self) -> str | None:
-        """The folder that the run's pictures are named from, where its manifests name one."""
+        """The folder that the run's images are named from, where its manifests name one."""
         roots = [manifest.get("config", {}).get("image_root") for manifest in self.manifests.values()]
         return next((root for root in roots if root), None)
 

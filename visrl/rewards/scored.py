@@ -25,7 +25,7 @@ def evaluate_samples(
     root: str | Path | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """One row per sample, in order (see `Result.loop_row`); `root` is the folder that pictures are named from."""
+    """One row per sample, in order (see `Result.loop_row`); `root` is the folder that images are named from."""
     rows: list[dict[str, Any]] = []
     for part in batched(samples, BATCH):
         looks = greedy_looks(policy, part, mode=mode, root=root, crop_rule=crop_rule, seed=seed)

@@ -31,7 +31,7 @@ SPECIAL = (
 )  # fmt: skip
 
 # Qwen2's split; before it, the constant sentences of the prompts and the opening of a coordinate ("[0." and ", 0.") are
-# kept whole, so that a prompt is some 12 tokens beside its picture and a box 17. A full stop still merges with a
+# kept whole, so that a prompt is some 12 tokens beside its image and a box 17. A full stop still merges with a
 # newline after it, as in Qwen's own tokenizer.
 SPLIT = (
     "|".join(f" {re.escape(sentence[:-1])}" for sentence in (FOCUS_SENTENCE, BOX_SENTENCE)) + "|"
