@@ -43,7 +43,7 @@ class Sizes:
         """
         size = self._sizes.get(ref) or self._seen.get(ref)
         if size is None:
-            size = self._seen[ref] = self._from_picture(ref)
+            size = self._seen[ref] = self._from_image(ref)
         return size
 
     def annotated(self, ref: str) -> Size | None:
@@ -57,7 +57,7 @@ class Sizes:
             return []
         return [self._boxes[key], *self._more_boxes.get(key, ())]
 
-    def _from_picture(self, ref: str) -> Size:
+    def _from_image(self, ref: str) -> Size:
         from visrl.images import ImageError, image_size, names_file  # what decodes is not needed to list formats
 
         if self.images is None and names_file(ref):

@@ -56,17 +56,17 @@ def published_control(control: Control, size: Size, sample_id: str, seed: int = 
         BoxError: the image is so thin that its centre box is empty.
     """
     if control == "center":
-        return _in_picture(_CENTER, size)
+        return _in_image(_CENTER, size)
     rng = random.Random(seed_of(seed, sample_id, "control"))
     while True:
         x, y, half_height, half_width = rng.random(), rng.random(), rng.random() / 2, rng.random() / 2
         try:
-            return _in_picture((x - half_width, y - half_height, x + half_width, y + half_height), size)
+            return _in_image((x - half_width, y - half_height, x + half_width, y + half_height), size)
         except BoxError:
             continue
 
 
-def _in_picture(square: tuple[float, float, float, float], size: Size) -> Box:
+def _in_image(square: tuple[float, float, float, float], size: Size) -> Box:
     side, left, top = padding(size)
     width, height = size
     x0, x1 = ((value * side - left) / width for value in square[0::2])

@@ -189,7 +189,7 @@ class _Server:
         """
         with ExitStack() as held:
             # Held as they are opened: eight at a time, and many requests side by side, are more than memory has.
-            views = await self.opener.open(asked.pictures(), lambda more: held.enter_context(self.pixels.hold(more)))
+            views = await self.opener.open(asked.image_urls(), lambda more: held.enter_context(self.pixels.hold(more)))
             kept.free()
             conversation = to_conversation(asked, views)
             jobs = [

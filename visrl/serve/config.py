@@ -86,7 +86,7 @@ class ServeConfig(ModelConfig, RequestConfig):
         return Limits(
             body_bytes=self.max_body_bytes,
             images=self.max_images,
-            picture_pixels=self.max_picture_pixels,
+            image_pixels=self.max_picture_pixels,
             text_bytes=self.max_text_bytes,
             max_tokens=self.max_tokens_limit,
             choices=self.max_choices,

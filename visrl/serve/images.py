@@ -176,7 +176,7 @@ class Opener:
         self._fetchers = ThreadPoolExecutor(FETCHERS, "fetcher")
 
     async def open(
-        self, pictures: Sequence[ImageUrl], hold: Callable[[int], object] = lambda pixels: None
+        self, image_urls: Sequence[ImageUrl], hold: Callable[[int], object] = lambda pixels: None
     ) -> list[View]:
         """The views of a request's images; equal bytes are one view. What they were sent as is dropped.
 
@@ -188,22 +188,22 @@ class Opener:
         opened: dict[str, tuple[str, Image.Image]] = {}  # by URL
         views: dict[str, View] = {}
         keys = []
-        for number, picture in enumerate(pictures, start=1):
-            if picture.url not in opened:
-                data = await self._data(picture.url, number)
+        for number, asked in enumerate(image_urls, start=1):
+            if asked.url not in opened:
+                data = await self._data(asked.url, number)
                 key, image = await self.decoders.open(
-                    data, f"picture {number}", self.limits.picture_pixels, self.limits.body_bytes
+                    data, f"picture {number}", self.limits.image_pixels, self.limits.body_bytes
                 )
                 if key not in {known for known, _ in opened.values()}:
                     hold(image.width * image.height)
-                opened[picture.url] = key, image
-            key, image = opened[picture.url]
-            is_crop = picture.detail == "low"
+                opened[asked.url] = key, image
+            key, image = opened[asked.url]
+            is_crop = asked.detail == "low"
             key = f"{key}{'-crop' if is_crop else ''}"
             views.setdefault(key, View(key, image, is_crop))
             keys.append(key)
-        for picture in pictures:
-            picture.url = ""
+        for asked in image_urls:
+            asked.url = ""
         return [views[key] for key in keys]
 
     async def _data(self, url: str, number: int) -> str | bytes:

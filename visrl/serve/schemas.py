@@ -39,7 +39,7 @@ class Limits:
     body_bytes: int = 20_000_000
     values: int = 20_000  # in a body: a conversation of images has some hundred
     images: int = 8
-    picture_pixels: int = 25_000_000
+    image_pixels: int = 25_000_000
     text_bytes: int = 8_192  # a token is at least a byte, so this bounds the text's tokens too
     messages: int = 64
     max_tokens: int = 4096
@@ -79,8 +79,8 @@ class ImageUrl(_Strict):
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-def _as_url(picture: Any) -> Any:
-    return {"url": picture} if isinstance(picture, str) else picture
+def _as_url(image: Any) -> Any:
+    return {"url": image} if isinstance(image, str) else image
 
 
 def _as_parts(content: Any) -> Any:
@@ -172,7 +172,7 @@ class ChatRequest(BaseModel):
     def stops(self) -> tuple[str, ...]:
         return tuple(text for text in self.stop if text)
 
-    def pictures(self) -> list[ImageUrl]:
+    def image_urls(self) -> list[ImageUrl]:
         """The images in their order."""
         return [part.image_url for message in self.messages for part in message.content if part.image_url is not None]
 
@@ -216,7 +216,7 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
     tokens = max(request.max_tokens or 0, request.max_completion_tokens or 0)
     for amount, limit, what in (
         (len(request.messages), limits.messages, "messages"),
-        (len(request.pictures()), limits.images, "pictures"),
+        (len(request.image_urls()), limits.images, "pictures"),
         (_bytes_of(texts, limits.text_bytes), limits.text_bytes, "bytes of text"),
         (tokens, limits.max_tokens, "max_tokens"),
         (request.n, limits.choices, "choices (n)"),
@@ -251,8 +251,8 @@ def to_question(request: ChatRequest) -> str:
     Raises:
         RequestError: 400 where there is none, or not exactly one image in the conversation.
     """
-    if len(request.pictures()) != 1:
-        raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.pictures())}")
+    if len(request.image_urls()) != 1:
+        raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.image_urls())}")
     last = request.messages[-1]
     question = "\n".join(part.text for part in last.content if part.type == "text" and part.text).strip()
     if last.role != "user" or not question:

@@ -84,8 +84,8 @@ def preference_row(
 ) -> TrainingRow:
     """The row of one preference: its prompt and images with the chosen and the rejected response. `item` is the name
     of its item where it belongs to a data set, whose ids may repeat."""
-    whole_picture, *details = preference.images
-    whole = open_view(whole_picture, root)
+    first, *details = preference.images
+    whole = open_view(first, root)
     views = [whole] + [crop_of(whole, detail.crop, encoder) for detail in details if detail.crop]
     talk = Conversation((*preference.context, Message("user", preference.prompt)), tuple(views))
     if preference.context:
