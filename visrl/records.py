@@ -183,6 +183,7 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
 
 
 def picture_json(picture: Picture) -> str | dict[str, Any]:
+    """A picture as its row holds it: the reference alone, or an object with crop (fractions) and size (pixels)."""
     if picture.crop is None and picture.size is None:
         return picture.ref
     row: dict[str, Any] = {"ref": picture.ref}
@@ -329,6 +330,7 @@ class Journal:
         self._file = open(self.path, "ab")  # noqa: SIM115 (closed in close)
 
     def append(self, records: Iterable[Any]) -> None:
+        """Write the records; they are on disk when this returns."""
         self._file.write(b"".join(map(json_line, records)))
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -265,6 +265,11 @@ def get_text(raw: Any, key: str) -> str:
 
 
 def check_text(value: str, key: str) -> None:
+    """Refuse a text that no file in UTF-8 can hold.
+
+    Raises:
+        RowFault: "unparseable", with the name of the `key`.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as error:

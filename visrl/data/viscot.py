@@ -127,12 +127,22 @@ def detection_row(sample: Sample, size: Size, number: int) -> dict[str, Any]:
 
 
 def need_box(sample: Sample) -> Box:
+    """The box of a sample.
+
+    Raises:
+        RowFault: "no_box", where it has none.
+    """
     if sample.box is None:
         raise RowFault("no_box", f"{sample.id} has no box, and this format needs one")
     return sample.box
 
 
 def need_answer(sample: Sample) -> str:
+    """The answer of a sample.
+
+    Raises:
+        RowFault: "no_answer", where it has none.
+    """
     if not sample.answer:
         raise RowFault("no_answer", f"{sample.id} has no answer, and this format needs one")
     return sample.answer
@@ -151,11 +161,13 @@ def pixel_list(box: Box, size: Size) -> list[float]:
 
 
 def split_of(sample: Sample) -> str:
+    """The split that the row of a sample names, else "train"."""
     split = sample.raw.get("split") if isinstance(sample.raw, dict) else None
     return split if isinstance(split, str) else "train"
 
 
 def number_of(sample: Sample, number: int) -> Any:
+    """The `question_id` of the row that a sample came from, else `number`, its place in what is written."""
     question_id = sample.raw.get("question_id") if isinstance(sample.raw, dict) else None
     return number if question_id is None else question_id
 

@@ -164,11 +164,13 @@ def canvas(width: int, height: int) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes, columns: int, below: float) -> None:
+    """A legend in so many columns under the axes, `below` as a fraction of their height."""
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -below), ncols=columns, handlelength=1.5, columnspacing=1.1,
                 borderaxespad=0, labelcolor=INKS["ink"])  # fmt: skip
 
 
 def percent_axis(axis: Any) -> None:
+    """Round ticks on an axis of fractions, labelled as percentages."""
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
 

@@ -94,7 +94,9 @@ def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
 
 # --- Models as critics ------------------------------------------------------------------------------------------------
 
-Key = tuple[str | int, ...]  # what is judged: the same crop or answer of the same question is asked about once a batch
+OpinionKey = tuple[
+    str | int, ...
+]  # what is judged: the same crop or answer of the same question is asked about once a batch
 
 
 @dataclass(slots=True)
@@ -135,8 +137,8 @@ class ModelCritic:
 
     def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
         wholes: dict[Picture, View] = {}
-        talks: dict[Key, Conversation] = {}
-        refused: dict[Key, Opinion] = {}
+        talks: dict[OpinionKey, Conversation] = {}
+        refused: dict[OpinionKey, Opinion] = {}
         for sample, trajectory in zip(samples, trajectories, strict=True):
             if trajectory.box is None or trajectory.answer is None:
                 continue
@@ -149,8 +151,8 @@ class ModelCritic:
         return [self._verdict(*pair, opinions) for pair in zip(samples, trajectories, strict=True)]
 
     def _put(
-        self, keys: tuple[Key, Key], sample: Sample, box: Box, answer: str, wholes: dict[Picture, View],
-        talks: dict[Key, Conversation],
+        self, keys: tuple[OpinionKey, OpinionKey], sample: Sample, box: Box, answer: str, wholes: dict[Picture, View],
+        talks: dict[OpinionKey, Conversation],
     ) -> None:  # fmt: skip
         """Put what is to be asked about one trajectory into `talks`, where it is not there yet."""
         picture = Picture(sample.image, size=sample.size)
@@ -164,7 +166,7 @@ class ModelCritic:
             asked = critic_answer_prompt(sample.question, sample.answer, answer.replace(IMAGE, ""))
             talks[keys[1]] = _about(asked, wholes[picture])
 
-    def _ask(self, talks: dict[Key, Conversation]) -> dict[Key, Opinion]:
+    def _ask(self, talks: dict[OpinionKey, Conversation]) -> dict[OpinionKey, Opinion]:
         opinions = {key: Opinion() for key in talks}
         waiting = list(talks)
         for attempt in range(self.attempts):
@@ -184,7 +186,7 @@ class ModelCritic:
                 break
         return opinions
 
-    def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[Key, Opinion]) -> Verdict:
+    def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[OpinionKey, Opinion]) -> Verdict:
         if trajectory.box is None or trajectory.answer is None:
             return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
         box_key, answer_key = _keys(sample, trajectory.box, trajectory.answer)
@@ -232,7 +234,7 @@ def _read_raw(raw: str) -> dict[str, dict[str, list[str]] | None] | None:
     return json.loads(raw) if raw.startswith('{"box": ') else None
 
 
-def _keys(sample: Sample, box: Box, answer: str) -> tuple[Key, Key]:
+def _keys(sample: Sample, box: Box, answer: str) -> tuple[OpinionKey, OpinionKey]:
     corners = ",".join(f"{value:.6f}" for value in box.as_list())
     return (*sample.place, "box", corners), (*sample.place, "answer", answer)
 

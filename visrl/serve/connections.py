@@ -24,13 +24,13 @@ SMALL_BYTES = 1_000_000  # of one connection: it may use the part of the budget 
 RESERVE = 5  # which is the total over this; so is the part of other budgets
 SLICE = 4_096  # bytes parsed at once: in chunks of a byte each they take some 10 ms
 
-Key = tuple[Any, ...]
+Addresses = tuple[Any, ...]  # of the client and of this server: what tells a connection from all others
 
 
 class Connection:
     """One client's connection: since when it is waited for, and the bytes that it has the server keep."""
 
-    def __init__(self, key: Key, transport: asyncio.Transport | None = None) -> None:
+    def __init__(self, key: Addresses, transport: asyncio.Transport | None = None) -> None:
         self.key, self.transport = key, transport
         self.address = str(key[0])
         self.requests = 0  # in work
@@ -63,7 +63,7 @@ class Connections:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held = 0
-        self._all: dict[Key, Connection] = {}
+        self._all: dict[Addresses, Connection] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -203,5 +203,5 @@ def protocol_of(connections: Connections) -> type[asyncio.Protocol]:
     return CountedProtocol
 
 
-def _key(client: Any, server: Any) -> Key:
+def _key(client: Any, server: Any) -> Addresses:
     return (*(client or ("", 0))[:2], *(server or ("", 0))[:2])
