@@ -94,9 +94,8 @@ def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
 
 # --- Models as critics ------------------------------------------------------------------------------------------------
 
-OpinionKey = tuple[
-    str | int, ...
-]  # what is judged: the same crop or answer of the same question is asked about once a batch
+# What is judged: the same crop or answer of the same question is asked about once a batch.
+OpinionKey = tuple[str | int, ...]
 
 
 @dataclass(slots=True)
