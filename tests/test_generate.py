@@ -26,7 +26,7 @@ from visrl.config import ConfigError, read_config
 from visrl.data.native import read_records
 from visrl.evolve.check import check_critic, check_lines, tell_apart
 from visrl.evolve.config import GenerateConfig, parse_shard
-from visrl.evolve.generate import generate, questions_of
+from visrl.evolve.generate import generate, generation_questions
 from visrl.evolve.serving import merge_shards
 from visrl.models.tiny import CHECKPOINT
 from visrl.prompts import critic_answer_prompt, critic_box_prompt
@@ -72,7 +72,7 @@ def whole(tmp_path_factory) -> Path:
 
 def test_a_generation_holds_every_try_once(whole):
     tried = trajectories(whole)
-    names = [sample.id for sample in questions_of(config_of(whole))]
+    names = [sample.id for sample in generation_questions(config_of(whole))]
     assert [(t.sample_id, t.round, t.branch) for t in tried] == [(name, 0, b) for name in names for b in (0, 1)]
     assert [(v.sample_id, v.round, v.branch) for v in verdicts(whole)] == [(t.sample_id, 0, t.branch) for t in tried]
     assert any(t.box is not None and t.answer is not None for t in tried)
@@ -261,7 +261,7 @@ def test_an_unread_reply_is_asked_again_counted_and_never_0(tmp_path):
 def test_the_critic_sees_crop_and_reference_and_is_asked_once_about_equal_things(tmp_path):
     with scripted(lambda handler, body: handler.text("1")) as server:
         out = generate(critic_config(server.url, tmp_path, dataset="scenes:preference@1/0+2", temperature=0.0))
-        (sample, *_) = questions_of(config_of(tmp_path, dataset="scenes:preference@1/0+2"))
+        (sample, *_) = generation_questions(config_of(tmp_path, dataset="scenes:preference@1/0+2"))
     words = {texts_of(body)[0] for body in server.bodies}
     about = [t for t in trajectories(out) if t.answer is not None and t.sample_id == sample.id]
     if about:
@@ -325,7 +325,7 @@ def test_the_default_critic_of_real_data_is_the_original_base(tmp_path):
         original_base(str(tmp_path / "merged"))
     (tmp_path / "base").mkdir()
     assert original_base(str(tmp_path / "merged")) == str(tmp_path / "base")
-    samples = questions_of(config_of(tmp_path))
+    samples = generation_questions(config_of(tmp_path))
     real = [replace(sample, image="a.png") for sample in samples]
     config = config_of(tmp_path, model_name_or_path=str(tmp_path / "merged"))
     assert critic_name(config, samples) == "oracle"

@@ -16,16 +16,16 @@ from typing import Any
 from visrl.box import Box
 from visrl.engines.base import seed_of
 from visrl.evolve.config import GenerateConfig
-from visrl.evolve.generate import format_counts, opened_policy_and_critic, questions_of
+from visrl.evolve.generate import format_counts, generation_questions, opened_policy_and_critic
 from visrl.evolve.pairs import FilterSettings
 from visrl.failures import MAX_FAILED, Tally
 from visrl.records import Sample, Trajectory, Verdict
 from visrl.rewards.critic import Critic, count_verdicts, critic_failure
 from visrl.rollout.diversity import random_box_apart
+from visrl.rollout.steps import WHOLE
 
 RULE = FilterSettings()  # the paper's thresholds of a win and a loss
 FEW_READ, WELL_APART = 0.9, 0.8  # below these the check warns: our own bounds, not the paper's
-WHOLE = Box(0, 0, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def check_critic(config: GenerateConfig, count: int) -> dict[str, Any]:
 
     Raises: as `visrl generate` for its critic.
     """
-    samples = questions_of(config, with_box=True)[:count]
+    samples = generation_questions(config, with_box=True)[:count]
     with opened_policy_and_critic(config, samples) as models:
         result = measure_critic(models.critic, samples, config.seed, config.max_failed)
     config.output_dir.mkdir(parents=True, exist_ok=True)

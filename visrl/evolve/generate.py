@@ -66,7 +66,7 @@ def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) 
 
 def _generate(config: GenerateConfig) -> Path:
     started = time.time()
-    samples = questions_of(config)
+    samples = generation_questions(config)
     identity = generation_identity(config, samples)
     if is_complete(config.output_dir, identity):
         print(f"{config.output_dir} is already complete")
@@ -172,7 +172,7 @@ def read_questions(
     return chosen
 
 
-def questions_of(config: GenerateConfig, *, with_box: bool = False) -> list[Sample]:
+def generation_questions(config: GenerateConfig, *, with_box: bool = False) -> list[Sample]:
     """The samples that a config names, shards aside."""
     return read_questions(
         config.dataset,

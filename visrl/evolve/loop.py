@@ -23,7 +23,7 @@ from visrl.evolve.config import (
     parse_shard,
 )
 from visrl.evolve.filter import filter_pairs
-from visrl.evolve.generate import questions_of, read_questions
+from visrl.evolve.generate import generation_questions, read_questions
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
@@ -98,7 +98,7 @@ def plan(config: EvolveConfig) -> list[str]:
     Raises:
         ConfigError: a data set that is too short.
     """
-    samples = questions_of(_generation(config, 0, config.model_name_or_path))
+    samples = generation_questions(_generation(config, 0, config.model_name_or_path))
     tries = 2 * config.rounds * len(samples)
     critic = critic_name(config, samples)
     asks = critic_kind(config, samples) == "model"
@@ -110,7 +110,7 @@ def plan(config: EvolveConfig) -> list[str]:
     ]
     for number in range(config.iterations):
         if number:
-            questions_of(_generation(config, number, config.model_name_or_path))
+            generation_questions(_generation(config, number, config.model_name_or_path))
         steps = ("generate", "filter", "stage1", "stage1-merged", "stage2", "stage2-merged")
         folder = config.output_dir / f"iter{number}"
         done = [step for step in steps if read_manifest(folder / step) is not None]

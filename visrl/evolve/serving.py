@@ -12,7 +12,14 @@ from typing import Any
 
 from visrl.config import ConfigError
 from visrl.evolve.config import GenerateConfig, ServerConfig
-from visrl.evolve.generate import TRAJECTORIES, VERDICTS, format_counts, generate, generation_identity, questions_of
+from visrl.evolve.generate import (
+    TRAJECTORIES,
+    VERDICTS,
+    format_counts,
+    generate,
+    generation_identity,
+    generation_questions,
+)
 from visrl.manifest import claim_folder, hold, is_complete, read_manifest, write_manifest
 from visrl.records import RecordError
 
@@ -92,7 +99,7 @@ def generate_served(asked: GenerateConfig, server: ServerConfig) -> None:
         return
     # Any address will do to ask whether the work is done: it is no part of what a generation is.
     asked = asked.model_copy(update={"policy_url": ("http://127.0.0.1/v1",), "policy_served_name": SERVED_NAME})
-    if is_complete(asked.output_dir, generation_identity(asked, questions_of(asked))):
+    if is_complete(asked.output_dir, generation_identity(asked, generation_questions(asked))):
         generate(asked)
         return
     with _served_policy(asked, server) as url:
