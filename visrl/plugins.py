@@ -53,10 +53,11 @@ def raised(error: Exception) -> str:
 
 
 def plugin_file(name: str) -> Path | None:
-    """The file of the module of `module:object`, to tell a changed one by its hash; None where it has none.
+    """The file of the module of `module:object`, to tell a changed one by its hash; None where it has none, or where
+    `name` is that of a row of ours.
 
     Raises:
         ModuleNotFoundError: there is no such module; `load_plugin` says so to the user.
     """
-    file = import_module(name.partition(":")[0]).__file__
+    file = import_module(name.partition(":")[0]).__file__ if is_plugin(name) else None
     return None if file is None else Path(file)

@@ -22,14 +22,12 @@ from visrl.records import RecordError, Sample, Trajectory, Verdict
 from visrl.rewards.open import CriticConfig, Grading, opened_critic
 from visrl.rollout.diversity import TRIGGER
 from visrl.rollout.greedy import greedy_looks
-from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.rollout.rollout import BATCH, RolloutSettings, roll_out
 from visrl.rollout.steps import Look
 from visrl.sequences import batched
 
 if TYPE_CHECKING:
     from PIL import Image
-
-BATCH = 64  # questions rolled out together, as `visrl generate` has it
 
 
 class LoadedPolicy:

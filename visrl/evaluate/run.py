@@ -24,7 +24,7 @@ from visrl.evaluate.questions import BenchmarkQuestion, format_missing, missing_
 from visrl.evaluate.results import NAME, SCORES
 from visrl.manifest import hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.folder import check_folder
-from visrl.plugins import is_plugin, plugin_file
+from visrl.plugins import plugin_file
 from visrl.records import RecordError, write_records, write_text
 from visrl.redact import without_secrets
 from visrl.rewards.results import summarise
@@ -143,7 +143,7 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Be
         parts = [sample.source, sample.id, sample.image, sample.question, sample.answer, box, question.truth]
         digest.update(json.dumps(parts, ensure_ascii=True).encode())
     adapter = config.adapter_name_or_path
-    own = plugin_file(config.benchmark) if is_plugin(config.benchmark) else None
+    own = plugin_file(config.benchmark)
     return {
         **without_secrets(kept),
         **({"benchmark_module": hash_files(own)} if own else {}),

@@ -11,9 +11,8 @@ from visrl.engines.base import Policy
 from visrl.records import Sample
 from visrl.rewards.results import Result
 from visrl.rollout.greedy import Mode, greedy_looks
+from visrl.rollout.rollout import BATCH
 from visrl.sequences import batched
-
-BATCH = 64
 
 
 def evaluate_samples(

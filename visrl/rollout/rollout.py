@@ -21,6 +21,8 @@ from visrl.rollout.diversity import TRIGGER, needs_replacing, random_box_apart
 from visrl.rollout.protocols import VISRL, LookProtocol
 from visrl.rollout.steps import Look, answer_request, cut, finish, look_of, with_box
 
+BATCH = 64  # questions asked together, where no config says how many
+
 Refusal = ImageError | PromptError  # why a question cannot be asked
 
 

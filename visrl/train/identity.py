@@ -10,7 +10,7 @@ from typing import Any
 from visrl.data.sources import hash_source
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, ManifestError, hash_checkpoint, hash_files, is_complete
-from visrl.plugins import is_plugin, plugin_file
+from visrl.plugins import plugin_file
 from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
@@ -43,10 +43,8 @@ def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str,
         parents["adapter"] = adapters[-1]["hash"]
     if config.dataset:
         parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
-    if config.stage == "dpo" and is_plugin(config.pref_loss):
-        file = plugin_file(config.pref_loss)
-        if file is not None:
-            parents["loss"] = hash_files(file)
+    if config.stage == "dpo" and (file := plugin_file(config.pref_loss)) is not None:
+        parents["loss"] = hash_files(file)
     return parents
 
 
