@@ -4,6 +4,10 @@ import re
 import pytest
 
 from visrl.box import crop_window
+from visrl.config import ConfigError, build_config
+from visrl.data.sources import read_samples
+from visrl.evolve.config import DemoConfig
+from visrl.records import RecordError
 from visrl.scenes import (
     KINDS,
     POOLS,
@@ -18,6 +22,7 @@ from visrl.scenes import (
     scene_samples,
     true_box,
 )
+from visrl.train.config import TrainConfig
 
 
 def test_a_scene_is_a_function_of_its_name():
@@ -105,3 +110,17 @@ def test_kinds_are_asked_about_equally_where_scenes_allow():
     shares = {kind: sum(sample.source == f"scenes-{kind}" for sample in samples) / 500 for kind in KINDS}
     assert min(shares.values()) > 0.08
     assert max(shares.values()) < 0.35
+
+
+def test_a_kind_under_its_former_name_is_told_its_new_one(tmp_path):
+    with pytest.raises(RecordError, match="no questions of kind 'edge' in drawn scenes; it is called 'place' now"):
+        read_samples("scenes:test:colour,edge/0+4")
+    with pytest.raises(RecordError, match="there are colour, shape, place, count, relation"):
+        read_samples("scenes:test:size/0+4")
+    given = {"stage": "sft", "model_name_or_path": "m", "output_dir": str(tmp_path / "out")}
+    for values in ({"kinds": ["edge"]}, {"kinds": [["edge"]]}):
+        with pytest.raises(ConfigError, match=r"kinds.*in drawn scenes; (it is called 'place' now|there are colour)"):
+            build_config(DemoConfig, values, "demo.yaml")
+        with pytest.raises(ConfigError, match=r"curriculum.*in drawn scenes"):
+            build_config(TrainConfig, given | {"curriculum": [{"steps": 1, **values}]}, "sft.yaml")
+    assert {sample.source for sample in read_samples("scenes:test:place/0+4")} == {"scenes-place"}

@@ -10,19 +10,36 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pydantic import BeforeValidator
 
 from visrl.box import Box
 from visrl.records import Sample
 
-Kind = Literal["colour", "shape", "edge", "count", "relation"]
+RENAMED_KINDS = {"edge": "place"}  # names of earlier releases, and what each kind is called now
+
+
+def check_kind(name: Any) -> Any:
+    """`name`, where there is such a kind of question.
+
+    Raises:
+        ValueError: there is none; the message says which there are, or what it is called now.
+    """
+    if name in KINDS:
+        return name
+    now = RENAMED_KINDS.get(name) if isinstance(name, str) else None
+    hint = f"it is called {now!r} now" if now else f"there are {', '.join(KINDS)}"
+    raise ValueError(f"no questions of kind {name!r} in drawn scenes; {hint}")
+
+
+Kind = Annotated[Literal["colour", "shape", "place", "count", "relation"], BeforeValidator(check_kind)]
 
 SIDE = 672  # px: a model that sees the whole scene at 112 px sees a sixth of it, and a 21-px digit at 3.5 px
 POOLS = ("train", "preference", "validation", "test")
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = ("colour", "shape", "place", "count", "relation")
 COLOURS = {
     "red": (214, 69, 65),
     "blue": (66, 110, 214),
@@ -193,7 +210,7 @@ def questions_of(scene: Scene) -> list[SceneQuestion]:
                 found.append(SceneQuestion("relation", text, scene.tags[neighbour].text, neighbour))
     for side, index in _extremes(scene):
         if scene.tags[index].text:
-            found.append(SceneQuestion("edge", f"Which number is on the {side} tag?", scene.tags[index].text, index))
+            found.append(SceneQuestion("place", f"Which number is on the {side} tag?", scene.tags[index].text, index))
     return found
 
 

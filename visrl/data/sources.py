@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar, cast, get_args
+from typing import TypeVar
 
 from visrl.data.formats import Reading, find_format, other_format, read_entry
 from visrl.data.hf import is_hf, read_hf
@@ -29,7 +29,7 @@ from visrl.images import image_path, names_file
 from visrl.manifest import hash_files
 from visrl.plugins import is_plugin, plugin_file
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
-from visrl.scenes import KINDS, MAX_TAGS, POOLS, Kind, scene_samples
+from visrl.scenes import KINDS, MAX_TAGS, POOLS, check_kind, scene_samples
 
 _SCENES = re.compile(
     r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"
@@ -68,15 +68,15 @@ def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
     if match:
         if match["pool"] not in POOLS:
             raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
-        kinds = tuple(match["kinds"].split(",")) if match["kinds"] else KINDS
-        if unknown := sorted(set(kinds) - set(get_args(Kind))):
-            known = ", ".join(get_args(Kind))
-            raise RecordError(f"no questions of kind {unknown[0]!r} in drawn scenes; there are {known}")
+        try:
+            kinds = tuple(map(check_kind, match["kinds"].split(","))) if match["kinds"] else KINDS
+        except ValueError as error:
+            raise RecordError(f"{spec}: {error}") from error
         return scene_samples(
             match["pool"],
             int(match["start"]),
             int(match["count"]),
-            kinds=cast("tuple[Kind, ...]", kinds),
+            kinds=kinds,
             with_box=with_box,
             max_tags=int(match["tags"] or MAX_TAGS),
         )
