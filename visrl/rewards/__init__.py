@@ -7,6 +7,7 @@ judge           judging answers with a language model
 reply_scores    the score in a critic's or judge's reply
 metrics         string metrics of answers: exact, relaxed, ANLS, VQA
 detection       whether a box is right
+advantages      how much better a response is than the others of its group, for boxes and for answers
 
 results         the row of one question, and the summary of rows
 scored          greedy rollouts and their rows at once: training curves, checkpoints of a loop
