@@ -29,9 +29,28 @@ def branch_logps(model: nn.Module, packed: PackedBatch) -> BranchLogps:
     return BranchLogps(sums.index_add(0, packed.branch, logps), counts)
 
 
-def token_logps(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
-    """Log-probability of every response token of `packed`, [T], in fp32."""
-    return _LogProbability.apply(kept_logits(model, packed), packed.row, packed.target)
+def token_logps(model: nn.Module, packed: PackedBatch, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of every response token of `packed`, [T], in fp32, under the softmax at `temperature`."""
+    return _LogProbability.apply(_at(kept_logits(model, packed), temperature), packed.row, packed.target)
+
+
+def token_logps_and_entropies(
+    model: nn.Module, packed: PackedBatch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logps`, and the entropy (nats) of the distribution that each token is one of, [T], without gradients."""
+    logits = _at(kept_logits(model, packed), temperature)
+    with torch.no_grad():
+        entropies = torch.cat([_entropy(logits[part].float()) for part in _parts(logits)])
+    return _LogProbability.apply(logits, packed.row, packed.target), entropies[packed.row]
+
+
+def _at(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits / temperature
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
 
 
 def kept_logits(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
