@@ -1,7 +1,12 @@
 """Drawn scenes: images of small tags whose numbers and dots can be read in a crop and not in the whole image.
 
-A scene is a pure function of its pool and index. Pools draw from disjoint seeds, so training, preference, validation
-and test scenes never meet. The file knows images, questions and true boxes; it knows no model and no file.
+A scene holds two to four coloured tags, and the question alone says which of them matters: by colour, shape, place,
+count or relation. Distractors are all else: the other tags, which carry numbers and dots as readable as the one asked
+about, empty outlines of the same shapes, and lines.
+
+A scene is a pure function of its pool, its index and its level (how many tags, and digits of a number, at most). Pools
+draw from disjoint seeds, so training, preference, validation and test scenes never meet. The file knows images,
+questions and true boxes; it knows no model and no file.
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ GLYPH_SCALE = 3  # px per dot of the 5 × 7 digits below
 DOT_RADIUS = 3.5  # px
 MAX_DOTS = 6
 MAX_TAGS = 4
+MAX_NUMBERS = 2  # digits of a number on a tag
 MAX_OBJECTS = 6  # tags and outlines
 INK = (25, 25, 30)
 
@@ -81,7 +87,7 @@ class Tag:
     colour: str
     shape: str
     box: PixelBox
-    text: str  # the digit, or "" where there are dots
+    text: str  # the number, or "" where there are dots
     dots: tuple[tuple[float, float], ...]
     content: PixelBox  # the smallest box around the number or the dots
 
@@ -107,6 +113,7 @@ class Scene:
     pool: str
     index: int
     max_tags: int
+    numbers: int  # digits of a number, at most
     tint: int  # green of the background; red grows from left to right, blue from top to bottom
     lines: tuple[PixelBox, ...]
     tags: tuple[Tag, ...]
@@ -114,44 +121,61 @@ class Scene:
 
     @property
     def name(self) -> str:
-        level = "" if self.max_tags == MAX_TAGS else f"@{self.max_tags}"
-        return f"{self.pool}{level}/{self.index}"
+        return f"{self.pool}{format_level(self.max_tags, self.numbers)}/{self.index}"
 
     @property
     def ref(self) -> str:
         return f"scene:{self.name}"
 
 
+# How a name says the pool and the level of its scenes: `test`, `test@2`, `test@4x2`.
+LEVEL = rf"(?P<pool>\w+?)(@(?P<tags>[1-{MAX_TAGS}]))?(x(?P<numbers>[1-{MAX_NUMBERS}]))?"
+
+
+def format_level(max_tags: int = MAX_TAGS, numbers: int = 1) -> str:
+    """What a name says of the level of its scenes: nothing for up to four tags with numbers of one digit."""
+    if numbers == 1:
+        return "" if max_tags == MAX_TAGS else f"@{max_tags}"
+    return f"@{max_tags}x{numbers}"
+
+
+def read_level(match: re.Match[str]) -> tuple[int, int]:
+    """`max_tags` and `numbers` as a match of `LEVEL` says them."""
+    return int(match["tags"] or MAX_TAGS), int(match["numbers"] or 1)
+
+
 def parse_ref(ref: str) -> Scene:
-    """The scene that `scene:POOL/INDEX` names, or `scene:POOL@TAGS/INDEX` for scenes of at most TAGS tags.
+    """The scene that `scene:POOL/INDEX` names; `scene:POOL@TAGS/INDEX` is one of at most TAGS tags, and
+    `scene:POOL@TAGSx2/INDEX` one with numbers of up to two digits.
 
     Raises:
         ValueError: no such pool, or not of this form.
     """
-    match = re.fullmatch(r"scene:(\w+?)(?:@([1-4]))?/(\d{1,15})", ref)
-    if match is None or match[1] not in POOLS:
+    match = re.fullmatch(rf"scene:{LEVEL}/(?P<index>\d{{1,15}})", ref)
+    if match is None or match["pool"] not in POOLS:
         raise ValueError(
             f"{ref!r} is no drawn scene; scenes are named scene:POOL/INDEX with POOL in {', '.join(POOLS)}"
         )
-    return make_scene(match[1], int(match[3]), int(match[2] or MAX_TAGS))
+    return make_scene(match["pool"], int(match["index"]), *read_level(match))
 
 
 @lru_cache(maxsize=4096)
-def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS) -> Scene:
-    """The scene `index` of `pool`; `max_tags` below 4 gives the easier scenes of a curriculum."""
-    # One residue class of seeds per pool: no two pools can ever draw from the same seed.
+def make_scene(pool: str, index: int, max_tags: int = MAX_TAGS, numbers: int = 1) -> Scene:
+    """The scene `index` of `pool`; `max_tags` below 4 gives the easier scenes of a curriculum, `numbers` 2 numbers of
+    up to two digits, 0 to 99."""
+    # One residue class of seeds per pool: no two pools can ever draw from the same seed, at whatever level.
     seed = index * len(POOLS) + POOLS.index(pool)
-    rng = np.random.default_rng([0x5CE4E, max_tags, seed])
+    rng = np.random.default_rng([0x5CE4E, max_tags + 10 * (numbers - 1), seed])
     count = int(rng.integers(min(2, max_tags), max_tags + 1))
     places = _places(rng, count + int(rng.integers(2, MAX_OBJECTS - count + 1)))
     # Scenes of at most two or three tags draw from as many colours: which tag is meant is learned from few at first.
     palette = list(COLOURS)[:max_tags] if 1 < max_tags < MAX_TAGS else list(COLOURS)
     colours = rng.choice(palette, size=count, replace=False)
-    tags = tuple(_tag(rng, place, str(colour)) for place, colour in zip(places, colours, strict=False))
+    tags = tuple(_tag(rng, place, str(colour), numbers) for place, colour in zip(places, colours, strict=False))
     outlines = tuple((str(rng.choice(SHAPES)), place) for place in places[count:])
     tint = int(rng.integers(205, 250))
     lines = tuple(tuple(float(v) for v in rng.uniform(0, SIDE, size=4)) for _ in range(4))
-    return Scene(pool, index, max_tags, tint, lines, tags, outlines)  # type: ignore[arg-type]
+    return Scene(pool, index, max_tags, numbers, tint, lines, tags, outlines)  # type: ignore[arg-type]
 
 
 def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
@@ -168,11 +192,11 @@ def _places(rng: np.random.Generator, count: int) -> list[PixelBox]:
                 return places
 
 
-def _tag(rng: np.random.Generator, box: PixelBox, colour: str) -> Tag:
+def _tag(rng: np.random.Generator, box: PixelBox, colour: str, numbers: int) -> Tag:
     shape = str(rng.choice(SHAPES))
     middle = np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]) + rng.uniform(-10, 10, size=2)
     if rng.random() < 0.7:
-        text = str(rng.integers(0, 10))
+        text = str(rng.integers(0, 10**numbers))
         width = (len(text) * 6 - 1) * GLYPH_SCALE
         x, y = (int(v) for v in middle - np.array([width, GLYPH_HEIGHT]) / 2)
         return Tag(colour, shape, box, text, (), (x, y, x + width, y + GLYPH_HEIGHT))
@@ -243,7 +267,7 @@ def true_box(scene: Scene, question: SceneQuestion) -> Box:
 
 
 def close_up(scene: Scene, question: SceneQuestion, zoom: float) -> Box:
-    """A box between the question's digit or dots alone (`zoom` 0) and the whole tag (1): what a curriculum reads."""
+    """A box between the question's number or dots alone (`zoom` 0) and the whole tag (1): what a curriculum reads."""
     tag = scene.tags[question.target]
     corners = [c + zoom * (b - c) for c, b in zip(tag.content, tag.box, strict=True)]
     return Box.from_pixels(corners, (SIDE, SIDE))
@@ -258,35 +282,44 @@ def scene_samples(
     kinds: tuple[Kind, ...] = KINDS,
     with_box: bool = False,
     max_tags: int = MAX_TAGS,
+    numbers: int = 1,
 ) -> list[Sample]:
-    """Samples of the scenes `start` … `start + count - 1` of `pool`, up to `per_scene` questions of each.
-
-    Kinds take turns from scene to scene, so that every kind the scenes allow is asked about equally often. Without
-    `with_box` a sample holds no true box: that is the pool that preferences are made from.
+    """Samples of the scenes `start` … `start + count - 1` of `pool`, up to `per_scene` questions of each, as
+    `choose_questions` chooses them. Without `with_box` a sample holds no true box: that is the pool that preferences
+    are made from.
     """
     samples = []
     for index in range(start, start + count):
-        scene = make_scene(pool, index, max_tags)
-        for question in _choose(scene, per_scene, kinds):
+        scene = make_scene(pool, index, max_tags, numbers)
+        for question in choose_questions(scene, per_scene, kinds):
             box = true_box(scene, question) if with_box else None
             name = f"{scene.name}:{question.text}"
             samples.append(Sample(name, scene.ref, question.text, question.answer, box, f"scenes-{question.kind}"))
     return samples
 
 
-def _choose(scene: Scene, count: int, kinds: tuple[Kind, ...]) -> list[SceneQuestion]:
+def choose_questions(scene: Scene, count: int, kinds: tuple[Kind, ...] = KINDS) -> list[SceneQuestion]:
+    """Up to `count` questions of a scene, of these kinds; all that there are where they are fewer.
+
+    Questions of different tags come first: no tag is asked about again before every tag has been that has a question
+    left. Kinds take turns, from question to question and from scene to scene, so that every kind the scenes allow is
+    asked about equally often.
+    """
     rng = np.random.default_rng([0xA5C, POOLS.index(scene.pool), scene.index])
     left = [question for question in questions_of(scene) if question.kind in kinds]
     chosen: list[SceneQuestion] = []
+    asked: set[int] = set()  # tags of this round
     turn = scene.index
     while left and len(chosen) < count:
-        kind = kinds[turn % len(kinds)]
-        of_kind = [question for question in left if question.kind == kind]
+        if all(question.target in asked for question in left):
+            asked = set()
+        of_kind = [one for one in left if one.target not in asked and one.kind == kinds[turn % len(kinds)]]
         turn += 1
         if not of_kind:
             # Give the turn to the next kind, and end when no kind is left at all.
             continue
         chosen.append(of_kind[int(rng.integers(len(of_kind)))])
+        asked.add(chosen[-1].target)
         left.remove(chosen[-1])
     return chosen
 
@@ -337,7 +370,7 @@ def _shading() -> tuple[Image.Image, Image.Image]:
 
 
 def draw_ref(ref: str) -> Image.Image:
-    """The image of `scene:POOL/INDEX`."""
+    """The image that `scene:POOL/INDEX` names, and the like (`parse_ref`)."""
     return draw(parse_ref(ref))
 
 

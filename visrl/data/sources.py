@@ -1,7 +1,8 @@
 """Where samples and preferences come from, by one string: drawn scenes, a named data set, or a file of ours.
 
-`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), `scenes:POOL@TAGS:KIND,KIND/START+COUNT`
-those of at most TAGS tags with questions of these kinds alone, either part left out where it does not matter; a name in
+`scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), a question of each; whole, it is
+`scenes:POOL@TAGSxNUMBERS:KIND,KIND/START+COUNT*PER_SCENE`: COUNT scenes of at most TAGS tags with numbers of up to
+NUMBERS digits, and of each up to PER_SCENE questions, of these kinds alone and about different tags first. A name in
 `dataset_dir/dataset_info.json` is that data set; a parquet file, or a folder that `datasets` saved, is read by its
 columns; anything else is a path to JSONL records.
 """
@@ -29,10 +30,10 @@ from visrl.images import image_path, names_file
 from visrl.manifest import hash_files
 from visrl.plugins import is_plugin, plugin_file
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
-from visrl.scenes import KINDS, MAX_TAGS, POOLS, check_kind, scene_samples
+from visrl.scenes import KINDS, LEVEL, MAX_NUMBERS, MAX_TAGS, POOLS, check_kind, read_level, scene_samples
 
 _SCENES = re.compile(
-    r"scenes:(?P<pool>\w+?)(@(?P<tags>[1-4]))?(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d+)\+(?P<count>\d+)"
+    rf"scenes:{LEVEL}(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d{{1,15}})\+(?P<count>\d{{1,15}})(\*(?P<each>[1-9]\d{{0,2}}))?"
 )
 
 
@@ -65,22 +66,29 @@ def read_samples(
 
 def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
     match = _SCENES.fullmatch(spec)
-    if match:
-        if match["pool"] not in POOLS:
-            raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
-        try:
-            kinds = tuple(map(check_kind, match["kinds"].split(","))) if match["kinds"] else KINDS
-        except ValueError as error:
-            raise RecordError(f"{spec}: {error}") from error
-        return scene_samples(
-            match["pool"],
-            int(match["start"]),
-            int(match["count"]),
-            kinds=kinds,
-            with_box=with_box,
-            max_tags=int(match["tags"] or MAX_TAGS),
+    if match is None:
+        raise RecordError(
+            f"{spec!r} must be of the form scenes:POOL/START+COUNT, or of "
+            "scenes:POOL@TAGSxNUMBERS:KIND,KIND/START+COUNT*PER_SCENE; "
+            f"TAGS are at most {MAX_TAGS}, and NUMBERS (digits of a number) {MAX_NUMBERS}"
         )
-    raise RecordError(f"{spec!r} must be of the form scenes:POOL/START+COUNT")
+    if match["pool"] not in POOLS:
+        raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
+    try:
+        kinds = tuple(map(check_kind, match["kinds"].split(","))) if match["kinds"] else KINDS
+    except ValueError as error:
+        raise RecordError(f"{spec}: {error}") from error
+    max_tags, numbers = read_level(match)
+    return scene_samples(
+        match["pool"],
+        int(match["start"]),
+        int(match["count"]),
+        per_scene=int(match["each"] or 1),
+        kinds=kinds,
+        with_box=with_box,
+        max_tags=max_tags,
+        numbers=numbers,
+    )
 
 
 def number_repeats(samples: list[Sample]) -> list[Sample]:
