@@ -139,7 +139,7 @@ def test_winner_and_loser_follow_algorithm_1():
     winner, loser = pick(
         judged((0.8, 0.9), (0.9, 0.9), (1.0, 0.7), (0.1, 0.19), (0.0, 0.1), (0.0, 0.2)), FilterSettings()
     )
-    assert (winner.answer, loser.answer) == ("1", "4")
+    assert (winner[0].answer, loser[0].answer) == ("1", "4")
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_question_without_both_gives_no_pair_and_its_reason(scores, reason):
 
 def test_ties_go_to_the_better_answer_then_to_the_first():
     winner, _ = pick(judged((1.0, 0.9), (0.9, 1.0), (0.9, 1.0), (0.0, 0.0)), FilterSettings())
-    assert winner.answer == "1"
+    assert winner[0].answer == "1"
 
 
 def test_the_released_rule_loses_pairs_that_the_paper_keeps():
     scores = judged((0.3, 1.0), (1.0, 0.9), (0.0, 0.1))
     assert pick(scores, FilterSettings(rule="released")) == "no_winner"
     winner, _ = pick(scores, FilterSettings())
-    assert winner.answer == "1"
+    assert winner[0].answer == "1"
     loser = pick(judged((1.0, 1.0), (0.2, 0.2)), FilterSettings(rule="released"))
     assert not isinstance(loser, str), "the released code takes losers at exactly 0.2"
 

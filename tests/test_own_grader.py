@@ -135,7 +135,9 @@ def test_a_grader_that_cannot_be_had_is_a_sentence_before_anything_is_written(mo
     with pytest.raises(ConfigError, match=r"critic_model_name_or_path: critic=.* asks no model"):
         generate(config_of(tmp_path / "out", f"{module}:of_answers_alone", critic_model_name_or_path="m"))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="'auto', 'oracle', 'model', or module:function for one of your own"):
+    with pytest.raises(
+        ValueError, match="'auto', 'oracle', 'model', 'outcome', or module:function for one of your own"
+    ):
         config_of(tmp_path, "orakel")
 
 

@@ -72,7 +72,7 @@ def test_every_driver_takes_the_same_two_steps():
     assert (look.text, look.box, look.error) == (BOX_TEXT, Box(0.25, 0.5, 0.5, 0.75), None)
     assert greedy_looks(greedy, [SAMPLE]) == [look]
     (looks,) = sampled_looks(sampled, [SAMPLE], RolloutSettings(rounds=1, diversity=False))
-    assert [(one.text, one.box, one.answer) for one in looks] == [(look.text, look.box, look.answer)] * 2
+    assert [(one.text, one.box, one.answer) for (one,) in looks] == [(look.text, look.box, look.answer)] * 2
     choice = served(server)
     assert (choice.text, choice.focus["box_text"], choice.focus["error"]) == (look.answer, look.text, None)
     assert choice.focus["box"] == list(look.box_pixels)

@@ -78,6 +78,7 @@ class LoadedPolicy:
         samples: Sequence[Sample],
         *,
         rounds: int = 5,
+        answers: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
         diversity: bool = True,
@@ -93,6 +94,7 @@ class LoadedPolicy:
         Args:
             samples: questions with their images; true boxes and answers are not looked at.
             rounds: N of Algorithm 1 (VisRL, arXiv 2503.07523); a round is two boxes.
+            answers: how many are sampled from the crop of each box.
             temperature: of boxes and answers alike; 0 is greedy.
             top_p: nucleus sampling: the probability mass that is sampled from.
             diversity: whether the second box of a round is replaced by a random one where it agrees with the first.
@@ -104,9 +106,9 @@ class LoadedPolicy:
             `len(samples)` × `rounds` × 2 trajectories, in order of sample, round and branch.
 
         Raises:
-            ConfigError: `rounds`, `temperature`, `top_p` or `trigger` is outside its range.
+            ConfigError: `rounds`, `answers`, `temperature`, `top_p` or `trigger` is outside its range.
         """
-        settings = RolloutSettings(rounds, temperature, top_p, trigger, diversity, self.crop_rule, seed)
+        settings = RolloutSettings(rounds, temperature, top_p, trigger, diversity, self.crop_rule, seed, answers)
         return [one for part in batched(samples, BATCH) for one in roll_out(self.engine, part, settings, image_root)]
 
     def close(self) -> None:

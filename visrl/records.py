@@ -80,7 +80,8 @@ class Sample:
 class Trajectory:
     """One rollout of a question: a box, and the answer given from its crop. A failed one is a record with its `error`.
 
-    `box_text` is what the policy wrote, or the codec's text where the diversity controller put a random box.
+    `box_text` is what the policy wrote, or the codec's text where the diversity controller put a random box. `answers`
+    holds all that were sampled from the crop, `answer` first; it is empty where there is no more than the one.
     """
 
     sample_id: str
@@ -94,16 +95,25 @@ class Trajectory:
     seed: int
     error: str | None = None
     repeat: int = 0  # of the sample
+    answers: tuple[str, ...] = ()
 
     @property
     def place(self) -> Place:
         """The `place` of its sample."""
         return place_of(self.sample_id, self.repeat)
 
+    @property
+    def all_answers(self) -> tuple[str, ...]:
+        """Every answer that there is, however many were sampled."""
+        return self.answers or (() if self.answer is None else (self.answer,))
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the critic said of one trajectory, each score in [0, 1]; None is "could not be read", never 0."""
+    """What the critic said of one trajectory, each score in [0, 1]; None is "could not be read", never 0.
+
+    `answer_scores` are those of the trajectory's `answers`, `answer_score` first; empty where it has no more than one.
+    """
 
     sample_id: str
     round: int
@@ -112,11 +122,17 @@ class Verdict:
     answer_score: float | None
     raw: str = ""
     repeat: int = 0  # of the sample
+    answer_scores: tuple[float | None, ...] = ()
 
     @property
     def place(self) -> Place:
         """The `place` of its sample."""
         return place_of(self.sample_id, self.repeat)
+
+    @property
+    def all_scores(self) -> tuple[float | None, ...]:
+        """The score of every answer, in the order of the trajectory's."""
+        return self.answer_scores or (self.answer_score,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +186,9 @@ def belongs_to(item: Sequence[Preference], preference: Preference) -> bool:
 def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any]:
     """The record as plain JSON values; boxes are lists of four fractions."""
     row = {field.name: getattr(record, field.name) for field in fields(record)}
-    if not row.get("repeat", 1):
-        del row["repeat"]
+    for name in _LEFT_OUT:
+        if name in row and not row[name]:
+            del row[name]
     for name, value in row.items():
         if isinstance(value, Box):
             row[name] = value.as_list()
@@ -195,6 +212,7 @@ def picture_json(picture: Picture) -> str | dict[str, Any]:
 
 
 _KINDS = (Sample, Trajectory, Verdict, Preference)
+_LEFT_OUT = ("repeat", "answers", "answer_scores")  # of a row, where there is nothing to say
 # --- JSON by lines ----------------------------------------------------------------------------------------------------
 
 

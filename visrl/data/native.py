@@ -111,13 +111,19 @@ def one_answer(value: Any, column: str) -> tuple[str, bool]:
     Raises:
         RowFault: none of these, or no answer in it.
     """
+    answers = answer_texts(value)
+    if not answers:
+        raise RowFault("unparseable", f"{column!r} must be an answer or a list of answers, it is {str(value)[:60]}")
+    counts = Counter(answers)
+    return counts.most_common(1)[0][0], len(counts) > 1  # in the order they were seen where equally frequent
+
+
+def answer_texts(value: Any) -> list[str]:
+    """Several answers as texts, in a form that `one_answer` takes; empty where it takes none."""
     if isinstance(value, dict):
         value = value.get("answer", value.get("text"))
     answers = [one.get("answer") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
-    if not answers or not all(type(answer) in (str, int, float) for answer in answers):
-        raise RowFault("unparseable", f"{column!r} must be an answer or a list of answers, it is {str(value)[:60]}")
-    counts = Counter(map(str, answers))
-    return counts.most_common(1)[0][0], len(counts) > 1  # in the order they were seen where equally frequent
+    return list(map(str, answers)) if all(type(answer) in (str, int, float) for answer in answers) else []
 
 
 def with_size(raw: Any, sizes: Sizes) -> Any:
@@ -316,11 +322,18 @@ def _types(hint: Any) -> tuple[type, ...]:
         return tuple(one for part in get_args(hint) for one in _types(part))
     if get_origin(hint) is Literal:
         return (str,)
+    if get_origin(hint) is tuple:
+        return (list,)
     return (int, float) if hint is float else (hint,)
 
 
+_HINTS = {kind: get_type_hints(kind) for kind in (Trajectory, Verdict)}
 _FIELDS: dict[type[Any], dict[str, tuple[type, ...]]] = {
-    kind: {name: _types(hint) for name, hint in get_type_hints(kind).items()} for kind in (Trajectory, Verdict)
+    kind: {name: _types(hint) for name, hint in hints.items()} for kind, hints in _HINTS.items()
+}
+_LISTS: dict[type[Any], dict[str, tuple[type, ...]]] = {  # what the lists among them hold
+    kind: {name: _types(get_args(hint)[0]) for name, hint in hints.items() if get_origin(hint) is tuple}
+    for kind, hints in _HINTS.items()
 }
 
 
@@ -338,6 +351,11 @@ def _typed(kind: type[Record], row: Any) -> Record:
     for name, value in row.items():
         if name in allowed and type(value) not in allowed[name]:
             raise RowFault("unparseable", f"{name!r} cannot be {json.dumps(value, default=str)[:60]}")
+    for name, held in _LISTS[kind].items():
+        if name in row:
+            if any(type(value) not in held for value in row[name]):
+                raise RowFault("unparseable", f"{name!r} cannot hold {json.dumps(row[name], default=str)[:60]}")
+            row = row | {name: tuple(row[name])}
     try:
         return kind(**row)
     except TypeError as error:  # a field too many or too few

@@ -2,8 +2,8 @@
 
 config          the keys of generate, filter, evolve and demo
 loop            iterations of generate → filter → stage 1 → stage 2: `visrl evolve`; demo is `visrl demo`
-generate        samples → trajectories → verdicts; batches is what is resumed and sharded
-filter          verdicts → preferences; pairs is Algorithm 1's rule, pairs_page the page
+generate        samples → trajectories → verdicts; batches is what is resumed and sharded, tokens what it costs
+filter          verdicts → preferences; pairs is Algorithm 1's rule, losers the others, pairs_page the page
 check           whether a critic is worth asking
 serving         generation in shards, and behind a server that is started for its policy
 scores          checkpoints on held-out questions, and summary.json

@@ -21,6 +21,7 @@ from visrl.evolve.pairs import FilterSettings
 from visrl.failures import MAX_FAILED, Tally
 from visrl.records import Sample, Trajectory, Verdict
 from visrl.rewards.critic import Critic, count_verdicts, critic_failure
+from visrl.rewards.outcome import OutcomeCritic
 from visrl.rollout.diversity import random_box_apart
 from visrl.rollout.steps import WHOLE
 
@@ -63,6 +64,8 @@ def measure_critic(
     Raises:
         FailedRun: it gave no reply about more than the share `max_failed`.
     """
+    known = {sample.place for sample in samples if sample.box is not None}
+    boxes = bool(known) and not isinstance(critic, OutcomeCritic)  # which looks at no box
     asked: list[tuple[Sample, Trajectory]] = []
     for number, sample in enumerate(samples):
         box = sample.box or WHOLE
@@ -71,7 +74,7 @@ def measure_critic(
         if other is not None:
             asked.append((sample, _tried(sample, 1, box, other)))
         apart = sample.box and random_box_apart(sample.box, sample.box, seed_of(seed, *sample.place, "check"))
-        if apart is not None:
+        if boxes and apart is not None:
             asked.append((sample, _tried(sample, 2, apart, sample.answer)))
     blind = [replace(sample, box=None) for sample, _ in asked]  # no critic has ever seen a true box
     verdicts = critic.judge(blind, [tried for _, tried in asked])
@@ -79,14 +82,13 @@ def measure_critic(
     tally.count(map(critic_failure, verdicts))
     if tally.is_hopeless():
         raise tally.refuse("nothing was written")
-    known = {sample.place for sample in samples if sample.box is not None}
     true_boxes = [v.box_score for v in verdicts if v.branch == 0 and v.place in known]
     return {
         "critic": critic.name,
         "questions": len(samples),
         "counts": dict(count_verdicts(verdicts)),
         "answers": asdict(tell_apart(_answers(verdicts, 0), _answers(verdicts, 1))),
-        "boxes": asdict(tell_apart(true_boxes, [v.box_score for v in verdicts if v.branch == 2])) if known else None,
+        "boxes": asdict(tell_apart(true_boxes, [v.box_score for v in verdicts if v.branch == 2])) if boxes else None,
     }
 
 
@@ -110,7 +112,13 @@ def check_lines(result: dict[str, Any]) -> list[str]:
     for what, right, wrong in (("answers", "reference", "another's"), ("boxes", "true", "random")):
         found = result[what]
         if found is None:
-            lines.append("boxes: the data set holds no true boxes to check with")
+            by_answers = result["critic"].startswith("outcome:")
+            why = (
+                "they are scored by answers sampled from their crops"
+                if by_answers
+                else "the data set holds no true ones"
+            )
+            lines.append(f"boxes: not checked, {why}")
             continue
         asked = found["right"] + found["wrong"] + found["unread"]
         lines.append(

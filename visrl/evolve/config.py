@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from visrl.box import CropRule
 from visrl.config import CONFIGS, Config, OneOrMore, SourceConfig
+from visrl.evolve.losers import MIN_DIFFERENCE, Losers
 from visrl.evolve.pairs import FilterSettings, Rule
 from visrl.rewards.open import CriticConfig
 from visrl.rollout.diversity import TRIGGER
@@ -48,6 +49,8 @@ class SamplingConfig(CriticConfig, QuestionsConfig):
 
     rounds: int = Field(5, ge=1)
     """N of Algorithm 1; a round is two boxes. The released code uses 3."""
+    answers: int = Field(1, ge=1)
+    """M: answers sampled from the crop of each box. `critic: outcome` scores the box by them."""
     temperature: float = Field(1.0, ge=0)
     """The paper names none and the released code samples at 2; docs/EVOLVE.md says what was tried."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -79,9 +82,26 @@ class RuleConfig(Config):
     t_min: float = Field(0.2, ge=0, le=1)
     use_box_critic: bool = True
     """False is the paper's ablation: answers alone decide. `critic.box` is the same key."""
+    losers: Losers = "paper"
+    """Which box is rejected: "paper", by the rule above; "own", the worst of the policy's own boxes; "random", one of
+    the diversity controller's. Of the latter two the winner is the best of the policy's own."""
+    min_difference: float | None = Field(None, gt=0, le=1)
+    """Of losers: own and random, how much better the chosen box or answer must have scored; 0.5 by default."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> RuleConfig:
+        if self.losers == "paper":
+            if self.min_difference is not None:
+                raise ValueError("min_difference: losers=paper goes by t_max and t_min; set losers to own or random")
+            return self
+        for key in ("rule", "t_max", "t_min", "use_box_critic"):
+            if getattr(self, key) != RuleConfig.model_fields[key].default:
+                raise ValueError(f"{key}: losers={self.losers} compares box scores by min_difference; leave it out")
+        return self
 
     def filter_settings(self) -> FilterSettings:
-        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic)
+        apart = MIN_DIFFERENCE if self.min_difference is None else self.min_difference
+        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic, self.losers, apart)
 
 
 class FilterConfig(RuleConfig, QuestionsConfig):
@@ -139,6 +159,12 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig, StagesConfig):
     """Held-out questions on which every checkpoint is scored; None: no evaluation."""
     eval_samples: int | None = Field(None, ge=1)
     output_dir: Path
+
+    @model_validator(mode="after")
+    def _random_boxes(self) -> EvolveConfig:
+        if self.losers == "random" and not self.diversity:
+            raise ValueError("losers=random takes the diversity controller's boxes, and diversity=false draws none")
+        return self
 
 
 class DemoConfig(StagesConfig):

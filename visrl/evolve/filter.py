@@ -14,7 +14,9 @@ from visrl.data.native import read_records
 from visrl.data.sources import hash_source
 from visrl.evolve.config import FilterConfig
 from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
-from visrl.evolve.pairs import Filtered, Judged, Pair, make_pairs
+from visrl.evolve.losers import Judged
+from visrl.evolve.pairs import Filtered, Pair, make_pairs
+from visrl.evolve.tokens import add_tokens, all_sampled
 from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
 from visrl.records import Place, Record, RecordError, Trajectory, Verdict, write_records
 
@@ -35,8 +37,9 @@ def filter_pairs(config: FilterConfig | str | Path | None = None, /, **keys: Any
         keys: keys of `FilterConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        Counts: `questions`, `kept`, `dropped_by_reason`, and `boxes` (how winner and loser stand to the true box, where
-        that is known; P is IoU > 0.5).
+        Counts: `questions`, `kept`, `dropped_by_reason`, `answer_pairs` (and how many of them over another crop than
+        the winner's), `boxes` (how winner and loser stand to the true box, where that is known; P is IoU > 0.5), and
+        `sampled_tokens_per_pair` (None: the generation did not count).
 
     Raises:
         RecordError: files that are missing, unfinished or not of the data set.
@@ -66,7 +69,7 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     # What becomes a preference has never seen a true box.
     samples = [replace(sample, box=None) for sample in with_boxes]
     result = make_pairs(samples, _all(Trajectory, files[0]), _all(Verdict, files[1]), config.filter_settings())
-    counts = count_pairs(result, truth)
+    counts = {**count_pairs(result, truth), "sampled_tokens_per_pair": _tokens_per_pair(config.input_dir, result.kept)}
     if not done:
         write_records(config.output_dir / PREFERENCES, result.preferences)
         if config.pictures:
@@ -77,9 +80,19 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
         write_manifest(config.output_dir, verb="filter", config=identity, parents=parents, counts=counts)
     reasons = ", ".join(f"{count} {name}" for name, count in counts["dropped_by_reason"].items()) or "none dropped"
     print(f"{result.kept} pairs of {result.questions} questions ({reasons}) → {config.output_dir}")
+    other = counts["answer_pairs_of_another_crop"]
+    print(f"{counts['answer_pairs']} with a pair of answers" + (f", {other} over another own crop" if other else ""))
+    if counts["sampled_tokens_per_pair"] is not None:
+        print(f"{counts['sampled_tokens_per_pair']:,} tokens sampled per pair")
     if counts["boxes"]:
         print("\n".join(table_lines(counts["boxes"])))
     return counts
+
+
+def _tokens_per_pair(folders: Sequence[Path], pairs: int) -> float | None:
+    """What was sampled for one pair: boxes, answers and a critic's replies; None where it is not known, or no pair."""
+    sampled = all_sampled(add_tokens(read_manifest(folder) or {} for folder in folders))
+    return round(sampled / pairs, 1) if sampled is not None and pairs else None
 
 
 def count_pairs(result: Filtered, truth: dict[Place, Box]) -> dict[str, Any]:
@@ -88,6 +101,10 @@ def count_pairs(result: Filtered, truth: dict[Place, Box]) -> dict[str, Any]:
         "questions": result.questions,
         "kept": result.kept,
         "dropped_by_reason": dict(sorted(result.dropped.items())),
+        "answer_pairs": sum(pair.answered is not None for pair in result.pairs),
+        "answer_pairs_of_another_crop": sum(
+            pair.answered is not None and pair.answered is not pair.winner[0] for pair in result.pairs
+        ),
         "boxes": count_kinds(result.pairs, truth),
     }
 

@@ -19,6 +19,7 @@ from visrl.engines.base import Policy
 from visrl.engines.open import opened_policy
 from visrl.evolve.batches import PREFIX, SetAside, clear_aside, keep_whole_batches, set_aside, shard_of
 from visrl.evolve.config import GenerateConfig, SamplingConfig
+from visrl.evolve.tokens import TOKENS, format_tokens, judge_counted, roll_out_counted, total_tokens
 from visrl.failures import Tally, is_failure
 from visrl.manifest import (
     claim_folder,
@@ -32,7 +33,8 @@ from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict
 from visrl.redact import without_secrets
 from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_failure
 from visrl.rewards.open import NOT_IDENTITY, Grading, critic_hash, opened_critic
-from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.rewards.outcome import OutcomeCritic
+from visrl.rollout.rollout import RolloutSettings
 from visrl.sequences import batched
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
@@ -49,8 +51,9 @@ def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) 
         keys: keys of `GenerateConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order, and
-        manifest. Boxes are fractions of the image; scores are in [0, 1], None where none could be read.
+        `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order,
+        `tokens.jsonl` (what each batch cost), and manifest. Boxes are fractions of the image; scores are in [0, 1],
+        None where none could be read.
 
     Raises:
         ConfigError: an unknown key, or no critic for these samples.
@@ -82,7 +85,7 @@ def _generate(config: GenerateConfig) -> Path:
             "crop_rule": models.crop_rule,
             "critic": models.critic.name,
             "requests": models.requests,
-            "prefilled_tokens": getattr(models.policy, "prefilled_tokens", None),
+            **total_tokens(config.output_dir / TOKENS, len(parts)),
             "seconds": round(time.time() - started, 1),
             "seed": config.seed,
         }
@@ -91,6 +94,7 @@ def _generate(config: GenerateConfig) -> Path:
     clear_aside(config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS)
     made = f"{facts['questions']} questions, {facts['trajectories']} trajectories"
     print(f"{made}: {format_counts(counts)} → {config.output_dir}")
+    print(format_tokens(facts))
     for role, ended in models.requests.items():
         print(f"requests to the {role}: {format_counts(Counter(ended))}")
     return config.output_dir
@@ -114,7 +118,7 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models:
     total = sum(map(len, parts)) * per_sample
     again = SetAside(Trajectory, tried, lambda t: is_failure(t.error))
     again_verdicts = SetAside(Verdict, judged, lambda v: critic_failure(v) is not None)
-    with Journal(tried) as tries, Journal(judged) as verdicts:
+    with Journal(tried) as tries, Journal(judged) as verdicts, Journal(config.output_dir / TOKENS) as costs:
         settings = rollout_settings(config, models)
         earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
         for number, part in enumerate(progress(parts, "generate", units="batches")):
@@ -125,7 +129,10 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models:
                 rolled = list(islice(earlier, size))
                 _check_same(tried, part, rolled, per_sample)
             else:
-                rolled = sound or roll_out(models.policy, part, settings, config.image_root)
+                rolled = sound
+                if not sound:
+                    rolled, cost = roll_out_counted(models.policy, part, settings, config.image_root)
+                    costs.append([{"batch": number, **cost}])
                 _check_same(tried, part, rolled, per_sample)
                 tries.append(rolled)
             if number < seen:
@@ -134,7 +141,9 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models:
                 said = sound_verdicts
                 verdicts.append(said)
             else:
-                said = models.critic.judge([sample for sample in part for _ in range(per_sample)], rolled)
+                asked = [sample for sample in part for _ in range(per_sample)]
+                said, cost = judge_counted(models.critic, asked, rolled)
+                costs.append([{"batch": number, **cost}])
                 verdicts.append(said)
             counts.update(count_trajectories(rolled))
             counts.update(count_verdicts(said))
@@ -201,11 +210,10 @@ class PolicyAndCritic:
             "policy": self.policy,
             "critic": self.critic.engine if isinstance(self.critic, ModelCritic) else None,
         }
-        return {
-            role: dict(sorted(engine.client.counts.items()))
-            for role, engine in engines.items()
-            if isinstance(engine, EndpointEngine)
-        }
+        clients = {role: engine.client for role, engine in engines.items() if isinstance(engine, EndpointEngine)}
+        if isinstance(self.critic, OutcomeCritic) and self.critic.client is not None:
+            clients["critic"] = self.critic.client
+        return {role: dict(sorted(client.counts.items())) for role, client in clients.items()}
 
 
 @contextmanager
@@ -235,6 +243,7 @@ def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> Rollout
         diversity=config.diversity,
         crop_rule=models.crop_rule,
         seed=config.seed,
+        answers=config.answers,
     )
 
 

@@ -28,7 +28,7 @@ from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
-from visrl.rewards.open import NOT_IDENTITY, critic_kind, critic_name
+from visrl.rewards.open import NOT_IDENTITY, asks_model, critic_kind, critic_name
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
@@ -101,13 +101,17 @@ def plan(config: EvolveConfig) -> list[str]:
     samples = generation_questions(_generation(config, 0, config.model_name_or_path))
     tries = 2 * config.rounds * len(samples)
     critic = critic_name(config, samples)
-    asks = critic_kind(config, samples) == "model"
-    asked = f", up to {(1 + config.use_box_critic) * tries} questions to the critic" if asks else ""
+    about_boxes = config.use_box_critic and critic_kind(config, samples) == "model"
+    asks = (about_boxes + config.answers) * tries if asks_model(config, samples) else 0
+    asked = f", up to {asks} questions to the critic" if asks else ""
+    answers = f", {config.answers} answers from each crop" if config.answers > 1 else ""
     lines = [
         f"start {config.model_name_or_path}; critic {critic}; {config.iterations} iterations → {config.output_dir}",
-        f"each: {len(samples)} questions × {config.rounds} rounds × 2 = {tries} tries{asked}; rule {config.rule!r}, "
-        f"box critic {_on(config.use_box_critic)}, diversity controller {_on(config.diversity)}",
+        f"each: {len(samples)} questions × {config.rounds} rounds × 2 = {tries} tries{answers}{asked}; "
+        f"{_rule(config)}, diversity controller {_on(config.diversity)}",
     ]
+    if config.losers == "own" and config.diversity:
+        lines.append("its random boxes are left out of pairs of the policy's own; diversity=false saves their cost")
     for number in range(config.iterations):
         if number:
             generation_questions(_generation(config, number, config.model_name_or_path))
@@ -287,6 +291,13 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
     if config.chosen_only:
         values |= {"pref_loss": "sft", "pref_ftx": 0.0}
     return build_config(TrainConfig, values, where=str(config.train_config))
+
+
+def _rule(config: EvolveConfig) -> str:
+    settings = config.filter_settings()
+    if settings.losers == "paper":
+        return f"losers 'paper', rule {settings.rule!r}, box critic {_on(settings.use_box_critic)}"
+    return f"losers {settings.losers!r}, worse by {settings.min_difference:g}"
 
 
 def _on(switch: bool) -> str:

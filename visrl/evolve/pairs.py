@@ -1,4 +1,4 @@
-"""From verdicts to preferences: the filter of VisRL's Algorithm 1, and the released code's, by name.
+"""From verdicts to preferences: the filter of VisRL's Algorithm 1, the released code's, and others of losers.py.
 
 A question gives a pair only if it has a winner and a loser; every question that gives none is counted with its reason.
 """
@@ -11,30 +11,37 @@ from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from typing import Literal
 
+from visrl.evolve.losers import MIN_DIFFERENCE, Contrast, Judged, Losers, answer_contrast, pick_apart
 from visrl.prompts import answer_prompt, focus_prompt
 from visrl.records import Picture, Place, Preference, RecordError, Sample, Trajectory, Verdict
 
 Rule = Literal["paper", "released"]
-Judged = tuple[Trajectory, Verdict]
 
 
 @dataclass(frozen=True, slots=True)
 class FilterSettings:
-    """Thresholds of the filter. `use_box_critic=False` is the paper's ablation: the answer's score decides alone."""
+    """Thresholds of the filter. `use_box_critic=False` is the paper's ablation: the answer's score decides alone.
+
+    `rule` and its thresholds are those of `losers="paper"`; the other losers need `min_difference` only.
+    """
 
     t_max: float = 0.8
     t_min: float = 0.2
     rule: Rule = "paper"
     use_box_critic: bool = True
+    losers: Losers = "paper"
+    min_difference: float = MIN_DIFFERENCE
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A kept question with its winner and its loser."""
+    """A kept question with its winner and its loser, and the trajectory over whose crop its answers are compared (None:
+    they are not)."""
 
     sample: Sample
     winner: Judged
     loser: Judged
+    answered: Trajectory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +125,27 @@ def _settle(result: Filtered, sample: Sample, judged: list[Judged], settings: Fi
         ends = (max(read, key=_sum), min(read, key=_sum))
         result.missed.append(Miss(sample, picked, ends if ends[0] is not ends[1] else ends[:1]))
         return
-    winner, loser = (next(pair for pair in judged if pair[0] is trajectory) for trajectory in picked)
-    result.pairs.append(Pair(sample, winner, loser))
-    result.preferences += preferences_of(sample, *picked)
+    winner, loser = picked
+    if settings.losers == "paper":
+        answers = _paper_answers(winner[0], loser[0])
+    else:
+        answers = answer_contrast(judged, winner, settings.min_difference)
+    result.pairs.append(Pair(sample, winner, loser, answers.tried if answers else None))
+    result.preferences += preferences_of(sample, winner[0], loser[0], answers)
 
 
 def _sum(judged: Judged) -> float:
     return (judged[1].box_score or 0.0) + (judged[1].answer_score or 0.0)
 
 
-def pick(judged: Sequence[Judged], settings: FilterSettings) -> tuple[Trajectory, Trajectory] | str:
+def pick(judged: Sequence[Judged], settings: FilterSettings) -> tuple[Judged, Judged] | str:
     """Winner and loser among a question's trajectories, or why there are none."""
     if not judged:
         return "not_generated"
     if all(trajectory.error is not None for trajectory, _ in judged):
         return "every_try_failed"
+    if settings.losers != "paper":
+        return pick_apart(judged, settings.losers, settings.min_difference)
     read = [pair for pair in judged if _is_read(pair, settings)]
     if not read:
         return "nothing_readable"
@@ -143,12 +156,12 @@ def pick(judged: Sequence[Judged], settings: FilterSettings) -> tuple[Trajectory
         return "no_winner"
     if loser is None:
         return "no_loser"
-    if winner.box_text == loser.box_text:
+    if winner[0].box_text == loser[0].box_text:
         return "same_box"
     return winner, loser
 
 
-def _pick_paper(read: Sequence[Judged], settings: FilterSettings) -> tuple[Trajectory | None, Trajectory | None]:
+def _pick_paper(read: Sequence[Judged], settings: FilterSettings) -> tuple[Judged | None, Judged | None]:
     """Arg-max of both scores among those that pass both, arg-min among those that fail both.
 
     The paper does not say how the two scores are combined; here: by their sum, then the answer's, then the first.
@@ -157,15 +170,15 @@ def _pick_paper(read: Sequence[Judged], settings: FilterSettings) -> tuple[Traje
     losses = [p for p in read if _box(p, settings, 0.0) < settings.t_min and _answer(p) < settings.t_min]
     best = max(wins, key=lambda p: (_box(p, settings, 1.0) + _answer(p), _answer(p)), default=None)
     worst = min(losses, key=lambda p: (_box(p, settings, 0.0) + _answer(p), _answer(p)), default=None)
-    return best[0] if best else None, worst[0] if worst else None
+    return best, worst
 
 
-def _pick_released(read: Sequence[Judged], settings: FilterSettings) -> tuple[Trajectory | None, Trajectory | None]:
+def _pick_released(read: Sequence[Judged], settings: FilterSettings) -> tuple[Judged | None, Judged | None]:
     """The released code's order: the best and the worst answer first, and only then their boxes (≤ for losers)."""
     best, worst = max(read, key=_answer), min(read, key=_answer)
     wins = _answer(best) >= settings.t_max and _box(best, settings, 1.0) >= settings.t_max
     loses = _answer(worst) <= settings.t_min and _box(worst, settings, 0.0) <= settings.t_min
-    return best[0] if wins else None, worst[0] if loses else None
+    return best if wins else None, worst if loses else None
 
 
 def _is_read(judged: Judged, settings: FilterSettings) -> bool:
@@ -188,17 +201,19 @@ def _answer(judged: Judged) -> float:
     return judged[1].answer_score
 
 
-def preferences_of(sample: Sample, winner: Trajectory, loser: Trajectory) -> list[Preference]:
-    """The box preference, and the answer preference where the answers differ.
-
-    Both answers are given the crop of the *chosen* box (the paper's x̂).
-    """
-    whole = Picture(sample.image, size=sample.size)
-    rows = [Preference(sample.id, "box", focus_prompt(sample.question), (whole,), winner.box_text, loser.box_text)]
+def _paper_answers(winner: Trajectory, loser: Trajectory) -> Contrast | None:
+    """Both answers given the crop of the *chosen* box (the paper's x̂), where they differ."""
     assert winner.answer is not None
     assert loser.answer is not None
-    if winner.answer != loser.answer:
-        pictures = (whole, Picture(sample.image, winner.box, sample.size))
+    return Contrast(winner, winner.answer, loser.answer) if winner.answer != loser.answer else None
+
+
+def preferences_of(sample: Sample, winner: Trajectory, loser: Trajectory, answers: Contrast | None) -> list[Preference]:
+    """The box preference, and the answer preference where there are two answers to compare."""
+    whole = Picture(sample.image, size=sample.size)
+    rows = [Preference(sample.id, "box", focus_prompt(sample.question), (whole,), winner.box_text, loser.box_text)]
+    if answers is not None:
+        pictures = (whole, Picture(sample.image, answers.tried.box, sample.size))
         prompt = answer_prompt(sample.question)
-        rows.append(Preference(sample.id, "answer", prompt, pictures, winner.answer, loser.answer))
+        rows.append(Preference(sample.id, "answer", prompt, pictures, answers.right, answers.wrong))
     return rows

@@ -15,7 +15,8 @@ from visrl.records import place_name, write_text
 from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
 
 if TYPE_CHECKING:
-    from visrl.evolve.pairs import Filtered, Judged
+    from visrl.evolve.losers import Judged
+    from visrl.evolve.pairs import Filtered
     from visrl.records import Place, Sample
 
 WINNER_COLOUR, LOSER_COLOUR = LAST_COLOUR, FIRST_COLOUR
@@ -85,7 +86,7 @@ def _card(
         shown.append(
             Try(
                 label,
-                trajectory.answer if trajectory.answer is not None else "",
+                " · ".join(trajectory.all_answers),
                 verdict.box_score,
                 verdict.answer_score,
                 trajectory.origin,

@@ -20,6 +20,7 @@ from visrl.evolve.generate import (
     generation_identity,
     generation_questions,
 )
+from visrl.evolve.tokens import add_tokens
 from visrl.manifest import claim_folder, hold, is_complete, read_manifest, write_manifest
 from visrl.records import RecordError
 
@@ -79,7 +80,7 @@ def _merge_shards(folders: Sequence[Path], out: Path) -> Path:
         key: sum(manifest[key] for manifest in found) for key in ("questions", "trajectories", "seconds")
     }
     same = {key: found[0][key] for key in ("crop_rule", "critic", "seed")}
-    facts |= {"counts": dict(counts), "requests": requests}
+    facts |= {"counts": dict(counts), "requests": requests, **add_tokens(found)}
     write_manifest(out, verb="generate", config=identity, parents=found[0]["parents"], **facts, **same)
     print(f"{len(folders)} shards, {facts['questions']} questions: {format_counts(counts)} → {out}")
     return out

@@ -2,6 +2,7 @@
 
 open            the table of critics, and which one a config means
 critic          critics: the oracle of drawn scenes, and a model that is asked for scores
+outcome         a box is as good as the answers from its crop: critic: outcome, and what grades them
 grader          a grader of your own, module:function
 judge           judging answers with a language model
 reply_scores    the score in a critic's or judge's reply

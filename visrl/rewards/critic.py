@@ -1,4 +1,4 @@
-"""Critics: one score for the box, one for the answer, each in [0, 1] or None where none could be read.
+"""Critics: one score for the box, one for each answer, in [0, 1] or None where none could be read.
 
 A critic sees the question, the image, the crop window, the reference answer and the answer; never a true box. The
 oracle for drawn scenes knows what is drawn and judges exactly; for everything else a model is asked.
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from visrl.box import Box, CropRule, Size, crop_window
 from visrl.conversation import Conversation, Message, PromptError, View, crop_view, open_view
@@ -34,6 +34,11 @@ class Critic(Protocol):
 
     name: str
 
+    @property
+    def sampled_tokens(self) -> int:
+        """What models have written for it so far; 0 where none is asked."""
+        ...
+
     def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """One verdict per trajectory, in order; `samples` holds the sample of each."""
         ...
@@ -48,6 +53,7 @@ class SceneOracle:
     """
 
     name = "oracle"
+    sampled_tokens = 0
 
     def __init__(self, shown_size: Callable[[Size], Size], crop_rule: CropRule = "exact") -> None:
         self.shown_size = shown_size  # the size in pixels at which a crop of some size is shown
@@ -58,9 +64,9 @@ class SceneOracle:
 
     def _judge(self, sample: Sample, trajectory: Trajectory) -> Verdict:
         if trajectory.box is None or trajectory.answer is None:
-            return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
-        box, answer = self.box_score(sample, trajectory.box), exact_match(trajectory.answer, [sample.answer])
-        return _verdict(trajectory, box, answer)
+            return without_scores(trajectory)
+        answers = [exact_match(answer, [sample.answer]) for answer in trajectory.all_answers]
+        return verdict_of(trajectory, self.box_score(sample, trajectory.box), answers)
 
     def box_score(self, sample: Sample, box: Box) -> float:
         """How well the crop of `box` lets the question be answered, in [0, 1].
@@ -81,8 +87,15 @@ class SceneOracle:
         return _share(tag.content, window) * legible * (0.5 + 0.5 * _share(tag.box, window))
 
 
-def _verdict(tried: Trajectory, box: float | None, answer: float | None, raw: str = "") -> Verdict:
-    return Verdict(tried.sample_id, tried.round, tried.branch, box, answer, raw, tried.repeat)
+def verdict_of(tried: Trajectory, box: float | None, answers: Sequence[float | None], raw: str = "") -> Verdict:
+    """The verdict on a trajectory, from the score of its box and of each of its answers."""
+    several = tuple(answers) if len(answers) > 1 else ()
+    return Verdict(tried.sample_id, tried.round, tried.branch, box, answers[0], raw, tried.repeat, several)
+
+
+def without_scores(tried: Trajectory) -> Verdict:
+    """The verdict on a trajectory that has no box or no answer."""
+    return verdict_of(tried, None, [None], tried.error or "nothing to judge")
 
 
 def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:
@@ -133,6 +146,7 @@ class ModelCritic:
         self.max_tokens = max_tokens
         self.score_boxes = score_boxes
         self.seed = seed
+        self.sampled_tokens = 0
 
     def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
         wholes: dict[Picture, View] = {}
@@ -141,11 +155,12 @@ class ModelCritic:
         for sample, trajectory in zip(samples, trajectories, strict=True):
             if trajectory.box is None or trajectory.answer is None:
                 continue
-            keys = _keys(sample, trajectory.box, trajectory.answer)
-            try:
-                self._put(keys, sample, trajectory.box, trajectory.answer, wholes, talks)
-            except (ImageError, PromptError) as error:  # one that cannot be shown stops no other
-                refused |= dict.fromkeys(keys, Opinion(error=str(error)))
+            for answer in trajectory.all_answers:
+                keys = _keys(sample, trajectory.box, answer)
+                try:
+                    self._put(keys, sample, trajectory.box, answer, wholes, talks)
+                except (ImageError, PromptError) as error:  # one that cannot be shown stops no other
+                    refused |= dict.fromkeys(keys, Opinion(error=str(error)))
         opinions = self._ask(talks) | refused
         return [self._verdict(*pair, opinions) for pair in zip(samples, trajectories, strict=True)]
 
@@ -174,6 +189,7 @@ class ModelCritic:
             completions = self.engine.complete([talks[key] for key in waiting], sampling, seeds)
             for key, (completion,) in zip(waiting, completions, strict=True):
                 opinion = opinions[key]
+                self.sampled_tokens += completion.tokens
                 if completion.text is None:
                     opinion.error = completion.error or "no text"
                 else:
@@ -187,11 +203,11 @@ class ModelCritic:
 
     def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[OpinionKey, Opinion]) -> Verdict:
         if trajectory.box is None or trajectory.answer is None:
-            return _verdict(trajectory, None, None, trajectory.error or "nothing to judge")
-        box_key, answer_key = _keys(sample, trajectory.box, trajectory.answer)
-        box, answer = opinions.get(box_key), opinions[answer_key]
-        raw = {"box": box and _to_record(box), "answer": _to_record(answer)}
-        return _verdict(trajectory, box.score if box else None, answer.score, json.dumps(raw, ensure_ascii=False))
+            return without_scores(trajectory)
+        keys = [_keys(sample, trajectory.box, answer) for answer in trajectory.all_answers]
+        box, answers = opinions.get(keys[0][0]), [opinions[answer_key] for _, answer_key in keys]
+        scores = [answer.score for answer in answers]
+        return verdict_of(trajectory, box.score if box else None, scores, told(box, answers))
 
 
 def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
@@ -201,18 +217,19 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     for verdict in verdicts:
-        scores = {"box": verdict.box_score, "answer": verdict.answer_score}
         opinions = _read_raw(verdict.raw)
         if opinions is None:
             counts["judged" if verdict.answer_score is not None else "not judged"] += 1
             continue
         counts["judged"] += 1
-        for what, opinion in opinions.items():
+        parts = ["box", *("answer" for _ in opinions[1:])]
+        scores = [verdict.box_score, *verdict.all_scores]
+        for what, score, opinion in zip(parts, scores, opinions, strict=True):
             if opinion is None:
                 continue
             if opinion["error"] is not None:
                 counts[f"failed {what} score"] += 1
-            elif scores[what] is None:
+            elif score is None:
                 counts[f"unread {what} score"] += 1
             counts["asked again"] += max(0, len(opinion["replies"]) - 1)
     return +counts
@@ -220,17 +237,23 @@ def count_verdicts(verdicts: Iterable[Verdict]) -> Counter[str]:
 
 def critic_failure(verdict: Verdict) -> str | None:
     """Why a model critic gave no reply about a trajectory, where it gave none; an unread reply is no failure."""
-    opinions = _read_raw(verdict.raw) or {}
-    return next((str(one["error"]) for one in opinions.values() if one and one["error"] is not None), None)
+    opinions = _read_raw(verdict.raw) or []
+    return next((str(one["error"]) for one in opinions if one and one["error"] is not None), None)
 
 
-def _to_record(opinion: Opinion) -> dict[str, object]:
-    return {"replies": opinion.replies, "error": opinion.error}
+def told(box: Opinion | None, answers: Sequence[Opinion]) -> str:
+    """What models replied about a trajectory, as its verdict keeps it; `box` is None where they were not asked."""
+    first, *more = ({"replies": one.replies, "error": one.error} for one in answers)
+    said: dict[str, Any] = {"box": box and {"replies": box.replies, "error": box.error}, "answer": first}
+    return json.dumps(said | ({"more answers": more} if more else {}), ensure_ascii=False)
 
 
-def _read_raw(raw: str) -> dict[str, dict[str, list[str]] | None] | None:
-    """What a model critic wrote into a verdict, or None where another critic wrote it."""
-    return json.loads(raw) if raw.startswith('{"box": ') else None
+def _read_raw(raw: str) -> list[dict[str, Any] | None] | None:
+    """What a model replied about the box and about each answer, or None where another critic wrote the verdict."""
+    if not raw.startswith('{"box": '):
+        return None
+    said = json.loads(raw)
+    return [said["box"], said["answer"], *said.get("more answers", [])]
 
 
 def _keys(sample: Sample, box: Box, answer: str) -> tuple[OpinionKey, OpinionKey]:

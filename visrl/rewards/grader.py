@@ -7,13 +7,15 @@ in its place would be learned from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 from visrl.errors import UserError
 from visrl.plugins import raised
 from visrl.records import Sample, Trajectory, Verdict
+from visrl.rewards.critic import verdict_of, without_scores
 
 Grade = tuple[float | None, float | None]  # of the box and of the answer, each in [0, 1]; None: there is none
 Grader = Callable[[Sequence[Sample], Sequence[Trajectory]], Sequence[Grade]]
@@ -25,7 +27,12 @@ class GraderError(UserError, RuntimeError):
 
 
 class FunctionCritic:
-    """A grader as a critic. It is asked about trajectories that have a box and an answer; others get no scores."""
+    """A grader as a critic. It is asked about trajectories that have a box and an answer; others get no scores.
+
+    One with several answers is shown it once for each, in one call; its box has the score that came with the first.
+    """
+
+    sampled_tokens = 0
 
     def __init__(self, name: str, grader: Grader) -> None:
         self.name = name
@@ -38,15 +45,20 @@ class FunctionCritic:
             GraderError: as `grade`.
         """
         whole = [tried.box is not None and tried.answer is not None for tried in trajectories]
-        pairs = [pair for pair, has in zip(zip(samples, trajectories, strict=True), whole, strict=True) if has]
-        grades = iter(grade(self.name, self.grader, [one for one, _ in pairs], [one for _, one in pairs]))
-        return [
-            Verdict(
-                tried.sample_id, tried.round, tried.branch, *(next(grades) if has else (None, None)),
-                "" if has else tried.error or "nothing to judge", tried.repeat,
-            )
-            for tried, has in zip(trajectories, whole, strict=True)
-        ]  # fmt: skip
+        shown = [
+            (sample, tried if not tried.answers else replace(tried, answer=answer, answers=()))
+            for sample, tried, has in zip(samples, trajectories, whole, strict=True)
+            if has
+            for answer in tried.all_answers
+        ]
+        grades = iter(grade(self.name, self.grader, [one for one, _ in shown], [one for _, one in shown]))
+        return [self._verdict(tried, grades) if has else without_scores(tried)
+                for tried, has in zip(trajectories, whole, strict=True)]  # fmt: skip
+
+    @staticmethod
+    def _verdict(tried: Trajectory, grades: Iterator[Grade]) -> Verdict:
+        own = [next(grades) for _ in tried.all_answers]
+        return verdict_of(tried, own[0][0], [score for _, score in own])
 
 
 def grade(name: str, grader: Grader, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Grade]:

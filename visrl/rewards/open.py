@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from visrl.box import CropRule
 from visrl.config import ConfigError
@@ -43,12 +43,20 @@ def _known_critic(name: str) -> str:
     return name
 
 
+# What `critic: outcome` grades answers by: metrics of rewards/metrics.py, and a model.
+AnswerGrader = Literal["exact", "relaxed", "vqa", "anls", "judge"]
+MODEL_KEYS = ("critic_model_name_or_path", "critic_url", "critic_served_name", "critic_request")
+
+
 class CriticConfig(PolicyConfig):
     """The keys that say which critic scores what the policy does, beside those of the policy."""
 
     critic: Annotated[str, AfterValidator(_known_critic)] = "auto"
-    """"oracle" knows what is drawn; "model" asks a model; "auto" is the oracle for drawn scenes, else a model;
-    `module:function` is a grader of one's own (see docs/EVOLVE.md)."""
+    """"oracle" knows what is drawn; "model" asks a model; "outcome" scores a box by the answers sampled from its crop;
+    "auto" is the oracle for drawn scenes, else a model; `module:function` is a grader of one's own (see
+    docs/EVOLVE.md)."""
+    grader: AnswerGrader | None = None
+    """Of critic: outcome, what says that an answer is right: a metric ("exact" by default), or "judge", a model."""
     critic_model_name_or_path: str | None = None
     """By default the original base model (the paper's choice): what the policy was first trained from."""
     critic_url: ServerUrls = ()
@@ -56,11 +64,26 @@ class CriticConfig(PolicyConfig):
     critic_request: RequestConfig = Field(default_factory=RequestConfig)
     """How requests to the critic's servers are put: `{max_tokens_key: …, extra_body: …}`, as above for the policy."""
     critic_attempts: int = Field(3, ge=1)
-    """How often a critic is asked until its reply can be read: first greedily, then with sampling."""
+    """How often a critic is asked until its reply can be read: first greedily, then with sampling. A judge is asked
+    once."""
     critic_max_tokens: int = Field(64, ge=1)
     """The most that a critic may write; raise it for one that thinks aloud first."""
     use_box_critic: bool = True
     """False is the paper's ablation: the critic is not asked about boxes. `critic.box` is the same key."""
+
+    @model_validator(mode="after")
+    def _graded(self) -> CriticConfig:
+        if self.critic != "outcome":
+            if self.grader is not None:
+                raise ValueError(f"grader: critic={self.critic} grades no answers by it; set critic: outcome")
+            return self
+        judged = self.grader == "judge"
+        unused = ("critic_attempts",) if judged else ("critic_attempts", "critic_max_tokens", *MODEL_KEYS)
+        for key in unused:
+            if getattr(self, key) != CriticConfig.model_fields[key].get_default(call_default_factory=True):
+                remedy = "a judge is asked once" if judged else "only grader: judge asks a model"
+                raise ValueError(f"{key}: {remedy}; leave it out")
+        return self
 
 
 # Keys that change where and how patiently the work is done, and not what comes of it.
@@ -77,13 +100,21 @@ def critic_kind(config: CriticConfig, samples: Sequence[Sample]) -> str:
 
 
 def critic_name(config: CriticConfig, samples: Sequence[Sample]) -> str:
-    """The critic that a config means for these samples: "oracle", the path or name of a model, or `module:function`.
+    """The critic that a config means for these samples: "oracle", the path or name of a model, `module:function`, or
+    "outcome" with its grader, a judge by the path or name of its model.
 
     Raises:
         ConfigError: the original base model cannot be found.
     """
     kind = critic_kind(config, samples)
+    if kind == "outcome":
+        return f"outcome:{_model_name(config) if config.grader == 'judge' else config.grader or 'exact'}"
     return _model_name(config) if kind == "model" else kind
+
+
+def asks_model(config: CriticConfig, samples: Sequence[Sample]) -> bool:
+    """Whether the critic that a config means for these samples is a model, or asks one."""
+    return critic_kind(config, samples) == "model" or config.grader == "judge"
 
 
 def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
@@ -93,6 +124,8 @@ def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
         ConfigError: the original base model, or the module of a grader, cannot be found.
     """
     name = critic_name(config, samples)
+    if config.grader == "judge":
+        return f"outcome:{hash_checkpoint(_model_name(config))}"
     if not is_plugin(critic_kind(config, samples)):
         return hash_checkpoint(name)
     load_plugin(name, "critic")
@@ -196,6 +229,29 @@ def _model(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
 
 
 @contextmanager
+def _outcome(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+    from visrl.rewards.judge import client_asker, engine_asker
+    from visrl.rewards.outcome import Judge, OutcomeCritic, metric_grader
+
+    boxes = config.use_box_critic
+    if config.grader != "judge":
+        metric = config.grader or "exact"
+        yield OutcomeCritic(metric, metric_grader(metric), score_boxes=boxes)
+        return
+    name, room = _model_name(config), config.critic_max_tokens
+    if not config.critic_url:
+        with _opened_engine(config, name, grading.policy) as engine:
+            yield OutcomeCritic(name, Judge(engine_asker(engine), name, room), score_boxes=boxes)
+        return
+    from visrl.engines.client import Client
+
+    endpoint = endpoint_of(config.critic_url, name, config.critic_request, **config.patience)
+    with closing(Client(endpoint)) as client:
+        judge = Judge(client_asker(client), name, room)
+        yield OutcomeCritic(name, judge, score_boxes=boxes, client=client)
+
+
+@contextmanager
 def _opened_engine(config: CriticConfig, name: str, opened: OpenedPolicy) -> Iterator[Engine]:
     """The engine of the model that is the critic: the policy's own where it is the same model in this process."""
     from visrl.engines.local import LocalEngine
@@ -233,4 +289,5 @@ def opened_judge(name: str, urls: Sequence[str], request: RequestConfig, **patie
 CRITICS: dict[str, Callable[[CriticConfig, Grading], AbstractContextManager[Critic]]] = {
     "oracle": _oracle,
     "model": _model,
+    "outcome": _outcome,
 }

@@ -1,4 +1,4 @@
-"""Sampled rollouts in batches: N rounds of two looks at each question, as in Algorithm 1 of VisRL.
+"""Sampled rollouts in batches: N rounds of two looks at each question, as in Algorithm 1 of VisRL, M answers to each.
 
 The steps are those of steps.py; here the policy is asked for many at a time. A rollout that fails is a record with its
 error, `picture` (it cannot be opened) or `prompt` beside those of `Look`. Nothing here scores: see rewards/.
@@ -6,7 +6,8 @@ error, `picture` (it cannot be opened) or `prompt` beside those of `Look`. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from visrl.box import Box, BoxError, CropRule, Size
 from visrl.codecs import Codec
 from visrl.config import ConfigError
 from visrl.conversation import Conversation, PromptError, View, open_view
-from visrl.engines.base import Policy, Sampling, seed_of
+from visrl.engines.base import Completion, Policy, Sampling, seed_of
 from visrl.images import ImageError
 from visrl.records import Picture, Sample, Trajectory
 from visrl.rollout.diversity import TRIGGER, needs_replacing, random_box_apart
@@ -28,7 +29,7 @@ Refusal = ImageError | PromptError  # why a question cannot be asked
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """How rollouts are sampled: N rounds of two branches each, as in Algorithm 1.
+    """How rollouts are sampled: N rounds of two branches each, as in Algorithm 1, and `answers` from every crop.
 
     Raises:
         ConfigError: a number is outside its range.
@@ -41,10 +42,12 @@ class RolloutSettings:
     diversity: bool = True
     crop_rule: CropRule = "exact"
     seed: int = 0
+    answers: int = 1
 
     def __post_init__(self) -> None:
         ranges = {
             "rounds must be at least 1": self.rounds >= 1,
+            "answers must be at least 1": self.answers >= 1,
             "temperature must be at least 0": self.temperature >= 0,
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "trigger must be from 0 to 1": 0 <= self.trigger <= 1,
@@ -70,36 +73,51 @@ class OpenedQuestion:
 
 
 def roll_out(
-    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
+    policy: Policy,
+    samples: Sequence[Sample],
+    settings: RolloutSettings,
+    root: str | Path | None = None,
+    sampled: Counter[str] | None = None,
 ) -> list[Trajectory]:
     """All trajectories of some questions: `rounds` × 2 branches each, in order of sample, round and branch.
 
     `policy` is an engine with a codec, as `LoadedPolicy.engine`; relative paths of images start from `root`. All
-    questions are one batch. A failed rollout is a trajectory with its `error`.
+    questions are one batch. A failed rollout is a trajectory with its `error`; one of several answers that did not
+    come fails the whole. `sampled` is added how many tokens were sampled of each step ("box", "answer").
     """
+    found = sampled_looks(policy, samples, settings, root, sampled)
     return [
         _trajectory(sample, round_, branch, policy.name, looks[n] if isinstance(looks, list) else looks)
-        for sample, looks in zip(samples, sampled_looks(policy, samples, settings, root), strict=True)
+        for sample, looks in zip(samples, found, strict=True)
         for n, (round_, branch) in enumerate(settings.branches)
     ]
 
 
-def _trajectory(sample: Sample, round_: int, branch: int, engine: str, look: Look | Refusal) -> Trajectory:
-    if not isinstance(look, Look):
-        return Trajectory(sample.id, round_, branch, "", None, "sampled", None, engine, 0, failure(look), sample.repeat)
+def _trajectory(sample: Sample, round_: int, branch: int, engine: str, looks: list[Look] | Refusal) -> Trajectory:
+    if not isinstance(looks, list):
+        return Trajectory(
+            sample.id, round_, branch, "", None, "sampled", None, engine, 0, failure(looks), sample.repeat
+        )
+    look = next((one for one in looks if one.error), looks[0])
+    answers = tuple(one.answer for one in looks if one.answer is not None)
     return Trajectory(
-        sample.id, round_, branch, look.text, look.box, look.origin, look.answer, engine, look.seed, look.error,
-        sample.repeat,
+        sample.id, round_, branch, look.text, look.box, look.origin, None if look.error else look.answer, engine,
+        looks[0].seed, look.error, sample.repeat, answers if len(looks) > 1 and not look.error else (),
     )  # fmt: skip
 
 
 def sampled_looks(
-    policy: Policy, samples: Sequence[Sample], settings: RolloutSettings, root: str | Path | None = None
-) -> list[list[Look] | Refusal]:
-    """The looks at each question, in order of `settings.branches`, answered; or why it cannot be asked.
+    policy: Policy,
+    samples: Sequence[Sample],
+    settings: RolloutSettings,
+    root: str | Path | None = None,
+    sampled: Counter[str] | None = None,
+) -> list[list[list[Look]] | Refusal]:
+    """The looks at each question, in order of `settings.branches`, each once for every answer sampled from its crop; or
+    why it cannot be asked. `sampled` is added the tokens of each step.
 
-    Every completion has its own seed, named by sample, round, branch and step, so a question's looks do not depend on
-    when or with which others it is asked.
+    Every completion has its own seed, named by sample, round, branch and step (and by its number from the second answer
+    on), so a question's looks do not depend on when or with which others it is asked.
     """
     policy.forget()  # what a batch computes, and how much it keeps, shall depend on its members alone
     opened = [open_question(policy, sample, VISRL.focus, root) for sample in samples]
@@ -110,20 +128,33 @@ def sampled_looks(
     ]
     sampling = Sampling(settings.temperature, settings.top_p, VISRL.box_tokens)
     groups = look_all(policy, questions, sampling, seeds)
+    count = Counter(box=_tokens(look.box_completion for looks in groups for look in looks))
     if settings.diversity:
         pairs = zip(questions, groups, strict=True)
         groups = [_diversified(question, looks, settings, policy.codec) for question, looks in pairs]
-    flat = [
-        replace(look, seed=seed_of(settings.seed, *question.sample.place, r, b, "answer"))
-        for question, looks in zip(questions, groups, strict=True)
-        for look, (r, b) in zip(looks, settings.branches, strict=True)
+    flat = [look for looks in groups for look in looks]
+    seeds = [
+        [
+            seed_of(settings.seed, *question.sample.place, r, b, "answer", *([m] if m else []))
+            for m in range(settings.answers)
+        ]
+        for question in questions
+        for r, b in settings.branches
     ]
     sampling = Sampling(settings.temperature, settings.top_p, VISRL.answer_tokens)
-    answered = iter(answer_all(policy, flat, sampling, settings.crop_rule))
+    answered = answers_all(policy, flat, sampling, settings.crop_rule, seeds)
+    count["answer"] = _tokens(look.answer_completion for looks in answered for look in looks)
+    if sampled is not None:
+        sampled.update(count)
+    rest = iter(answered)
     return [
-        [next(answered) for _ in settings.branches] if isinstance(question, OpenedQuestion) else question
+        [next(rest) for _ in settings.branches] if isinstance(question, OpenedQuestion) else question
         for question in opened
     ]
+
+
+def _tokens(completions: Iterable[Completion | None]) -> int:
+    return sum(completion.tokens for completion in completions if completion is not None)
 
 
 # --- The steps in batches, which greedy rollouts share ----------------------------------------------------------------
@@ -161,6 +192,15 @@ def answer_all(
     policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule, protocol: LookProtocol = VISRL
 ) -> list[Look]:
     """Step 2 of every look that has a box, from the crop of that box; the others stay as they are."""
+    seeds = [[look.seed] for look in looks]
+    return [look for (look,) in answers_all(policy, looks, sampling, crop_rule, seeds, protocol)]
+
+
+def answers_all(
+    policy: Policy, looks: Sequence[Look], sampling: Sampling, crop_rule: CropRule,
+    seeds: Sequence[Sequence[int]], protocol: LookProtocol = VISRL,
+) -> list[list[Look]]:  # fmt: skip
+    """`answer_all` with several answers from one crop: every look as often as it has seeds."""
     done = list(looks)
     ready: list[tuple[int, Conversation]] = []
     for n, look in enumerate(looks):
@@ -171,10 +211,11 @@ def answer_all(
             ready.append((n, answer_request(done[n], protocol)))
         except PromptError as error:  # what the policy wrote may hold anything
             done[n] = replace(done[n], error=failure(error))
-    completions = policy.complete([talk for _, talk in ready], sampling, [[looks[n].seed] for n, _ in ready])
-    for (n, _), (completion,) in zip(ready, completions, strict=True):
-        done[n] = finish(done[n], completion)
-    return done
+    found = [[replace(look, seed=seed) for seed in own] for look, own in zip(done, seeds, strict=True)]
+    completions = policy.complete([talk for _, talk in ready], sampling, [seeds[n] for n, _ in ready])
+    for (n, _), own in zip(ready, completions, strict=True):
+        found[n] = [finish(look, completion) for look, completion in zip(found[n], own, strict=True)]
+    return found
 
 
 # --- The diversity controller -----------------------------------------------------------------------------------------
