@@ -116,9 +116,10 @@ def test_both_rows_of_a_result_say_the_same_where_both_say_anything() -> None:
     lost = Result(SAMPLE, box_text="", error="engine: connection lost")
     for one in (good, lost):
         evaluated, looped = one.eval_row(), one.loop_row()
-        shared = evaluated.keys() & looped.keys() - {"iou"}
+        shared = evaluated.keys() & looped.keys() - {"iou", "grounded"}
         assert {name: evaluated[name] for name in shared} == {name: looped[name] for name in shared}
     assert good.eval_row()["iou"] == good.loop_row()["iou"] == 0.5
+    assert (lost.eval_row()["grounded"], lost.loop_row()["grounded"]) == (None, False)
     assert (lost.eval_row()["iou"], lost.loop_row()["iou"]) == (None, 0.0)  # null where it failed, or counted as wrong
     # An IoU of one half is not above it: one rule for both.
     assert good.eval_row()["hit"] == summarise_measures([good.loop_row()])["box_accuracy_50"]["mean"] == 0

@@ -158,16 +158,22 @@ def agree(a: Path, b: Path, as_json: AsJson = False) -> None:
 
 @app.command()
 def compare(a: Path, b: Path, seed: int = 0, as_json: AsJson = False) -> None:
-    """Compare two runs on the same questions: B − A with its interval, and McNemar's test."""
+    """Compare two runs on the same questions: B − A with its interval, McNemar's test, and what B gains and harms."""
     from visrl.evaluate.compare import compare as compare_results
-    from visrl.evaluate.results import read_results
+    from visrl.evaluate.results import mode_of, read_results
     from visrl.evaluate.tables import comparison_lines
+    from visrl.rewards.crop_effects import BASELINES
 
     result = compare_results(read_results(a), read_results(b), seed)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
-        typer.echo("\n".join(comparison_lines(result, str(a), str(b))))
+        modes = [mode_of(path) for path in (a, b)]
+        name_a, name_b = (
+            f"{path} (mode {mode})" if mode else str(path) for path, mode in zip((a, b), modes, strict=True)
+        )
+        is_crop = modes[0] in BASELINES and modes[1] is not None and modes[1] not in BASELINES
+        typer.echo("\n".join(comparison_lines(result, name_a, name_b, is_crop)))
 
 
 @app.command()

@@ -67,7 +67,7 @@ class Benchmark:
                 raise ConfigError(f"the benchmark's score gives a column {name!r}; there are {', '.join(COLUMNS)}")
             if value is not None and not is_score(value):
                 raise ConfigError(f"the benchmark's score gives {name} = {value!r}; it must be None or lie in [0, 1]")
-            if result.failure is not None:
+            if result.failure is not None or result.skipped:
                 own[name] = None
             elif result.unparseable and name in ANSWER_COLUMNS:
                 own[name] = 0.0

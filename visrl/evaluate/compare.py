@@ -1,4 +1,7 @@
-"""Two checkpoints on the same questions: the difference, its interval and a test. Rows in, numbers and tables out."""
+"""Two checkpoints on the same questions: the difference, its interval and a test. Rows in, numbers and tables out.
+
+Two modes of one checkpoint are compared alike: over a run without a crop, what B gains is what its crop gains.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from visrl.records import RecordError
+from visrl.rewards.crop_effects import gain_and_harm
 from visrl.rewards.results import READINGS, Reading, Row, columns_of, dataset_name, key_of, value_of
 from visrl.statistics import paired, paired_mean
 
@@ -16,10 +20,11 @@ Pair = tuple[Row, Row]
 def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     """Question by question, b over a, on the questions that both hold: `only_a` and `only_b` count the others.
 
-    `{"n", "only_a", "only_b", "columns": {column: {reading: entry | None}}, "datasets": {name: {column: …}}}`, an entry
-    being `{"n", "a", "b", "difference", "low", "high", "p_mcnemar"}`: the last for columns of 0 and 1 only. Under
-    `left_out` a question is left out where either side is. With several data sets the first `columns` hold the
-    unweighted mean over them (and the test over all questions).
+    `{"n", "skipped", "only_a", "only_b", "columns": {column: {reading: entry | None}}, "datasets": {name: {column: …}},
+    "right": {…}}`, an entry being `{"n", "a", "b", "difference", "low", "high", "p_mcnemar"}`: the last for columns of
+    0 and 1 only. Under `left_out` a question is left out where either side is; one that either side skipped, under both
+    readings. With several data sets the first `columns` hold the unweighted mean over them (and the test over all
+    questions). `right` says what b alone, and what a alone, has right (`rewards.crop_effects.gain_and_harm`).
 
     Raises:
         RecordError: the two have no question or no column in common.
@@ -35,6 +40,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]
         groups.setdefault(dataset_name(pair[0]), []).append(pair)
     return {
         "n": len(pairs),
+        "skipped": sum(bool(one.get("skipped") or other.get("skipped")) for one, other in pairs),
         "only_a": len(a) - len(pairs),
         "only_b": len(b) - len(pairs),
         "columns": {
@@ -48,6 +54,7 @@ def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]
             }
             for name, group in groups.items()
         },
+        "right": gain_and_harm([one for one, _ in pairs], [other for _, other in pairs], seed),
     }
 
 

@@ -15,8 +15,8 @@ from visrl.evaluate.results import NAME, SCORES
 from visrl.failures import Tally, is_failure
 from visrl.manifest import claim_folder, release_folder
 from visrl.records import Journal, read_jsonl, write_records
-from visrl.rewards.results import Key, Result, key_of
-from visrl.rollout.greedy import greedy_looks
+from visrl.rewards.results import Key, key_of
+from visrl.rewards.scored import Asked, greedy_results, with_surroundings
 from visrl.sequences import batched
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def answer_questions(
     known = _known_rows(config)
     tally = Tally("questions", config.max_failed)
     tally.count(_failure(row, config) for row in known.values())
-    parts = batched(questions, config.batch_size)
-    waiting = [part for part in parts if not all(_key(question) in known for question in part)]
+    asked = with_surroundings([question.sample for question in questions], config.mode, config.seed)
+    parts = batched(list(zip(questions, asked, strict=True)), config.batch_size)
+    waiting = [part for part in parts if not all(_key(question) in known for question, _ in part)]
     settings = model_settings(config)
     rule = config.crop_rule or protocol.crop_rule or settings.crop_rule
     if waiting:
@@ -103,21 +104,20 @@ def _key(question: BenchmarkQuestion) -> Key:
 
 def _ask(
     policy: Policy,
-    part: Sequence[BenchmarkQuestion],
+    part: Sequence[tuple[BenchmarkQuestion, Asked]],
     benchmark: Benchmark,
     protocol: LookProtocol,
     config: EvalConfig,
     rule: CropRule,
 ) -> list[dict[str, Any]]:
     """Both steps of a batch of questions, and a row for each with the benchmark's own columns."""
-    looks = greedy_looks(
+    results = greedy_results(
         policy,
-        [question.sample for question in part],
+        [asked for _, asked in part],
         mode=config.mode,
         protocol=protocol,
         crop_rule=rule,
         root=config.image_root,
         seed=config.seed,
     )
-    results = [Result.of(one.sample, look, config.mode) for one, look in zip(part, looks, strict=True)]
-    return [benchmark.row_of(one, result, policy.codec) for one, result in zip(part, results, strict=True)]
+    return [benchmark.row_of(one, result, policy.codec) for (one, _), result in zip(part, results, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,30 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def mode_of(path: str | os.PathLike[str]) -> str | None:
+    """The mode of a run of `visrl eval`, by the scores in its folder; None where there are none.
+
+    Raises:
+        RecordError: they are not JSON.
+    """
+    file = Path(path) / SCORES
+    if not file.is_file():
+        return None
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{file} is not JSON ({error}); run the evaluation that writes it again") from error
+    mode = scores.get("mode") if isinstance(scores, dict) else None
+    return mode if isinstance(mode, str) else None
+
+
 def _fault(row: Any) -> str | None:
     if not isinstance(row, dict) or "id" not in row:
         return "not a result: it needs an `id`"
     if type(row.get("repeat", 0)) is not int:
         return f"repeat is {repr(row['repeat'])[:80]}; it counts the rows of one id"
     columns = [name for name in COLUMNS if name in row]
-    if not columns:
+    if not columns and not row.get("skipped"):
         return f"not a result: it has none of the columns {', '.join(COLUMNS)}"
     for name in columns:
         value = row[name]

@@ -25,9 +25,11 @@ from visrl.evaluate.results import NAME, SCORES
 from visrl.manifest import hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.folder import check_folder
 from visrl.plugins import plugin_file
-from visrl.records import RecordError, write_records, write_text
+from visrl.records import RecordError, Sample, write_records, write_text
 from visrl.redact import without_secrets
-from visrl.rewards.results import summarise
+from visrl.rewards.crop_effects import quadrants
+from visrl.rewards.results import NO_OTHER, Row, by_dataset, right_column, summarise
+from visrl.rollout.controls import other_questions
 
 if TYPE_CHECKING:
     from visrl.rollout.protocols import LookProtocol
@@ -56,7 +58,7 @@ def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> P
 
 
 def _evaluate(config: EvalConfig) -> Path:
-    from visrl.evaluate.tables import summary_lines
+    from visrl.evaluate.tables import quadrant_lines, summary_lines
 
     started = time.monotonic()
     questions = _checked_questions(config)
@@ -83,13 +85,14 @@ def _evaluate(config: EvalConfig) -> Path:
         "judge": config.judge_model_name_or_path,
         "limit": config.max_samples,
     }
-    summary = summarise(rows, config.seed)
+    summary = {**summarise(rows, config.seed), **_quadrants(rows)}
     scores = {**facts, **(benchmark.figures(summary, rows) if benchmark.figures else summary)}
     write_text(config.output_dir / SCORES, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     write_manifest(
         config.output_dir, verb="eval", config=identity, parents={"model": identity["weights"]}, crop_rule=rule
     )
-    print("\n".join([*summary_lines(scores), *_closing_lines(scores, judged)]))
+    cells = ["", *quadrant_lines(scores["quadrants"])] if "quadrants" in scores else []
+    print("\n".join([*summary_lines(scores), *cells, *_closing_lines(scores, judged)]))
     print(f"{time.monotonic() - started:.0f} s; results, scores: {config.output_dir}")
     return config.output_dir
 
@@ -116,6 +119,8 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
     print(f"{len(questions):,} questions of {len(sources)} data sets{lacking}")
     for name, (count, whole) in incomplete(config.benchmark, questions).items():
         print(f"  {name}: {count:,} of its {whole:,} published questions")
+    if config.mode == "other_question":
+        _check_others([question.sample for question in questions], config.seed)
     missing = missing_images(questions, config.image_root)
     if missing:
         notice = format_missing(missing, config.image_root)
@@ -123,6 +128,18 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
             raise RecordError(f"{notice}\nset image_root, or allow_missing_pictures=true to count them as failed")
         print(f"{notice}\ntheir questions count as failed")
     return questions
+
+
+def _check_others(samples: Sequence[Sample], seed: int) -> None:
+    """Refuse a run of mode "other_question" in which no question has another one; say how many have none."""
+    without = other_questions(samples, seed).count(None)
+    if without == len(samples):
+        raise ConfigError(
+            "mode: none of these questions has another one about another region of its image, whose box could be "
+            "shown; mode=other_question needs a data set with several questions an image"
+        )
+    if without:
+        print(f"{NO_OTHER}: {without:,}, left out of the figures")
 
 
 def _protocol(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
@@ -152,6 +169,16 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Be
         "weights": hash_checkpoint(config.model_name_or_path),
         "adapter": hash_checkpoint(adapter) if adapter else None,
     }
+
+
+def _quadrants(rows: Sequence[Row]) -> dict[str, Any]:
+    """Grounded × right over all rows and over each data set, by the column that says what is right."""
+    right_by = right_column(rows)
+    cells = quadrants(rows, right_by)
+    if not cells:
+        return {}
+    own = {name: quadrants(group, right_by) for name, group in by_dataset(rows).items()}
+    return {"quadrants": {"right_by": right_by, **cells, "datasets": own}}
 
 
 def _closing_lines(scores: dict[str, Any], judged: dict[str, int]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from visrl.rewards.results import ANSWER_COLUMNS, BOX_COLUMNS, READINGS
+from visrl.rewards.results import ANSWER_COLUMNS, BOX_COLUMNS, NO_OTHER, READINGS
 
 HEADINGS = {"counted": "failures counted 0", "left_out": "failures left out"}
 
@@ -27,8 +27,12 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     Columns of answers and of boxes stand side by side; one whose two readings differ has a table of its own.
     """
     counts = [f"{summary['n']:,} questions", f"{summary['failed']} failed"]
-    counts += [f"{summary[name]} {what}" for name, what in _NOTES.items() if summary[name]]
+    counts += [f"{summary[name]} {what}" for name, what in _NOTES.items() if summary.get(name)]
     lines = [", ".join(counts)]
+    for column, what in _NOT_APPLICABLE.items():
+        without = summary["columns"].get(column, {}).get("not_applicable")
+        if without:
+            lines.append(f"{column}: without {without:,} questions {what}")
     differing = [column for column in summary["columns"] if _differs(summary, column)]
     for family in (ANSWER_COLUMNS, BOX_COLUMNS):
         columns = [column for column in summary["columns"] if column in family and column not in differing]
@@ -60,11 +64,14 @@ def _counted(entry: Mapping[str, Any], column: str) -> Mapping[str, float] | Non
     return entry["columns"][column]["counted"] if column in entry["columns"] else None
 
 
-def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> list[str]:
-    """The lines of `compare.compare`: one table per column, the second reading only where something is left out."""
+def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str, is_crop: bool = False) -> list[str]:
+    """The lines of `compare.compare`: one table per column, the second reading only where something is left out; then
+    what B gains and harms, by its crop alone where A is the same without one (`is_crop`)."""
     lines = [f"A = {name_a}", f"B = {name_b}", f"{result['n']:,} questions on both sides"]
     if result["only_a"] or result["only_b"]:
         lines.append(f"left out: {result['only_a']} that A alone holds, {result['only_b']} that B alone holds")
+    if result.get("skipped"):
+        lines.append(f"left out: {result['skipped']} that a mode does not apply to ({NO_OTHER})")
     for column, readings in result["columns"].items():
         rows = []
         several = len(result["datasets"]) > 1
@@ -74,10 +81,44 @@ def comparison_lines(result: Mapping[str, Any], name_a: str, name_b: str) -> lis
                     rows.append(_comparison_row(name, reading, columns[column][reading]))
             rows.append(_comparison_row("mean" if several else "all", reading, readings[reading]))
         lines += ["", *table([column, "reading", "n", "A", "B", "B − A", "95 % interval", "McNemar p"], rows)]
+    if result.get("right"):
+        lines += ["", *_gain_lines(result["right"], "crop " if is_crop else "")]
     return lines
 
 
-_NOTES = {"unparseable": "box texts that hold no box", "bad_truth": "with a ground truth that is no box"}
+def _gain_lines(right: Mapping[str, Any], what: str) -> list[str]:
+    """What B gains over A and what it harms, which is the difference of the two accuracies."""
+    n, gain, harm = right["n"], right["gain"], right["harm"]
+    return [
+        f"right by {right['right_by']}, of {n:,} questions: {right['both']} in both, {right['neither']} in neither",
+        f"{what}gain  {gain:5} ({gain / n:.1%}), right in B alone",
+        f"{what}harm  {harm:5} ({harm / n:.1%}), right in A alone",
+        f"gain − harm = {gain - harm:+} = {100 * right['difference']:+.1f} points "
+        f"[{100 * right['low']:+.1f}, {100 * right['high']:+.1f}]",
+    ]
+
+
+def quadrant_lines(cells: Mapping[str, int]) -> list[str]:
+    """Grounded × right, as counts and shares of `n`."""
+    n = cells["n"]
+    rows = [
+        [name, *(f"{cells[f'{grounded}_{name}']:,} ({cells[f'{grounded}_{name}'] / n:.1%})" for grounded in _GROUNDED)]
+        for name in ("right", "wrong")
+    ]
+    lines = table(["answer", *_GROUNDED.values()], rows)
+    return [*lines, f"left out: {cells['left_out']} of which that is not known"] if cells["left_out"] else lines
+
+
+_NOTES = {
+    "unparseable": "box texts that hold no box",
+    "bad_truth": "with a ground truth that is no box",
+    "skipped": f"left out ({NO_OTHER})",
+}
+_GROUNDED = {"grounded": "crop holds the evidence", "ungrounded": "crop misses it"}
+_NOT_APPLICABLE = {
+    "right_object": "on whose image no other object is known",
+    "grounded": "whose evidence is not known",
+}
 
 
 def format_percent(entry: Mapping[str, float] | None) -> str:

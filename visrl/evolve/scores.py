@@ -28,14 +28,27 @@ def evaluate_all(
 ) -> None:
     """Every checkpoint on the same held-out questions, looking as `config` has them look; the controls of the first and
     of the last."""
+    first, last = next(iter(checkpoints)), list(checkpoints)[-1]
+    own: list[Mode] = ["own"]
+    bounds = _applicable_modes(samples) if controls else own
+    for name, path in checkpoints.items():
+        modes = bounds if name in (first, last) else own
+        clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, config))
+
+
+def _applicable_modes(samples: Sequence[Sample]) -> list[Mode]:
+    """The modes that these samples allow; those that they do not are said."""
+    from visrl.rollout.controls import other_questions
     from visrl.rollout.greedy import CROP_MODES
 
-    # Most controls need true boxes.
-    bounds = CROP_MODES if all(sample.box for sample in samples) else CROP_MODES[:2]
-    first, last = next(iter(checkpoints)), list(checkpoints)[-1]
-    for name, path in checkpoints.items():
-        modes = bounds if controls and name in (first, last) else CROP_MODES[:1]
-        clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, config))
+    lacking: dict[Mode, str] = {}
+    if not all(sample.box for sample in samples):
+        lacking |= dict.fromkeys(("random", "center", "truth"), "a question without a true box")
+    if not any(other_questions(samples)):
+        lacking["other_question"] = "no image with two questions about different regions"
+    for mode, why in lacking.items():
+        print(f"control {mode} is left out: there is {why}")
+    return [mode for mode in CROP_MODES if mode not in lacking]
 
 
 def _evaluate(
@@ -70,7 +83,7 @@ def write_summary(
             continue
         iteration, _, stage = name.rpartition("-")
         entry: dict[str, Any] = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
-        summary["stages"].append({**entry, **_scores(run / "eval" / f"{name}.jsonl", by_kind=True)})
+        summary["stages"].append({**entry, **_stage_scores(run / "eval", name)})
     for key, name in (("controls", names[0]), ("controls_last", names[-1])):
         for file in sorted((run / "eval").glob(f"{name}.*.jsonl")):
             summary[key][file.name.split(".")[1]] = _scores(file)
@@ -88,14 +101,29 @@ def write_summary(
     return summary
 
 
-def _scores(file: Path, by_kind: bool = False) -> dict[str, Any]:
+def _stage_scores(folder: Path, name: str) -> dict[str, Any]:
+    """The scores of a checkpoint: by kind, grounded × right, and what its crops gain where it was asked without."""
     from visrl.records import read_jsonl
-    from visrl.rewards.results import summarise_kinds, summarise_measures
+    from visrl.rewards.crop_effects import gain_and_harm, quadrants
+    from visrl.rewards.results import summarise_kinds
+
+    file, without = folder / f"{name}.jsonl", folder / f"{name}.no_crop.jsonl"
+    rows = list(read_jsonl(file))
+    found = {**_scores(file), "by_kind": summarise_kinds(rows), "quadrants": quadrants(rows)}
+    return {**found, "crop": gain_and_harm(read_jsonl(without), rows)} if without.is_file() else found
+
+
+def _scores(file: Path) -> dict[str, Any]:
+    from visrl.records import read_jsonl
+    from visrl.rewards.results import summarise_measures
 
     rows = list(read_jsonl(file))
     measures = summarise_measures(rows)
-    scores: dict[str, Any] = {"answer_accuracy": measures["answer_accuracy"], "n": len(rows), **measures}
-    return {**scores, "by_kind": summarise_kinds(rows)} if by_kind else scores
+    skipped = sum(bool(row.get("skipped")) for row in rows)
+    scores: dict[str, Any] = {"answer_accuracy": measures["answer_accuracy"], "n": len(rows) - skipped, **measures}
+    if skipped:
+        scores["skipped"] = skipped
+    return scores
 
 
 def format_scores(summary: dict[str, Any]) -> str:
@@ -107,6 +135,8 @@ def format_scores(summary: dict[str, Any]) -> str:
         line = f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
         if "box_iou" in stage:
             line += f"   IoU {stage['box_iou']['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"
+        if "right_object" in stage:
+            line += f"   right object {stage['right_object']['mean']:.3f}"
         lines.append(line)
     for key, name in (("controls", "sft"), ("controls_last", "last")):
         controls = ", ".join(f"{mode} {scores['answer_accuracy']['mean']:.3f}" for mode, scores in summary[key].items())

@@ -51,6 +51,7 @@ RC: dict[Any, Any] = {
 PANELS: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
     ("Held-out greedy rollouts", [("eval_rollout/iou", "mean IoU", "box", False),
                                   ("eval_rollout/accuracy", "answers", "answer", False),
+                                  ("eval_rollout/right_object", "right object", "truth", False),
                                   ("eval_rollout/parse_rate", "readable", "muted", True)]),
     ("Reward accuracy", [("rewards/accuracies/box", "box", "box", False),
                          ("rewards/accuracies/answer", "answer", "answer", False)]),

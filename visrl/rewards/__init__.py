@@ -8,8 +8,10 @@ judge           judging answers with a language model
 reply_scores    the score in a critic's or judge's reply
 metrics         string metrics of answers: exact, relaxed, ANLS, VQA
 detection       whether a box is right
+grounding       whether it is on the right object, and whether its crop holds the evidence
 advantages      how much better a response is than the others of its group, for boxes and for answers
 
 results         the row of one question, and the summary of rows
-scored          greedy rollouts and their rows at once: training curves, checkpoints of a loop
+scored          greedy rollouts and their results at once: evaluations, training curves, checkpoints of a loop
+crop_effects    grounded and right, crop gain and crop harm, over rows
 """

@@ -10,6 +10,9 @@ a column:
 - `left_out`: rows with null are left out, and, for boxes, those whose ground truth is no box (`bad_truth`).
 
 The truth lies between the two; where they differ by much, the failures are the finding.
+
+What does not apply to a question is neither: a row that was `skipped` (a control that the question has not) counts in
+no column, and a row without one of `CONDITIONAL` not in that one; both are counted.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from visrl.box import Box, Size, iou
+from visrl.box import Box, CropRule, Size, iou
 from visrl.records import Sample
 from visrl.rewards.detection import is_hit
+from visrl.rewards.grounding import evidence_of, is_grounded, is_on_right_object
 from visrl.rewards.metrics import METRICS, exact_match, string_scores
-from visrl.rollout.greedy import Mode
+from visrl.rollout.greedy import WRITTEN_MODES, Mode
 from visrl.rollout.rollout import Refusal, failure
 from visrl.rollout.steps import Look
 from visrl.statistics import interval, mean_interval
@@ -32,13 +36,17 @@ from visrl.statistics import interval, mean_interval
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]  # data set, id, and how many rows before have both
 Reading = Literal["counted", "left_out"]
-Measure = Literal["answer_accuracy", "box_iou", "box_accuracy_50"]
+Measure = Literal["answer_accuracy", "box_iou", "box_accuracy_50", "right_object"]
 
 READINGS: tuple[Reading, ...] = ("counted", "left_out")
-BOX_COLUMNS = ("hit_published", "hit", "iou")
+# Of the questions alone whose image has another known object, and of those whose evidence is known (see grounding.py).
+CONDITIONAL = ("right_object", "grounded")
+BOX_COLUMNS = ("hit_published", "hit", "iou", *CONDITIONAL)
 ANSWER_COLUMNS = ("judge_published", "judge", "correct_published", "correct", "exact", "relaxed", "anls", "vqa")
 COLUMNS = (*ANSWER_COLUMNS, *BOX_COLUMNS)
-MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "box_accuracy_50")
+MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "box_accuracy_50", "right_object")
+NO_OTHER = "no other question on its image"  # why mode "other_question" skips a question
+KIND_MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "right_object")  # shown by kind of question
 # What says of an answer that it is right, the surest first; at 0.5 a judge finds it more right than wrong.
 RIGHT_BY = ("correct", "judge", "exact", "hit")
 
@@ -50,9 +58,10 @@ RIGHT_BY = ("correct", "judge", "exact", "hit")
 class Result:
     """What became of one question: where was looked, what was answered, or why neither.
 
-    `box_text` is what stands for the box in the conversation (None: no box was asked for); in a control (a `mode` other
-    than "own") nobody wrote it. An `error` beside an empty text says that no reply came, unless it is of the box
-    ("box: …"). `size` is that of the image as it was opened, in pixels.
+    `box_text` is what stands for the box in the conversation (None: no box was asked for); in most controls nobody
+    wrote it (see `written`). An `error` beside an empty text says that no reply came, unless it is of the box
+    ("box: …"). `size` is that of the image as it was opened, in pixels; `others` are the known objects of the image
+    that are not asked about. `skipped` says why the mode does not apply to the question.
     """
 
     sample: Sample
@@ -62,18 +71,30 @@ class Result:
     error: str | None = None
     mode: Mode = "own"
     size: Size | None = None
+    crop_rule: CropRule = "exact"
+    others: tuple[Box, ...] = ()
+    skipped: str | None = None
 
     @classmethod
-    def of(cls, sample: Sample, look: Look | Refusal, mode: Mode) -> Result:
+    def of(
+        cls,
+        sample: Sample,
+        look: Look | Refusal,
+        mode: Mode,
+        crop_rule: CropRule = "exact",
+        others: tuple[Box, ...] = (),
+    ) -> Result:
         """The result of one rollout, or of a question that could not be asked."""
         if isinstance(look, Look):
-            return cls(sample, look.answer, look.text, look.box, look.error, mode, look.whole.size)
-        return cls(sample, None, "", None, failure(look), mode)
+            size = look.whole.size
+            return cls(sample, look.answer, look.text, look.box, look.error, mode, size, crop_rule, others)
+        return cls(sample, None, "", None, failure(look), mode, None, crop_rule, others)
 
     @property
     def written(self) -> str | None:
-        """The box text that the model itself wrote; None where it was asked for none."""
-        return self.box_text if self.mode == "own" else None
+        """The box text that the model itself wrote, about this question or the other one of its mode; None where it was
+        asked for none."""
+        return self.box_text if self.mode in WRITTEN_MODES else None
 
     @property
     def shown(self) -> Box | None:
@@ -92,6 +113,20 @@ class Result:
         """Why no reply came; None where one did, be it a wrong one."""
         return None if self.unparseable else self.error
 
+    def conditional(self) -> dict[str, bool]:
+        """Those of `CONDITIONAL` that apply: is the box on the right object, does its crop hold the evidence? Both are
+        false without a box."""
+        found: dict[str, bool] = {}
+        if self.skipped or self.mode in ("no_box", "no_crop") or self.sample.box is None:
+            return found
+        if self.others:
+            found["right_object"] = is_on_right_object(self.shown, self.sample.box, self.others)
+        evidence = evidence_of(self.sample)
+        if evidence is not None and self.sample.answer and (self.shown is None or self.size):
+            size = self.size or (1, 1)  # without a box nothing is cropped
+            found["grounded"] = is_grounded(self.shown, evidence, size, self.crop_rule)
+        return found
+
     def eval_row(self) -> dict[str, Any]:
         """The row of `visrl eval`. An unparseable box scores 0 in every column, and no reading leaves it out.
 
@@ -107,6 +142,7 @@ class Result:
             "prediction": self.prediction,
             "error": self.failure,
             **({"repeat": sample.repeat} if sample.repeat else {}),
+            **({"skipped": self.skipped} if self.skipped else {}),
         }
         if sample.answer:
             row.update(string_scores(self.prediction, [sample.answer]))
@@ -114,7 +150,8 @@ class Result:
             row.update(dict.fromkeys(METRICS, 0.0))
         if self.written is None and self.shown is None:
             return row
-        overlap = None if self.shown is None and not self.unparseable else _overlap(self.shown, sample.box)
+        unknown = self.shown is None and not self.unparseable
+        overlap = None if unknown else _overlap(self.shown, sample.box)
         return row | {
             "true_box": sample.box.as_list() if sample.box else None,
             "box": self.shown.as_list() if self.shown else None,
@@ -123,6 +160,7 @@ class Result:
             "hit": None if overlap is None else int(is_hit(overlap)),
             "unparseable": self.unparseable,
             "bad_truth": sample.box is None,
+            **{name: None if unknown else int(value) for name, value in self.conditional().items()},
         }
 
     def loop_row(self) -> dict[str, Any]:
@@ -139,11 +177,16 @@ class Result:
             "box": self.box.as_list() if self.box else None,
             "box_text": self.box_text,
             "prediction": self.prediction,
-            "correct": self.prediction is not None and exact_match(self.prediction, [sample.answer]) == 1.0,
-            "iou": _overlap(self.box, sample.box),
+            "correct": None if self.skipped else self._is_exact(),
+            "iou": None if self.skipped else _overlap(self.box, sample.box),
+            **self.conditional(),
             "error": self.error,
             **({"repeat": sample.repeat} if sample.repeat else {}),
+            **({"skipped": self.skipped} if self.skipped else {}),
         }
+
+    def _is_exact(self) -> bool:
+        return self.prediction is not None and exact_match(self.prediction, [self.sample.answer]) == 1.0
 
 
 def _overlap(box: Box | None, truth: Box | None) -> float | None:
@@ -170,8 +213,15 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     return [name for name in COLUMNS if name in present]
 
 
+def applies(row: Row, column: str) -> bool:
+    """Whether a row has anything to say in a column, be it null."""
+    return not row.get("skipped") and (column in row or column not in CONDITIONAL)
+
+
 def value_of(row: Row, column: str, reading: Reading) -> float | None:
     """What a row counts for in a column under a reading; None: the row is left out."""
+    if not applies(row, column):
+        return None
     value = row.get(column)
     if reading == "counted":
         return 0.0 if value is None else float(value)
@@ -186,9 +236,12 @@ def values_of(rows: Iterable[Row], column: str, reading: Reading) -> list[float]
 
 
 def measure_of(row: Row, measure: Measure) -> float | None:
-    """What a row with `correct` counts for in a measure; None where it does not apply: without a true box."""
+    """What a row with `correct` counts for in a measure; None where it does not apply: without a true box, or without
+    another object on the image."""
     if measure == "answer_accuracy":
         return value_of(row, "correct", "left_out")
+    if measure == "right_object":
+        return value_of(row, measure, "left_out")
     overlap = value_of(row, "iou", "left_out")
     return overlap if overlap is None or measure == "box_iou" else float(is_hit(overlap))
 
@@ -217,32 +270,36 @@ def is_right(row: Row, column: str) -> bool:
 
 
 def summarise_measures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Answers right, mean IoU and boxes with IoU > 0.5, each with its 95 % interval: `{measure: {"mean", "low",
-    "high"}}`. A measure that no row has is absent."""
+    """Answers right, mean IoU, boxes with IoU > 0.5 and on the right object, each with its 95 % interval: `{measure:
+    {"mean", "low", "high"}}`. A measure that no row has is absent."""
     values = {measure: _measured(rows, measure) for measure in MEASURES}
     return {measure: interval(own) for measure, own in values.items() if own}
 
 
 def summarise_kinds(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """The number of rows and the means of answers and IoU for each kind of question, by name."""
-    found = {}
+    """The number of rows and the means of answers, IoU and boxes on the right object for each kind of question, by
+    name; a mean that no row has is absent."""
+    found: dict[str, dict[str, float]] = {}
     for kind, own in sorted(by_dataset(rows).items()):
-        right, overlaps = _measured(own, "answer_accuracy"), _measured(own, "box_iou")
-        found[kind] = {"answer_accuracy": sum(right) / len(own), "n": len(own)}
-        if overlaps:
-            found[kind]["box_iou"] = sum(overlaps) / len(overlaps)
+        found[kind] = {"n": len(own)}
+        for measure in KIND_MEASURES:
+            if values := _measured(own, measure):
+                found[kind][measure] = sum(values) / len(values)
     return found
 
 
 def training_measures(rows: Sequence[Row]) -> dict[str, float]:
-    """What a training run watches: accuracy, parse rate, mean IoU and the share above 0.5 where boxes are known, and
-    `score`, the mean of accuracy and IoU."""
+    """What a training run watches: accuracy, parse rate, mean IoU and the share above 0.5 where boxes are known, the
+    share on the right object where images have several, and `score`, the mean of accuracy and IoU."""
     accuracy = _mean(_measured(rows, "answer_accuracy"))
     found = {"accuracy": accuracy, "parse_rate": _mean([float(row["box"] is not None) for row in rows])}
     overlaps = _measured(rows, "box_iou")
     if overlaps:
         found["iou"] = _mean(overlaps)
         found["iou_50"] = _mean(_measured(rows, "box_accuracy_50"))
+    on_object = _measured(rows, "right_object")
+    if on_object:
+        found["right_object"] = _mean(on_object)
     found["score"] = (accuracy + found.get("iou", accuracy)) / 2
     return found
 
@@ -250,8 +307,9 @@ def training_measures(rows: Sequence[Row]) -> dict[str, float]:
 def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
     """Counts, and for each column both readings with 95 % intervals, per data set and as the unweighted mean of them.
 
-    `{"n", "failed", "unparseable", "bad_truth", "columns": {column: {reading: {"n", "mean", "low", "high"} | None,
-    "unread"}}, "datasets": {name: the same without "datasets"}}`; with one data set only its mean is that mean.
+    `{"n", "skipped", "failed", "unparseable", "bad_truth", "columns": {column: {reading: {"n", "mean", "low", "high"} |
+    None, "unread"}}, "datasets": {name: the same without "datasets"}}`; with one data set only its mean is that mean.
+    `n` counts the skipped too, which count in no column; `not_applicable` of a column are the others that do not.
     """
     groups = by_dataset(rows)
     datasets = {name: _summarise_groups({name: group}, seed) for name, group in groups.items()}
@@ -262,7 +320,10 @@ def _summarise_groups(groups: Mapping[str, Sequence[Row]], seed: int) -> dict[st
     rows = [row for group in groups.values() for row in group]
     columns: dict[str, Any] = {}
     for column in columns_of(rows):
-        columns[column] = {"unread": sum(row.get(column) is None for row in rows)}
+        concerned = [row for row in rows if applies(row, column)]
+        columns[column] = {"unread": sum(row.get(column) is None for row in concerned)}
+        if column in CONDITIONAL:
+            columns[column]["not_applicable"] = sum(not row.get("skipped") for row in rows) - len(concerned)
         for reading in READINGS:
             values = {name: values_of(group, column, reading) for name, group in groups.items()}
             whole = all(values.values())  # a mean over fewer data sets than there are is another figure: none is given
@@ -271,6 +332,7 @@ def _summarise_groups(groups: Mapping[str, Sequence[Row]], seed: int) -> dict[st
             )
     counts = {
         "n": len(rows),
+        "skipped": sum(bool(row.get("skipped")) for row in rows),
         "failed": sum(row.get("error") is not None for row in rows),
         "unparseable": sum(bool(row.get("unparseable")) for row in rows),
         "bad_truth": sum(bool(row.get("bad_truth")) for row in rows),

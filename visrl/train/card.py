@@ -23,7 +23,13 @@ from visrl.records import read_jsonl
 from visrl.train.losses import LOSSES
 
 ROLLOUT = "eval_rollout/"  # what the trainer calls the scores of its rollouts on held-out questions
-MEASURES = {"accuracy": "answers right", "iou": "mean IoU", "iou_50": "IoU > 0.5", "parse_rate": "boxes readable"}
+MEASURES = {
+    "accuracy": "answers right",
+    "iou": "mean IoU",
+    "iou_50": "IoU > 0.5",
+    "right_object": "boxes on the right object",
+    "parse_rate": "boxes readable",
+}
 QUESTION = "What does the sign say?"
 TAGS = ("visrl", "visual-grounding")
 
