@@ -97,6 +97,34 @@ def test_the_plan_comes_first_and_touches_nothing(tmp_path, capsys):
     assert (switched.use_box_critic, switched.diversity) == (False, False)
 
 
+def own_losers(out: Path, **given: Any) -> EvolveConfig:
+    values = {"critic": "outcome", "answers": 2, "losers": "own", "diversity": False}
+    return config_of(out, **values, t_max=0.8, t_min=0.2, **given)
+
+
+def test_the_plan_says_how_boxes_are_scored_and_which_lose(tmp_path):
+    start, each, *_ = plan(own_losers(tmp_path))
+    assert "critic outcome:exact;" in start
+    assert "2 answers from each crop; losers 'own', worse by 0.5, diversity controller off" in each
+    assert "losers 'paper', rule 'paper', box critic on, diversity controller on" in plan(config_of(tmp_path))[1]
+    judged = plan(own_losers(tmp_path, grader="judge", critic_url="http://127.0.0.1:1/v1", critic_served_name="j"))
+    assert "critic outcome:j;" in judged[0]
+    assert "up to 128 questions to the critic" in judged[1]
+    both = own_losers(tmp_path).model_copy(update={"diversity": True})
+    assert "diversity=false saves their cost" in plan(both)[2]
+
+
+def test_an_iteration_learns_from_the_policys_own_losers(tmp_path):
+    run_evolve(own_losers(tmp_path / "run"))
+    base = tmp_path / "run" / "iter0"
+    generated, filtered, trained = (read_manifest(base / step) for step in ("generate", "filter", "stage2"))
+    assert generated["critic"] == "outcome:exact"
+    counts = filtered["counts"]
+    assert counts["kept"] >= counts["answer_pairs"] > 0
+    assert counts["sampled_tokens_per_pair"] == round(sum(generated["sampled_tokens"].values()) / counts["kept"], 1)
+    assert trained is not None
+
+
 def test_a_stage_sees_what_its_trajectories_were_drawn_from(tmp_path):
     looks = {"image_max_pixels": 3136, "crop_max_pixels": 1568, "crop_rule": "margin", "image_root": "pictures"}
     config = config_of(tmp_path, **looks, box_codec="viscot", chosen_only=True, train={"learning_rate": 0.5})

@@ -88,9 +88,9 @@ def test_ties_are_drawn_by_the_question_and_not_by_the_order():
 def test_answers_are_compared_over_one_crop_the_winners_first():
     judged = [tried(0, 2), tried(1, 1), tried(2, 0), tried(3, 1, of=3)]
     contrast = answer_contrast(judged, judged[3], 0.5)
-    assert (contrast.tried.branch, contrast.right, contrast.wrong) == (3, "7", "11")
+    assert (contrast.tried.branch, contrast.chosen, contrast.rejected) == (3, "7", "11")
     other = answer_contrast(judged, judged[0], 0.5)  # all of whose answers are right
-    assert (other.tried.branch, other.right, other.wrong) == (1, "7", "11")
+    assert (other.tried.branch, other.chosen, other.rejected) == (1, "7", "11")
     assert answer_contrast([judged[0], judged[2]], judged[0], 0.5) is None
     random = tried(4, 1, origin="random")
     assert answer_contrast([judged[0], random], judged[0], 0.5) is None, "a random crop is not the policy's"
@@ -103,7 +103,7 @@ def test_the_answer_preference_shows_the_crop_that_both_answers_were_given_from(
     box, answer = result.preferences
     assert (box.chosen, box.rejected) == (judged[0][0].box_text, judged[2][0].box_text)
     assert (answer.images[1].crop, answer.chosen, answer.rejected) == (judged[1][0].box, "7", "11")
-    assert result.pairs[0].answered is judged[1][0]
+    assert result.pairs[0].answers.tried is judged[1][0]
 
 
 def test_filter_counts_pairs_and_answer_pairs(tmp_path: Path):
@@ -121,6 +121,17 @@ def test_filter_counts_pairs_and_answer_pairs(tmp_path: Path):
     page = (tmp_path / "f" / "pairs.html").read_text()
     assert "<bdi>7 · 7</bdi>" in page
     assert "<bdi>10 · 11</bdi>" in page
+    assert "answers over the crop of another own box: chosen 7, rejected 11" in page
+
+
+def test_with_one_answer_from_a_crop_there_is_nothing_to_compare(tmp_path: Path, capsys):
+    for name, number in (("trajectories", 0), ("verdicts", 1)):
+        write_records(tmp_path / "g" / f"{name}.jsonl", [tried(n, 1 - n, of=1)[number] for n in range(2)])
+    write_records(tmp_path / "mine.jsonl", [{"id": "q", "image": "scene:test/0", "question": "Which?", "answer": "7"}])
+    given = {"input_dir": tmp_path / "g", "dataset": str(tmp_path / "mine.jsonl"), "losers": "own"}
+    counts = filter_pairs(FilterConfig(**given, output_dir=tmp_path / "f"))
+    assert (counts["kept"], counts["answer_pairs"]) == (1, 0)
+    assert "generate with answers=2 or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     print(f"{result.kept} pairs of {result.questions} questions ({reasons}) → {config.output_dir}")
     other = counts["answer_pairs_of_another_crop"]
     print(f"{counts['answer_pairs']} with a pair of answers" + (f", {other} over another own crop" if other else ""))
+    if result.kept and not counts["answer_pairs"] and config.losers != "paper":
+        print("answers are compared over one crop: generate with answers=2 or more for pairs of them")
     if counts["sampled_tokens_per_pair"] is not None:
         print(f"{counts['sampled_tokens_per_pair']:,} tokens sampled per pair")
     if counts["boxes"]:
@@ -101,9 +103,9 @@ def count_pairs(result: Filtered, truth: dict[Place, Box]) -> dict[str, Any]:
         "questions": result.questions,
         "kept": result.kept,
         "dropped_by_reason": dict(sorted(result.dropped.items())),
-        "answer_pairs": sum(pair.answered is not None for pair in result.pairs),
+        "answer_pairs": sum(pair.answers is not None for pair in result.pairs),
         "answer_pairs_of_another_crop": sum(
-            pair.answered is not None and pair.answered is not pair.winner[0] for pair in result.pairs
+            pair.answers is not None and pair.answers.tried is not pair.winner[0] for pair in result.pairs
         ),
         "boxes": count_kinds(result.pairs, truth),
     }

@@ -22,11 +22,11 @@ Judged = tuple[Trajectory, Verdict]
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """A right and a wrong answer over the crop of one trajectory."""
+    """Two answers to be compared over the crop of one trajectory, the chosen and the rejected one."""
 
     tried: Trajectory
-    right: str
-    wrong: str
+    chosen: str
+    rejected: str
 
 
 def pick_apart(judged: Sequence[Judged], losers: Losers, min_difference: float) -> tuple[Judged, Judged] | str:

@@ -35,13 +35,12 @@ class FilterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A kept question with its winner and its loser, and the trajectory over whose crop its answers are compared (None:
-    they are not)."""
+    """A kept question with its winner and its loser, and the two answers that are compared (None: there are no two)."""
 
     sample: Sample
     winner: Judged
     loser: Judged
-    answered: Trajectory | None = None
+    answers: Contrast | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ def _settle(result: Filtered, sample: Sample, judged: list[Judged], settings: Fi
         answers = _paper_answers(winner[0], loser[0])
     else:
         answers = answer_contrast(judged, winner, settings.min_difference)
-    result.pairs.append(Pair(sample, winner, loser, answers.tried if answers else None))
+    result.pairs.append(Pair(sample, winner, loser, answers))
     result.preferences += preferences_of(sample, winner[0], loser[0], answers)
 
 
@@ -215,5 +214,5 @@ def preferences_of(sample: Sample, winner: Trajectory, loser: Trajectory, answer
     if answers is not None:
         pictures = (whole, Picture(sample.image, answers.tried.box, sample.size))
         prompt = answer_prompt(sample.question)
-        rows.append(Preference(sample.id, "answer", prompt, pictures, answers.right, answers.wrong))
+        rows.append(Preference(sample.id, "answer", prompt, pictures, answers.chosen, answers.rejected))
     return rows

@@ -16,7 +16,7 @@ from visrl.report.gallery import LONGEST_SIDE, PICTURE_LIMIT, draw_lot
 
 if TYPE_CHECKING:
     from visrl.evolve.losers import Judged
-    from visrl.evolve.pairs import Filtered
+    from visrl.evolve.pairs import Filtered, Pair
     from visrl.records import Place, Sample
 
 WINNER_COLOUR, LOSER_COLOUR = LAST_COLOUR, FIRST_COLOUR
@@ -45,16 +45,23 @@ class QuestionCard:
     picture: str
     problem: str
     tries: list[Try]
+    compared: str  # the answers that are compared over one crop, where a crop has several
 
 
 def write_page(path: Path, result: Filtered, truth: dict[Place, Box], count: int, root: str | None = None) -> None:
     """Write one self-contained page of `count` kept and `count` dropped questions, drawn by the hash of their ids."""
     kept = {
-        place_name(pair.sample.place): (pair.sample, "", (pair.winner, pair.loser), ("winner", "loser"))
+        place_name(pair.sample.place): (
+            pair.sample,
+            "",
+            (pair.winner, pair.loser),
+            ("winner", "loser"),
+            _compared(pair),
+        )
         for pair in result.pairs
     }
     dropped = {
-        place_name(miss.sample.place): (miss.sample, miss.reason, miss.tries, ("best", "worst"))
+        place_name(miss.sample.place): (miss.sample, miss.reason, miss.tries, ("best", "worst"), "")
         for miss in result.missed
     }
     page = render_page(
@@ -75,6 +82,7 @@ def _card(
     reason: str,
     tries: tuple[Judged, ...],
     labels: tuple[str, str],
+    compared: str,
     true_box: Box | None,
     root: str | None,
 ) -> QuestionCard:
@@ -95,7 +103,14 @@ def _card(
             )
         )
     picture, problem = _picture(sample, marks, root)
-    return QuestionCard(sample.question, sample.answer, reason, picture, problem, shown)
+    return QuestionCard(sample.question, sample.answer, reason, picture, problem, shown, compared)
+
+
+def _compared(pair: Pair) -> str:
+    if pair.answers is None or not pair.answers.tried.answers:
+        return ""
+    whose = "the winner's crop" if pair.answers.tried is pair.winner[0] else "the crop of another own box"
+    return f"answers over {whose}: chosen {pair.answers.chosen}, rejected {pair.answers.rejected}"
 
 
 def _picture(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:
