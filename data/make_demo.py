@@ -11,7 +11,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-from visrl.box import Box, overlap
 from visrl.codecs import CODECS
 from visrl.data.info import INFO
 from visrl.data.rows import Writer
@@ -21,18 +20,18 @@ from visrl.records import Picture, Preference, Sample
 from visrl.scenes import scene_samples
 
 HERE = Path(__file__).parent
-SCENES = 24
+SCENES = 12  # of two questions each, about different tags
 CODEC, UNIT = CODECS["visrl"], (1, 1)  # three decimals of the image: no size matters
 
 
 def main() -> None:
-    warm_up = scene_samples("train", 0, SCENES, with_box=True)
+    warm_up = scene_samples("train", 0, SCENES, per_scene=2, with_box=True)
     with Writer(HERE / "demo_sft_data.json") as out:
         for sample in warm_up:
             out.write(sft1_row(sample, "image", None))
             out.write(sft2_row(sample, None))
     with Writer(HERE / "demo_rl_data.json") as out:
-        for row in rankings(scene_samples("preference", 0, SCENES, with_box=True)):
+        for row in rankings(scene_samples("preference", 0, SCENES, per_scene=2, with_box=True)):
             out.write(row)
     steps = ("chosen", "rejected", "chosen_step", "rejected_step")
     info = {
@@ -44,15 +43,18 @@ def main() -> None:
 
 
 def rankings(samples: list[Sample]) -> list[dict[str, Any]]:
-    """One ranking row per sample: the true box over one elsewhere, the true answer over another question's."""
+    """One ranking row per sample: the true box over that of another question of the same picture, the true answer over
+    another question's."""
     rng = random.Random(88)
     answers = sorted({sample.answer for sample in samples})
     rows = []
     for sample in samples:
+        (other,) = (one for one in samples if one.image == sample.image and one is not sample)
         assert sample.box is not None
+        assert other.box is not None
         chosen = CODEC.format(sample.box, UNIT, UNIT)
         box = CODEC.parse(chosen, UNIT, UNIT)
-        rejected = CODEC.format(elsewhere(box, rng), UNIT, UNIT)
+        rejected = CODEC.format(other.box, UNIT, UNIT)
         wrong = rng.choice([answer for answer in answers if answer != sample.answer])
         whole = Picture(sample.image)
         rows.append(
@@ -67,15 +69,6 @@ def rankings(samples: list[Sample]) -> list[dict[str, Any]]:
             )
         )  # fmt: skip
     return rows
-
-
-def elsewhere(box: Box, rng: random.Random) -> Box:
-    """A box of the same size that does not touch `box`."""
-    while True:
-        x0, y0 = rng.uniform(0, 1 - box.width), rng.uniform(0, 1 - box.height)
-        other = Box(x0, y0, x0 + box.width, y0 + box.height)
-        if overlap(box, other) == 0:
-            return other
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def test_the_demo_files_are_what_their_script_makes(tmp_path):
 
 def test_the_demo_names_give_samples_and_preferences():
     samples = named_samples("demo_sft_data", ROOT / "data")
-    true = scene_samples("train", 0, 24, with_box=True)
+    true = scene_samples("train", 0, 12, per_scene=2, with_box=True)
     assert [(s.image, s.question, s.answer) for s in samples] == [(s.image, s.question, s.answer) for s in true]
     assert all(s.box == t.box for s, t in zip(samples, true, strict=True))
     stage1 = named_preferences("demo_rl_data_stage1", ROOT / "data")

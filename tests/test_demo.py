@@ -5,18 +5,21 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from visrl.box import overlap
 from visrl.config import ConfigError
 from visrl.data.native import read_records
 from visrl.evolve.config import DemoConfig
 from visrl.evolve.demo import run_demo
+from visrl.evolve.generate import read_questions
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory
-from visrl.scenes import find_question, true_box
+from visrl.scenes import KINDS, find_question, true_box
 
 SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1}
 
@@ -98,6 +101,53 @@ def test_the_same_command_again_is_complete_and_another_is_refused(demo):
 def test_no_model_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="no model at"):
         run_demo(DemoConfig(output_dir=tmp_path / "x", model_name_or_path=str(tmp_path / "nothing")))
+
+
+DEMOS = [
+    {},
+    {"questions": 65, "test_questions": 1},
+    {"per_scene": 3, "seed": 2},
+    {"per_scene": 1},
+    {"tags": 1},
+    {"tags": 1, "kinds": ["count"]},
+    {"kinds": ["relation", "shape"], "iterations": 1},
+]
+
+
+@pytest.mark.parametrize("keys", DEMOS)
+def test_a_demo_asks_as_many_questions_as_it_says(keys):
+    config = DemoConfig(**{"questions": 64, "test_questions": 40, **keys})
+    evolution = config.evolution()
+    asked = [
+        read_questions(source, limit=limit)
+        for sources, limit in (
+            (evolution.dataset, evolution.max_samples),
+            ([evolution.eval_dataset], evolution.eval_samples),
+        )
+        for source in sources
+    ]
+    assert [len(samples) for samples in asked] == [config.questions] * config.iterations + [config.test_questions]
+    places = [{sample.image for sample in samples} for samples in asked]
+    assert sum(map(len, places)) == len(set().union(*places)), "no scene is asked about twice"
+    other = config.model_copy(update={"seed": config.seed + 1}).evolution()
+    assert not {sample.image for sample in read_questions(other.dataset[0], limit=64)} & set().union(*places)
+
+
+def test_the_questions_of_a_demo_share_their_scene_with_one_of_another_tag():
+    evolution = DemoConfig().evolution()
+    samples = read_questions(evolution.eval_dataset, with_box=True)
+    assert len(samples) == DemoConfig().test_questions
+    for one, other in zip(samples[::2], samples[1::2], strict=True):
+        assert one.image == other.image
+        assert overlap(one.box, other.box) == 0
+    shares = Counter(sample.source for sample in samples)
+    assert set(shares) == {f"scenes-{kind}" for kind in KINDS}
+    assert min(shares.values()) > 0.08 * len(samples)
+
+
+def test_a_demo_of_questions_that_its_scenes_do_not_allow_is_refused():
+    with pytest.raises(ConfigError, match=r"at most 1 tags have fewer than 64 questions of kind place, relation; name"):
+        DemoConfig(questions=64, tags=1, kinds=["place", "relation"]).evolution()
 
 
 @pytest.mark.slow

@@ -160,13 +160,13 @@ def test_mismatched_responses_are_those_of_the_next_item(tiny):
 def test_validation_holds_pictures_out_and_curves_are_drawn(tiny, tmp_path, capsys):
     given = {"val_size": 0.25, "max_samples": 8, "num_train_epochs": 2, "plot_loss": True, "learning_rate": 5e-3}
     out = train(preferences(tiny, tmp_path / "out", 2, **given))
-    assert "6 items for stage 2, of 6 pictures" in capsys.readouterr().out
+    assert "6 items for stage 2, of 3 pictures" in capsys.readouterr().out
     held_out = [row for row in log(out) if "eval_loss" in row]
     assert len(held_out) == 2, "one at the end of each epoch"
     assert {"eval_rewards/accuracies/box", "eval_rewards/margins/answer"} <= set(held_out[0])
     assert held_out[0]["eval_loss"] != held_out[1]["eval_loss"]
     assert "<svg" in (out / "training_loss.svg").read_text()
-    with pytest.raises(ConfigError, match="val_size: 8 pictures to validate on leave none of 8"):
+    with pytest.raises(ConfigError, match="val_size: 8 pictures to validate on leave none of 4"):
         train(preferences(tiny, tmp_path / "none", 2, max_samples=8, val_size=8))
 
 

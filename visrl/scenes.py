@@ -298,6 +298,28 @@ def scene_samples(
     return samples
 
 
+def count_scenes(
+    pool: str, start: int, questions: int, most: int, *, per_scene: int, kinds: tuple[Kind, ...], max_tags: int
+) -> int | None:
+    """How many scenes, from `start` on, have `questions` questions for `scene_samples`; None if `most` have not."""
+    found = 0
+    for count in range(most):
+        if found >= questions:
+            return count
+        of_kinds = sum(one.kind in kinds for one in questions_of(make_scene(pool, start + count, max_tags)))
+        found += min(per_scene, of_kinds)
+    return most if found >= questions else None
+
+
+def format_source(
+    pool: str, start: int, count: int, *, per_scene: int = 1, kinds: tuple[Kind, ...] = KINDS, max_tags: int = MAX_TAGS
+) -> str:
+    """The source that names what `scene_samples` gives for the same arguments."""
+    of_kinds = "" if kinds == KINDS else f":{','.join(kinds)}"
+    each = "" if per_scene == 1 else f"*{per_scene}"
+    return f"scenes:{pool}{format_level(max_tags)}{of_kinds}/{start}+{count}{each}"
+
+
 def choose_questions(scene: Scene, count: int, kinds: tuple[Kind, ...] = KINDS) -> list[SceneQuestion]:
     """Up to `count` questions of a scene, of these kinds; all that there are where they are fewer.
 

@@ -9,15 +9,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from visrl.box import CropRule
-from visrl.config import CONFIGS, Config, OneOrMore, SourceConfig
+from visrl.config import CONFIGS, Config, ConfigError, OneOrMore, SourceConfig
 from visrl.evolve.losers import MIN_DIFFERENCE, Losers
 from visrl.evolve.pairs import FilterSettings, Rule
 from visrl.rewards.open import CriticConfig
 from visrl.rollout.diversity import TRIGGER
-from visrl.scenes import Kind
+from visrl.scenes import KINDS, MAX_TAGS, Kind, count_scenes, format_source
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
-MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of questions to itself
+MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
+SCENES_PER_QUESTION = (
+    8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three
+)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -175,23 +178,27 @@ class DemoConfig(StagesConfig):
     iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
     questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
-    tags: int = Field(1, ge=1, le=4)  # coloured tags in a scene, outlines aside; more is beyond the embedded model
-    kinds: tuple[Kind, ...] = ("colour", "count")  # of questions: those that the embedded model was warmed up on
+    tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)  # coloured tags in a scene, at most; from two on, two at least
+    kinds: tuple[Kind, ...] = Field(KINDS, min_length=1)  # of questions
+    per_scene: int = Field(2, ge=1)  # questions of a scene, about different tags first; a scene may allow fewer
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
 
     def evolution(self) -> EvolveConfig:
-        """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too."""
+        """The demo as a run of the loop. Every iteration asks new questions; runs of different seeds do, too.
+
+        Raises:
+            ConfigError: scenes with so few tags hardly allow questions of these kinds.
+        """
         from visrl.models.tiny import CHECKPOINT
 
-        scenes = f"@{self.tags}:{','.join(self.kinds)}"
-        firsts = [(self.seed * MAX_ITERATIONS + number) * self.questions for number in range(self.iterations)]
-        held_out = self.seed * self.test_questions
+        blocks = [self.seed * MAX_ITERATIONS + number for number in range(self.iterations)]
         return EvolveConfig(
             model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
-            dataset=tuple(f"scenes:preference{scenes}/{first}+{self.questions}" for first in firsts),
+            dataset=tuple(self._scenes("preference", block, self.questions) for block in blocks),
+            max_samples=self.questions,
             iterations=self.iterations,
             rounds=self.rounds,
             temperature=self.temperature,
@@ -202,8 +209,22 @@ class DemoConfig(StagesConfig):
             train_stage2=self.train_stage2,
             chosen_only=self.chosen_only,
             export_dtype="float32",
-            eval_dataset=f"scenes:test{scenes}/{held_out}+{self.test_questions}",
+            eval_dataset=self._scenes("test", self.seed, self.test_questions),
+            eval_samples=self.test_questions,
             controls=self.controls,
             output_dir=self.output_dir,
             seed=self.seed,
         )
+
+    def _scenes(self, pool: str, block: int, questions: int) -> str:
+        """The source of so many questions, or of one or two more where the last scene has them: the first scenes of a
+        block that no other iteration or seed draws from."""
+        asked: dict[str, Any] = {"per_scene": self.per_scene, "kinds": self.kinds, "max_tags": self.tags}
+        start, most = block * SCENES_PER_QUESTION * questions, SCENES_PER_QUESTION * questions
+        count = count_scenes(pool, start, questions, most, **asked)
+        if count is None:
+            raise ConfigError(
+                f"kinds, tags: {most:,} scenes of at most {self.tags} tags have fewer than {questions:,} questions of "
+                f"kind {', '.join(self.kinds)}; name more kinds, or more tags"
+            )
+        return format_source(pool, start, count, **asked)

@@ -9,11 +9,12 @@ import time
 from collections import deque
 
 from visrl.engines.endpoint import data_url
-from visrl.scenes import draw_anew, make_scene, questions_of
+from visrl.scenes import choose_questions, draw_anew, make_scene
 
 SCENES = 1000  # of which one is drawn
 SCENE_S = 0.2  # between two drawings; who asks faster gets one that is drawn already
 KEPT_SCENES = 32
+QUESTIONS = 6  # that are suggested, of different tags first
 
 
 class Scenes:
@@ -38,8 +39,7 @@ class Scenes:
 
 
 def _draw_scene() -> bytes:
-    scene = make_scene("test", secrets.randbelow(SCENES), max_tags=1)
-    # What the embedded model was taught to answer: it cannot tell several tags apart.
-    questions = [question.text for question in questions_of(scene) if question.kind in ("colour", "count")]
+    scene = make_scene("test", secrets.randbelow(SCENES))
+    questions = [question.text for question in choose_questions(scene, QUESTIONS)]
     shown = {"name": f"scene {scene.index}", "picture": data_url(draw_anew(scene)), "questions": questions}
     return json.dumps(shown).encode()
