@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from http_server import Handler, serving
 
 from visrl.box import Box
 from visrl.config import ConfigError, build_config
@@ -16,6 +17,7 @@ from visrl.evolve.check import check_critic
 from visrl.evolve.config import GenerateConfig
 from visrl.evolve.generate import generate
 from visrl.evolve.serving import merge_shards
+from visrl.manifest import read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import RecordError, Sample, Trajectory, Verdict, to_json
 from visrl.rewards.critic import ModelCritic, count_verdicts, critic_failure
@@ -148,6 +150,31 @@ def test_a_judge_that_cannot_be_read_leaves_no_score_and_is_counted():
         "judged": 4, "unread answer score": 3, "failed answer score": 1,
     }  # fmt: skip
     assert critic.sampled_tokens == 20, "the same answer to the same question is judged once"
+
+
+def test_a_judge_may_be_behind_a_server_or_in_this_process(tmp_path):
+    def script(handler: Handler, body: dict[str, Any]) -> None:
+        said = body["messages"][-1]["content"]
+        assert "image_url" not in json.dumps(body), "a judge is shown no picture"
+        handler.text("score: 1" if "model's answer: 1" in str(said) else "well")
+
+    few = {"dataset": "scenes:preference/0+2", "rounds": 1, "answers": 2, "grader": "judge"}
+    with serving(script) as server:
+        out = generate(config_of(tmp_path / "served", **few, critic_url=server.url, critic_served_name="m"))
+    answered = [(one, verdict) for one, verdict in rows(out) if one.error is None]
+    assert answered
+    for one, verdict in answered:
+        scores = [1.0 if answer.startswith("1") else None for answer in one.answers]
+        assert (list(verdict.answer_scores), verdict.box_score) == (scores, 1.0 if 1.0 in scores else None)
+    facts = read_manifest(out)
+    assert facts["critic"] == "outcome:m"
+    different = {(one.place, answer) for one, _ in answered for answer in one.answers}
+    assert facts["requests"]["critic"]["ok"] >= len(different)
+    unread = sum(score is None for _, verdict in answered for score in verdict.answer_scores)
+    assert facts["counts"].get("unread answer score", 0) == unread
+    facts = read_manifest(generate(config_of(tmp_path / "here", **few, critic_model_name_or_path=str(CHECKPOINT))))
+    assert (facts["critic"], facts["requests"]) == (f"outcome:{CHECKPOINT}", {})
+    assert facts["sampled_tokens"]["critic"] > 0
 
 
 def test_other_critics_score_every_answer_and_the_box_once():
