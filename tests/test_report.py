@@ -23,6 +23,7 @@ from visrl.report.page import report, write_report
 from visrl.report.run import load_run
 from visrl.report.shapes import ReportError
 from visrl.report.story import caveats, change
+from visrl.rewards.crop_effects import QUADRANTS
 
 
 class Page(HTMLParser):
@@ -92,9 +93,9 @@ def test_a_finished_run_is_shown_whole(finished: Path, text: str) -> None:
     for words in ("kept 22", "no winner 8", "no loser 6", "same text 1", "240", "48 with a box placed at random",
                   "Centre box", "1,834 MB", "torch 2.15", "pref_beta", "3 scores unread"):  # fmt: skip
         assert words in page.text, words
-    assert len(page.all("svg")) == 3 + 6 + 2 + 2
+    assert len(page.all("svg")) == 4 + 6 + 2 + 3
     sections = [attrs["id"] for attrs in page.all("section")]
-    assert sections == ["results", "loop", "curves", "controls", "kinds", "gallery", "notes", "making"]
+    assert sections == ["results", "loop", "curves", "controls", "grounding", "kinds", "gallery", "notes", "making"]
     assert "not finished" not in page.text
 
 
@@ -152,6 +153,49 @@ def test_a_run_that_has_barely_begun_is_shown_as_far_as_it_is(finished: Path, tm
     page = page_of(tmp_path)
     assert not page.open
     assert "not finished" in page.text
+
+
+def test_the_rule_that_made_the_pairs_is_said_beside_what_the_papers_gives(run: Path) -> None:
+    text = page_of(run).text
+    assert "A box scores the share of its answers that are right, by exact; 4 answers sampled from each crop." in text
+    assert "Pairs: the policy's best box against the worst of its own, worse by 0.5." in text
+    for words in ("Trained on", "22 55.0 % 86.4 % 512", "The paper's rule", "9 22.5 % 66.7 % 1,252"):
+        assert words in text, words
+    for folder in run.glob("iter*/filter-paper"):
+        shutil.rmtree(folder)
+    assert "The paper's rule" not in page_of(run).text
+
+
+def test_four_cells_and_what_crops_gain_are_counted_from_the_answers(run: Path) -> None:
+    last = load_run(run).stages[-1]
+    cells = [last.quadrants[name] for name in QUADRANTS]
+    assert sum(cells) == last.quadrants["n"] == 60
+    rows = list(last.rows.values())
+    assert cells[2] == sum(row["correct"] and not row["grounded"] for row in rows) > 0
+    without = load_run(run).controls["last"]["no_crop"]["answer_accuracy"].mean
+    assert (last.crop["gain"] - last.crop["harm"]) / 60 == pytest.approx(last.scores["answer_accuracy"].mean - without)
+    text = page_of(run).text
+    assert "The crop holds the evidence The crop misses it Checkpoint right wrong right wrong Questions SFT" in text
+    assert f"{last.crop['gain']} {100 * last.crop['gain'] / 60:.1f} %" in text
+    assert "Shown the crop of its box for another question about the same image, the last checkpoint answers" in text
+    for name in STAGES:  # rows of an older run: the section goes, and nothing else
+        rows = [
+            {k: v for k, v in row.items() if k not in ("grounded", "right_object")}
+            for row in read_jsonl(run / f"eval/{name}.jsonl")
+        ]
+        write_records(run / f"eval/{name}.jsonl", rows)
+    (run / "eval/sft.no_crop.jsonl").unlink()
+    (run / "eval/iter1-stage2.no_crop.jsonl").unlink()
+    assert "grounding" not in [attrs["id"] for attrs in page_of(run).all("section")]
+
+
+def test_questions_about_one_image_stand_side_by_side(run: Path) -> None:
+    loaded = load_run(run)
+    found = exhibits(loaded.stages, "exact", 12)
+    assert [(shown.number, shown.of) for shown in found] == [(1, 2), (2, 2)] * 6
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        assert {one.question, two.question} == {f"Which number is on the {card} card?" for card in ("red", "blue")}
+    assert "question 2 of 2 about this image" in page_of(run).text
 
 
 def test_an_unfinished_last_line_is_left_out_and_a_bad_line_is_not(run: Path) -> None:

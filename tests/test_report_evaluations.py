@@ -87,6 +87,12 @@ def test_controls_without_boxes_and_questions_without_a_true_one_are_shown(tmp_p
     assert "3 questions had no true box to compare with" in text
 
 
+def test_what_crops_gain_is_told_of_two_modes_of_one_model(tmp_path):
+    write_evaluation(tmp_path / "a", [{**row, "exact": float(n > 6)} for n, row in enumerate(rows_of(8))], "no_crop")
+    write_evaluation(tmp_path / "b", [{**row, "exact": float(n < 7)} for n, row in enumerate(rows_of(8))])
+    assert "b over a 7 87.5 % 1 12.5 % +75.0 points" in page_of(tmp_path).text
+
+
 def test_evaluations_of_other_questions_are_not_compared(tmp_path):
     first = write_evaluation(tmp_path / "a", rows_of(2))
     other = write_evaluation(tmp_path / "b", [row | {"id": f"other-{row['id']}"} for row in rows_of(2)])

@@ -1,6 +1,7 @@
 """Reports: `visrl.report(…)` is `visrl.report.page.report`.
 
 run             what lies in a run folder; loop and evaluations read its parts, shapes says what they must hold
+rules           which critic and rule made the pairs of an iteration
 measures        scores with intervals and their titles
 page            the page; figures draws, gallery picks questions to look at, story puts it into words
 """

@@ -44,7 +44,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
 def _answers(path: Path) -> tuple[dict[str, JsonObject], str]:
     """The rows of `results.jsonl` that can be looked at, each with `correct`, and the column that says so."""
-    rows = [row for row in read_results(path) if row.get("image")] if path.is_file() else []
+    rows = read_results(path) if path.is_file() else []
+    rows = [row for row in rows if row.get("image") and not row.get("skipped")]
     right_by = right_column(rows)
     named = {" ".join(part for part in (dataset_name(row), question_name(row)) if part): row for row in rows}
     return {name: row | {"correct": is_right(row, right_by)} for name, row in named.items()}, right_by

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
@@ -66,11 +66,27 @@ class Exhibit:
     outcome: str
     change: float
     disagreement: float
+    number: int = 1  # of the shown questions about its image,
+    of: int = 1  # of which there are so many
 
 
-def draw_lot(ids: Iterable[str], count: int = PICTURES) -> list[str]:
-    """`count` of the ids, drawn by the hash of the id alone: no box and no answer has a say."""
-    return sorted(ids, key=lambda name: hashlib.blake2b(utf8(name), digest_size=8).digest())[:count]
+def draw_lot(ids: Iterable[str], count: int = PICTURES, images: Mapping[str, str] | None = None) -> list[str]:
+    """`count` of the ids, drawn by the hash of the id alone: no box and no answer has a say. With their `images` the
+    images are drawn, by the hash of their name, and the questions about one stay together."""
+
+    def lot(name: str) -> tuple[bytes, bytes]:
+        return _digest(images[name]) if images else b"", _digest(name)
+
+    return sorted(ids, key=lot)[:count]
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(utf8(name), digest_size=8).digest()
+
+
+def images_of(stages: Sequence[AnswerSet]) -> dict[str, str]:
+    """The image of each question, by the answers of the first stage."""
+    return {name: str(row["image"]) for name, row in stages[0].rows.items()}
 
 
 def outcome(first: JsonObject, last: JsonObject) -> str:
@@ -107,9 +123,17 @@ def exhibits(
 ) -> list[Exhibit]:
     """The gallery over these evaluated checkpoints, first and last of them drawn, cropped as the run crops.
 
-    `root` is the folder that images are named from.
+    `root` is the folder that images are named from. Questions about one image stand side by side.
     """
-    return [_exhibit(stages, rule, root, name) for name in draw_lot(shared_ids(stages), count)]
+    images = images_of(stages)
+    drawn = draw_lot(shared_ids(stages), count, images)
+    of, seen = Counter(images[name] for name in drawn), Counter[str]()
+    found = []
+    for name in drawn:
+        seen[images[name]] += 1
+        shown = _exhibit(stages, rule, root, name)
+        found.append(replace(shown, number=seen[images[name]], of=of[images[name]]))
+    return found
 
 
 def _exhibit(stages: Sequence[AnswerSet], rule: CropRule, root: str | None, name: str) -> Exhibit:

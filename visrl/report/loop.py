@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,28 @@ from visrl.records import Verdict
 from visrl.report.measures import Scores, measure_rows, question_name, read_scores
 from visrl.report.shapes import AnswerShape, JsonObject, PairShape, Shape, TryShape, read_run_rows
 from visrl.rewards.critic import count_verdicts
+from visrl.rewards.crop_effects import gain_and_harm, quadrants
 from visrl.rewards.results import summarise_kinds
 
 CONTROLS = {
     "no_crop": "No crop",
+    "other_question": "Other question's box",
     "random": "Random box",
     "center": "Centre box",
     "own": "Own box",
     "truth": "True box",
-}  # in the order in which they should bound each other
+}  # in the order in which they are shown
+BOUNDS = tuple(name for name in CONTROLS if name != "other_question")  # in the order in which they bound each other
 
 _STAGE_FILE = re.compile(r"(?:iter(\d+)-)?(sft|stage\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A checkpoint that was evaluated. `rows` are its answers by question, empty where the file is not there."""
+    """A checkpoint that was evaluated. `rows` are its answers by question, empty where the file is not there.
+
+    `quadrants` and `crop` are what rewards/crop_effects.py counts, empty where that is not known.
+    """
 
     name: str
     iteration: int
@@ -36,6 +42,8 @@ class Stage:
     n: int
     by_kind: dict[str, JsonObject]
     rows: dict[str, JsonObject]
+    quadrants: JsonObject = field(default_factory=dict)
+    crop: JsonObject = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -76,8 +84,25 @@ def read_stages(folder: Path, summary: JsonObject) -> list[Stage]:
         scores = read_scores(entry) if entry else measure_rows(rows)
         by_kind = entry.get("by_kind", {}) if entry else summarise_kinds(rows)
         count = entry["n"] if entry else len(rows)
-        stages.append(Stage(name, max(iteration, 0), scores, count, by_kind, {question_name(row): row for row in rows}))
+        stages.append(
+            Stage(
+                name,
+                max(iteration, 0),
+                scores,
+                count,
+                by_kind,
+                rows={question_name(row): row for row in rows},
+                quadrants=(entry or {}).get("quadrants") or quadrants(rows),
+                crop=(entry or {}).get("crop") or _crop_effect(file, rows),
+            )
+        )
     return stages
+
+
+def _crop_effect(file: Path | None, rows: Sequence[JsonObject]) -> JsonObject:
+    """What crops gain and harm over the answers of the same checkpoint without one, where it gave any."""
+    without = file.with_suffix(".no_crop.jsonl") if file else None
+    return gain_and_harm(read_run_rows(without, AnswerShape), rows) if without and without.is_file() else {}
 
 
 def stage_files(folder: Path) -> dict[tuple[int, str], Path]:

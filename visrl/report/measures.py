@@ -13,6 +13,7 @@ TITLES: dict[Measure, str] = {
     "answer_accuracy": "Answers right",
     "box_iou": "Mean IoU of the box",
     "box_accuracy_50": "Boxes with IoU > 0.5",
+    "right_object": "Boxes on the right object",
 }
 
 
@@ -29,7 +30,7 @@ Scores = dict[str, Score]  # by measure; a measure that does not apply is absent
 
 
 def measure_rows(rows: Sequence[JsonObject]) -> Scores:
-    """The three measures of evaluation rows, with their intervals."""
+    """The measures of evaluation rows, with their intervals."""
     return {name: Score(**entry) for name, entry in summarise_measures(rows).items()}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from visrl.pages.figures import SvgFigure, curve_figures
 from visrl.pages.html import render_page
 from visrl.records import write_text
 from visrl.report.figures import control_figure, kind_figure, stage_figure
-from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, shared_ids
+from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, images_of, shared_ids
 from visrl.report.loop import CONTROLS, Pairs
 from visrl.report.measures import TITLES
+from visrl.report.rules import critic_words, rule_lines
 from visrl.report.run import Run, load_run
 from visrl.report.shapes import JsonObject
-from visrl.report.story import caveats, change, gap_closed, headlines, lede
+from visrl.report.story import caveats, change, gap_closed, headlines, intention, lede
+from visrl.rewards.crop_effects import BASELINES, gain_and_harm
+from visrl.rewards.results import KIND_MEASURES
 
 NAME = "report.html"
 
@@ -55,6 +59,9 @@ def render(run: Run) -> str:
         measures=TITLES,
         columns=list(dict.fromkeys(column for evaluation in run.evaluations for column in evaluation.scores)),
         control_names=CONTROLS,
+        intention=intention(run),
+        grounded=_grounded(run),
+        crop_effects=_crop_effects(run),
         control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
         **_kinds(run),
         **_gallery(run),
@@ -79,7 +86,14 @@ def _iteration(run: Run, pairs: Pairs) -> JsonObject:
     dropped = pairs.dropped
     if not dropped and pairs.kept is not None and pairs.kept < pairs.questions:
         dropped = {"reason not recorded": pairs.questions - pairs.kept}
-    return {"pairs": pairs, "policy": before[-1] if before else None, "stages": after, "dropped": dropped}
+    return {
+        "pairs": pairs,
+        "policy": before[-1] if before else None,
+        "stages": after,
+        "dropped": dropped,
+        "critic": critic_words(run.manifests.get(f"iter{pairs.iteration}/generate", {})),
+        "rules": rule_lines(run.manifests, pairs.iteration),
+    }
 
 
 def _stage_rows(run: Run) -> list[JsonObject]:
@@ -96,14 +110,37 @@ def _stage_rows(run: Run) -> list[JsonObject]:
     return rows
 
 
+def _grounded(run: Run) -> list[tuple[str, JsonObject]]:
+    """Grounded × right of every checkpoint and evaluation of which it is known."""
+    known = [(stage.title, stage.quadrants) for stage in run.stages]
+    known += [(evaluation.title, evaluation.facts.get("quadrants") or {}) for evaluation in run.evaluations]
+    return [(title, cells) for title, cells in known if cells.get("n")]
+
+
+def _crop_effects(run: Run) -> list[tuple[str, JsonObject]]:
+    """What crops gain and harm: of checkpoints over their control without one, and of evaluations over those of the
+    same model and benchmark in a mode without one."""
+    found = [(stage.title, stage.crop) for stage in run.stages]
+    for without, with_crop in product(run.evaluations, run.evaluations):
+        same = all(without.facts.get(key) == with_crop.facts.get(key) for key in ("model", "benchmark"))
+        if same and without.facts.get("mode") in BASELINES and with_crop.facts.get("mode") == "own":
+            effect = gain_and_harm(without.rows.values(), with_crop.rows.values())
+            found.append((f"{with_crop.title} over {without.title}", effect))
+    return [(title, effect) for title, effect in found if effect]
+
+
 def _kinds(run: Run) -> JsonObject:
     """The results by kind of question, first checkpoint against last."""
     if not run.stages or not run.stages[0].by_kind:
-        return {"kind_figures": [], "kind_sides": [], "kinds": []}
+        return {"kind_figures": [], "kind_sides": [], "kinds": [], "kind_measures": {}}
     first, last = run.stages[0], run.stages[-1]
     sides = [first] if first is last else [first, last]
-    drawings = [kind_figure(first, last, measure) for measure in ("answer_accuracy", "box_iou") if len(sides) > 1]
+    shown = {
+        measure: TITLES[measure] for measure in KIND_MEASURES if any(measure in own for own in first.by_kind.values())
+    }
+    drawings = [kind_figure(first, last, measure) for measure in shown if len(sides) > 1]
     return {
+        "kind_measures": shown,
         "kind_figures": _present(drawings),
         "kind_sides": [side.title for side in sides],
         "kinds": [(kind, [side.by_kind.get(kind, {}) for side in sides]) for kind in first.by_kind],
@@ -119,7 +156,7 @@ def _gallery(run: Run) -> JsonObject:
     outcomes = []
     if len(stages) > 1 and ids:
         everywhere = count_outcomes(stages[0], stages[-1], ids)
-        shown = count_outcomes(stages[0], stages[-1], draw_lot(ids))
+        shown = count_outcomes(stages[0], stages[-1], draw_lot(ids, images=images_of(stages)))
         outcomes = [(name, shown[name], everywhere[name]) for name in everywhere]
     return {
         "gallery": exhibits(stages, run.crop_rules[-1], root=run.image_root) if ids else [],

@@ -37,17 +37,41 @@ class ScoreShape(Shape):
 
 
 class ScoresShape(Shape):
-    """The three measures of a checkpoint or a control."""
+    """The measures of a checkpoint or a control."""
 
     answer_accuracy: ScoreShape | None = None
     box_iou: ScoreShape | None = None
     box_accuracy_50: ScoreShape | None = None
+    right_object: ScoreShape | None = None
+    skipped: NonNegativeInt = 0
 
 
 class KindShape(Shape):
     n: NonNegativeInt
     answer_accuracy: FiniteFloat | None = None
     box_iou: FiniteFloat | None = None
+    right_object: FiniteFloat | None = None
+
+
+class QuadrantShape(Shape):
+    """Grounded × right, as `rewards.crop_effects.quadrants` counts it; empty where no evidence is known."""
+
+    n: NonNegativeInt = 0
+    grounded_right: NonNegativeInt = 0
+    grounded_wrong: NonNegativeInt = 0
+    ungrounded_right: NonNegativeInt = 0
+    ungrounded_wrong: NonNegativeInt = 0
+
+
+class CropShape(Shape):
+    """What crops gain and harm, as `rewards.crop_effects.gain_and_harm` counts it."""
+
+    n: NonNegativeInt = 0
+    gain: NonNegativeInt = 0
+    harm: NonNegativeInt = 0
+    difference: FiniteFloat = 0
+    low: FiniteFloat = 0
+    high: FiniteFloat = 0
 
 
 class StageShape(ScoresShape):
@@ -56,6 +80,8 @@ class StageShape(ScoresShape):
     n: NonNegativeInt
     answer_accuracy: ScoreShape
     by_kind: dict[str, KindShape] = {}
+    quadrants: QuadrantShape | None = None
+    crop: CropShape | None = None
 
 
 class PairsShape(Shape):
@@ -91,12 +117,15 @@ class EvaluationShape(Shape):
     failed: NonNegativeInt = 0
     unparseable: NonNegativeInt = 0
     bad_truth: NonNegativeInt = 0
+    skipped: NonNegativeInt = 0
     columns: dict[str, ColumnShape] = {}
+    quadrants: QuadrantShape | None = None
 
 
 class ManifestShape(Shape):
     verb: str = ""
     config: dict[str, Any] = {}
+    counts: dict[str, Any] | None = None
     image_root: str | None = None
 
 
@@ -110,8 +139,11 @@ class AnswerShape(Shape):
     box: BoxList | None
     true_box: BoxList | None = None
     prediction: str | None
-    correct: bool
+    correct: bool | None
     iou: FiniteFloat | None
+    right_object: bool | None = None
+    grounded: bool | None = None
+    skipped: str | None = None
     kind: str = ""
     repeat: NonNegativeInt = 0
     error: str | None = None

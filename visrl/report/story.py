@@ -13,10 +13,10 @@ from typing import Literal
 
 from visrl.pages.wording import NO_BREAK, count, measured, percent, signed
 from visrl.report.gallery import shared_ids
-from visrl.report.loop import CONTROLS, Stage
+from visrl.report.loop import BOUNDS, CONTROLS, Stage
 from visrl.report.measures import TITLES, Score, measure_rows
 from visrl.report.run import Run
-from visrl.rewards.results import Measure, measure_of
+from visrl.rewards.results import NO_OTHER, Measure, measure_of
 from visrl.statistics import paired
 
 ChangeVerdict = Literal["better", "worse", "no measurable difference", "not compared question by question"]
@@ -154,6 +154,7 @@ def _evaluation_notes(run: Run) -> list[str]:
             (facts.get("failed"), "ended in an error and {count} as wrong"),
             (facts.get("unparseable"), "had a box text that could not be read and {count} as IoU 0"),
             (facts.get("bad_truth"), "had no true box to compare with"),
+            (facts.get("skipped"), f"could not be asked in this mode ({NO_OTHER}) and {{count}} nowhere"),
         ]
         said = [
             f"{count(number, 'question')} {what.format(count='counts' if number == 1 else 'count')}"
@@ -212,7 +213,7 @@ def _order_notes(run: Run) -> list[str]:
     """Whether the controls bound each other as they should, by their answer accuracy."""
     notes = []
     for which, scores in run.controls.items():
-        means = {name: scores[name]["answer_accuracy"].mean for name in CONTROLS
+        means = {name: scores[name]["answer_accuracy"].mean for name in BOUNDS
                  if "answer_accuracy" in scores.get(name, {})}  # fmt: skip
         broken = [
             f"{CONTROLS[low].lower()}, {percent(means[low])}, is above {CONTROLS[high].lower()}, {percent(means[high])}"
@@ -224,6 +225,24 @@ def _order_notes(run: Run) -> list[str]:
             verdict = "does not hold: " + "; ".join(broken) if broken else "holds"
             notes.append(f"Controls of the {which} checkpoint, by answers: the order {order} {verdict}.")
     return notes
+
+
+def intention(run: Run) -> list[str]:
+    """Whether the question decides where a checkpoint looks: its answers from its box for another question."""
+    said = []
+    for which, scores in run.controls.items():
+        if "answer_accuracy" not in scores.get("other_question", {}) or "answer_accuracy" not in scores.get("own", {}):
+            continue
+        other, own = (scores[name]["answer_accuracy"].mean for name in ("other_question", "own"))
+        sentence = (
+            f"Shown the crop of its box for another question about the same image, the {which} checkpoint answers "
+            f"{percent(other)} right; with its box for the question itself {percent(own)}."
+        )
+        key = "controls" if which == "first" else "controls_last"
+        skipped = run.summary.get(key, {}).get("other_question", {}).get("skipped", 0)
+        left_out = f" {count(skipped, 'question')} without another question on the image left out." if skipped else ""
+        said.append(sentence + left_out)
+    return said
 
 
 def _values(stage: Stage, ids: Sequence[str], measure: Measure) -> list[float]:
