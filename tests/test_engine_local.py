@@ -20,7 +20,12 @@ from visrl.conversation import (
 from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.images import open_image
+from visrl.models.attention import attending_trees
 from visrl.models.load import CheckpointError, load_model
+from visrl.models.modes import evaluating
+from visrl.packing.forward import token_logps
+from visrl.packing.pack import pack
+from visrl.packing.tree import prefix_trees
 from visrl.records import Picture
 from visrl.scenes import scene_samples
 
@@ -187,3 +192,36 @@ def test_pictures_are_resized_as_the_processor_resizes_them(engine, size, is_cro
     theirs = encoder.processor.image_processor([Image.fromarray(noise)], size=limits, return_tensors="pt")
     assert torch.equal(ours.inputs["pixel_values"], theirs["pixel_values"])
     assert torch.equal(ours.inputs["image_grid_thw"], theirs["image_grid_thw"])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7, 1.0, 12, logprobs=True), Sampling(0.0, 1.0, 12, logprobs=True)])
+def test_sampled_ids_and_log_probabilities_are_those_of_a_forward_pass(engine, talks, sampling):
+    """Of both steps, four samples each: ids make the text, and one packed pass over the same ids, nothing tokenized
+    again, finds the log-probabilities that the engine sampled them with."""
+    for step in talks:
+        completions = engine.complete(step, sampling, [[1, 2, 3, 4]] * len(step))
+        mark = engine.encoder.image_token_id  # which random weights may sample, and no image is for
+        completions = [[one for one in own if mark not in one.ids] for own in completions]
+        prompts = [engine.encoder.encode(talk, [None])[0] for talk in step]
+        paths = [
+            [engine.encoder.continued(prompt, one.ids) for one in own]
+            for prompt, own in zip(prompts, completions, strict=True)
+        ]
+        flat = [one for own in completions for one in own]
+        assert len(flat) > len(step) / 2
+        for one in flat:
+            ended = one.finish_reason == "stop"
+            assert engine.encoder.decode(one.ids) == one.text
+            assert (one.ids[-1] == engine.encoder.end_id) == ended
+            assert len(one.ids) == len(one.logps) == one.tokens + ended
+        packed = pack(prefix_trees([own for own in paths if own], mark), engine.encoder.family, mark)
+        with attending_trees(engine.model), evaluating(engine.model), torch.no_grad():
+            found = token_logps(engine.model, packed, sampling.temperature or 1.0)
+        said = torch.tensor([logp for one in flat for logp in one.logps])
+        torch.testing.assert_close(found, said, rtol=1e-4, atol=1e-5)
+
+
+def test_ids_are_always_told_and_log_probabilities_where_they_are_asked_for(engine, talks):
+    ((one,), *_) = engine.complete(talks[0], Sampling(max_tokens=3), [[0]] * len(talks[0]))
+    assert one.ids
+    assert one.logps == ()

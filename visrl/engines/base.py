@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from visrl.box import Size
@@ -24,11 +24,13 @@ from visrl.replies import whole_text
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are sampled. Temperature 0 is greedy."""
+    """How tokens are sampled. Temperature 0 is greedy. `logprobs` asks for the log-probability of every sampled token
+    (`Completion.logps`)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 128
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,12 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled text, or the error that took its place. Half characters, which a server may send, are mended: what
-    is said here is shown to models, sent on and written."""
+    is said here is shown to models, sent on and written.
+
+    `ids` are the tokens as they were sampled, the end of the turn among them where it was; none from an engine that
+    does not tell. `logps` are their log-probabilities, in nats, where `Sampling.logprobs` asks for them: at the
+    temperature that they were sampled at (1 where greedy), before the nucleus was cut out.
+    """
 
     text: str | None
     tokens: int = 0
@@ -51,6 +58,8 @@ class Completion:
     error: str | None = None
     prompt_tokens: int = 0
     refused: bool = False  # the model cannot be shown this prompt: asking again would end alike
+    ids: tuple[int, ...] = field(default=(), repr=False)
+    logps: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name, said in (("text", self.text), ("error", self.error)):

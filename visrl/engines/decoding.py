@@ -27,12 +27,13 @@ OnToken = Callable[[int, ReadText], bool]
 
 @dataclass(slots=True)
 class RunningSequence:
-    """A request that is being decoded: its prompt, and the tokens sampled so far."""
+    """A request that is being decoded: its prompt, and the tokens sampled so far, but for the end of the turn."""
 
     request: Request
     prompt: TokenPath
     uniform: np.ndarray | None  # random numbers, one per token, the same in any batch; None where greedy
     tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # of the tokens and of the end, where they are asked for
 
     @staticmethod
     def of(request: Request, prompt: TokenPath) -> RunningSequence:
@@ -96,22 +97,27 @@ class DecodeBatch(ABC):
         the batch."""
         ended = {}
         sequences = [self.sequences[number] for number in numbers]
-        for number, sequence, token in zip(numbers, sequences, sample_tokens(logits, sequences), strict=True):
-            go_on = token != self.encoder.end_id
-            if go_on:
+        tokens = sample_tokens(logits, sequences)
+        _keep_logps(logits, sequences, tokens)
+        for number, sequence, token in zip(numbers, sequences, tokens, strict=True):
+            go_on = has_more = token != self.encoder.end_id
+            if has_more:
                 sequence.tokens.append(token)
                 go_on = self._on_token is None or self._on_token(number, partial(self.encoder.decode, sequence.tokens))
             if not go_on or len(sequence.tokens) >= sequence.request.sampling.max_tokens:
-                ended[number] = self.complete(self.sequences.pop(number), is_cut=go_on)
+                ended[number] = self.complete(self.sequences.pop(number), is_cut=go_on, has_end=not has_more)
         return ended
 
-    def complete(self, sequence: RunningSequence, is_cut: bool = False) -> Completion:
-        """The completion of a sequence that has ended; `is_cut` says that its request allows no more tokens."""
+    def complete(self, sequence: RunningSequence, is_cut: bool = False, has_end: bool = False) -> Completion:
+        """The completion of a sequence that has ended: by the end of its turn (`has_end`), because its request allows
+        no more tokens (`is_cut`), or because its reader wants none."""
         return Completion(
             self.encoder.decode(sequence.tokens),
             len(sequence.tokens),
             "length" if is_cut else "stop",
             prompt_tokens=len(sequence.prompt.ids),
+            ids=(*sequence.tokens, *([self.encoder.end_id] if has_end else ())),
+            logps=tuple(sequence.logps),
         )
 
 
@@ -151,6 +157,18 @@ def sample_tokens(logits: torch.Tensor, sequences: Sequence[RunningSequence]) ->
     for (n, _, _), token in zip(hot, found.clamp(max=logits.shape[-1] - 1).tolist(), strict=True):
         chosen[n] = token
     return chosen
+
+
+def _keep_logps(logits: torch.Tensor, sequences: Sequence[RunningSequence], tokens: Sequence[int]) -> None:
+    """Add the log-probabilities of `tokens` to the sequences whose requests ask for them (see `Completion.logps`)."""
+    asking = [n for n, sequence in enumerate(sequences) if sequence.request.sampling.logprobs]
+    if not asking:
+        return
+    heat = [sequences[n].request.sampling.temperature or 1.0 for n in asking]
+    logps = (logits[asking].float() / logits.new_tensor(heat)[:, None]).log_softmax(-1)
+    sampled = torch.tensor([[tokens[n]] for n in asking], device=logits.device)
+    for n, logp in zip(asking, logps.gather(-1, sampled)[:, 0].tolist(), strict=True):
+        sequences[n].logps.append(logp)
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,8 @@ within a step. Models of these families that are to be fast are served by vLLM o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -53,11 +51,7 @@ class RecomputedBatch(DecodeBatch):
 
     def _path(self, sequence: RunningSequence) -> TokenPath:
         """The prompt with the tokens sampled so far, and one more for what follows."""
-        prompt = sequence.prompt
-        ids = np.concatenate([prompt.ids, np.array([*sequence.tokens, self.encoder.end_id], dtype=np.int64)])
-        grids = [view.grid for view in prompt.views]
-        positions = self.encoder.family.positions(ids, self.encoder.image_token_id, grids)
-        return replace(prompt, ids=ids, positions=positions, start=len(prompt.ids))
+        return self.encoder.continued(sequence.prompt, [*sequence.tokens, self.encoder.end_id])
 
 
 def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:

@@ -276,6 +276,12 @@ class Encoder:
             paths.append(TokenPath(ids, positions, tuple(views), start))
         return paths
 
+    def continued(self, prompt: TokenPath, ids: Sequence[int]) -> TokenPath:
+        """The path of a prompt and the response that are these very tokens: nothing is tokenized again."""
+        whole = np.concatenate([prompt.ids, np.array(ids, dtype=np.int64)])
+        positions = self.family.positions(whole, self.image_token_id, [view.grid for view in prompt.views])
+        return TokenPath(whole, positions, prompt.views, start=len(prompt.ids))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, control tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -112,26 +112,36 @@ class Collator:
         encoded = []
         for number, item in enumerate(items):
             encoded.append(encode_item(self.encoder, number, item))
-            self._check_lengths(*encoded[-1])
-        groups = group_by_image({n: item.rows[0].conversation.views for n, item in enumerate(items)}).values()
+            for path, branch in zip(*encoded[-1], strict=True):
+                self.check_length(path, branch.row)
+        packed, order = self.pack([paths for paths, _ in encoded])
+        branches = [branch for number in order for branch in encoded[number][1]]
+        return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
+
+    def pack(self, items: Sequence[Sequence[TokenPath]]) -> tuple[PackedBatch, list[int]]:
+        """The paths of every item packed, and the numbers of the items in the order in which their branches lie: those
+        that show one image first share a tree."""
+        groups = list(group_by_image({n: paths[0].views for n, paths in enumerate(items)}).values())
         family, image_token = self.encoder.family, self.encoder.image_token_id
         trees = prefix_trees(
-            [[path for number in members for path in encoded[number][0]] for members in groups],
+            [[path for number in members for path in items[number]] for members in groups],
             image_token,
             pairs_only=family.shares == "pairs",
         )
         packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
-        branches = [branch for members in groups for number in members for branch in encoded[number][1]]
-        return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
+        return packed, [number for members in groups for number in members]
 
-    def _check_lengths(self, paths: Sequence[TokenPath], branches: Sequence[Branch]) -> None:
-        """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features."""
-        for path, branch in zip(paths, branches, strict=True):
-            if self.cutoff is not None and len(path.ids) > self.cutoff:
-                raise TooLong(
-                    f"{format_row(branch.row)}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
-                    f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
-                )
+    def check_length(self, path: TokenPath, row: str) -> None:
+        """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features.
+
+        Raises:
+            TooLong: `path`, that of `row`, is.
+        """
+        if self.cutoff is not None and len(path.ids) > self.cutoff:
+            raise TooLong(
+                f"{format_row(row)}: {len(path.ids)} tokens, {sum(v.tokens for v in path.views)} of them of "
+                f"pictures, are over cutoff_len={self.cutoff}; raise it or lower image_max_pixels"
+            )
 
 
 def select(branches: Sequence[Branch], role: Role, device: torch.device | None = None) -> torch.Tensor:
