@@ -153,12 +153,11 @@ def ours(
     loss, kept = ONLINE_LOSSES[name], data["mask"].bool()
     branch = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))
     lengths, now, advantages = torch.tensor(COUNTS).double(), logps[kept], data["advantages"][branch]
-    ratio = losses.log_ratios(now, data["old"][kept], branch, lengths, loss.level or level).exp()
-    given = {key: value for key, value in keywords.items() if key in loss.parameters}
-    per_token = loss.function(now, ratio, advantages, **given)
-    if beta:
-        per_token = per_token + beta * ratio * losses.k3(now, data["ref"][kept])
-    total = losses.summed(per_token, branch, lengths, loss.divide, tokens=sum(COUNTS), length=LENGTH)
+    total = losses.batch_loss(
+        loss, now, data["old"][kept], advantages, branch, lengths, level=level, beta=beta,
+        parameters={key: value for key, value in keywords.items() if key in loss.parameters},
+        ref=data["ref"][kept] if beta else None, tokens=sum(COUNTS), length=LENGTH,
+    ).total  # fmt: skip
     return total / {"responses": 4, "length": 4, "tokens": sum(COUNTS), "batch_tokens": 1}[loss.divide]
 
 

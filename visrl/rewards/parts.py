@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from visrl.box import iou
+from visrl.config import ConfigError
 from visrl.errors import UserError
 from visrl.plugins import is_plugin, load_plugin, raised
 from visrl.records import Sample
@@ -159,6 +160,22 @@ PARTS: dict[str, PartKind] = {
     "iou": PartKind(_iou, "IoU with the true box; None without one"),
     "area": PartKind(_area, "1 − the box's share of the image"),
 }  # fmt: skip
+
+
+def load_parts(parts: Sequence[RewardPart]) -> None:
+    """Import the functions of the user's own.
+
+    Raises:
+        ConfigError: one is not there, or is no function.
+    """
+    for part in parts:
+        if is_plugin(part.name) and not callable(load_plugin(part.name, "reward")):
+            raise ConfigError(f"reward {part.name!r} is no function of completions")
+
+
+def wants_answer_without_crop(parts: Sequence[RewardPart]) -> bool:
+    """Whether a part reads `Attempt.without`."""
+    return any(part.name in PARTS and PARTS[part.name].without_crop for part in parts)
 
 
 # --- Scoring ----------------------------------------------------------------------------------------------------------

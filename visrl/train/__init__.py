@@ -4,7 +4,11 @@ run             from a config to a trained checkpoint
 config          the keys; fields is the table of transformers.TrainingArguments, arguments makes those of a run
 losses          the table of losses, each a pure function of log-probabilities
 trainer         transformers.Trainer over packed sequences
-online_losses   the losses of online reinforcement, likewise
+
+online          online reinforcement: the same trainer, whose batches are sampled from its live weights
+online_config   its keys
+online_rollouts what a step samples: rollouts, rewards, advantages, packed
+online_losses   its losses
 
 data            data sets of items; curriculum is the warm-up's
 rows, items     a sample or preference as rows with responses; their collation into a packed batch

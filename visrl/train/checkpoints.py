@@ -65,7 +65,8 @@ def _newest_whole(out: Path, arguments: TrainingArguments) -> Path | None:
         if arguments.process_index == 0:
             for checkpoint in set(found) - set(complete):
                 shutil.rmtree(checkpoint)
-            cut_log(out / "log.jsonl", _step(newest) if newest else 0)
+            for name in ("log.jsonl", "rollouts.jsonl"):
+                cut_log(out / name, _step(newest) if newest else 0)
     return newest
 
 

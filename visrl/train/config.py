@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from visrl.box import CropRule
 from visrl.config import Adapters, CheckpointConfig, ConfigError, Listed, SourceConfig, translate
 from visrl.scenes import KINDS, MAX_TAGS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
+from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, given_keys
 
 Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone, in tenths
 Attention = Literal["auto", "dense", "blocks", "flex"]
@@ -25,10 +26,9 @@ BETA = 0.1  # of the margins that are logged, where the loss has no β of its ow
 OTHER_STAGES = {
     **{name: f"write stage: dpo with pref_loss: {name}" for name in LOSSES if name != "sft"},
     "rm": "no reward model is trained: the critic of `visrl generate` scores, and stage: dpo learns from its verdicts",
-    "ppo": "the loop of `visrl evolve` reinforces by preferences: stage: dpo on what the policy itself was scored for",
+    "ppo": "no value head is trained; stage: grpo, rloo or reinforce++ reinforce online without one",
     "pt": "no plain text is trained on; stage: sft is the warm-up",
 }
-OTHER_STAGES["grpo"] = OTHER_STAGES["rloo"] = OTHER_STAGES["ppo"]
 
 
 def _known_stage(value: Any) -> Any:
@@ -77,7 +77,7 @@ class Phase(BaseModel):
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
 
 
-class TrainConfig(TrainerFields, CheckpointConfig, SourceConfig):
+class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
     """What `visrl train` takes, beside the fields of `transformers.TrainingArguments`."""
 
     adapter_name_or_path: Adapters | None = None
@@ -90,7 +90,7 @@ class TrainConfig(TrainerFields, CheckpointConfig, SourceConfig):
     crop_rule: CropRule | None = None
     box_codec: str | None = None
 
-    stage: Annotated[Literal["sft", "dpo"], BeforeValidator(_known_stage)] = "sft"
+    stage: Annotated[Literal["sft", "dpo", "grpo", "rloo", "reinforce++"], BeforeValidator(_known_stage)] = "sft"
     rl_stage: Literal[1, 2] = 1
     do_train: Literal[True] = True  # kept for the reference's configs: this verb trains
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"
@@ -150,9 +150,28 @@ class TrainConfig(TrainerFields, CheckpointConfig, SourceConfig):
         section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") == "dpo" else None
         return {**plain, **translate(cls, section or {}, "the stage's own keys"), **given}
 
+    @model_validator(mode="after")
+    def _keys_of_the_stage(self) -> Self:
+        if self.is_online:
+            if unread := given_keys(self, PREFERENCE_KEYS):
+                raise ValueError(f"{unread[0]}: stage: {self.stage} learns from no preferences; leave the key out")
+            if unread := given_keys(self, OFFLINE_KEYS):
+                raise ValueError(f"{unread[0]}: {OFFLINE_KEYS[unread[0]]}")
+            check_online(self, self.stage, self.save_steps)
+        elif unread := given_keys(self, OnlineFields.model_fields):
+            raise ValueError(f"{unread[0]}: stage: {self.stage} samples nothing; set stage: grpo, or leave the key out")
+        return self
+
+    @property
+    def is_online(self) -> bool:
+        """Whether what is learned from is sampled as training goes."""
+        return self.stage in ONLINE_STAGES
+
     @property
     def stage_name(self) -> str:
         """What is trained, in words."""
+        if self.is_online:
+            return f"online reinforcement ({self.stage})"
         return "warm-up" if self.stage == "sft" else f"stage {self.rl_stage}"
 
     @property
@@ -171,6 +190,16 @@ class TrainConfig(TrainerFields, CheckpointConfig, SourceConfig):
 
 
 SECTIONS = ("stage1", "stage2")
+PREFERENCE_KEYS = {
+    "rl_stage", "pref_loss", "pref_beta", "pref_beta_answer", "pref_ftx", "dpo_label_smoothing", "simpo_gamma",
+    "lambda_box", "lambda_answer",
+}  # fmt: skip
+OFFLINE_KEYS = {
+    "curriculum": "stage: sft alone draws scenes in phases; name questions by dataset",
+    "val_size": "there are no responses to validate on; rollout_dataset and rollout_samples roll the policy out",
+    "feature_cache_gb": "crops are new in every step, and no features of theirs are kept; leave the key out",
+    "dry_run": "what a step takes is known only once it is sampled; try max_steps=1 in an output_dir of its own",
+}
 
 
 def without_sections(values: Mapping[str, Any]) -> dict[str, Any]:

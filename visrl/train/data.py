@@ -13,12 +13,14 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from visrl.config import ConfigError
+from visrl.conversation import PromptError, focus_conversation, open_view
 from visrl.data.sources import read_preferences, read_samples
+from visrl.images import ImageError
 from visrl.models.encode import Encoder
-from visrl.records import Preference, RecordError, Sample, belongs_to
+from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
-from visrl.train.items import Item, TrainingRow
+from visrl.train.items import Collator, Item, TooLong, TrainingRow
 from visrl.train.rows import preference_row, sft_rows
 
 
@@ -111,6 +113,23 @@ class Preferences(Dataset[Item]):
         raise RecordError(f"{row.key}: KTO needs a second item with a row of its step, and there is none")
 
 
+class Questions(Dataset[Sample]):
+    """The samples that online reinforcement asks about."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def images(self) -> list[str]:
+        """The image of each question."""
+        return [sample.image for sample in self.samples]
+
+
 def build_data(
     config: TrainConfig, encoder: Encoder, arguments: TrainingArguments
 ) -> tuple[Dataset[Item], Dataset[Item] | None]:
@@ -144,6 +163,33 @@ def build_data(
         other = "; preferences over answers are trained with rl_stage=2" if config.stage != "sft" else ""
         raise ConfigError(f"dataset: {config.dataset} holds nothing for {config.stage_name}{other}")
     return split(dataset, config.val_size, arguments.seed) if config.val_size else (dataset, None)
+
+
+def read_questions(config: TrainConfig, collator: Collator) -> tuple[Questions, str]:
+    """The questions of online reinforcement, and a line on those that `drop_unusable` leaves out ("" for none).
+
+    Raises:
+        ConfigError: no data named, or no question in them that can be asked.
+    """
+    if not config.dataset:
+        raise ConfigError("dataset: name the questions to train on")
+    samples = read_samples(
+        config.dataset, with_box=True, dataset_dir=config.dataset_dir, image_root=config.image_root
+    )[: config.max_samples]  # fmt: skip
+    usable, reasons = [], []
+    for sample in samples if config.drop_unusable else ():
+        try:
+            whole = open_view(Picture(sample.image, size=sample.size), config.image_root)
+            (prompt,) = collator.encoder.encode(focus_conversation(sample.question, whole), [None])
+            collator.check_length(prompt, sample.id)
+            usable.append(sample)
+        except (ImageError, PromptError, TooLong) as error:
+            reasons.append(str(error))
+    said = f"{len(reasons)} questions that cannot be asked are left out: {'; '.join(reasons[:3])}" if reasons else ""
+    questions = Questions(usable if config.drop_unusable else samples)
+    if not len(questions):
+        raise ConfigError(f"dataset: {config.dataset} holds no question for {config.stage_name} that can be asked")
+    return questions, said
 
 
 def read_rollout_samples(config: TrainConfig) -> list[Sample]:

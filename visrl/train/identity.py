@@ -14,6 +14,7 @@ from visrl.plugins import plugin_file
 from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
+from visrl.train.online_config import OnlineFields
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
@@ -22,7 +23,7 @@ NOT_IDENTITY = {
 }  # fmt: skip
 # What a training writes, beside settings and processor: removed where other work takes its folder.
 WRITTEN = (
-    MANIFEST, STARTED, "log.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
+    MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
     "*.safetensors.index.json", "checkpoint-*",
 )  # fmt: skip
 
@@ -33,11 +34,13 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     unsaid = {name for name in TrainerFields.model_fields if values[name] is None}
     if not isinstance(config.resume_from_checkpoint, str):
         unsaid.add("resume_from_checkpoint")
+    if not config.is_online:
+        unsaid |= OnlineFields.model_fields.keys()
     return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}
 
 
 def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str, str]:
-    """Hashes of what the training starts from: model, adapter, data, and a loss from outside the package."""
+    """Hashes of what the training starts from: model, adapter, data, and a loss or rewards from outside the package."""
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
     if adapters:
         parents["adapter"] = adapters[-1]["hash"]
@@ -45,6 +48,9 @@ def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str,
         parents["dataset"] = hash_source(config.dataset, config.dataset_dir)
     if config.stage == "dpo" and (file := plugin_file(config.pref_loss)) is not None:
         parents["loss"] = hash_files(file)
+    for part in config.rewards if config.is_online else []:
+        if (file := plugin_file(part.name)) is not None:
+            parents[f"reward {part.name}"] = hash_files(file)
     return parents
 
 

@@ -18,7 +18,7 @@ from visrl.packing.pack import BUCKET, PackedBatch, pack
 from visrl.packing.tree import group_by_image, prefix_trees
 from visrl.records import RecordError, Step
 
-Role = Literal["target", "chosen", "rejected", "mismatched"]
+Role = Literal["target", "chosen", "rejected", "mismatched", "sampled"]
 
 
 @dataclass(frozen=True, slots=True)

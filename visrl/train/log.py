@@ -51,7 +51,7 @@ class JsonLog(TrainerCallback):
 def cut_log(path: Path, step: int) -> None:
     """Drop log lines after the checkpoint that training resumes from: they will be written again."""
     if path.is_file():
-        write_records(path, [row for row in read_jsonl(path, unfinished="leave_out") if row["step"] <= step])
+        write_records(path, (row for row in read_jsonl(path, unfinished="leave_out") if row["step"] <= step))
 
 
 def plot_loss(out: Path) -> None:

@@ -51,8 +51,8 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
     options |= {"dtype": weight_dtype(config), "trust_remote_code": config.trust_remote_code}
     model = load_merged(config.model_name_or_path, merged, **options)
     use_tree_attention(model, config.attention)
-    if config.stage == "dpo":
-        switch_off_dropout(model)  # policy and reference must be the same function at the start
+    if config.stage != "sft":
+        switch_off_dropout(model)  # policy and reference, and what samples online, must be the same function
     if config.finetuning_type == "lora":
         from peft import LoraConfig, get_peft_model
 

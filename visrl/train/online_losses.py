@@ -11,9 +11,9 @@ Nothing here is imported from torch before a loss is computed: configs are check
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,43 @@ def summed(per_token: Tensor, branch: Tensor, lengths: Tensor, divide: Divide, *
     if divide == "responses":
         return (per_token / lengths[branch]).sum()
     return per_token.sum() / {"tokens": 1.0, "batch_tokens": max(tokens, 1.0), "length": float(length)}[divide]
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch, a scalar, to be divided by the step's count; its ratios and its KL, if any, each [T]."""
+
+    total: Tensor
+    ratios: Tensor
+    kl: Tensor | None
+
+
+def batch_loss(
+    loss: OnlineLoss,
+    logps: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    branch: Tensor,
+    lengths: Tensor,
+    *,
+    parameters: Mapping[str, Any],
+    level: Level = "token",
+    ref: Tensor | None = None,
+    beta: float = 0.0,
+    correct_kl: bool = True,
+    tokens: float,
+    length: int,
+) -> BatchLoss:
+    """A row of the table put together: ratios, the loss of each token, `beta` × KL where there is a reference, the sum.
+
+    `correct_kl` weighs the KL by the ratio, for it is of tokens that another policy sampled (TRL's
+    `use_bias_correction_kl`). The rest as in the functions above.
+    """
+    ratios = log_ratios(logps, old, branch, lengths, loss.level or level).exp()
+    per_token, kl = loss.function(logps, ratios, advantages, **parameters), None
+    if ref is not None:
+        kl = k3(logps, ref)
+        per_token = per_token + beta * (ratios * kl if correct_kl else kl)
+    return BatchLoss(summed(per_token, branch, lengths, loss.divide, tokens=tokens, length=length), ratios, kl)
 
 
 ONLINE_LOSSES = {

@@ -24,11 +24,12 @@ from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
+from visrl.rewards.parts import load_parts
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.checkpoints import MarkComplete, check_resume, checkpoint_to_resume, writing
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
-from visrl.train.data import SftSamples, build_data, read_rollout_samples
+from visrl.train.data import SftSamples, build_data, read_questions, read_rollout_samples
 from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
 from visrl.train.dry_run import DatasetScan, dry_run, peak_bytes, scan_dataset
 from visrl.train.features import open_features
@@ -36,6 +37,7 @@ from visrl.train.identity import clear_folder, identity_of, parents_of, replaces
 from visrl.train.items import Collator
 from visrl.train.log import JsonLog, plot_loss
 from visrl.train.model import check_policy, prepare_model
+from visrl.train.online import OnlineTrainer
 from visrl.train.reference import hash_images, reference_key, reference_logps
 from visrl.train.sampler import SameImageSampler
 from visrl.train.trainer import VisrlTrainer
@@ -83,6 +85,7 @@ def train_here(config: TrainConfig) -> None:
     settings = model_settings(config).with_given(crop_rule=config.crop_rule)
     encoder = open_encoder(config, settings)
     check_policy(config)
+    load_parts(config.rewards)
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
     parents = parents_of(config, adapters)
     identity = {**identity_of(config), "parents": parents}
@@ -102,15 +105,18 @@ def train_here(config: TrainConfig) -> None:
     if not shards_weights(arguments):
         try_out(model, encoder, config.model_name_or_path)
     limit = int(config.feature_cache_gb * 1e9)
-    features = None if shards_weights(arguments) else open_features(model, encoder.family, limit)
+    keeps_none = config.is_online or shards_weights(arguments)
+    features = None if keeps_none else open_features(model, encoder.family, limit)
+    kind: type[VisrlTrainer] = OnlineTrainer if config.is_online else VisrlTrainer
     common: dict[str, Any] = {
-        "visrl_config": config, "encoder": encoder, "model": model, "data_collator": collator, "features": features,
+        "visrl_config": config, "encoder": encoder, "model": model, "features": features,
+        "collator" if config.is_online else "data_collator": collator,
     }  # fmt: skip
     if scan is not None and config.dry_run:
         dry_run(dataset, scan, **common)
         return
     with refusals():
-        trainer = VisrlTrainer(
+        trainer = kind(
             args=arguments, train_dataset=dataset, validation=validation, rollouts=rollouts,
             callbacks=[JsonLog(out), MarkComplete()], **common,
         )  # fmt: skip
@@ -148,6 +154,16 @@ def _usable_data(
     Raises:
         ConfigError: nothing is left to train on, or to validate on.
     """
+    if config.is_online:
+        if shards_weights(arguments):
+            raise ConfigError(
+                f"stage: {config.stage} samples in each process, from whole weights; leave FSDP and DeepSpeed out, and "
+                "train an adapter (finetuning_type: lora) on several GPUs"
+            )
+        questions, dropped = read_questions(config, collator)
+        if dropped:
+            say(dropped)
+        return questions, None, None
     dataset: Any
     validation: Any
     dataset, validation = build_data(config, collator.encoder, arguments)

@@ -55,6 +55,26 @@ class SameImageSampler(Sampler[int]):
         return count
 
 
+class RepeatedSteps(Sampler[int]):
+    """The order of `inner` with the items of every optimisation step `times` times one after another: so many updates
+    are made from what was sampled once. The last step of an epoch is filled up with the first items of its order."""
+
+    def __init__(self, inner: SameImageSampler, step_size: int, times: int) -> None:
+        self.inner = inner
+        self.step_size = step_size
+        self.times = times
+
+    def __len__(self) -> int:
+        return -(-len(self.inner) // self.step_size) * self.step_size * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self.inner)
+        steps = batched(order, self.step_size)
+        while len(steps[-1]) < self.step_size:
+            steps[-1] = steps[-1] + order[: self.step_size - len(steps[-1])]
+        return (number for step in steps for _ in range(self.times) for number in step)
+
+
 class EpochOrder(TrainerCallback):
     """Tells the sampler which epoch begins, a resumed one included."""
 

@@ -1,0 +1,234 @@
+"""Online reinforcement: the trainer samples from its own live weights, scores, and steps on advantages.
+
+A step: the questions of all its batches → rollouts → rewards → advantages → packed batches → one update (or several,
+`num_iterations`). Everything else, from accumulation to resuming, is `VisrlTrainer`'s. Sampling and packing:
+online_rollouts.py; losses: online_losses.py; what a reward is made of: rewards/parts.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from visrl.engines.local import LocalEngine
+from visrl.packing.forward import token_logps, token_logps_and_entropies
+from visrl.records import Journal, Sample
+from visrl.rewards.advantages import deviation, mean, two_levels
+from visrl.sequences import batched
+from visrl.train import online_losses
+from visrl.train.checkpoints import TrainingError
+from visrl.train.data import Questions
+from visrl.train.items import Collator, TrainingBatch
+from visrl.train.online_rollouts import (
+    OnlineBatch,
+    QuestionRollouts,
+    Response,
+    estimator_of,
+    journal_row,
+    pack_responses,
+    responses_of,
+    sample_rollouts,
+    score_rollouts,
+)
+from visrl.train.sampler import EpochOrder, RepeatedSteps, SameImageSampler
+from visrl.train.trainer import VisrlTrainer
+
+JOURNAL = "rollouts.jsonl"
+
+
+def gather_questions(samples: list[Sample]) -> dict[str, list[Sample]]:
+    """The questions of a batch, as they are: nothing is computed before all of a step are there."""
+    return {"samples": samples}
+
+
+class OnlineTrainer(VisrlTrainer):
+    """`VisrlTrainer` whose batches are sampled from its model, step by step. `collator` packs what was sampled."""
+
+    def __init__(self, *, collator: Collator, **kwargs: Any) -> None:
+        super().__init__(data_collator=gather_questions, **kwargs)
+        self.collator = collator
+        self.online_loss = self.visrl_config.online_loss[1]
+        self._batches: list[OnlineBatch] = []  # of the rollouts that are learned from
+        self._timed = True  # whether the time of this step's update is among the means
+        self._start = self._frozen_start()
+
+    def _frozen_start(self) -> Any:
+        """The model at the start of its stage, for the KL: a copy, or nothing where an adapter can be switched off."""
+        if not self.visrl_config.beta or self.visrl_config.finetuning_type == "lora":
+            return None
+        return deepcopy(self.accelerator.unwrap_model(self.model)).eval().requires_grad_(False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        times = self.visrl_config.num_iterations
+        if times == 1:
+            return super()._get_train_sampler(train_dataset)
+        assert isinstance(self.train_dataset, Questions)
+        sampler = SameImageSampler(self.train_dataset.images(), self.args.train_batch_size, self.args.seed)
+        self.add_callback(EpochOrder(sampler))
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return RepeatedSteps(sampler, size, times)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | None]:
+        """The batches of a step, sampled now, or again those of the rollouts that the step before it learned from."""
+        questions = [batch["samples"] for batch in islice(epoch_iterator, num_batches)]
+        if not questions:
+            return [], None
+        if self.state.global_step % self.visrl_config.num_iterations == 0:
+            self._batches = self._sample(questions)
+        batches: list[dict[str, TrainingBatch]] = [{"batch": batch} for batch in self._batches]
+        self._timed = False
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    # --- what a step learns from
+
+    def _sample(self, questions: Sequence[Sequence[Sample]]) -> list[OnlineBatch]:
+        """Rollouts of the questions of all batches of a step, scored, with their advantages, packed batch by batch."""
+        config, step, started = self.visrl_config, self.state.global_step + 1, time.perf_counter()
+        engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
+        flat = [sample for batch in questions for sample in batch]
+        rule = self.encoder.settings.crop_rule
+        rolled = sample_rollouts(engine, flat, config, rule, seed=self.args.seed, step=step)
+        self._add("time/rollout", time.perf_counter() - started)
+        self._add("tokens/prefilled", engine.prefilled_tokens)
+        started = time.perf_counter()
+        rollouts = score_rollouts(rolled, config)
+        self._give_credit(rollouts)
+        self._add("time/reward", time.perf_counter() - started)
+        responses = [responses_of(one, self.collator) for one in rollouts]
+        self._log_rollouts(rollouts, [one for own in responses for one in own])
+        self._write_journal(rollouts, step)
+        ends = [sum(map(len, questions[: n + 1])) for n in range(len(questions))]
+        return [
+            self._pack(responses[end - len(batch) : end], batch) for end, batch in zip(ends, questions, strict=True)
+        ]
+
+    def _pack(self, responses: Sequence[Sequence[Response]], samples: Sequence[Sample]) -> OnlineBatch:
+        config = self.visrl_config
+        packed = pack_responses(
+            responses, self.collator, mask_truncated=config.mask_truncated_completions, keep_all=config.beta > 0
+        )
+        if packed is None:
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: nothing that was sampled of rows "
+                f"{', '.join(sample.id for sample in samples[:3])} can be learned from: no reward could be told, or "
+                f"all was cut at {config.max_completion_length} tokens; see {JOURNAL}"
+            )
+        return packed
+
+    def _give_credit(self, rollouts: Sequence[QuestionRollouts]) -> None:
+        """Set the advantages of all rollouts of a step: those of the other processes count in a batch's statistics."""
+        boxes = gather_object([[one.box_rewards for one in rollouts]])
+        answers = gather_object([[one.answer_rewards for one in rollouts]])
+        credit = two_levels(
+            [rewards for part in boxes for rewards in part],
+            [rewards for part in answers for rewards in part],
+            estimator_of(self.visrl_config),
+        )
+        before = sum(map(len, boxes[: self.args.process_index]))
+        for number, one in enumerate(rollouts, start=before):
+            one.boxes, one.answers = credit[0][number], credit[1][number]
+
+    # --- the loss
+
+    def _count(self, batch: TrainingBatch) -> int:
+        assert isinstance(batch, OnlineBatch)
+        return {"tokens": batch.tokens, "batch_tokens": 1}.get(self.online_loss.divide, batch.responses)
+
+    def _row_losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
+        """The loss of a batch, [1], to be divided by what `_count` counts."""
+        assert isinstance(batch, OnlineBatch)
+        config, loss = self.visrl_config, self.online_loss
+        logps, entropies = token_logps_and_entropies(model, batch.packed, config.temperature)
+        branch, device = batch.packed.branch, logps.device
+        lengths, advantages = batch.lengths.to(device), batch.advantages.to(device)[branch]
+        if batch.old is None:  # this is the policy that sampled: the first pass says what it thought
+            batch.old = logps.detach()
+            self._add("sampling/logp_difference", float((batch.old - batch.sampled.to(device)).abs().mean()))
+        found = online_losses.batch_loss(
+            loss, logps, batch.old, advantages, branch, lengths,
+            ref=self._ref_logps(batch) if config.beta else None, beta=config.beta,
+            correct_kl=config.use_bias_correction_kl, level=config.importance_sampling_level,
+            parameters={name: getattr(config, name) for name in loss.parameters}, tokens=batch.tokens,
+            length=config.max_completion_length,
+        )  # fmt: skip
+        if found.kl is not None:
+            self._meters.add("kl", found.kl.sum(), len(found.kl))
+        self._log_update(entropies, found.ratios.detach(), advantages)
+        return found.total.reshape(1)
+
+    @torch.no_grad()
+    def _ref_logps(self, batch: OnlineBatch) -> torch.Tensor:
+        """Log-probabilities of a batch's tokens under the model at the start of its stage, [T]."""
+        if batch.ref is None:
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            with policy.disable_adapter() if self._start is None else nullcontext():
+                start = policy if self._start is None else self._start
+                batch.ref = token_logps(start, batch.packed, self.visrl_config.temperature)
+        return batch.ref
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._meters.add("time/update", torch.tensor(time.perf_counter() - started), int(not self._timed))
+        self._timed = True  # the batches of a step add up to one time
+        return loss
+
+    # --- what people watch
+
+    def _add(self, name: str, value: float) -> None:
+        self._meters.add(name, torch.tensor(value))
+
+    def _log_rollouts(self, rollouts: Sequence[QuestionRollouts], responses: Sequence[Response]) -> None:
+        """Add to the running means what the rollouts of a step are like; names are TRL's where it has them."""
+        rewards = [reward for one in rollouts for rewards in one.scored.rewards for reward in rewards]
+        self._add("reward", mean(rewards))
+        self._add("reward_std", deviation(rewards))
+        for label in rollouts[0].scored.parts:
+            scores = [score for one in rollouts for own in one.scored.parts[label] for score in own]
+            if any(score is not None for score in scores):
+                self._add(f"rewards/{label}/mean", mean(scores))
+                self._add(f"rewards/{label}/std", deviation(scores))
+        self._add("left_out", mean([float(reward is None) for reward in rewards]))
+        self._add("frac_reward_zero_std", mean([float(one.boxes.flat) for one in rollouts]))
+        crops = [float(group.flat) for one in rollouts for group in one.answers if group.values]
+        if crops:
+            self._add("frac_reward_zero_std/answer", mean(crops))
+        looks = [attempt.looks[0] for one in rollouts for attempt in one.attempts]
+        self._add("box/parsed", mean([float(look.box is not None) for look in looks]))
+        if areas := [look.box.area for look in looks if look.box is not None]:
+            self._add("box/area", mean(areas))
+        for kind in ("box", "answer"):
+            own = [one.completion for one in responses if one.step == kind]
+            if own:
+                self._add(f"completions/mean_length/{kind}", mean([float(len(one.ids)) for one in own]))
+                cut = [float(one.finish_reason == "length") for one in own]
+                self._add(f"completions/clipped_ratio/{kind}", mean(cut))
+        self._add("tokens/sampled", sum(len(one.completion.ids) for one in responses))
+
+    def _log_update(self, entropies: torch.Tensor, ratios: torch.Tensor, advantages: torch.Tensor) -> None:
+        """Add to the running means what an update is like: means over the tokens that are computed."""
+        config = self.visrl_config
+        self._meters.add("entropy", entropies.sum(), len(entropies))
+        if self.online_loss.function is online_losses.clipped:
+            low, high = online_losses.clip_shares(
+                ratios, advantages, epsilon=config.epsilon, epsilon_high=config.epsilon_high
+            )
+            for name, clipped in (("low", low), ("high", high), ("region", low | high)):
+                self._meters.add(f"clip_ratio/{name}_mean", clipped.float().sum(), len(clipped))
+
+    def _write_journal(self, rollouts: Sequence[QuestionRollouts], step: int) -> None:
+        rows = gather_object([journal_row(one, step) for one in rollouts])
+        if self.is_world_process_zero():
+            with Journal(Path(str(self.args.output_dir)) / JOURNAL) as journal:
+                for part in batched(rows, 64):
+                    journal.append(part)

@@ -1,0 +1,97 @@
+"""The keys of online reinforcement, under the names of TRL's `GRPOConfig` where it has them. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from visrl.config import Config
+from visrl.rewards.parts import Part, RewardPart, check_parts
+from visrl.train.fields import NotNegative, Positive
+from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
+
+ONLINE_STAGES = ("grpo", "rloo", "reinforce++")
+
+
+def _known_loss(name: str) -> str:
+    if name not in ONLINE_LOSSES:
+        raise ValueError(f"Input should be {', '.join(map(repr, ONLINE_LOSSES))}")
+    return name
+
+
+class OnlineFields(Config):
+    """What `visrl train` takes where it samples what it learns from."""
+
+    num_generations: int = Field(8, ge=2)  # boxes sampled for a question
+    num_answers: int = Field(4, ge=1)  # answers sampled from the crop of each box
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_completion_length: int = Field(64, ge=1)  # tokens of a box text, and of an answer
+    mask_truncated_completions: bool = False  # responses that were cut at that length teach nothing
+
+    rewards: Annotated[
+        list[Part],
+        AfterValidator(check_parts),
+        BeforeValidator(lambda given: [given] if isinstance(given, str | dict) else given),
+    ] = Field(default_factory=lambda: [RewardPart(name="answer")])
+    scale_rewards: Annotated[
+        Literal["group", "batch", "none"],
+        BeforeValidator(lambda given: {True: "group", False: "none"}[given] if isinstance(given, bool) else given),
+    ] = "group"
+    normalize_advantages: bool = False  # of RLOO: to mean 0 and deviation 1 over the batch
+
+    loss_type: Annotated[str, AfterValidator(_known_loss)] | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    num_iterations: int = Field(1, ge=1)  # updates from what was sampled once; 1 is strictly on-policy
+    epsilon: NotNegative = 0.2
+    epsilon_high: Positive | None = None
+    delta: Positive | None = None
+    beta: NotNegative = 0.0  # weight of the KL to the model at the start of its stage
+    use_bias_correction_kl: bool = True  # that KL is weighted by the importance ratio, too
+
+    @property
+    def online_loss(self) -> tuple[str, OnlineLoss]:
+        """The name and the row of the loss: the stage's own where `loss_type` names none."""
+        name = self.loss_type or ("rloo" if getattr(self, "stage", None) == "rloo" else "dapo")
+        return name, ONLINE_LOSSES[name]
+
+
+def given_keys(config: Config, keys: Any) -> list[str]:
+    """Those of `keys` of which a config holds other values than the defaults, in the order of their declaration."""
+    defaults = {
+        key: field.get_default(call_default_factory=True, validated_data=dict(config))
+        for key, field in type(config).model_fields.items()
+        if key in keys
+    }
+    return [key for key, default in defaults.items() if getattr(config, key) != default]
+
+
+def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> None:
+    """Refuse keys that do not go together, or that would have no effect.
+
+    Raises:
+        ValueError: so it is; the message names the key.
+    """
+    name, loss = config.online_loss
+    if stage != "grpo" and config.scale_rewards != "group":
+        raise ValueError(f"scale_rewards: {stage} has an estimate of its own; set stage: grpo, or leave the key out")
+    if stage != "rloo" and config.normalize_advantages:
+        raise ValueError("normalize_advantages is of stage: rloo; with stage: grpo scale_rewards says how")
+    if name == "cispo" and (config.epsilon_high is None or config.epsilon_high < 1):
+        raise ValueError(
+            "epsilon_high: for loss_type: cispo it is the largest ratio itself, from 1 on; give one (5.0 in its paper)"
+        )
+    if unread := given_keys(config, {"epsilon", "epsilon_high", "delta"} - set(loss.parameters)):
+        raise ValueError(f"{unread[0]}: loss_type: {name} does not read it; leave it out")
+    if loss.level is not None and config.importance_sampling_level not in ("token", loss.level):
+        raise ValueError(f"importance_sampling_level: loss_type: {name} has a ratio of its own; leave the key out")
+    if config.delta is not None and config.delta <= 1 + (config.epsilon_high or config.epsilon):
+        raise ValueError(f"delta: {config.delta} would cut below what is clipped; give more than 1 + epsilon_high")
+    if not config.use_bias_correction_kl and not config.beta:
+        raise ValueError("use_bias_correction_kl: there is no KL to correct; set beta, or leave the key out")
+    if config.num_iterations > 1 and save_steps and save_steps % config.num_iterations:
+        raise ValueError(
+            f"save_steps: {save_steps:g} would save between two updates from the same rollouts; give a multiple of "
+            f"num_iterations={config.num_iterations}"
+        )

@@ -1,0 +1,271 @@
+"""What a step of online reinforcement samples: questions → boxes → answers → rewards → advantages → a packed batch.
+
+Token ids go from the engine to the batch as they were sampled. Knows no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visrl.box import CropRule
+from visrl.engines.base import Completion, Policy, Sampling, seed_of
+from visrl.models.encode import TokenPath
+from visrl.packing.pack import PackedBatch
+from visrl.records import Sample, Step
+from visrl.rewards.advantages import Estimator, GroupAdvantages, box_reward, grpo, reinforce, rloo
+from visrl.rewards.parts import Attempt, Scored, score_attempts, wants_answer_without_crop
+from visrl.rollout.greedy import greedy_looks
+from visrl.rollout.protocols import VISRL
+from visrl.rollout.rollout import OpenedQuestion, answers_all, failure, look_all, open_question
+from visrl.rollout.steps import Look, answer_request
+from visrl.train.checkpoints import TrainingError
+from visrl.train.config import TrainConfig
+from visrl.train.items import Branch, Collator, TrainingBatch
+
+NO_ADVANTAGES = GroupAdvantages((), True)
+
+
+@dataclass(slots=True)
+class QuestionRollouts:
+    """The attempts at a question with what they are worth; the advantages come once the whole step is known.
+
+    `boxes` are the advantages of the boxes, `answers` of the answers from the crop of each.
+    """
+
+    question: OpenedQuestion
+    attempts: tuple[Attempt, ...]
+    scored: Scored
+    boxes: GroupAdvantages = NO_ADVANTAGES
+    answers: list[GroupAdvantages] = field(default_factory=list)
+
+    @property
+    def box_rewards(self) -> list[float | None]:
+        """The reward of every box: the mean of its answers', or its own where it cannot be read."""
+        return [box_reward(rewards) for rewards in self.scored.rewards]
+
+    @property
+    def answer_rewards(self) -> list[list[float | None]]:
+        """The rewards of the answers from the crop of each box; none where there is no answer."""
+        return [
+            rewards if attempt.looks[0].answer_completion is not None else []
+            for attempt, rewards in zip(self.attempts, self.scored.rewards, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A sampled box text or answer, and the advantage that it has; None where its reward could not be told."""
+
+    row: str
+    step: Step
+    completion: Completion
+    prompt: TokenPath
+    advantage: float | None
+
+
+@dataclass(slots=True)
+class OnlineBatch(TrainingBatch):
+    """A packed batch of sampled responses. `responses` and `tokens` are how many it stands for: those with an advantage
+    of 0, which need no computation, are among them.
+
+    Once they are computed, `old` and `ref` are the log-probabilities of the T tokens under the policy that sampled them
+    and under the reference.
+    """
+
+    advantages: torch.Tensor  # [branches]
+    lengths: torch.Tensor  # [branches], in tokens
+    sampled: torch.Tensor  # [T]: log-probabilities as the engine told them
+    responses: int
+    tokens: int
+    old: torch.Tensor | None = None
+    ref: torch.Tensor | None = None
+
+
+def estimator_of(config: TrainConfig) -> Estimator:
+    """How a config has advantages estimated."""
+    if config.stage == "rloo":
+        return partial(rloo, normalize=config.normalize_advantages)
+    return reinforce if config.stage == "reinforce++" else partial(grpo, scale=config.scale_rewards)
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample_rollouts(
+    policy: Policy, samples: Sequence[Sample], config: TrainConfig, crop_rule: CropRule, *, seed: int, step: int
+) -> list[tuple[OpenedQuestion, tuple[Attempt, ...]]]:
+    """The attempts at every question: `num_generations` boxes, `num_answers` answers from the crop of each.
+
+    Every completion has a seed of its own, named by step, question, box and answer: a step that is sampled again (by a
+    run that resumes) samples the same.
+
+    Raises:
+        TrainingError: a question cannot be asked at all.
+    """
+    plain = _plain_answers(policy, samples, config, crop_rule)
+    policy.forget()  # the weights have changed
+    questions = [_opened(policy, sample, config.image_root) for sample in samples]
+    sampling = Sampling(config.temperature, config.top_p, config.max_completion_length, logprobs=True)
+    boxes = range(config.num_generations)
+    seeds = [[seed_of(seed, step, *sample.place, b, "box") for b in boxes] for sample in samples]
+    looks = [look for own in look_all(policy, questions, sampling, seeds) for look in own]
+    seeds = [
+        [seed_of(seed, step, *sample.place, b, m, "answer") for m in range(config.num_answers)]
+        for sample in samples
+        for b in boxes
+    ]
+    answered = iter(answers_all(policy, looks, sampling, crop_rule, seeds))
+    policy.forget()  # memory is wanted for the update
+    return [
+        (question, tuple(Attempt(question.sample, _told(next(answered)), without) for _ in boxes))
+        for question, without in zip(questions, plain, strict=True)
+    ]
+
+
+def _opened(policy: Policy, sample: Sample, root: str | Path | None) -> OpenedQuestion:
+    question = open_question(policy, sample, VISRL.focus, root)
+    if not isinstance(question, OpenedQuestion):
+        raise TrainingError(
+            f"row {sample.id}: {failure(question)}; take the row out of the data, or leave out all such rows with "
+            "drop_unusable=true"
+        )
+    return question
+
+
+def _told(looks: Sequence[Look]) -> tuple[Look, ...]:
+    """The looks of one box, one for each answer; a single one where none was asked for."""
+    return tuple(looks) if looks[0].answer_completion is not None else (looks[0],)
+
+
+def _plain_answers(
+    policy: Policy, samples: Sequence[Sample], config: TrainConfig, crop_rule: CropRule
+) -> list[str | None]:
+    """The greedy answer to every question from the whole image in place of a crop, where a reward asks for it."""
+    if not wants_answer_without_crop(config.rewards):
+        return [None] * len(samples)
+    looks = greedy_looks(policy, samples, mode="no_crop", crop_rule=crop_rule, root=config.image_root)
+    return [look.answer if isinstance(look, Look) else None for look in looks]
+
+
+def score_rollouts(
+    rollouts: Sequence[tuple[OpenedQuestion, tuple[Attempt, ...]]], config: TrainConfig
+) -> list[QuestionRollouts]:
+    """The rollouts with their rewards.
+
+    Raises:
+        RewardError: a function of the user's own gave no scores.
+    """
+    scored = score_attempts(config.rewards, [attempts for _, attempts in rollouts])
+    return [QuestionRollouts(*one, rewards) for one, rewards in zip(rollouts, scored, strict=True)]
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+def responses_of(one: QuestionRollouts, collator: Collator) -> list[Response]:
+    """Every sampled response to a question, boxes first."""
+    encoder, name = collator.encoder, "/".join(map(str, one.question.sample.place))
+    prompt = encoder.encode(one.question.talk, [None])[0]
+    boxes, answers = [], []
+    for b, (attempt, advantage) in enumerate(zip(one.attempts, one.boxes.values, strict=True)):
+        first = attempt.looks[0]
+        if first.box_completion is not None and first.box_completion.ids:
+            boxes.append(Response(f"{name}/box {b}", "box", first.box_completion, prompt, advantage))
+        told = [look.answer_completion for look in attempt.looks if look.answer_completion is not None]
+        if not any(completion.ids for completion in told):
+            continue
+        shown = encoder.encode(answer_request(first), [None])[0]
+        for m, (completion, worth) in enumerate(zip(told, one.answers[b].values, strict=True)):
+            if completion.ids:
+                answers.append(Response(f"{name}/box {b}/answer {m}", "answer", completion, shown, worth))
+    return [*boxes, *answers]
+
+
+def pack_responses(
+    questions: Sequence[Sequence[Response]], collator: Collator, *, mask_truncated: bool, keep_all: bool
+) -> OnlineBatch | None:
+    """One batch of the responses to some questions; None where none of them can be learned from.
+
+    A response without an advantage is left out. One whose advantage is 0 moves nothing, and is counted and not computed
+    unless `keep_all` (its KL moves something); likewise one that was cut off, with `mask_truncated`, whose tokens do
+    not count either. One that holds the token of an image, which no image is for, cannot be computed.
+
+    Raises:
+        TooLong: a path is longer than the collator's cutoff.
+    """
+    mark = collator.encoder.image_token_id
+    known = [
+        [one for one in own if one.advantage is not None and mark not in one.completion.ids] for own in questions
+    ]  # fmt: skip
+    masked = {id(one) for own in known for one in own if mask_truncated and one.completion.finish_reason == "length"}
+    taught = [[one for one in own if id(one) not in masked] for own in known]
+    wanted = [[one for one in own if keep_all or one.advantage] for own in taught]
+    if not any(wanted):  # a step without a gradient: as short as can be, and of an advantage 0
+        shortest = min((one for own in taught for one in own), key=lambda r: len(r.completion.ids), default=None)
+        if shortest is None:
+            return None
+        wanted = [[shortest]]
+    items = [own for own in wanted if own]
+    paths = [[collator.encoder.continued(one.prompt, one.completion.ids) for one in own] for own in items]
+    for own, made in zip(items, paths, strict=True):
+        for one, path in zip(own, made, strict=True):
+            collator.check_length(path, one.row)
+    packed, order = collator.pack(paths)
+    ordered = [one for number in order for one in items[number]]
+    return OnlineBatch(
+        packed,
+        [Branch(number, one.row, one.step, "sampled", 1.0) for number in order for one in items[number]],
+        len(questions),
+        int(packed.target.numel()),
+        torch.tensor([one.advantage for one in ordered], dtype=torch.float32),
+        torch.tensor([len(one.completion.ids) for one in ordered], dtype=torch.float32),
+        _in_order(packed, [one.completion.logps for one in ordered]),
+        sum(map(len, known)),
+        sum(len(one.completion.ids) for own in taught for one in own),
+    )
+
+
+def _in_order(packed: PackedBatch, values: Sequence[Sequence[float]]) -> torch.Tensor:
+    """The values of every branch's tokens, [T], in the order in which a packed batch holds them."""
+    flat = [value for branch in packed.branch.unique_consecutive().tolist() for value in values[branch]]
+    return torch.tensor(flat, dtype=torch.float32)
+
+
+# --- What is told -----------------------------------------------------------------------------------------------------
+
+
+def journal_row(one: QuestionRollouts, step: int) -> dict[str, Any]:
+    """The row of `rollouts.jsonl` for one question: every box with its answers, rewards and advantages."""
+    sample = one.question.sample
+    return {
+        "step": step,
+        "id": sample.id,
+        **({"repeat": sample.repeat} if sample.repeat else {}),
+        "image": sample.image,
+        "question": sample.question,
+        "answer": sample.answer,
+        "boxes": [
+            {
+                "text": attempt.looks[0].text,
+                "box": attempt.looks[0].box.as_list() if attempt.looks[0].box else None,
+                **({"error": attempt.looks[0].error} if attempt.looks[0].error else {}),
+                "reward": reward,
+                "advantage": advantage,
+                "answers": [look.answer for look in attempt.looks if look.answer_completion is not None],
+                "rewards": rewards,
+                "advantages": list(answers.values),
+                "parts": {label: rows[b] for label, rows in one.scored.parts.items()},
+            }
+            for b, (attempt, reward, advantage, rewards, answers) in enumerate(
+                zip(
+                    one.attempts, one.box_rewards, one.boxes.values, one.scored.rewards, one.answers, strict=True
+                )
+            )
+        ],
+    }  # fmt: skip
