@@ -153,7 +153,7 @@ def test_a_key_of_another_program_that_would_change_something_is_refused(said: s
 
 @pytest.mark.parametrize("stage", OTHER_STAGES)
 def test_other_stages_say_what_to_write(stage: str) -> None:
-    with pytest.raises(ConfigError, match=rf"stage: .*stage: (dpo|sft).*\(got '{stage}'\)"):
+    with pytest.raises(ConfigError, match=rf"stage: .*stage: (dpo|sft|grpo).*\(got '{stage}'\)"):
         read_config(TrainConfig, None, [*GIVEN, f"stage={stage}"])
 
 
