@@ -114,9 +114,11 @@ class PartKind:
 
 def _right(answer: str | None, sample: Sample, metric: Metric) -> float | None:
     """How right an answer is; None where the sample says no true one."""
+    from visrl.rewards.outcome import references_of  # which a config need not wait for
+
     if not sample.answer:
         return None
-    return 0.0 if answer is None else METRICS[metric](answer, [sample.answer])
+    return 0.0 if answer is None else METRICS[metric](answer, references_of(sample, metric))
 
 
 def _answer(attempt: Attempt, metric: Metric) -> Scores:
