@@ -55,11 +55,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recipe of the embedded model, from random weights to runs/tiny/warm. One thread, so that it repeats to the bit.
+# The recipe of the embedded model, from random weights to runs/tiny/warm. One thread, so that it repeats to the bit; the
+# same command goes on where it was stopped.
 warm-up: $(READY)
-	$(BIN)/python -m visrl.models.tiny.make runs/tiny/start
+	OMP_NUM_THREADS=1 $(BIN)/python -m visrl.models.tiny.pretrain configs/tiny/pretrain.yaml
 	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft.yaml
-	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft_2.yaml
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs build *.egg-info

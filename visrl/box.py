@@ -131,6 +131,20 @@ def clamp(x0: float, y0: float, x1: float, y1: float) -> Clamped:
     return Clamped(Box(*inside), max(abs(a - b) for a, b in zip(corners, inside, strict=True)))
 
 
+def with_sides_moved(box: Box, left: float, top: float, right: float, bottom: float) -> Box:
+    """`box` with each side moved outward by this share of its width or height (inward below 0), kept in the image.
+
+    Raises:
+        BoxError: nothing is left of it.
+    """
+    return clamp(
+        box.x0 - left * box.width,
+        box.y0 - top * box.height,
+        box.x1 + right * box.width,
+        box.y1 + bottom * box.height,
+    ).box
+
+
 def padding(size: Size) -> tuple[int, int, int]:
     """Visual-CoT's padded square of an image of `size`: its side and what is added left and above, in pixels."""
     side = max(size)

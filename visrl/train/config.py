@@ -69,6 +69,7 @@ class Phase(BaseModel):
     steps: int = Field(gt=0)
     tasks: list[Task] = ["locate", "read"]
     kinds: list[Kind] = list(KINDS)
+    boxes: list[Kind] = list(KINDS)  # kinds that have a box to locate; of others there is an answer to read alone
     max_tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)
     per_scene: int = Field(4, ge=1)
     grid: int | None = Field(None, ge=2)  # boxes are rounded outward to 1/grid: where something is, before how exactly

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch.utils.data import Dataset
 
-from visrl.box import Box
+from visrl.box import with_sides_moved
 from visrl.engines.base import seed_of
 from visrl.models.encode import Encoder
 from visrl.records import Sample
@@ -72,16 +72,11 @@ class Curriculum(Dataset[Item]):
                 low, high = phase.close_up
                 detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
             if phase.loose and sample.box is not None:
-                detail = _with_sides_moved(detail or sample.box, -phase.loose, phase.loose, chance)
+                detail = with_sides_moved(detail or sample.box, *chance.uniform(-phase.loose, phase.loose, size=4))
             if phase.margin and sample.box is not None:
                 detail = detail or sample.box
-                sample = replace(sample, box=_with_sides_moved(sample.box, -phase.margin, 0.0, chance))
-            rows += sft_rows(self.encoder, sample, phase.tasks, detail=detail)
+                sample = replace(sample, box=with_sides_moved(sample.box, *chance.uniform(0.0, phase.margin, size=4)))
+            labelled = sample.source.removeprefix("scenes-") in phase.boxes
+            tasks = phase.tasks if labelled else [task for task in phase.tasks if task == "read"]
+            rows += sft_rows(self.encoder, sample, tasks, detail=detail)
         return rows
-
-
-def _with_sides_moved(box: Box, outward: float, inward: float, chance: np.random.Generator) -> Box:
-    """`box` with each side moved by a chance share of its width or height, between `outward` (below 0) and `inward`."""
-    dx0, dy0, dx1, dy1 = chance.uniform(outward, inward, size=4)
-    corners = (box.x0 + dx0 * box.width, box.y0 + dy0 * box.height, box.x1 - dx1 * box.width, box.y1 - dy1 * box.height)
-    return Box(*(min(1.0, max(0.0, corner)) for corner in corners))

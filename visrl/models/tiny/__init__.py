@@ -1,7 +1,9 @@
 """The embedded model: a tiny Qwen2-VL with a tokenizer and a processor of its own, loadable offline.
 
-`make.py` draws its random start; `configs/tiny/train_sft.yaml` and `train_sft_2.yaml` are the recipe that warms it up;
-`checkpoint/` holds the result with the manifest of the run that made it (docs/tiny/: those of the run before).
+`make.py` draws its random start. `pretrain.py` gives it what real models bring along: `recipe.py` has the keys of
+`configs/tiny/pretrain.yaml`, `lessons.py` draws the batches, `readouts.py` says what is asked of hidden states.
+`configs/tiny/train_sft.yaml` is its warm-up. `checkpoint/` holds the result with log and manifest of the run that made
+it.
 """
 
 from pathlib import Path

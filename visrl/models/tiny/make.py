@@ -1,4 +1,4 @@
-"""Make the random start of the embedded model: a Qwen2-VL architecture of 1.4 M parameters, tokenizer and processor.
+"""Make the random start of the embedded model: a Qwen2-VL architecture of 2.3 M parameters, tokenizer and processor.
 
 Real transformers classes, written to a folder that `AutoProcessor` and `AutoModelForImageTextToText` load offline.
 """
@@ -39,8 +39,6 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-STREAM_ADDITIONS = 8  # outputs that the language model adds to its residual stream: attention and MLP of four layers
-
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -52,14 +50,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **sizes: int) -> Path:
+def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **sizes: Any) -> Path:
     """Write a randomly initialised tiny model with its processor to `folder`; `sizes` override the text config's."""
-    folder = Path(folder)
+    model, processor, settings = tiny_model(seed=seed, vocabulary=vocabulary, **sizes)
+    return save_tiny(folder, model, processor, settings)
+
+
+def tiny_model(
+    *, seed: int = 0, vocabulary: int = 640, **sizes: Any
+) -> tuple[Qwen2VLForConditionalGeneration, Qwen2VLProcessor, ModelSettings]:
+    """A randomly initialised tiny model, its processor and its settings; `sizes` override the text config's."""
     tokenizer = make_tokenizer(vocabulary)
     # The whole 672-px scene is shown at 112 × 112 (16 tokens), and so is a crop that is about square: sides are rounded
     # down to multiples of 28 px, so that a limit of 112 × 112 would show many of them at 84 × 84.
     shown = 112 * 112
-    limits = ModelSettings(
+    settings = ModelSettings(
         image_min_pixels=shown, image_max_pixels=shown, crop_min_pixels=100 * 100, crop_max_pixels=126 * 126
     )
     image_processor = Qwen2VLImageProcessor(size={"shortest_edge": shown, "longest_edge": shown})
@@ -69,9 +74,17 @@ def make_tiny(folder: str | Path, *, seed: int = 0, vocabulary: int = 640, **siz
     _initialise(model)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, processor, settings
+
+
+def save_tiny(
+    folder: str | Path, model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, settings: ModelSettings
+) -> Path:
+    """Write model, processor and settings to `folder`, as transformers and this project load them."""
+    folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    limits.save(folder)
+    settings.save(folder)
     return folder
 
 
@@ -80,33 +93,35 @@ def _initialise(model: Qwen2VLForConditionalGeneration) -> None:
     """Weights of standard deviation 1/√fan-in, and random biases of queries and keys.
 
     The usual 0.02 suits widths of thousands: at a width of 128 every attention starts out uniform, and stays so for
-    long. With random biases, and with rotary angles of a third of a radian per row and column, each head looks from the
-    start at places of its own, and where an object lies can be told.
+    long. With random biases each head looks from the start at places of its own, and where an object lies can be told.
+    What is added to the residual stream of the language model, by attention and MLP of every layer, is the smaller the
+    more of it there is.
     """
+    additions = 2 * model.config.text_config.num_hidden_layers
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
             parameter.normal_(0, 0.08)
         elif parameter.dim() > 1:
             into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight"))
-            parameter.normal_(0, (parameter[0].numel() * (STREAM_ADDITIONS if into_stream else 1)) ** -0.5)
+            parameter.normal_(0, (parameter[0].numel() * (additions if into_stream else 1)) ** -0.5)
         elif name.endswith(("q_proj.bias", "k_proj.bias")):
-            parameter.normal_(0, 1.2)
+            parameter.normal_(0, 0.5)
         elif name.endswith("qkv.bias"):
             queries_and_keys = 2 * parameter.numel() // 3
-            parameter[:queries_and_keys].normal_(0, 1.0)
+            parameter[:queries_and_keys].normal_(0, 0.5)
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2VLConfig:
-    """A Qwen2-VL of 4 layers of 128 with a vision tower of 2 layers of 96."""
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen2VLConfig:
+    """A Qwen2-VL of 6 layers of 128 with a vision tower of 3 layers of 128."""
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
+        "intermediate_size": 320,
+        "num_hidden_layers": 6,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 7, 7]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
@@ -114,8 +129,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen2VLConf
         **sizes,
     }
     vision: dict[str, Any] = {
-        "depth": 2,
-        "embed_dim": 96,
+        "depth": 3,
+        "embed_dim": 128,
         "hidden_size": text["hidden_size"],
         "num_heads": 4,
         "mlp_ratio": 4,
