@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visrl.box import Box, BoxError, clamp, corner_fault, crop_window, enclosing, iou, padding
+from visrl.box import Box, BoxError, clamp, corner_fault, crop_window, enclosing, iou, padding, with_sides_moved
 from visrl.codecs import BOX_SPACES, CODECS, Codec, self_test
 
 SIZES = st.tuples(st.integers(28, 8192), st.integers(28, 8192))
@@ -203,3 +203,11 @@ def test_faults_in_pixels_are_exact():
     assert corner_fault((0, 0, 640.001, 480), (640, 480)) == "outside"
     assert corner_fault((10, 0, 5, 480), (640, 480)) == "inverted"
     assert corner_fault((5, 0, 5, 480), (640, 480)) == "empty"
+
+
+def test_sides_move_by_shares_of_width_and_height_and_stay_in_the_image():
+    box = Box(0.2, 0.4, 0.6, 0.5)
+    assert with_sides_moved(box, 0.25, 1.0, -0.5, 0.0).as_list() == pytest.approx([0.1, 0.3, 0.4, 0.5])
+    assert with_sides_moved(box, 2.0, 9.0, 2.0, 9.0).as_list() == [0, 0, 1, 1]
+    with pytest.raises(BoxError):
+        with_sides_moved(box, -0.6, 0.0, -0.6, 0.0)

@@ -1,7 +1,5 @@
 """The warm-up's curriculum over drawn scenes: what each phase asks for, and that an index says everything."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -27,10 +25,10 @@ def true_box_of(row) -> Box:
 
 
 def test_phases_follow_each_other_and_every_scene_is_seen_once(encoder):
-    curriculum = Curriculum(encoder, [phase(tasks=["point"]), phase(tasks=["read"])], batch_size=2)
+    curriculum = Curriculum(encoder, [phase(tasks=["locate"]), phase(tasks=["read"])], batch_size=2)
     assert len(curriculum) == 12
     asked = [{row.key.rpartition("/")[2] for row in curriculum[index].rows} for index in range(12)]
-    assert asked == [{"point"}] * 6 + [{"answer"}] * 6
+    assert asked == [{"box"}] * 6 + [{"answer"}] * 6
     assert len({curriculum[index].id for index in range(12)}) == 12
 
 
@@ -39,27 +37,9 @@ def test_an_index_says_everything(encoder):
         rows = curriculum[index].rows
         return [(row.key, row.responses, [view.image.tobytes() for view in row.conversation.views]) for row in rows]
 
-    phases = [phase(tasks=["locate", "read"], loose=0.25, close_up=(0.2, 1.0))]
+    phases = [phase(tasks=["locate", "read"], loose=0.25, margin=0.5)]
     once, again = (Curriculum(encoder, phases, batch_size=2) for _ in range(2))
     assert [said(again, index) for index in (4, 1)] == [said(once, index) for index in (4, 1)]
-
-
-def test_a_point_is_the_first_corner_in_tenths(encoder):
-    for row in Curriculum(encoder, [phase(tasks=["point"])], batch_size=2)[0].rows:
-        ((_, text),) = row.responses
-        found = re.fullmatch(r"\[(0\.\d), (0\.\d)\]", text)
-        assert found, text
-        truth = true_box_of(row)
-        for value, exact in zip(found.groups(), (truth.x0, truth.y0), strict=True):
-            assert 0 <= exact - float(value) < 0.1 + 1e-9
-
-
-def test_boxes_on_a_grid_lie_around_the_true_ones(encoder):
-    for row in Curriculum(encoder, [phase(tasks=["locate"], grid=10)], batch_size=2)[0].rows:
-        ((_, text),) = row.responses
-        box, truth = encoder.codec.parse(text, (672, 672), (112, 112)), true_box_of(row)
-        assert max(box.x0 - truth.x0, box.y0 - truth.y0, truth.x1 - box.x1, truth.y1 - box.y1) <= 0
-        assert all(abs(value * 10 - round(value * 10)) < 1e-6 for value in box.as_list())
 
 
 def test_loose_crops_differ_from_the_box_and_by_no_more_than_they_may(encoder):
@@ -92,3 +72,13 @@ def test_a_margin_widens_what_is_located_and_leaves_what_is_read(encoder):
             assert -0.001 <= side <= 0.5 * length + 0.001
         wider += max(sides) > 0.05
     assert wider > 0
+
+
+def test_kinds_without_boxes_give_an_answer_to_read_alone(encoder):
+    curriculum = Curriculum(encoder, [phase(boxes=["colour"], per_scene=3)], batch_size=2)
+    rows = [row for index in range(6) for row in curriculum[index].rows]
+    kinds = {name: {find_question(row.key.rpartition("/")[0])[1].kind for row in rows if row.key.endswith(name)}
+             for name in ("/box", "/answer")}  # fmt: skip
+    assert kinds == {"/box": {"colour"}, "/answer": {"colour", "count"}}
+    with pytest.raises(ValueError, match="count: kinds without boxes have answers to read alone"):
+        phase(tasks=["locate"], boxes=["colour"])

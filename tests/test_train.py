@@ -27,7 +27,7 @@ from visrl.train.data import Preferences
 from visrl.train.export import ExportConfig, export
 from visrl.train.run import train
 
-PHASES = [{"steps": 4, "tasks": ["read"], "max_tags": 2, "close_up": [0.0, 0.5]}, {"steps": 4, "grid": 10}]
+PHASES = [{"steps": 4, "tasks": ["read"], "loose": 0.2}, {"steps": 4, "margin": 0.5}]
 
 
 def config(model: Path, out: Path, **more) -> TrainConfig:
@@ -74,7 +74,7 @@ def test_full_warm_up_moves_every_weight_and_says_what_made_it(tiny, tmp_path):
     assert not still
     manifest = read_manifest(out)
     assert manifest["steps"] == 8
-    assert manifest["config"]["curriculum"][1]["grid"] == 10
+    assert manifest["config"]["curriculum"][1]["margin"] == 0.5
     assert manifest["versions"]["torch"]
     assert not list(out.glob("*.bin")), "no pickles"
     assert {"nll/answer", "nll/box"} <= set().union(*log(out))

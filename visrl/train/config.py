@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from visrl.box import CropRule
 from visrl.config import Adapters, CheckpointConfig, ConfigError, Listed, SourceConfig, translate
-from visrl.scenes import KINDS, MAX_TAGS, Kind
+from visrl.scenes import KINDS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
 from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, given_keys
 
-Task = Literal["read", "locate", "point"]  # point: the first corner of the box alone, in tenths
+Task = Literal["read", "locate"]
 Attention = Literal["auto", "dense", "blocks", "flex"]
 BETA = 0.1  # of the margins that are logged, where the loss has no β of its own
 
@@ -70,12 +70,15 @@ class Phase(BaseModel):
     tasks: list[Task] = ["locate", "read"]
     kinds: list[Kind] = list(KINDS)
     boxes: list[Kind] = list(KINDS)  # kinds that have a box to locate; of others there is an answer to read alone
-    max_tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)
     per_scene: int = Field(4, ge=1)
-    grid: int | None = Field(None, ge=2)  # boxes are rounded outward to 1/grid: where something is, before how exactly
-    close_up: tuple[float, float] | None = None  # crops to read, from 0 (the digit alone) to 1 (the tag); None: the box
     margin: float = Field(0.0, ge=0, le=1)  # each side of a box to locate is drawn up to this share further out
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
+
+    @model_validator(mode="after")
+    def _all_kinds_teach(self) -> Phase:
+        if "read" not in self.tasks and (without := sorted(set(self.kinds) - set(self.boxes))):
+            raise ValueError(f"{', '.join(without)}: kinds without boxes have answers to read alone; add read to tasks")
+        return self
 
 
 class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):

@@ -1,4 +1,4 @@
-"""The warm-up's curriculum: drawn scenes in phases, from where something is to what it says."""
+"""The warm-up's curriculum: drawn scenes in phases, with boxes and crops as honest labels of people are."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from visrl.box import with_sides_moved
 from visrl.engines.base import seed_of
 from visrl.models.encode import Encoder
 from visrl.records import Sample
-from visrl.scenes import close_up, find_question, scene_samples
+from visrl.scenes import scene_samples
 from visrl.train.items import Item, TrainingRow
-from visrl.train.rows import on_grid, sft_rows
+from visrl.train.rows import sft_rows
 
 if TYPE_CHECKING:
     from visrl.train.config import Phase
@@ -50,13 +50,7 @@ class Curriculum(Dataset[Item]):
         place = index
         while not samples:
             samples = scene_samples(
-                "train",
-                place,
-                1,
-                per_scene=phase.per_scene,
-                kinds=tuple(phase.kinds),
-                with_box=True,
-                max_tags=phase.max_tags,
+                "train", place, 1, per_scene=phase.per_scene, kinds=tuple(phase.kinds), with_box=True
             )
             place += len(self)
         return samples
@@ -64,15 +58,10 @@ class Curriculum(Dataset[Item]):
     def _rows(self, phase: Phase, index: int, samples: Sequence[Sample]) -> list[TrainingRow]:
         rows: list[TrainingRow] = []
         for sample in samples:
-            if phase.grid is not None and sample.box is not None:
-                sample = replace(sample, box=on_grid(sample.box, phase.grid))
             detail = None
             chance = np.random.default_rng(seed_of(index, sample.id))
-            if phase.close_up is not None:
-                low, high = phase.close_up
-                detail = close_up(*find_question(sample.id), low + (high - low) * chance.random())
             if phase.loose and sample.box is not None:
-                detail = with_sides_moved(detail or sample.box, *chance.uniform(-phase.loose, phase.loose, size=4))
+                detail = with_sides_moved(sample.box, *chance.uniform(-phase.loose, phase.loose, size=4))
             if phase.margin and sample.box is not None:
                 detail = detail or sample.box
                 sample = replace(sample, box=with_sides_moved(sample.box, *chance.uniform(0.0, phase.margin, size=4)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,9 +39,8 @@ def sft_rows(
     without a box gives (image, question → answer), asked in the one turn of the evaluation's mode `no_box`: the prompts
     of the two steps ask for a box first, and what answers them without one would unlearn to look.
 
-    "point" gives (image, question → first corner of the box, in tenths): a curriculum's way to where before how large.
     The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
-    another box in its place (a curriculum's close-up).
+    another box in its place (a curriculum's, which is a little off).
 
     Raises:
         ImageError, PromptError: the image cannot be opened, or the row not be shown to the model.
@@ -64,10 +62,6 @@ def sft_rows(
     if "locate" in tasks:
         talk = focus_conversation(sample.question, whole)
         rows.append(TrainingRow(f"{name}/box", "box", talk, (("target", text),)))
-    if "point" in tasks:
-        corner = on_grid(sample.box, 10)
-        talk = focus_conversation(sample.question, whole)
-        rows.append(TrainingRow(f"{name}/point", "box", talk, (("target", f"[{corner.x0:.1f}, {corner.y0:.1f}]"),)))
     if "read" in tasks and sample.answer:
         talk = answer_conversation(sample.question, whole, crop_of(whole, detail or said, encoder))
         rows.append(TrainingRow(f"{name}/answer", "answer", talk, (("target", sample.answer),)))
@@ -109,10 +103,3 @@ def _check_kept(encoder: Encoder, talk: Conversation) -> None:
                 f"the model's chat template leaves out what the {message.role} says before the question: "
                 f"{message.text[:60]!r}; take it out of the data, or train another model"
             )
-
-
-def on_grid(box: Box, grid: int) -> Box:
-    """The smallest box around `box` whose corners are multiples of 1/grid."""
-    low = [math.floor(value * grid) / grid for value in (box.x0, box.y0)]
-    high = [math.ceil(value * grid) / grid for value in (box.x1, box.y1)]
-    return Box(*low, *high)

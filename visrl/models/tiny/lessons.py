@@ -101,7 +101,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RowBranch:
     """One branch: a question of a scene, and the box or the crop that goes with it."""
 
     question: SceneQuestion
@@ -125,33 +125,34 @@ class Lessons:
         first = recipe.seed * 1_000_000 + step * recipe.fresh
         window = max(recipe.window, recipe.scenes)
         scenes = [make_scene("train", first + int(n)) for n in chance.choice(window, recipe.scenes, replace=False)]
-        return self._assemble([(scene, list(self._draw(scene, phase, chance))) for scene in scenes])
+        return self.rows_of([(scene, list(self._draw(scene, phase, chance))) for scene in scenes])
 
     def quiz(self, pool: str, start: int, count: int) -> Batch:
         """Every question of some scenes, up to its question mark."""
         scenes = [make_scene(pool, index) for index in range(start, start + count)]
-        return self._assemble([(scene, [Asked(question) for question in questions_of(scene)]) for scene in scenes])
+        return self.rows_of([(scene, [RowBranch(question) for question in questions_of(scene)]) for scene in scenes])
 
     # --- what is asked
 
-    def _draw(self, scene: Scene, phase: Stretch, chance: np.random.Generator) -> Iterator[Asked]:
+    def _draw(self, scene: Scene, phase: Stretch, chance: np.random.Generator) -> Iterator[RowBranch]:
         questions = questions_of(scene)
         shares = {kind: self.recipe.kinds.get(kind, 0.0) for kind in sorted({one.kind for one in questions})}
         total = sum(shares.values())
         for _ in range(self.recipe.per_scene if total else 0):
             kind = str(chance.choice(list(shares), p=[share / total for share in shares.values()]))
             question = _one_of([one for one in questions if one.kind == kind], chance)
-            yield Asked(question, true_box(scene, question) if kind in phase.boxes else None)
+            yield RowBranch(question, true_box(scene, question) if kind in phase.boxes else None)
         # The number or the dots of any tag can be asked for.
         tag = int(chance.integers(len(scene.tags)))
         question = _one_of([one for one in questions if one.target == tag], chance)
         box = _crop_box(close_up(scene, question, float(chance.uniform(*phase.zoom))), phase, chance)
         whole = open_view(Picture(scene.ref))
-        yield Asked(question, crop=crop_view(whole, Picture(scene.ref, box), self.encoder.settings.crop_rule))
+        yield RowBranch(question, crop=crop_view(whole, Picture(scene.ref, box), self.encoder.settings.crop_rule))
 
     # --- rows
 
-    def _assemble(self, asked: Sequence[tuple[Scene, Sequence[Asked]]]) -> Batch:
+    def rows_of(self, asked: Sequence[tuple[Scene, Sequence[RowBranch]]]) -> Batch:
+        """The batch whose rows are these scenes, each with its branches."""
         views: list[View] = []
         for scene, branches in asked:
             views += [open_view(Picture(scene.ref)), *(one.crop for one in branches if one.crop)]
@@ -215,7 +216,7 @@ class _Row:
         self.words, self.marks, self.boxes, self.reads = Targets(), Targets(), Targets(), Targets()
         self.crops: list[tuple[list[int], int]] = []
 
-    def add(self, one: Asked, crop: EncodedView | None) -> None:
+    def add(self, one: RowBranch, crop: EncodedView | None) -> None:
         """Put a branch at the end of the row."""
         lessons, encoder, question = self.lessons, self.lessons.encoder, one.question
         prompt = lessons.prompt(question.text, self.whole.grid, crop.grid if crop else None)

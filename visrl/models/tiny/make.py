@@ -97,7 +97,7 @@ def _initialise(model: Qwen2VLForConditionalGeneration) -> None:
     What is added to the residual stream of the language model, by attention and MLP of every layer, is the smaller the
     more of it there is.
     """
-    additions = 2 * model.config.text_config.num_hidden_layers
+    additions = 2 * len(model.model.language_model.layers)
     for name, parameter in model.named_parameters():
         if "embed_tokens" in name:
             parameter.normal_(0, 0.08)

@@ -34,7 +34,7 @@ from visrl.models.encode import Encoder
 from visrl.models.tiny.lessons import Batch, Lessons, Targets
 from visrl.models.tiny.make import save_tiny, tiny_model
 from visrl.models.tiny.readouts import ReadOuts
-from visrl.models.tiny.recipe import PretrainConfig, Weights
+from visrl.models.tiny.recipe import LossWeights, PretrainConfig
 from visrl.records import Journal, read_jsonl, write_records
 from visrl.scenes import SIDE, make_scene, questions_of
 
@@ -57,10 +57,11 @@ class Pretraining:
     def __init__(self, recipe: PretrainConfig, **sizes: Any) -> None:
         self.recipe = recipe
         self.model, self.processor, self.settings = tiny_model(seed=recipe.seed, **sizes)
+        config: Any = self.model.config
         self.model.set_attn_implementation("eager")  # PyTorch's fused attention is slower in its backward on a CPU
         self.model.model.visual.patch_embed.proj.__class__ = PatchProjection
-        self.lessons = Lessons(recipe, Encoder(self.processor, self.model.config, self.settings))
-        self.readouts = ReadOuts(self.model.config.text_config.hidden_size, recipe.seed)
+        self.lessons = Lessons(recipe, Encoder(self.processor, config, self.settings))
+        self.readouts = ReadOuts(config.text_config.hidden_size, recipe.seed)
         self.parameters = [*self.model.parameters(), *self.readouts.parameters()]
         self.optimizer = torch.optim.AdamW(
             [
@@ -87,7 +88,7 @@ class Pretraining:
         return [states.flatten(0, 1).float() for states in out.hidden_states]
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Every loss of a batch, by the names of `Weights` and "cover"."""
+        """Every loss of a batch, by the names of `LossWeights` and "cover"."""
         hidden = self.hidden_states(batch)
         at_words, at_marks = hidden[self.recipe.word_layer], hidden[self.recipe.mark_layer]
         found = self.readouts.losses(batch, hidden[0], at_words, at_marks)
@@ -160,8 +161,8 @@ class Pretraining:
 
         with torch.no_grad():
             kept = under("model.")
-            for name, value in self.model.named_parameters():
-                value.copy_(kept[name])
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(kept[name])
         self.readouts.load_state_dict(under("readouts."))
         state: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, value in under("optimizer.").items():
@@ -179,7 +180,7 @@ def rate_share(step: int, recipe: PretrainConfig) -> float:
     return rising * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * left)
 
 
-def total(losses: dict[str, torch.Tensor], weights: Weights) -> torch.Tensor:
+def total(losses: dict[str, torch.Tensor], weights: LossWeights) -> torch.Tensor:
     """What is trained on: the weighted sum of a batch's losses."""
     cell = weights.cell * (2 * losses["cover"] + losses["cell"] + weights.shape * losses["shape"])
     rest = [getattr(weights, name) * losses[name] for name in ("word", "mark", "crop", "read", "box") if name in losses]

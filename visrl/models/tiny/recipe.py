@@ -13,7 +13,7 @@ from visrl.config import Config
 from visrl.scenes import KINDS, Kind
 
 
-class Weights(BaseModel):
+class LossWeights(BaseModel):
     """What each loss weighs; the first five are read-outs or reading, `box` is the text of the box."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -37,7 +37,7 @@ class Stretch(BaseModel):
     zoom: tuple[float, float] = (1.0, 1.0)  # crops to read, from 0 (the number or the dots alone) to 1 (the whole tag)
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop is moved by up to this share of its length
     square: float = Field(1.0, ge=0, le=1)  # share of the crops that stay square
-    weights: Weights = Weights()
+    weights: LossWeights = LossWeights()
 
 
 class PretrainConfig(Config):
