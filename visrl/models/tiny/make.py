@@ -172,11 +172,12 @@ def make_tokenizer(vocabulary: int = 640) -> PreTrainedTokenizerFast:
 
 
 def _texts() -> Iterator[str]:
-    for sample in scene_samples("train", 0, 2000, per_scene=6):
-        yield focus_prompt(sample.question).replace("<image>", "")
-        yield answer_prompt(sample.question).replace("<image>", "")
-        yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
-        yield "user\nassistant\nsystem\n"
+    """Every question that is asked of drawn scenes once, in order: how often each is drawn changes no token."""
+    for question in sorted({sample.question for sample in scene_samples("train", 0, 2000, per_scene=6)}):
+        yield focus_prompt(question).replace("<image>", "")
+        yield answer_prompt(question).replace("<image>", "")
+    yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
+    yield "user\nassistant\nsystem\n"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ Killed at any moment, the same command goes on from the last checkpoint, and end
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 import time
@@ -71,6 +73,12 @@ class Pretraining:
             betas=(recipe.adam_beta1, recipe.adam_beta2),
             fused=True,
         )
+
+    def identity(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """What a run must agree in to go on in a folder: the recipe, and which token each id stands for."""
+        vocabulary = json.dumps(self.processor.tokenizer.get_vocab(), sort_keys=True)
+        tokenizer = hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest()
+        return {"verb": "pretrain", "config": self.recipe.recorded(MAY_DIFFER), **sizes, "tokenizer": tokenizer}
 
     def hidden_states(self, batch: Batch) -> list[torch.Tensor]:
         """Of all tokens [B · T, width]: those that enter the language model, and those after each of its layers. The
@@ -196,13 +204,13 @@ def pretrain(recipe: PretrainConfig, **sizes: Any) -> Path:
     """
     out = recipe.output_dir
     with hold(out):
-        identity = {"verb": "pretrain", "config": recipe.recorded(MAY_DIFFER), **sizes}
-        if claim_folder(out, identity):
+        training = Pretraining(recipe, **sizes)
+        if claim_folder(out, training.identity(sizes)):
             print(f"{out} is complete", flush=True)
         else:
             torch.set_num_threads(recipe.threads)
             torch.set_flush_denormal(True)
-            _run(Pretraining(recipe, **sizes), out)
+            _run(training, out)
         shutil.rmtree(out / STATE, ignore_errors=True)
     return out
 
