@@ -83,9 +83,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model after a step of training at other pixel limits than its processor's, merged."""
     run = tmp_path_factory.mktemp("card")
     visrl.train(
-        model_name_or_path=str(CHECKPOINT), stage="sft", dataset="scenes:train@1/0+2", max_steps=1, lora_rank=2,
+        model_name_or_path=str(CHECKPOINT), stage="sft", dataset="scenes:train/0+2", max_steps=1, lora_rank=2,
         image_min_pixels=15_680, image_max_pixels=15_680, output_dir=run / "adapter", rollout_samples=2,
-        rollout_dataset="scenes:validation@1/0+2", eval_strategy="steps", eval_steps=1,
+        rollout_dataset="scenes:validation/0+2", eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
     return visrl.export(
         model_name_or_path=str(CHECKPOINT), adapter_name_or_path=str(run / "adapter"), export_dir=run / "model",
@@ -97,8 +97,8 @@ def test_the_code_of_an_exported_card_runs_and_transformers_writes_what_visrl_re
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (exported / "README.md").read_text(encoding="utf-8")
-    assert "- 2. Warm-up, supervised (`stage: sft`) on `scenes:train@1/0+2`; LoRA of rank 2, 2 items, 1 steps" in text
-    assert "2 held-out questions of `scenes:validation@1/0+2`, at the end of the last training" in text
+    assert "- 2. Warm-up, supervised (`stage: sft`) on `scenes:train/0+2`; LoRA of rank 2, 2 items, 1 steps" in text
+    assert "2 held-out questions of `scenes:validation/0+2`, at the end of the last training" in text
     assert "`image_max_pixels: 15,680`" in text
     asked = text.replace(QUESTION, "Which number is on the red tag?")  # of the drawn scene, which holds no sign
     ours, theirs, over_vllm = re.findall(r"```python\n(.*?)```", asked, flags=re.S)

@@ -289,7 +289,7 @@ def said_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def verbs(model: Path | str, out: Path) -> dict[str, list[str]]:
     """Every verb that loads a model, asked to use this one."""
-    named, rows = f"model_name_or_path={model}", "dataset=scenes:test@1/0+2"
+    named, rows = f"model_name_or_path={model}", "dataset=scenes:test/0+2"
     return {
         "train": ["train", named, f"output_dir={out}"],
         "generate": ["generate", named, rows, "rounds=1", f"output_dir={out}"],

@@ -209,7 +209,7 @@ def test_truth_values_are_no_numbers() -> None:
 def test_a_judge_that_is_not_there_is_named_before_anything_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [f"model_name_or_path={CHECKPOINT}", "benchmark=samples", "dataset=scenes:test@1/0+2"]
+    given = [f"model_name_or_path={CHECKPOINT}", "benchmark=samples", "dataset=scenes:test/0+2"]
     with pytest.raises(SystemExit) as end:
         main(["eval", *given, "judge_model_name_or_path=no/such/judge", f"output_dir={tmp_path / 'out'}"])
     assert end.value.code == 1

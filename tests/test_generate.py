@@ -36,7 +36,7 @@ from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.runner import make_backend
 
-QUESTIONS = "scenes:preference@1/0+12"
+QUESTIONS = "scenes:preference/0+12"
 FILES = ("trajectories.jsonl", "verdicts.jsonl")
 
 
@@ -106,7 +106,7 @@ def test_a_killed_process_loses_nothing(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_generation_killed_at_20_moments_equals_an_uninterrupted_one(tmp_path):
-    given = {"dataset": "scenes:preference@1/0+500", "batch_size": 8}
+    given = {"dataset": "scenes:preference/0+500", "batch_size": 8}
     start = time.monotonic()
     whole = generate(config_of(tmp_path / "whole", **given))
     seconds = time.monotonic() - start
@@ -171,7 +171,7 @@ def test_bad_shards_and_other_work_are_refused(whole, tmp_path):
 
 
 def test_a_served_policy_gives_the_files_of_a_local_one(tmp_path):
-    greedy = {"temperature": 0.0, "dataset": "scenes:preference@1/0+6"}
+    greedy = {"temperature": 0.0, "dataset": "scenes:preference/0+6"}
     here = generate(config_of(tmp_path / "here", **greedy))
     served, metrics = ServeConfig(model_name_or_path=str(CHECKPOINT), served_model_name="tiny"), Metrics()
     with serving(make_backend(served, metrics), metrics, name="tiny") as url:
@@ -248,7 +248,7 @@ def test_an_unread_reply_is_asked_again_counted_and_never_0(tmp_path):
             handler.text("Hm." if replies[said] == 1 else "score: 0.5")
 
     with scripted(script) as server:
-        out = generate(critic_config(server.url, tmp_path, dataset="scenes:preference@1/0+4", critic_attempts=3))
+        out = generate(critic_config(server.url, tmp_path, dataset="scenes:preference/0+4", critic_attempts=3))
     judged = [v for v in verdicts(out) if v.answer_score is not None]
     assert judged
     assert all((v.box_score, v.answer_score) == (None, 0.5) for v in judged)
@@ -260,8 +260,8 @@ def test_an_unread_reply_is_asked_again_counted_and_never_0(tmp_path):
 
 def test_the_critic_sees_crop_and_reference_and_is_asked_once_about_equal_things(tmp_path):
     with scripted(lambda handler, body: handler.text("1")) as server:
-        out = generate(critic_config(server.url, tmp_path, dataset="scenes:preference@1/0+2", temperature=0.0))
-        (sample, *_) = generation_questions(config_of(tmp_path, dataset="scenes:preference@1/0+2"))
+        out = generate(critic_config(server.url, tmp_path, dataset="scenes:preference/0+2", temperature=0.0))
+        (sample, *_) = generation_questions(config_of(tmp_path, dataset="scenes:preference/0+2"))
     words = {texts_of(body)[0] for body in server.bodies}
     about = [t for t in trajectories(out) if t.answer is not None and t.sample_id == sample.id]
     if about:
@@ -276,7 +276,7 @@ def test_the_critic_sees_crop_and_reference_and_is_asked_once_about_equal_things
 
 def test_without_its_box_critic_a_model_is_asked_about_answers_alone(tmp_path):
     with scripted(lambda handler, body: handler.text("1")) as server:
-        given = ["dataset=scenes:preference@1/0+2", "rounds=1", f"output_dir={tmp_path}", "critic.box=false"]
+        given = ["dataset=scenes:preference/0+2", "rounds=1", f"output_dir={tmp_path}", "critic.box=false"]
         given += [f"model_name_or_path={CHECKPOINT}", f"critic_url={server.url}", "critic_served_name=m"]
         out = generate(read_config(GenerateConfig, None, given))
     assert server.bodies
@@ -334,7 +334,7 @@ def test_the_default_critic_of_real_data_is_the_original_base(tmp_path):
 
 
 def test_a_local_model_can_be_the_critic(tmp_path, tiny):
-    out = generate(config_of(tmp_path, critic_model_name_or_path=str(tiny), dataset="scenes:preference@1/0+2"))
+    out = generate(config_of(tmp_path, critic_model_name_or_path=str(tiny), dataset="scenes:preference/0+2"))
     facts = manifest(out)
     assert facts["critic"] == f"model:{tiny}"
     judged = [row for row in read_jsonl(out / FILES[1]) if row["raw"].startswith('{"box"')]

@@ -100,13 +100,13 @@ def test_a_lock_is_no_part_of_a_folder_s_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["generate", "dataset=scenes:preference@1/0+8"],
-        ["eval", "benchmark=samples", "dataset=scenes:test@1/0+4"],
+        ["generate", "dataset=scenes:preference/0+8"],
+        ["eval", "benchmark=samples", "dataset=scenes:test/0+4"],
         ["train", "curriculum=[{steps: 1}]"],
         ["export", f"adapter_name_or_path={CHECKPOINT}"],
         ["filter"],
         ["demo"],
-        ["evolve", "dataset=scenes:preference@1/0+8", "critic=oracle"],
+        ["evolve", "dataset=scenes:preference/0+8", "critic=oracle"],
         ["data", "convert", "--from", "visrl", "--to", "visrl"],
     ],
     ids=lambda words: words[0],

@@ -29,7 +29,7 @@ OUR_SERVER = [
 def config_of(out: Path, **given: Any) -> EvolveConfig:
     values = {
         "model_name_or_path": str(CHECKPOINT),
-        "dataset": "scenes:preference@1/0+32",
+        "dataset": "scenes:preference/0+32",
         "max_samples": 16,
         "rounds": 2,
         "t_max": 0.3,  # so that a few questions of a small model give pairs
@@ -46,7 +46,7 @@ def config_of(out: Path, **given: Any) -> EvolveConfig:
 def run(tmp_path_factory) -> Path:
     """Two iterations of the loop with a step of training each."""
     out = tmp_path_factory.mktemp("evolve") / "run"
-    run_evolve(config_of(out, iterations=2, eval_dataset="scenes:test@1/0+8", controls=False))
+    run_evolve(config_of(out, iterations=2, eval_dataset="scenes:test/0+8", controls=False))
     return out
 
 
@@ -73,7 +73,7 @@ def test_every_step_was_made_from_the_step_before(run):
 
 
 def test_the_same_command_changes_nothing_and_another_is_refused(run, capsys):
-    given = {"iterations": 2, "eval_dataset": "scenes:test@1/0+8", "controls": False}
+    given = {"iterations": 2, "eval_dataset": "scenes:test/0+8", "controls": False}
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     run_evolve(config_of(run, **given))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
@@ -145,7 +145,7 @@ def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path):
 
 
 def test_shards_of_several_machines_are_joined(run, tmp_path):
-    given = {"iterations": 1, "shards": 2, "batch_size": 8, "dataset": "scenes:preference@1/0+16", "max_samples": None}
+    given = {"iterations": 1, "shards": 2, "batch_size": 8, "dataset": "scenes:preference/0+16", "max_samples": None}
     config = config_of(tmp_path / "out", rounds=1, t_max=1.0, t_min=0.0, **given)
     run_evolve(config, shard="2/2")
     assert not (tmp_path / "out" / "iter0" / "generate").exists()
@@ -159,7 +159,7 @@ def test_shards_of_several_machines_are_joined(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_is_started_for_each_policy_and_stopped(run, tmp_path):
-    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "max_samples": 8, "server": OUR_SERVER}
+    given = {"iterations": 1, "dataset": "scenes:preference/0+8", "max_samples": 8, "server": OUR_SERVER}
     out = tmp_path / "out"
     run_evolve(config_of(out, rounds=1, t_max=1.0, t_min=0.0, **given))  # no pair, so no training
     manifest = read_manifest(out / "iter0" / "generate")
@@ -194,7 +194,7 @@ def test_a_server_that_ends_at_once_is_told_with_the_end_of_its_log(tmp_path):
 
 
 def test_a_server_that_did_not_start_may_be_mended_in_the_same_folder(tmp_path):
-    given = {"iterations": 1, "dataset": "scenes:preference@1/0+8", "max_samples": 8}
+    given = {"iterations": 1, "dataset": "scenes:preference/0+8", "max_samples": 8}
     broken = config_of(tmp_path / "run", **given, server=["no-such-server"])
     with pytest.raises(EndpointError, match="there is no program 'no-such-server'"):
         run_evolve(broken)

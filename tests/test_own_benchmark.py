@@ -59,7 +59,7 @@ def test_the_documented_benchmark_runs_on_the_embedded_model(tmp_path: Path) -> 
 
 
 def settings(benchmark: str, **given: object) -> EvalConfig:
-    values = {"model_name_or_path": str(CHECKPOINT), "dataset": "scenes:test@1/0+2", "output_dir": "out"}
+    values = {"model_name_or_path": str(CHECKPOINT), "dataset": "scenes:test/0+2", "output_dir": "out"}
     return build_config(EvalConfig, {**values, "benchmark": benchmark, **given}, where="the test")
 
 

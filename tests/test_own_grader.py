@@ -58,7 +58,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def config_of(out: Path, critic: str, **given: object) -> GenerateConfig:
     return GenerateConfig(
-        model_name_or_path=str(CHECKPOINT), dataset="scenes:preference@1/0+4", rounds=1, critic=critic,
+        model_name_or_path=str(CHECKPOINT), dataset="scenes:preference/0+4", rounds=1, critic=critic,
         output_dir=out, **given,
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_a_grader_that_cannot_be_had_is_a_sentence_before_anything_is_written(mo
 def test_a_grader_that_stops_ends_the_run_in_a_sentence(module: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(
-        app, ["generate", f"model_name_or_path={CHECKPOINT}", "dataset=scenes:preference@1/0+4", "rounds=1",
+        app, ["generate", f"model_name_or_path={CHECKPOINT}", "dataset=scenes:preference/0+4", "rounds=1",
               f"critic={module}:stops", f"output_dir={out}"],
     )  # fmt: skip
     assert done.exit_code == 1

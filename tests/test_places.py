@@ -47,7 +47,7 @@ FILES = ("trajectories.jsonl", "verdicts.jsonl")
 
 def questions(path: Path, ids: list[Any]) -> str:
     """Drawn questions under these ids, an oracle's ids aside."""
-    drawn = scene_samples("preference", 0, len(ids), with_box=True, max_tags=1)
+    drawn = scene_samples("preference", 0, len(ids), with_box=True)
     rows = [
         {"id": name, "image": one.image, "question": one.question, "answer": one.answer, "box": one.box.as_list()}
         for name, one in zip(ids, drawn, strict=True)

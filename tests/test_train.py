@@ -172,7 +172,7 @@ def test_validation_holds_pictures_out_and_curves_are_drawn(tiny, tmp_path, caps
 
 @pytest.mark.slow
 def test_held_out_rollouts_are_watched_and_choose_the_checkpoint_that_is_kept(tiny, tmp_path):
-    given = {"rollout_dataset": "scenes:validation@1/0+8", "rollout_samples": 4, "max_samples": 4, "max_steps": 2}
+    given = {"rollout_dataset": "scenes:validation/0+8", "rollout_samples": 4, "max_samples": 4, "max_steps": 2}
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     out = train(preferences(tiny, tmp_path / "out", 1, **given, **every, load_best_model_at_end=True))
     rows = [row for row in log(out) if "eval_rollout/score" in row]
