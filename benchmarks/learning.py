@@ -3,8 +3,9 @@
     python benchmarks/learning.py [--seeds 3] [--test-questions 1000] [--out runs/learning] [--json]
 
 For every seed: the demo as shipped, and iteration 0 again with fine-tuning on the chosen side alone (same pairs, same
-number of steps). Every seed has its own preference questions and its own held-out questions. Finished runs are reused;
-another number of questions needs another `--out`.
+number of steps). Every seed has its own preference questions and its own held-out questions. Scores and differences are
+of answers, IoU and boxes on the right object; of answers per kind of question, too; and of the crop over none. Finished
+runs are reused; another number of questions needs another `--out`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 from visrl.evolve.config import DemoConfig
 from visrl.evolve.demo import run_demo
 from visrl.records import read_jsonl
+from visrl.rewards.crop_effects import gain_and_harm
+from visrl.rewards.results import dataset_name
 from visrl.statistics import interval, paired
 
 CHECKPOINTS = ("sft", "iter0-stage1", "iter0-stage2", "iter1-stage1", "iter1-stage2")
@@ -30,7 +33,8 @@ COMPARED = (
     ("iter0-stage1", "chosen-only-stage1"),
     ("iter0-stage2", "chosen-only-stage2"),
 )
-MODES = ("no_crop", "random", "center", "own", "truth")
+MODES = ("no_crop", "other_question", "random", "center", "own", "truth")
+MEASURES = {"answer_accuracy": "correct", "box_iou": "iou", "right_object": "right_object"}  # and their columns
 
 Rows = list[dict[str, Any]]
 
@@ -51,35 +55,43 @@ def run_seed(seed: int, test_questions: int, out: Path) -> dict[str, Rows]:
     return rows
 
 
-def pooled(runs: list[dict[str, Rows]], name: str, key: str) -> list[float]:
-    """The values of one measure over all seeds, in a fixed order of questions."""
-    return [float(row[key]) for run in runs for row in run[name]]
+def pooled(runs: list[dict[str, Rows]], name: str, key: str, kind: str | None = None) -> list[float]:
+    """The values of one column over all seeds, of one kind or of all, in a fixed order of questions; without those to
+    which the column, or the control, does not apply."""
+    rows = [row for run in runs for row in run.get(name, []) if kind is None or dataset_name(row) == kind]
+    return [float(row[key]) for row in rows if row.get(key) is not None]
 
 
 def result(runs: list[dict[str, Rows]]) -> dict[str, Any]:
     names = [*CHECKPOINTS, "chosen-only-stage1", "chosen-only-stage2"]
-    scores = {
+    kinds = sorted({dataset_name(row) for run in runs for row in run["sft"]})
+    columns = {measure: key for measure, key in MEASURES.items() if pooled(runs, "sft", key)}
+    scores: dict[str, Any] = {
         name: {
-            "answer_accuracy": interval(pooled(runs, name, "correct")),
-            "box_iou": interval(pooled(runs, name, "iou")),
+            **{measure: interval(pooled(runs, name, key)) for measure, key in columns.items()},
+            "by_kind": {kind: interval(pooled(runs, name, "correct", kind)) for kind in kinds},
             "by_seed": [sum(row["correct"] for row in run[name]) / len(run[name]) for run in runs],
         }
         for name in names
     }
     differences = {
         f"{a} − {b}": {
-            "answer_accuracy": paired(pooled(runs, b, "correct"), pooled(runs, a, "correct")),
-            "box_iou": paired(pooled(runs, b, "iou"), pooled(runs, a, "iou")),
+            **{measure: paired(pooled(runs, b, key), pooled(runs, a, key)) for measure, key in columns.items()},
+            "by_kind": {
+                kind: paired(pooled(runs, b, "correct", kind), pooled(runs, a, "correct", kind)) for kind in kinds
+            },
         }
         for a, b in COMPARED
     }
     controls = {
         name: {
-            mode: interval(pooled(runs, name if mode == "own" else f"{name}.{mode}", "correct"))["mean"]
+            mode: interval(values)["mean"]
             for mode in MODES
+            if (values := pooled(runs, name if mode == "own" else f"{name}.{mode}", "correct"))
         }
         for name in ("sft", CHECKPOINTS[-1])
     }
+    crop = {name: _gain(runs, name) for name in controls}
     gap = controls["sft"]["truth"] - controls["sft"]["own"]
     closed = {
         name: (scores[name]["answer_accuracy"]["mean"] - controls["sft"]["own"]) / gap for name in CHECKPOINTS[1:]
@@ -90,8 +102,18 @@ def result(runs: list[dict[str, Rows]]) -> dict[str, Any]:
         "scores": scores,
         "differences": differences,
         "controls": controls,
+        "crop": crop,
         "gap_closed": closed,
     }
+
+
+def _gain(runs: list[dict[str, Rows]], name: str) -> dict[str, Any]:
+    """What the crops of a checkpoint gain and harm over none, over all seeds; ids are told apart by the seed."""
+    without, with_crop = (
+        [{**row, "id": f"{seed}/{row['id']}"} for seed, run in enumerate(runs) for row in run[which]]
+        for which in (f"{name}.no_crop", name)
+    )
+    return gain_and_harm(without, with_crop)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -102,7 +124,9 @@ def table(found: dict[str, Any]) -> str:
         lines.append(
             f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] "
             f"by seed {seeds}   IoU {overlap['mean']:.3f} [{overlap['low']:.3f}, {overlap['high']:.3f}]"
+            + (f"   right object {score['right_object']['mean']:.3f}" if "right_object" in score else "")
         )
+        lines.append(f"{'':20} " + ", ".join(f"{kind} {own['mean']:.3f}" for kind, own in score["by_kind"].items()))
     lines.append("")
     for name, difference in found["differences"].items():
         accuracy, overlap = difference["answer_accuracy"], difference["box_iou"]
@@ -111,9 +135,14 @@ def table(found: dict[str, Any]) -> str:
             f"p = {accuracy['p_mcnemar']:.1e}   "
             f"IoU {overlap['difference']:+.3f} [{overlap['low']:+.3f}, {overlap['high']:+.3f}]"
         )
+        own = difference["by_kind"].items()
+        kinds = (f"{kind} {one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]" for kind, one in own)
+        lines.append(f"{'':36} " + ", ".join(kinds))
     lines.append("")
     for name, modes in found["controls"].items():
         lines.append(f"controls of {name:14} " + ", ".join(f"{mode} {value:.3f}" for mode, value in modes.items()))
+    for name, crop in found["crop"].items():
+        lines.append(f"crop of {name:14} gain {crop['gain']}, harm {crop['harm']} of {crop['n']} questions")
     lines.append(
         "share of the gap to the true box closed: " + str({k: round(v, 2) for k, v in found["gap_closed"].items()})
     )
