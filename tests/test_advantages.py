@@ -9,7 +9,7 @@ from math import sqrt
 import pytest
 import torch
 
-from visrl.rewards.advantages import Reward, box_reward, deviation, grpo, mean, reinforce, rloo, two_levels
+from visrl.rewards.advantages import Reward, best_of, box_reward, deviation, grpo, mean, reinforce, rloo, two_levels
 
 GROUPS: list[list[Reward]] = [[1.0, 0.0, 0.0, 1.0], [0.5, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
 
@@ -62,7 +62,14 @@ def test_reinforce_compares_with_the_whole_batch() -> None:
     assert all(group.flat and set(group.values) == {0.0} for group in reinforce([[0.3, 0.3], [0.3]]))
 
 
-@pytest.mark.parametrize("estimate", [grpo, rloo, reinforce, partial(grpo, scale="none"), partial(grpo, scale="batch")])
+def test_the_best_of_a_group_is_the_first_of_equals_and_none_of_a_flat_group() -> None:
+    assert values(best_of(GROUPS)) == [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4]
+    assert values(best_of([[None, 0.2, 0.3], [None], []])) == [[None, 0.0, 1.0], [None], []]
+
+
+@pytest.mark.parametrize(
+    "estimate", [grpo, rloo, reinforce, best_of, partial(grpo, scale="none"), partial(grpo, scale="batch")]
+)
 def test_a_reward_that_could_not_be_told_leaves_its_group(estimate) -> None:
     with_none = estimate([[1.0, None, 0.0, 0.5], [0.0, 1.0]])
     without = estimate([[1.0, 0.0, 0.5], [0.0, 1.0]])

@@ -318,6 +318,48 @@ def test_the_other_estimators_train(tmp_path: Path, stage: str) -> None:
     assert "rewards/crop_gain/mean" in row
 
 
+def test_fine_tuning_on_the_best_raises_its_likelihood(tmp_path: Path) -> None:
+    """RAFT: nothing is pushed down, so the loss is a likelihood; what is all worth the same was sampled again."""
+    out = train(config(tmp_path / "out", stage="raft", max_steps=2, dynamic_sampling=True, rewards=["iou", "answer"]))
+    rows = [row for row in read_lines(out / "log.jsonl") if "loss" in row]
+    assert all(row["loss"] <= 0 for row in rows)  # −ratio × 1, as far as there are best ones
+    assert all(row["resampled"] >= 0 for row in rows)
+    advantages = {a for row in read_lines(out / "rollouts.jsonl") for box in row["boxes"] for a in box["advantages"]}
+    assert advantages <= {0.0, 1.0}
+
+
+def test_what_is_all_worth_the_same_is_sampled_again(tmp_path: Path) -> None:
+    """Every box can be read, so every reward is 1: three times again, and then nothing is left to learn."""
+    given = {"rewards": ["format"], "dynamic_sampling": True, "max_resample_times": 2, "max_steps": 1}
+    out = train(config(tmp_path / "out", num_generations=2, num_answers=1, temperature=0.01, **given))
+    (row, *_) = read_lines(out / "log.jsonl")
+    assert row["box/parsed"] == row["frac_reward_zero_std"] == 1
+    assert row["resampled"] == 2
+    assert row["grad_norm"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 2, "processes": 2},
+])  # fmt: skip
+def test_small_batches_and_several_processes_train_to_the_same_weights(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Two steps of four questions, with the statistics of the whole step, and two updates from what is sampled once."""
+    given = {"stage": "reinforce++", "rewards": ["iou", "answer"], "optim": "sgd", "learning_rate": 1.0,
+             "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "num_iterations": 2}  # fmt: skip
+    whole = train(config(tmp_path / "whole", **given, per_device_train_batch_size=4))
+    parts = train(config(tmp_path / "parts", **given, **more))
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert any(weights.abs().max() > 1e-3 for name, weights in one.items() if "lora_B" in name)
+    for name, weights in one.items():
+        torch.testing.assert_close(weights, other[name], rtol=1e-3, atol=1e-5)
+    texts = [
+        sorted((row["step"], row["id"], [box["text"] for box in row["boxes"]]) for row in read_lines(path))
+        for path in (whole / "rollouts.jsonl", parts / "rollouts.jsonl")
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.slow
 def test_killed_at_any_step_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     given = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "rewards": ["area"]}
@@ -359,6 +401,8 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(tmp_path: Path) -> Non
     (["stage=grpo", "delta=1.1"], "delta: 1.1 would cut below"),
     (["stage=grpo", "use_bias_correction_kl=false"], "there is no KL to correct"),
     (["stage=grpo", "num_iterations=2", "save_strategy=steps", "save_steps=5"], "a multiple of num_iterations=2"),
+    (["stage=reinforce++", "dynamic_sampling=true"], "teach, too"),
+    (["stage=grpo", "max_resample_times=2"], "nothing is sampled again"),
     (["stage=grpo", "normalize_advantages=true"], "is of stage: rloo"),
     (["stage=rloo", "scale_rewards=none"], "scale_rewards: rloo has an estimate of its own"),
     (["stage=grpo", "rewards=[anser]"], r"rewards.0.name: Input should be 'answer'"),

@@ -73,6 +73,20 @@ def reinforce(groups: Sequence[Rewards]) -> list[GroupAdvantages]:
     return [_minus(group, [middle] * len(group), spread + EPSILON, flat=spread <= FLAT) for group in groups]
 
 
+def best_of(groups: Sequence[Rewards]) -> list[GroupAdvantages]:
+    """RAFT (Dong et al. 2023, algorithm 1), rejection sampling: 1 for the best of a group, the first of several, and 0
+    for the others, so that a step is supervised fine-tuning on the best. A group of equal rewards has no best one: 0.
+    """
+    found = []
+    for group in groups:
+        flat = deviation(group) <= FLAT
+        best = None if flat else max((r for r in group if r is not None), default=None)
+        first = None if best is None else list(group).index(best)
+        values = (None if reward is None else float(n == first) for n, reward in enumerate(group))
+        found.append(GroupAdvantages(tuple(values), flat))
+    return found
+
+
 # --- The two levels ---------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
 from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, given_keys
 
+Stage = Literal["sft", "dpo", "grpo", "rloo", "reinforce++", "raft"]
 Task = Literal["read", "locate"]
 Attention = Literal["auto", "dense", "blocks", "flex"]
 BETA = 0.1  # of the margins that are logged, where the loss has no β of its own
@@ -26,7 +27,7 @@ BETA = 0.1  # of the margins that are logged, where the loss has no β of its ow
 OTHER_STAGES = {
     **{name: f"write stage: dpo with pref_loss: {name}" for name in LOSSES if name != "sft"},
     "rm": "no reward model is trained: the critic of `visrl generate` scores, and stage: dpo learns from its verdicts",
-    "ppo": "no value head is trained; stage: grpo, rloo or reinforce++ reinforce online without one",
+    "ppo": "no value head is trained; stage: grpo, rloo or reinforce++ reinforces online without one",
     "pt": "no plain text is trained on; stage: sft is the warm-up",
 }
 
@@ -94,7 +95,9 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
     crop_rule: CropRule | None = None
     box_codec: str | None = None
 
-    stage: Annotated[Literal["sft", "dpo", "grpo", "rloo", "reinforce++"], BeforeValidator(_known_stage)] = "sft"
+    stage: Annotated[Literal["sft", "dpo", "grpo", "rloo", "reinforce++", "raft"], BeforeValidator(_known_stage)] = (
+        "sft"
+    )
     rl_stage: Literal[1, 2] = 1
     do_train: Literal[True] = True  # kept for the reference's configs: this verb trains
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"

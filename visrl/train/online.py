@@ -25,7 +25,6 @@ from visrl.rewards.advantages import deviation, mean, two_levels
 from visrl.sequences import batched
 from visrl.train import online_losses
 from visrl.train.checkpoints import TrainingError
-from visrl.train.data import Questions
 from visrl.train.items import Collator, TrainingBatch
 from visrl.train.online_rollouts import (
     OnlineBatch,
@@ -38,7 +37,7 @@ from visrl.train.online_rollouts import (
     sample_rollouts,
     score_rollouts,
 )
-from visrl.train.sampler import EpochOrder, RepeatedSteps, SameImageSampler
+from visrl.train.sampler import RepeatedSteps
 from visrl.train.trainer import VisrlTrainer
 
 JOURNAL = "rollouts.jsonl"
@@ -70,11 +69,8 @@ class OnlineTrainer(VisrlTrainer):
         times = self.visrl_config.num_iterations
         if times == 1:
             return super()._get_train_sampler(train_dataset)
-        assert isinstance(self.train_dataset, Questions)
-        sampler = SameImageSampler(self.train_dataset.images(), self.args.train_batch_size, self.args.seed)
-        self.add_callback(EpochOrder(sampler))
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return RepeatedSteps(sampler, size, times)
+        return RepeatedSteps(super()._get_train_sampler(train_dataset), size, times)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -93,17 +89,12 @@ class OnlineTrainer(VisrlTrainer):
 
     def _sample(self, questions: Sequence[Sequence[Sample]]) -> list[OnlineBatch]:
         """Rollouts of the questions of all batches of a step, scored, with their advantages, packed batch by batch."""
-        config, step, started = self.visrl_config, self.state.global_step + 1, time.perf_counter()
+        step = self.state.global_step + 1
         engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
-        flat = [sample for batch in questions for sample in batch]
-        rule = self.encoder.settings.crop_rule
-        rolled = sample_rollouts(engine, flat, config, rule, seed=self.args.seed, step=step)
-        self._add("time/rollout", time.perf_counter() - started)
+        rollouts = self._scored(engine, [sample for batch in questions for sample in batch], step)
+        rollouts = self._sampled_again(engine, rollouts, step)
         self._add("tokens/prefilled", engine.prefilled_tokens)
-        started = time.perf_counter()
-        rollouts = score_rollouts(rolled, config)
         self._give_credit(rollouts)
-        self._add("time/reward", time.perf_counter() - started)
         responses = [responses_of(one, self.collator) for one in rollouts]
         self._log_rollouts(rollouts, [one for own in responses for one in own])
         self._write_journal(rollouts, step)
@@ -111,6 +102,35 @@ class OnlineTrainer(VisrlTrainer):
         return [
             self._pack(responses[end - len(batch) : end], batch) for end, batch in zip(ends, questions, strict=True)
         ]
+
+    def _scored(
+        self, engine: LocalEngine, samples: Sequence[Sample], step: int, again: int = 0
+    ) -> list[QuestionRollouts]:
+        config, rule, started = self.visrl_config, self.encoder.settings.crop_rule, time.perf_counter()
+        rolled = sample_rollouts(engine, samples, config, rule, seed=self.args.seed, step=step, again=again)
+        sampled = time.perf_counter()
+        scored = score_rollouts(rolled, config)
+        first = int(not again)  # what is sampled again adds to the time of its step
+        self._add("time/rollout", sampled - started, first)
+        self._add("time/reward", time.perf_counter() - sampled, first)
+        return scored
+
+    def _sampled_again(
+        self, engine: LocalEngine, rollouts: list[QuestionRollouts], step: int
+    ) -> list[QuestionRollouts]:
+        """With `dynamic_sampling`, the rollouts with others in the place of those that are all worth the same."""
+        config, count = self.visrl_config, 0
+        for again in range(1, 1 + config.max_resample_times * config.dynamic_sampling):
+            flat = [n for n, one in enumerate(rollouts) if one.flat]
+            if not flat:
+                break
+            count += len(flat)
+            others = self._scored(engine, [rollouts[n].question.sample for n in flat], step, again)
+            for n, one in zip(flat, others, strict=True):
+                rollouts[n] = one
+        if config.dynamic_sampling:
+            self._add("resampled", count / len(rollouts))
+        return rollouts
 
     def _pack(self, responses: Sequence[Sequence[Response]], samples: Sequence[Sample]) -> OnlineBatch:
         config = self.visrl_config
@@ -185,8 +205,8 @@ class OnlineTrainer(VisrlTrainer):
 
     # --- what people watch
 
-    def _add(self, name: str, value: float) -> None:
-        self._meters.add(name, torch.tensor(value))
+    def _add(self, name: str, value: float, count: int = 1) -> None:
+        self._meters.add(name, torch.tensor(value), count)
 
     def _log_rollouts(self, rollouts: Sequence[QuestionRollouts], responses: Sequence[Response]) -> None:
         """Add to the running means what the rollouts of a step are like; names are TRL's where it has them."""

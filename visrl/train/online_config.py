@@ -11,7 +11,7 @@ from visrl.rewards.parts import Part, RewardPart, check_parts
 from visrl.train.fields import NotNegative, Positive
 from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
 
-ONLINE_STAGES = ("grpo", "rloo", "reinforce++")
+ONLINE_STAGES = ("grpo", "rloo", "reinforce++", "raft")
 
 
 def _known_loss(name: str) -> str:
@@ -40,6 +40,8 @@ class OnlineFields(Config):
         BeforeValidator(lambda given: {True: "group", False: "none"}[given] if isinstance(given, bool) else given),
     ] = "group"
     normalize_advantages: bool = False  # of RLOO: to mean 0 and deviation 1 over the batch
+    dynamic_sampling: bool = False  # questions whose attempts are all worth the same are sampled again
+    max_resample_times: int = Field(3, ge=1)  # how often at most
 
     loss_type: Annotated[str, AfterValidator(_known_loss)] | None = None
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -78,6 +80,12 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
         raise ValueError(f"scale_rewards: {stage} has an estimate of its own; set stage: grpo, or leave the key out")
     if stage != "rloo" and config.normalize_advantages:
         raise ValueError("normalize_advantages is of stage: rloo; with stage: grpo scale_rewards says how")
+    if config.dynamic_sampling and stage == "reinforce++":
+        raise ValueError(
+            "dynamic_sampling: attempts that are all worth the same teach, too, under reinforce++; leave it out"
+        )
+    if config.max_resample_times != 3 and not config.dynamic_sampling:
+        raise ValueError("max_resample_times: nothing is sampled again; set dynamic_sampling, or leave the key out")
     if name == "cispo" and (config.epsilon_high is None or config.epsilon_high < 1):
         raise ValueError(
             "epsilon_high: for loss_type: cispo it is the largest ratio itself, from 1 on; give one (5.0 in its paper)"

@@ -18,7 +18,17 @@ from visrl.engines.base import Completion, Policy, Sampling, seed_of
 from visrl.models.encode import TokenPath
 from visrl.packing.pack import PackedBatch
 from visrl.records import Sample, Step
-from visrl.rewards.advantages import Estimator, GroupAdvantages, box_reward, grpo, reinforce, rloo
+from visrl.rewards.advantages import (
+    FLAT,
+    Estimator,
+    GroupAdvantages,
+    best_of,
+    box_reward,
+    deviation,
+    grpo,
+    reinforce,
+    rloo,
+)
 from visrl.rewards.parts import Attempt, Scored, score_attempts, wants_answer_without_crop
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.protocols import VISRL
@@ -48,6 +58,11 @@ class QuestionRollouts:
     def box_rewards(self) -> list[float | None]:
         """The reward of every box: the mean of its answers', or its own where it cannot be read."""
         return [box_reward(rewards) for rewards in self.scored.rewards]
+
+    @property
+    def flat(self) -> bool:
+        """Whether all boxes are worth the same, and all answers from each crop: nothing to learn from a comparison."""
+        return all(deviation(group) <= FLAT for group in (self.box_rewards, *self.answer_rewards))
 
     @property
     def answer_rewards(self) -> list[list[float | None]]:
@@ -89,21 +104,32 @@ class OnlineBatch(TrainingBatch):
 
 def estimator_of(config: TrainConfig) -> Estimator:
     """How a config has advantages estimated."""
-    if config.stage == "rloo":
-        return partial(rloo, normalize=config.normalize_advantages)
-    return reinforce if config.stage == "reinforce++" else partial(grpo, scale=config.scale_rewards)
+    estimators: dict[str, Estimator] = {
+        "grpo": partial(grpo, scale=config.scale_rewards),
+        "rloo": partial(rloo, normalize=config.normalize_advantages),
+        "reinforce++": reinforce,
+        "raft": best_of,
+    }
+    return estimators[config.stage]
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
 def sample_rollouts(
-    policy: Policy, samples: Sequence[Sample], config: TrainConfig, crop_rule: CropRule, *, seed: int, step: int
+    policy: Policy,
+    samples: Sequence[Sample],
+    config: TrainConfig,
+    crop_rule: CropRule,
+    *,
+    seed: int,
+    step: int,
+    again: int = 0,
 ) -> list[tuple[OpenedQuestion, tuple[Attempt, ...]]]:
     """The attempts at every question: `num_generations` boxes, `num_answers` answers from the crop of each.
 
-    Every completion has a seed of its own, named by step, question, box and answer: a step that is sampled again (by a
-    run that resumes) samples the same.
+    Every completion has a seed of its own, named by step, question, box and answer, and by how often the question was
+    sampled before in this step (`again`): a step that a resumed run samples once more comes out the same.
 
     Raises:
         TrainingError: a question cannot be asked at all.
@@ -112,11 +138,11 @@ def sample_rollouts(
     policy.forget()  # the weights have changed
     questions = [_opened(policy, sample, config.image_root) for sample in samples]
     sampling = Sampling(config.temperature, config.top_p, config.max_completion_length, logprobs=True)
-    boxes = range(config.num_generations)
-    seeds = [[seed_of(seed, step, *sample.place, b, "box") for b in boxes] for sample in samples]
+    boxes, run = range(config.num_generations), (step, *([again] if again else []))
+    seeds = [[seed_of(seed, *run, *sample.place, b, "box") for b in boxes] for sample in samples]
     looks = [look for own in look_all(policy, questions, sampling, seeds) for look in own]
     seeds = [
-        [seed_of(seed, step, *sample.place, b, m, "answer") for m in range(config.num_answers)]
+        [seed_of(seed, *run, *sample.place, b, m, "answer") for m in range(config.num_answers)]
         for sample in samples
         for b in boxes
     ]

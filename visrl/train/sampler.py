@@ -59,7 +59,7 @@ class RepeatedSteps(Sampler[int]):
     """The order of `inner` with the items of every optimisation step `times` times one after another: so many updates
     are made from what was sampled once. The last step of an epoch is filled up with the first items of its order."""
 
-    def __init__(self, inner: SameImageSampler, step_size: int, times: int) -> None:
+    def __init__(self, inner: Any, step_size: int, times: int) -> None:
         self.inner = inner
         self.step_size = step_size
         self.times = times
