@@ -139,7 +139,7 @@ class Setting:
 def settings_of(name: str, folder: Path, questions: int) -> Setting:
     """The embedded model on drawn scenes, or a random model with as many image and crop tokens as the shape says."""
     if name == "embedded":
-        samples = scene_samples("preference", 0, questions, max_tags=1)
+        samples = scene_samples("preference", 0, questions)
         return Setting(name, CHECKPOINT, ModelSettings.load(CHECKPOINT), samples, random=False)
     shape = SHAPES[name]
     make_model(folder / name, shape)

@@ -13,7 +13,7 @@ IDLE = "document.querySelectorAll('.busy').length === 0"
 
 
 def main(url: str, folder: Path) -> None:
-    """A drawn scene with a question, on a wide screen and on a phone in the dark."""
+    """A drawn scene with two questions about different tags, on a wide screen and on a phone in the dark."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home, browser(Path(home)) as page:
         page.resize(1280, 860)
@@ -21,8 +21,9 @@ def main(url: str, folder: Path) -> None:
         page.wait("document.querySelector('#status').dataset.state === 'ok'")
         page.run("document.querySelector('#scene').click()")
         page.wait("document.querySelectorAll('.ideas button').length > 0")
-        page.run("document.querySelector('.ideas button').click()")
-        page.wait(f"document.querySelectorAll('.card').length === 1 && {IDLE}")
+        for cards in (1, 2):
+            page.run("document.querySelector('.ideas button').click()")
+            page.wait(f"document.querySelectorAll('.card').length === {cards} && {IDLE}")
         time.sleep(1)  # the box is drawn in an animation
         page.screenshot(folder / "serving-page.png")
         page.resize(390, 844, mobile=True, dark=True)

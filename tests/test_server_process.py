@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from waiting import PATIENCE_S, wait_until
 from visrl.config import ConfigError
 from visrl.engines.openai_server import EndpointError
 from visrl.engines.server_process import start, stop
+from visrl.scenes import make_scene, questions_of
 from visrl.serve import scenes
 from visrl.serve.config import ServeConfig
 from visrl.serve.runner import listen, serve
@@ -149,3 +151,13 @@ def test_scenes_are_drawn_for_the_own_page_and_not_without_end(monkeypatch: pyte
     assert {reply.status_code for reply in own} == {200}
     assert own[0].json()["picture"].startswith("data:image/png;base64,")
     assert len(drawn) == 1
+
+
+def test_a_scene_of_the_page_comes_with_questions_about_different_tags() -> None:
+    for _ in range(20):
+        shown = json.loads(scenes._draw_scene())
+        scene = make_scene("test", int(shown["name"].removeprefix("scene ")))
+        known_ones = {question.text: question for question in questions_of(scene)}
+        asked = [known_ones[text].target for text in shown["questions"]]
+        assert len(asked) == min(scenes.QUESTIONS, len(known_ones))
+        assert len(set(asked[: len(scene.tags)])) == len(scene.tags) >= 2
