@@ -12,10 +12,10 @@ from visrl.config import read_config
 from visrl.conversation import answer_conversation, crop_view, focus_conversation, open_view
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import load_model
-from visrl.models.tiny.lessons import RowBranch, cell_shares
 from visrl.models.tiny.pretrain import Pretraining, main, pretrain, rate_share
 from visrl.models.tiny.readouts import BINS, box_loss, soft_bins
 from visrl.models.tiny.recipe import PretrainConfig
+from visrl.models.tiny.rows import RowBranch, batch_of, cell_shares
 from visrl.records import Picture
 from visrl.scenes import KINDS, SIDE, close_up, make_scene, questions_of, true_box
 
@@ -53,7 +53,7 @@ def test_a_row_with_branches_is_the_models_own_plain_calls(tmp_path):
             *(RowBranch(question, true_box(scene, question)) for question in questions),
             RowBranch(questions[0], crop=crop_view(whole, Picture(scene.ref, box))),
         ]))  # fmt: skip
-    batch = training.lessons.rows_of(asked)
+    batch = batch_of(training.lessons.prompts, asked)
     with torch.no_grad():
         last = training.hidden_states(batch)[-1]
         length = batch.ids.shape[1]

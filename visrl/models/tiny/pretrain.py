@@ -33,10 +33,11 @@ from visrl.config import read_config
 from visrl.errors import UserError
 from visrl.manifest import claim_folder, hold, write_manifest
 from visrl.models.encode import Encoder
-from visrl.models.tiny.lessons import Batch, Lessons, Targets
+from visrl.models.tiny.lessons import Lessons
 from visrl.models.tiny.make import save_tiny, tiny_model
 from visrl.models.tiny.readouts import ReadOuts
 from visrl.models.tiny.recipe import LossWeights, PretrainConfig
+from visrl.models.tiny.rows import Batch, Targets
 from visrl.records import Journal, read_jsonl, write_records
 from visrl.scenes import SIDE, make_scene, questions_of
 

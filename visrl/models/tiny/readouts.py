@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visrl.models.tiny.lessons import CONTENTS, Batch, Targets
+from visrl.models.tiny.rows import CONTENTS, Batch, Targets
 from visrl.scenes import COLOURS, SHAPES, SIDE
 
 BINS = 21  # of a coordinate: 0, 0.05, … 1
