@@ -88,8 +88,8 @@ def write_training(run: Path, iteration: int, rng: random.Random) -> None:
     write_records(folder / "generate/trajectories.jsonl", tries)
     write_records(folder / "generate/verdicts.jsonl", [verdict(row) for row in tries])
     write_records(folder / "filter/preferences.jsonl", [{"id": f"pref-{index}", "step": "box"} for index in range(22)])
-    sampled = {"answers": 4, "critic": "outcome", "grader": "exact"}
-    write_manifest(folder / "generate", verb="generate", config=sampled, parents={}, critic="outcome of exact")
+    sampled = {"answers": 4, "critic": "0f3a", "grader": "exact"}
+    write_manifest(folder / "generate", verb="generate", config=sampled, parents={}, critic="outcome:exact")
     own = {"losers": "own", "min_difference": 0.5}
     paper = {"losers": "paper", "rule": "paper", "t_max": 0.8, "t_min": 0.2, "use_box_critic": True}
     for name, rule, kept, tokens in (("filter", own, 22, 512.4), ("filter-paper", paper, 9, 1252.5)):

@@ -12,6 +12,7 @@ from visrl.pages.wording import count
 from visrl.report.shapes import JsonObject
 
 PAPER = "filter-paper"  # beside `filter`: the same tries, filtered by the paper's rule
+OUTCOME = "outcome"  # what the name of the critic `outcome` begins with; its grader follows a colon
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +30,14 @@ class RuleLine:
 
 def critic_words(generated: JsonObject) -> str:
     """What scored the tries, by the manifest of a generation; "" where that does not say."""
-    config = generated.get("config", {})
-    critic = generated.get("critic") or config.get("critic")
-    if not critic:
+    critic = generated.get("critic")
+    if not isinstance(critic, str):
         return ""
+    kind, _, grader = critic.partition(":")
     words = f"The critic is “{critic}”"
-    if config.get("critic") == "outcome":
-        words = "A box scores the share of its answers that are right"
-        words += f", by {config['grader']}" if config.get("grader") else ""
-    answers = config.get("answers", 1)
+    if kind == OUTCOME:
+        words = f"A box scores the share of its answers that are right, by {grader or critic}"
+    answers = generated.get("config", {}).get("answers", 1)
     sampled = f"; {count(answers, 'answer')} sampled from each crop" if isinstance(answers, int) and answers > 1 else ""
     return f"{words}{sampled}."
 
