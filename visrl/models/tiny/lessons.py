@@ -50,7 +50,9 @@ class Lessons:
             kind = str(chance.choice(list(shares), p=[share / total for share in shares.values()]))
             question = _one_of([one for one in questions if one.kind == kind], chance)
             yield RowBranch(question, true_box(scene, question) if kind in phase.boxes else None)
-        tag = int(chance.integers(len(scene.tags)))
+        # The number or the dots of any tag can be asked for; those with dots are fewer and harder to read.
+        odds = np.array([1.0 if tag.text else 2.0 for tag in scene.tags])
+        tag = int(chance.choice(len(scene.tags), p=odds / odds.sum()))
         question = _one_of([one for one in questions if one.target == tag], chance)
         box = crop_box(close_up(scene, question, float(chance.uniform(*phase.zoom))), phase, chance)
         whole = open_view(Picture(scene.ref))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 
 from visrl.models.settings import ModelSettings
 from visrl.prompts import BOX_SENTENCE, FOCUS_SENTENCE, answer_prompt, focus_prompt
-from visrl.scenes import scene_samples
+from visrl.scenes import make_scene, questions_of
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -172,12 +173,13 @@ def make_tokenizer(vocabulary: int = 640) -> PreTrainedTokenizerFast:
 
 
 def _texts() -> Iterator[str]:
-    """Every question that is asked of drawn scenes once, in order: how often each is drawn changes no token."""
-    for question in sorted({sample.question for sample in scene_samples("train", 0, 2000, per_scene=6)}):
-        yield focus_prompt(question).replace("<image>", "")
-        yield answer_prompt(question).replace("<image>", "")
-    yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
-    yield "user\nassistant\nsystem\n"
+    """The prompts of every question of some scenes, whichever of them samples are chosen from: another choice would give
+    other merges, and so other ids."""
+    for question in chain.from_iterable(questions_of(make_scene("train", index)) for index in range(2000)):
+        yield focus_prompt(question.text).replace("<image>", "")
+        yield answer_prompt(question.text).replace("<image>", "")
+        yield "[0.123, 0.456, 0.789, 0.012] [1.000, 1.000, 1.000, 1.000]"
+        yield "user\nassistant\nsystem\n"
 
 
 if __name__ == "__main__":
