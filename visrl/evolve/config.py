@@ -161,13 +161,33 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig, StagesConfig):
     eval_dataset: str | None = None
     """Held-out questions on which every checkpoint is scored; None: no evaluation."""
     eval_samples: int | None = Field(None, ge=1)
+    compare_paper: bool = False
+    """Beside the pairs of another critic or of other losers, keep those of the paper's critic and rule from the same
+    tries, to be compared in the report; nothing is trained on them."""
     output_dir: Path
+
+    @model_validator(mode="after")
+    def _compared(self) -> EvolveConfig:
+        if self.compare_paper and self.losers == "paper" and self.critic != "outcome":
+            raise ValueError("compare_paper: these are the paper's critic and rule already; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _random_boxes(self) -> EvolveConfig:
         if self.losers == "random" and not self.diversity:
             raise ValueError("losers=random takes the diversity controller's boxes, and diversity=false draws none")
         return self
+
+
+Method = Literal["outcome", "paper"]
+# How the demo makes its pairs. "outcome" needs no critic and no true box: a box is worth what its answers are, and the
+# policy's own boxes win and lose. "paper" is Algorithm 1 as it is published, with the oracle of drawn scenes as critic.
+METHODS: dict[Method, dict[str, Any]] = {
+    "outcome": {
+        "critic": "outcome", "answers": 3, "losers": "own", "diversity": False, "compare_paper": True,
+    },
+    "paper": {},
+}  # fmt: skip
 
 
 class DemoConfig(StagesConfig):
@@ -183,6 +203,7 @@ class DemoConfig(StagesConfig):
     per_scene: int = Field(2, ge=1)  # questions of a scene, about different tags first; a scene may allow fewer
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
+    method: Method = "outcome"  # how pairs are made: a row of METHODS
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
 
@@ -198,6 +219,7 @@ class DemoConfig(StagesConfig):
         return EvolveConfig(
             model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
             dataset=tuple(self._scenes("preference", block, self.questions) for block in blocks),
+            **METHODS[self.method],
             max_samples=self.questions,
             iterations=self.iterations,
             rounds=self.rounds,

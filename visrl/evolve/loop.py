@@ -24,6 +24,7 @@ from visrl.evolve.config import (
 )
 from visrl.evolve.filter import filter_pairs
 from visrl.evolve.generate import generation_questions, read_questions
+from visrl.evolve.papers_rule import filter_by_papers_rule
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
@@ -175,6 +176,8 @@ def _iterate(config: EvolveConfig, iteration: int, policy: str, checkpoints: dic
     kept = FilterConfig(input_dir=(base / "generate",), output_dir=base / "filter", **rule, **_source(asked))
     counts: dict[str, Any] = {}
     clock.time(f"iter{iteration}/filter", lambda: counts.update(filter_pairs(kept)))
+    if config.compare_paper:
+        clock.time(f"iter{iteration}/paper's rule", partial(filter_by_papers_rule, asked, _source(asked)))
     current = policy
     for stage in (1, 2):
         if not counts["kept"]:
