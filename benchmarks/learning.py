@@ -1,9 +1,8 @@
 """Does it learn? The whole demo under several seeds, pooled and compared question by question.
 
-    python benchmarks/learning.py [--seeds 3] [--test-questions 1000] [--out runs/learning] [--json]
+    python benchmarks/learning.py [--seeds 4] [--test-questions 1000] [--out runs/learning] [--json FILE]
 
-For every seed: the demo as shipped, and iteration 0 again with fine-tuning on the chosen side alone (same pairs, same
-number of steps). Every seed has its own preference questions and its own held-out questions. Scores and differences are
+Every seed has its own preference questions and its own held-out questions. Scores and differences are
 of answers, IoU and boxes on the right object; of answers per kind of question, too; and of the crop over none. Finished
 runs are reused; another number of questions needs another `--out`.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,6 @@ COMPARED = (
     ("iter0-stage2", "sft"),
     ("iter1-stage2", "iter0-stage2"),
     ("iter1-stage2", "sft"),
-    ("iter0-stage1", "chosen-only-stage1"),
-    ("iter0-stage2", "chosen-only-stage2"),
 )
 MODES = ("no_crop", "other_question", "random", "center", "own", "truth")
 MEASURES = {"answer_accuracy": "correct", "box_iou": "iou", "right_object": "right_object"}  # and their columns
@@ -41,18 +37,9 @@ Rows = list[dict[str, Any]]
 
 def run_seed(seed: int, test_questions: int, out: Path) -> dict[str, Rows]:
     """The result rows of one seed by checkpoint (and `checkpoint.control`), running what is not there yet."""
-    demo, control = out / f"seed{seed}", out / f"seed{seed}-chosen-only"
-    shipped = DemoConfig(output_dir=demo, seed=seed, test_questions=test_questions)
-    run_demo(shipped)
-    for step in ("generate", "filter"):
-        if not (control / "iter0" / step).is_dir():
-            shutil.copytree(demo / "iter0" / step, control / "iter0" / step)
-    only = {"output_dir": control, "chosen_only": True, "iterations": 1, "controls": False}
-    run_demo(shipped.model_copy(update=only))
-    rows = {file.stem: list(read_jsonl(file)) for file in sorted((demo / "eval").glob("*.jsonl"))}
-    for stage in (1, 2):
-        rows[f"chosen-only-stage{stage}"] = list(read_jsonl(control / "eval" / f"iter0-stage{stage}.jsonl"))
-    return rows
+    demo = out / f"seed{seed}"
+    run_demo(DemoConfig(output_dir=demo, seed=seed, test_questions=test_questions))
+    return {file.stem: list(read_jsonl(file)) for file in sorted((demo / "eval").glob("*.jsonl"))}
 
 
 def pooled(runs: list[dict[str, Rows]], name: str, key: str, kind: str | None = None) -> list[float]:
@@ -63,7 +50,6 @@ def pooled(runs: list[dict[str, Rows]], name: str, key: str, kind: str | None = 
 
 
 def result(runs: list[dict[str, Rows]]) -> dict[str, Any]:
-    names = [*CHECKPOINTS, "chosen-only-stage1", "chosen-only-stage2"]
     kinds = sorted({dataset_name(row) for run in runs for row in run["sft"]})
     columns = {measure: key for measure, key in MEASURES.items() if pooled(runs, "sft", key)}
     scores: dict[str, Any] = {
@@ -72,7 +58,7 @@ def result(runs: list[dict[str, Rows]]) -> dict[str, Any]:
             "by_kind": {kind: interval(pooled(runs, name, "correct", kind)) for kind in kinds},
             "by_seed": [sum(row["correct"] for row in run[name]) / len(run[name]) for run in runs],
         }
-        for name in names
+        for name in CHECKPOINTS
     }
     differences = {
         f"{a} − {b}": {
@@ -151,13 +137,15 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--test-questions", type=int, default=1000, help="held-out ones of each seed")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found = result([run_seed(seed, given.test_questions, given.out) for seed in range(given.seeds)])
-    print(json.dumps(found, indent=1) if given.json else table(found))
+    print(table(found))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
