@@ -173,8 +173,7 @@ def make_tokenizer(vocabulary: int = 640) -> PreTrainedTokenizerFast:
 
 
 def _texts() -> Iterator[str]:
-    """The prompts of every question of some scenes, whichever of them samples are chosen from: another choice would give
-    other merges, and so other ids."""
+    """The prompts of every question of some scenes: with a choice of them another way to choose would give other ids."""
     for question in chain.from_iterable(questions_of(make_scene("train", index)) for index in range(2000)):
         yield focus_prompt(question.text).replace("<image>", "")
         yield answer_prompt(question.text).replace("<image>", "")
