@@ -173,7 +173,7 @@ def make_tokenizer(vocabulary: int = 640) -> PreTrainedTokenizerFast:
 
 
 def _texts() -> Iterator[str]:
-    """The prompts of every question of some scenes: with a choice of them another way to choose would give other ids."""
+    """The prompts of every question of some scenes: were some chosen, another way to choose would give other ids."""
     for question in chain.from_iterable(questions_of(make_scene("train", index)) for index in range(2000)):
         yield focus_prompt(question.text).replace("<image>", "")
         yield answer_prompt(question.text).replace("<image>", "")
