@@ -136,6 +136,20 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path, capsys):
         main([str(ROOT / "configs" / "tiny" / "pretrain.yaml"), "sed=1"])
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"word_layer": 5}, "word_layer=5: the language model has 4 layers"),
+        ({"save_steps": 3, "logging_steps": 2}, "save_steps=3 must be a multiple of logging_steps=2"),
+        ({"kinds": {"colour": 0}}, "at least one kind"),
+        ({"phases": [{"steps": 1, "zoom": [0.5, 1.5]}]}, "less than or equal to 1"),
+    ],
+)
+def test_recipes_that_cannot_be_run_are_refused(tmp_path, keys, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(recipe(tmp_path, **keys), **SMALL)
+
+
 def test_a_batch_is_a_function_of_seed_and_step_and_seeds_share_no_scene(tmp_path):
     one, again, other = (Pretraining(recipe(tmp_path, seed=seed), **SMALL).lessons for seed in (0, 0, 1))
     again.batch(0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from visrl.config import read_config
+from visrl.config import ConfigError, read_config
 from visrl.errors import UserError
 from visrl.manifest import claim_folder, hold, write_manifest
 from visrl.models.encode import Encoder
@@ -61,8 +62,12 @@ class Pretraining:
         self.recipe = recipe
         self.model, self.processor, self.settings = tiny_model(seed=recipe.seed, **sizes)
         config: Any = self.model.config
+        layers = len(self.model.model.language_model.layers)
+        for key in ("word_layer", "mark_layer"):
+            if getattr(recipe, key) > layers:
+                raise ConfigError(f"{key}={getattr(recipe, key)}: the language model has {layers} layers")
         self.model.set_attn_implementation("eager")  # PyTorch's fused attention is slower in its backward on a CPU
-        self.model.model.visual.patch_embed.proj.__class__ = PatchProjection
+        self.model.model.visual.patch_embed.proj.__class__ = PatchProjection  # the same module with the same weights
         self.lessons = Lessons(recipe, Encoder(self.processor, config, self.settings))
         self.readouts = ReadOuts(config.text_config.hidden_size, recipe.seed)
         self.parameters = [*self.model.parameters(), *self.readouts.parameters()]
@@ -138,8 +143,7 @@ class Pretraining:
             for scene in (make_scene("validation", index) for index in range(start, start + count)):
                 for question in questions_of(scene):
                     x0, y0, x1, y1 = next(boxes)
-                    here = complex(x0 + x1, y0 + y1) / 2
-                    far = [abs(complex(*tag.center) - here) for tag in scene.tags]
+                    far = [math.dist(tag.center, ((x0 + x1) / 2, (y0 + y1) / 2)) for tag in scene.tags]
                     right[question.kind].append(far.index(min(far)) == question.target)
         return {kind: round(sum(values) / len(values), 3) for kind, values in sorted(right.items())}
 
@@ -201,6 +205,7 @@ def pretrain(recipe: PretrainConfig, **sizes: Any) -> Path:
     those of the language model.
 
     Raises:
+        ConfigError: a read-out looks behind a layer that the model does not have.
         ManifestError: the folder holds other work.
     """
     out = recipe.output_dir

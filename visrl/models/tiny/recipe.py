@@ -6,11 +6,14 @@ Imports no torch.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
 
 from visrl.config import Config
 from visrl.scenes import KINDS, Kind
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class LossWeights(BaseModel):
@@ -34,9 +37,9 @@ class Stretch(BaseModel):
 
     steps: int = Field(gt=0)
     boxes: list[Kind] = []  # kinds of question whose rows go on to the text of the box; others end at the question mark
-    zoom: tuple[float, float] = (1.0, 1.0)  # crops to read, from 0 (the number or the dots alone) to 1 (the whole tag)
+    zoom: tuple[Share, Share] = (1.0, 1.0)  # crops to read, from 0 (the number or the dots alone) to 1 (the whole tag)
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop is moved by up to this share of its length
-    square: float = Field(1.0, ge=0, le=1)  # share of the crops that stay square
+    square: Share = 1.0  # share of the crops that stay square
     weights: LossWeights = LossWeights()
 
 
@@ -48,7 +51,9 @@ class PretrainConfig(Config):
     threads: int = Field(1, ge=1)  # of torch; with one the weights repeat to the bit
     bf16: bool = True  # products in bfloat16 (weights stay fp32): twice as fast where the processor has them
 
-    kinds: dict[Kind, float] = Field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))  # shares of the questions
+    kinds: dict[Kind, NonNegativeFloat] = Field(
+        default_factory=lambda: dict.fromkeys(KINDS, 1.0)
+    )  # shares of the questions
     scenes: int = Field(48, ge=1)  # pictures of a step
     per_scene: int = Field(3, ge=1)  # questions of a picture; beside them one of its tags is read from a crop
     window: int = Field(256, ge=1)  # a step draws its pictures from so many that follow each other,
@@ -59,7 +64,7 @@ class PretrainConfig(Config):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     decay_from: float = Field(0.6, ge=0, lt=1)  # the share of all steps after which the rate falls in a straight line
-    min_lr_ratio: float = Field(0.03, ge=0, le=1)
+    min_lr_ratio: Share = 0.03
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.98, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
@@ -70,6 +75,17 @@ class PretrainConfig(Config):
     eval_scenes: int = Field(50, ge=1)
     save_steps: int = Field(100, ge=1)
     phases: list[Stretch] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> PretrainConfig:
+        if not sum(self.kinds.values()):
+            raise ValueError("kinds: at least one kind of question needs a share above 0")
+        if self.save_steps % self.logging_steps:
+            raise ValueError(
+                f"save_steps={self.save_steps} must be a multiple of logging_steps={self.logging_steps}, so that a run "
+                "that goes on logs what an uninterrupted one does"
+            )
+        return self
 
     @property
     def steps(self) -> int:
