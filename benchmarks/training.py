@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from visrl.packing.pack import PackedBatch
 from visrl.train.items import Item, TrainingBatch
 
 EPOCHS = 5  # over which ours spreads its one reference pass
@@ -90,25 +91,32 @@ def flops(work: Callable[[], Any]) -> float:
 
 
 def floor_flops(ours: Ours, batch: TrainingBatch) -> float:
-    """Each distinct token forward and backward once, and a fifth of a forward pass for the reference.
+    """Each distinct token forward and backward once, and a fifth of a forward pass for the reference."""
+    forward, (looked, seen) = token_flops(ours.model, batch.packed), tower_flops(ours.model, batch.packed)
+    return (3 + 1 / EPOCHS) * forward + seen + looked / EPOCHS
 
-    A backward pass costs twice the forward pass. Attention is counted between tokens and their ancestors only.
-    """
-    call = batch.packed.calls[0]
-    text = ours.model.config.text_config
-    layers = [m for m in ours.model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
-    linear = 2 * sum(layer.weight.numel() for layer in layers) * batch.packed.tokens
-    padding = batch.packed.padded_tokens - batch.packed.tokens
+
+def token_flops(model: nn.Module, packed: PackedBatch) -> float:
+    """Each distinct token of a batch through the decoder once; a backward pass costs twice as much. Attention is
+    counted between tokens and their ancestors only."""
+    call, text = packed.calls[0], model.config.text_config
+    layers = [m for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
+    linear = 2 * sum(layer.weight.numel() for layer in layers) * packed.tokens
+    padding = packed.padded_tokens - packed.tokens
     pairs = int(call.inputs["attention_mask"].sum()) - padding
     attention = 4 * pairs * text.hidden_size * text.num_hidden_layers
-    output = 2 * len(call.keep) * text.hidden_size * text.vocab_size
-    tower = ours.model.model.visual
+    return linear + attention + 2 * len(call.keep) * text.hidden_size * text.vocab_size
+
+
+def tower_flops(model: nn.Module, packed: PackedBatch) -> tuple[float, float]:
+    """Each distinct image of a batch through the vision tower: forward, and forward and backward."""
+    call, tower = packed.calls[0], model.model.visual
     pixels, grids = call.inputs["pixel_values"], call.inputs["image_grid_thw"]
     seen = flops(lambda: tower(pixels, grid_thw=grids).pooler_output.sum().backward())
     with torch.no_grad():
         looked = flops(lambda: tower(pixels, grid_thw=grids))
-    ours.model.zero_grad()
-    return (3 + 1 / EPOCHS) * (linear + attention + output) + seen + looked / EPOCHS
+    model.zero_grad()
+    return looked, seen
 
 
 def compare_flops(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[str, float]:

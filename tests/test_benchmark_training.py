@@ -1,4 +1,4 @@
-"""The training benchmark runs at a tiny shape and gives every figure that its description promises."""
+"""The benchmarks of training run at a tiny shape and give every figure that their descriptions promise."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
     measured = ("time_ratio_reference", "time_ratio_trl", "peak_memory_ratio_reference")
     assert all(shape[name] > 0 for name in measured)
     assert "tiny" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_online_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
+    out = tmp_path / "online.json"
+    command = [sys.executable, str(SCRIPT.with_name("online.py")), "--shapes", "tiny", "--repeats", "1"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (shape,) = json.loads(out.read_text())["shapes"]
+    assert (shape["boxes"], shape["answers"]) == (8, 4)
+    assert shape["loss_rel_error"] < 1e-5
+    assert shape["grad_rel_error"] < 1e-4
+    assert shape["flops_ratio_rows"] > 4
+    assert shape["prefill_ratio"] > 5
+    assert 1 <= shape["over_floor"] < 1.2  # a tenth of so few tokens is padding
+    assert shape["cpu_ratio_rows"] > 0
 
 
 @pytest.mark.slow

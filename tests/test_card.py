@@ -39,6 +39,16 @@ def test_the_front_matter_names_a_base_of_the_hub_and_no_folder_as_one():
         assert f"- Base model: `{local}`" in card_text(card(local))
 
 
+def test_an_online_training_is_told_by_what_it_learned_from():
+    given = {"stage": "grpo", "num_generations": 8, "num_answers": 4, "loss_type": None, "finetuning_type": "full",
+             "rewards": [{"name": "answer", "weight": 1.0, "metric": "anls", "when": None},
+                         {"name": "format", "weight": 0.1, "metric": None, "when": None},
+                         {"name": "iou", "weight": 0.0, "metric": None, "when": None}]}  # fmt: skip
+    text = card_text(card(made=[Training({"config": given, "steps": 90})]))
+    said = "- 1. Online reinforcement (`stage: grpo`): 8 boxes a question, 4 answers a crop"
+    assert f"{said}, reward answer_anls + 0.1 format, `dapo`, DAPO (Yu et al. 2025); all weights, 90 steps" in text
+
+
 def test_every_training_is_told_by_its_manifest():
     sft = {"stage": "sft", "finetuning_type": "lora", "lora_rank": 8, "dataset": "viscot"}
     dpo = {"stage": "dpo", "rl_stage": 2, "pref_loss": "ipo", "pref_beta": 0.2, "finetuning_type": "full"}

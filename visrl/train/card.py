@@ -20,7 +20,10 @@ from visrl.manifest import read_manifest
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE, focus_prompt
 from visrl.records import read_jsonl
+from visrl.rewards.parts import RewardPart
 from visrl.train.losses import LOSSES
+from visrl.train.online_config import ONLINE_STAGES, default_loss
+from visrl.train.online_losses import ONLINE_LOSSES
 
 ROLLOUT = "eval_rollout/"  # what the trainer calls the scores of its rollouts on held-out questions
 MEASURES = {
@@ -121,6 +124,8 @@ def _training(training: Training) -> str:
     config, facts = training.manifest["config"], training.manifest
     if config.get("stage") == "sft":
         method = "Warm-up, supervised (`stage: sft`)"
+    elif config.get("stage") in ONLINE_STAGES:
+        method = _online(config)
     else:
         loss = config.get("pref_loss")
         steps = "boxes" if config.get("rl_stage") == 1 else "boxes and answers"
@@ -135,6 +140,17 @@ def _training(training: Training) -> str:
     counts = [f"{facts[key]:,} {key}" for key in ("items", "steps") if isinstance(facts.get(key), int)]
     rest = [how, *counts, *(f"{key} {facts[key]}" for key in ("seed",) if key in facts)]
     return f"{' '.join([method, *data])}; {', '.join(rest)}"
+
+
+def _online(config: dict[str, Any]) -> str:
+    """What one online training learned from."""
+    name = config.get("loss_type") or default_loss(config["stage"])
+    weights = {RewardPart(**part).label: part["weight"] for part in config["rewards"] if part["weight"]}
+    rewards = " + ".join(label if weight == 1 else f"{weight:g} {label}" for label, weight in weights.items())
+    return (
+        f"Online reinforcement (`stage: {config['stage']}`): {config['num_generations']} boxes a question, "
+        f"{config['num_answers']} answers a crop, reward {rewards}, `{name}`, {ONLINE_LOSSES[name].source}"
+    )
 
 
 def _scores(card: Card) -> str:

@@ -55,8 +55,13 @@ class OnlineFields(Config):
     @property
     def online_loss(self) -> tuple[str, OnlineLoss]:
         """The name and the row of the loss: the stage's own where `loss_type` names none."""
-        name = self.loss_type or ("rloo" if getattr(self, "stage", None) == "rloo" else "dapo")
+        name = self.loss_type or default_loss(getattr(self, "stage", ""))
         return name, ONLINE_LOSSES[name]
+
+
+def default_loss(stage: str) -> str:
+    """The loss of a stage where `loss_type` names none."""
+    return "rloo" if stage == "rloo" else "dapo"
 
 
 def given_keys(config: Config, keys: Any) -> list[str]:

@@ -1,4 +1,5 @@
-"""`visrl train`: from a config to a trained checkpoint. Warm-up (sft), stage 1 and stage 2 (dpo) are one program.
+"""`visrl train`: from a config to a trained checkpoint. Warm-up (sft), stage 1 and stage 2 (dpo) and online
+reinforcement (grpo and its like) are one program.
 
 The output folder is claimed by its config: the same command again resumes or says that it is complete, another
 command is refused. What cannot be trained is refused before the folder is claimed.
@@ -44,8 +45,9 @@ from visrl.train.trainer import VisrlTrainer
 
 
 def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Path:
-    """Train, in one process for each GPU: warm-up (`stage="sft"`), or preference training (`stage="dpo"`) of boxes
-    (`rl_stage=1`) and of boxes and answers (`rl_stage=2`), as in VisRL (arXiv 2503.07523).
+    """Train, in one process for each GPU: warm-up (`stage="sft"`), preference training (`stage="dpo"`) of boxes
+    (`rl_stage=1`) and of boxes and answers (`rl_stage=2`), as in VisRL (arXiv 2503.07523), or online reinforcement
+    (`stage="grpo"`, "rloo", "reinforce++" or "raft"), which samples what it learns from.
 
     The same call again resumes where it was stopped, or says that it is complete.
 
@@ -54,7 +56,8 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
         keys: keys of `TrainConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        `output_dir`: adapter or weights, processor, settings, `log.jsonl` (a row for every logged step) and manifest.
+        `output_dir`: adapter or weights, processor, settings, `log.jsonl` (a row for every logged step), manifest, and
+        online `rollouts.jsonl` (a row for every question of every step).
 
     Raises:
         ConfigError: an unknown key, keys that do not go together, or no data.
@@ -62,7 +65,8 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
         CheckpointError: no model at `model_name_or_path`.
         RecordError: rows that are none, or longer than `cutoff_len`.
         ProcessError: one of several processes failed.
-        TrainingError: the loss became NaN or infinite, or nothing was trained.
+        TrainingError: the loss became NaN or infinite, or nothing was trained or could be learned from.
+        RewardError: a reward of one's own stopped, or gave no scores.
     """
     config = as_config(TrainConfig, config, keys)
     count = processes_wanted(config.processes)
