@@ -110,13 +110,13 @@ def test_the_code_of_an_exported_card_runs_and_transformers_writes_what_visrl_re
     assert "- 2. Warm-up, supervised (`stage: sft`) on `scenes:train/0+2`; LoRA of rank 2, 2 items, 1 steps" in text
     assert "2 held-out questions of `scenes:validation/0+2`, at the end of the last training" in text
     assert "`image_max_pixels: 15,680`" in text
-    asked = text.replace(QUESTION, "Which number is on the red tag?")  # of the drawn scene, which holds no sign
+    asked = text.replace(QUESTION, "Which number is on the green tag?")  # of the drawn scene, which holds no sign
     ours, theirs, over_vllm = re.findall(r"```python\n(.*?)```", asked, flags=re.S)
     (served,) = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
     assert f"vllm serve {exported} --host 127.0.0.1 --port 8000 --served-model-name {exported} " in served
     compile(over_vllm, "card", "exec")
     monkeypatch.chdir(tmp_path)
-    open_image("scene:test@1/5").save("image.png")
+    open_image("scene:test/20").save("image.png")
     names: dict[str, Any] = {}
     capsys.readouterr()
     exec(ours, names)

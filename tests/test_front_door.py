@@ -20,7 +20,7 @@ from visrl.callable_package import CallablePackage
 from visrl.models.tiny import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
-SCENE, QUESTION = "scene:test/108", "Which number is on the red tag?"
+SCENE, QUESTION = "scene:test/20", "Which number is on the green tag?"
 
 
 def fresh(code: str) -> str:

@@ -271,7 +271,7 @@ def example(kind: str, url: str, holding: str = "") -> str:
 
 def output_of(command: list[str], folder: Path) -> str:
     """What an example prints, run in a folder with a picture beside it."""
-    draw_ref("scene:test@1/5").save(folder / "scene.png")  # the red tag that the examples ask about
+    draw_ref("scene:test/20").save(folder / "scene.png")  # the green tag that the examples ask about
     paths = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         command, cwd=folder, env=paths, capture_output=True, text=True, timeout=PATIENCE_S, check=True

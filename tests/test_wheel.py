@@ -69,8 +69,8 @@ def test_an_installed_program_asks_the_embedded_model_from_an_empty_folder(insta
     said = subprocess.check_output([sys.executable, "-c", where], text=True, cwd=tmp_path, env=environment).split()
     assert said == [str(installed / "visrl" / "configs"), str(installed / "visrl" / "models" / "tiny" / "checkpoint")]
     assert "export" in run(installed, tmp_path, "--help")
-    question = "Which number is on the red tag?"
-    answered = run(installed, tmp_path, "ask", "--model", said[1], "--image", "scene:test@1/5", question)
+    question = "Which number is on the green tag?"
+    answered = run(installed, tmp_path, "ask", "--model", said[1], "--image", "scene:test/20", question)
     assert re.search(r"checkpoint: \S+ \((right|wrong: it is 7), IoU \d", answered), answered
     assert sorted(os.listdir(tmp_path)) == ["ask.png"]
 
