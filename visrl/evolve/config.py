@@ -184,7 +184,7 @@ Method = Literal["outcome", "paper"]
 # policy's own boxes win and lose. "paper" is Algorithm 1 as it is published, with the oracle of drawn scenes as critic.
 METHODS: dict[Method, dict[str, Any]] = {
     "outcome": {
-        "critic": "outcome", "answers": 3, "losers": "own", "diversity": False, "compare_paper": True,
+        "critic": "outcome", "answers": 8, "losers": "own", "diversity": False, "compare_paper": True,
     },
     "paper": {},
 }  # fmt: skip
