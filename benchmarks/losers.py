@@ -2,10 +2,10 @@
 
     python benchmarks/losers.py [--seeds 4] [--rates 3e-4,1e-3,3e-3] [--dpo '{"pref_ftx": 1.0}'] [--json FILE]
 
-One iteration of the demo's loop from the embedded model: 10 boxes of a question, eight answers from each crop, a box's
-score the share that is right, the worst own box the loser. Both ways train on the same pairs for as many steps. The learning rate
-of each is the best of the sweep on a seed that is not counted; then both run on `--seeds` others, each with preference
-questions and held-out questions of its own, and the held-out answers are compared question by question.
+One iteration of the demo's loop from the embedded model; losers are the worst of the policy's own boxes. Both ways
+train on the same pairs for as many steps. The learning rate of each is the best of the sweep on a seed that is not
+counted; then both run on `--seeds` others, each with preference questions and held-out questions of its own, and the
+held-out answers are compared question by question.
 Finished runs are used again; other questions or another start need another `--out`.
 """
 
@@ -18,14 +18,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from visrl.evolve.config import METHODS as DEMO_METHODS
 from visrl.evolve.config import DemoConfig, EvolveConfig
 from visrl.evolve.loop import run_evolve
 from visrl.manifest import read_manifest
 from visrl.records import read_jsonl
 from visrl.statistics import interval, paired
 
-OWN_LOSERS = {**DEMO_METHODS["outcome"], "compare_paper": False}
 METHODS = ("dpo", "chosen side")
 CHECKPOINTS = ("sft", "iter0-stage1", "iter0-stage2")
 FINAL = CHECKPOINTS[-1]
@@ -48,7 +46,7 @@ def run_method(method: str, rate: float, seed: int, given: argparse.Namespace) -
         test_questions=given.test_questions, seed=seed, controls=False,
     )  # fmt: skip
     more = {
-        **OWN_LOSERS,
+        "compare_paper": False,
         "train": {**given.dpo, "learning_rate": rate},
         "chosen_only": method == "chosen side",
         "output_dir": out,
