@@ -57,11 +57,13 @@ def draw(image: str, pairs: list[tuple[Row, Row]]) -> Figure:
     """The picture with both last boxes, and beside it each question with both crops and what was answered from them."""
     scene = draw_ref(image)
     with matplotlib.rc_context({"font.size": 11, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(11, 4.7), facecolor="white")
-        grid = figure.add_gridspec(2, 3, width_ratios=(2.08, 1, 1), wspace=0.06, hspace=0.34,
+        figure = Figure(figsize=(10, 4.9), facecolor="white")
+        grid = figure.add_gridspec(2, 3, width_ratios=(1.95, 1, 1), wspace=0.08, hspace=0.36,
                                    left=0.01, right=0.99, top=0.9, bottom=0.08)  # fmt: skip
         marks = [(Box(*last["box"]), colour, "") for (_, last), colour in zip(pairs, COLOURS, strict=True)]
-        _show(figure.add_subplot(grid[:, 0]), annotate(scene, marks), "black", 1)
+        whole = figure.add_subplot(grid[:, 0])
+        whole.set_anchor("W")
+        _show(whole, annotate(scene, marks), "black", 1)
         for row, ((first, last), colour) in enumerate(zip(pairs, COLOURS, strict=True)):
             for column, (look, title) in enumerate(zip((first, last), TITLES, strict=True), start=1):
                 axes = figure.add_subplot(grid[row, column])
