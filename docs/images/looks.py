@@ -3,8 +3,8 @@ checkpoint looked for each.
 
     python docs/images/looks.py RUN [test/INDEX]     # RUN: a finished `visrl demo`
 
-Without a scene's name it takes the first held-out one whose two questions the last checkpoint answers right and the
-first one wrong: an example of what is learned, and no measure of it.
+Without a scene's name it takes the first held-out one of three tags or more, both of whose questions the last checkpoint
+answers right and the first one wrong: an example of what is learned, and no measure of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visrl.box import Box
 from visrl.images import crop
 from visrl.pages.draw import annotate
 from visrl.records import read_jsonl
-from visrl.scenes import draw_ref
+from visrl.scenes import draw_ref, parse_ref
 
 COLOURS = ("#2563eb", "#e07b00")  # of the two questions
 MUTED, GOOD, BAD = "#6b7280", "#15803d", "#b91c1c"
@@ -48,6 +48,7 @@ def choose(looks: dict[str, list[tuple[Row, Row]]]) -> str:
         image
         for image, pairs in looks.items()
         if len(pairs) == 2
+        and len(parse_ref(image).tags) > 2
         and all(last["correct"] and not first["correct"] and first["box"] for first, last in pairs)
         and len({last["answer"] for _, last in pairs}) == 2
     )
