@@ -28,9 +28,9 @@ from visrl.statistics import interval, paired
 PAPERS: dict[str, Any] = {
     **{"critic": "auto", "grader": None, "answers": 1, "losers": "paper", "min_difference": None},
     **{"rule": "paper", "t_max": 0.8, "t_min": 0.2, "use_box_critic": True},
-    **{"rounds": 5, "diversity": True, "trigger": TRIGGER, "chosen_only": False},
+    **{"rounds": 5, "diversity": True, "trigger": TRIGGER, "chosen_only": False, "compare_paper": False},
 }
-BY_ANSWERS = {"critic": "outcome", "answers": 2}
+BY_ANSWERS = {"critic": "outcome", "answers": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "without box critic": {"use_box_critic": False},

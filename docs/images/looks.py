@@ -3,8 +3,8 @@ checkpoint looked for each.
 
     python docs/images/looks.py RUN [test/INDEX]     # RUN: a finished `visrl demo`
 
-Without a scene's name it takes the first held-out one of three tags or more, both of whose questions the last checkpoint
-answers right and the first one wrong: an example of what is learned, and no measure of it.
+Without a scene's name it takes the first held-out one of three tags or more, both of whose questions the last
+checkpoint answers right and the first one wrong: an example of what is learned, and no measure of it.
 """
 
 from __future__ import annotations
