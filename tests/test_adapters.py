@@ -121,12 +121,12 @@ def _old(name: str) -> str:
 
 # What no base of this kind has room for, and what the sentence says.
 MISFITS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "all elsewhere": (lambda t: {name.replace("layers", "stages"): v for name, v in t.items()}, "16 of 16 tensors"),
-    "one elsewhere": (lambda t: {**t, "base_model.model.extra.lora_A.weight": torch.ones(4, 8)}, "1 of 17 tensors"),
-    "half missing": (lambda t: dict(list(t.items())[::2]), "8 of 16 that adapter_config.json asks for are not"),
-    "other rank": (lambda t: {name: v.repeat(2, 1) if "lora_A" in name else v for name, v in t.items()}, "8 have an"),
-    "more layers": (lambda t: {**t, **{n.replace("s.0", "s.9"): v.clone() for n, v in t.items()}}, "4 of 20 tensors"),
-    "not a number": (lambda t: {name: v * float("nan") for name, v in t.items()}, "in 16 tensors"),
+    "all elsewhere": (lambda t: {name.replace("layers", "stages"): v for name, v in t.items()}, "24 of 24 tensors"),
+    "one elsewhere": (lambda t: {**t, "base_model.model.extra.lora_A.weight": torch.ones(4, 8)}, "1 of 25 tensors"),
+    "half missing": (lambda t: dict(list(t.items())[::2]), "12 of 24 that adapter_config.json asks for are not"),
+    "other rank": (lambda t: {name: v.repeat(2, 1) if "lora_A" in name else v for name, v in t.items()}, "12 have an"),
+    "more layers": (lambda t: {**t, **{n.replace("s.0", "s.9"): v.clone() for n, v in t.items()}}, "4 of 28 tensors"),
+    "not a number": (lambda t: {name: v * float("nan") for name, v in t.items()}, "in 24 tensors"),
     "infinite": (lambda t: {name: v / 0 if "layers.0.self_attn.q_proj.lora_B" in name else v for name, v in t.items()},
                  "NaN or infinite) in 1 tensors: base_model.model.model.language_model.layers.0.self_attn.q_proj"),
 }  # fmt: skip

@@ -27,6 +27,7 @@ from visrl.engines.decoding import DecodeBatch, RunningSequence
 from visrl.evaluate.run import EvalConfig, evaluate
 from visrl.evolve.config import GenerateConfig
 from visrl.evolve.generate import generate
+from visrl.evolve.losers import Contrast
 from visrl.evolve.pairs import preferences_of
 from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder
@@ -75,9 +76,9 @@ def write_box(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Let every engine answer step 1 with `text`; step 2 is the model's own."""
     complete = DecodeBatch.complete
 
-    def complete_with_box(self: DecodeBatch, drawn: RunningSequence, is_cut: bool = False) -> Completion:
+    def complete_with_box(self: DecodeBatch, drawn: RunningSequence, **how: bool) -> Completion:
         said = text if len(drawn.request.conversation.views) == 1 else "7"
-        return replace(complete(self, drawn, is_cut), text=said)
+        return replace(complete(self, drawn, **how), text=said)
 
     monkeypatch.setattr(DecodeBatch, "complete", complete_with_box)
 
@@ -94,7 +95,9 @@ def generated(checkpoint: Path, out: Path) -> list[Trajectory]:
 def stage_2(checkpoint: Path, trajectories: list[Trajectory]) -> None:
     winner, loser = trajectories
     encoder = load_encoder(checkpoint)
-    data = Preferences(encoder, preferences_of(SAMPLE, winner, replace(loser, answer="0")), stage=2)
+    assert winner.answer is not None
+    answers = Contrast(winner, winner.answer, "0")
+    data = Preferences(encoder, preferences_of(SAMPLE, winner, loser, answers), stage=2)
     Collator(encoder)([data[0]])
 
 

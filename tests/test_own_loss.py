@@ -24,7 +24,8 @@ from visrl.train.losses import LOSSES, Loss
 from visrl.train.run import train
 
 ROOT = Path(__file__).parent.parent
-SECTION = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8").partition("### A loss of your own")[2]
+GUIDE = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
+SECTION = GUIDE.partition("### A loss of your own")[2].partition("\n## ")[0]
 
 
 def config(out: Path, loss: str, **more: Any) -> TrainConfig:
