@@ -161,3 +161,12 @@ def test_a_demo_killed_again_and_again_ends_with_the_same_numbers(demo, tmp_path
         process.wait()
     subprocess.run(command(out), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert numbers(out) == numbers(demo)
+
+
+def test_the_papers_method_is_the_papers_critic_and_rule() -> None:
+    paper, shipped = DemoConfig(method="paper").evolution(), DemoConfig().evolution()
+    assert (paper.critic, paper.answers, paper.losers, paper.diversity, paper.compare_paper) == (
+        "auto", 1, "paper", True, False
+    )  # fmt: skip
+    assert (shipped.critic, shipped.losers, shipped.compare_paper) == ("outcome", "own", True)
+    assert paper.dataset == shipped.dataset
