@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from visrl.config import read_config
 from visrl.conversation import answer_conversation, crop_view, focus_conversation, open_view
 from visrl.manifest import ManifestError, read_manifest
 from visrl.models.load import load_model
-from visrl.models.tiny.pretrain import Pretraining, main, pretrain, rate_share
+from visrl.models.tiny.pretrain import Pretraining, pretrain, rate_share
 from visrl.models.tiny.readouts import BINS, box_loss, soft_bins
 from visrl.models.tiny.recipe import PretrainConfig
 from visrl.models.tiny.rows import RowBranch, batch_of, cell_shares
@@ -116,6 +118,17 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_log(tmp_path, monkeypatch)
     assert files(whole) == before
 
 
+def test_a_run_leaves_this_process_as_it_was(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pretrain(recipe(tmp_path), **SMALL)
+        assert torch.get_num_threads() == 2
+        assert (torch.tensor([1e-39]) / 2).item() > 0, "numbers below the normal ones are still numbers"
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_what_comes_out_is_a_plain_qwen2_vl_that_has_learned(tmp_path):
     start = Pretraining(recipe(tmp_path), **SMALL).model.state_dict()
     out = pretrain(recipe(tmp_path), **SMALL)
@@ -128,12 +141,15 @@ def test_what_comes_out_is_a_plain_qwen2_vl_that_has_learned(tmp_path):
     assert (manifest["verb"], manifest["steps"], manifest["config"]["seed"]) == ("pretrain", 6, 0)
 
 
-def test_a_folder_of_another_recipe_is_refused(tmp_path, capsys):
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
     pretrain(recipe(tmp_path), **SMALL)
     with pytest.raises(ManifestError, match="config differ"):
         pretrain(recipe(tmp_path, seed=1), **SMALL)
-    with pytest.raises(SystemExit, match="did you mean 'seed'"):
-        main([str(ROOT / "configs" / "tiny" / "pretrain.yaml"), "sed=1"])
+    command = [sys.executable, "-m", "visrl.models.tiny.pretrain", "configs/tiny/pretrain.yaml", "sed=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "did you mean 'seed'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

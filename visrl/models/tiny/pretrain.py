@@ -214,9 +214,12 @@ def pretrain(recipe: PretrainConfig, **sizes: Any) -> Path:
         if claim_folder(out, training.identity(sizes)):
             print(f"{out} is complete", flush=True)
         else:
+            before = torch.get_num_threads()
             torch.set_num_threads(recipe.threads)
-            torch.set_flush_denormal(True)
-            _run(training, out)
+            try:
+                _run(training, out)
+            finally:
+                torch.set_num_threads(before)
         shutil.rmtree(out / STATE, ignore_errors=True)
     return out
 
@@ -259,6 +262,7 @@ def _cut_log(path: Path, step: int) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Read the config and the overrides after it, and run."""
+    torch.set_flush_denormal(True)  # of this program alone: products of the smallest numbers take a CPU very long
     try:
         print(pretrain(read_config(PretrainConfig, arguments[0], arguments[1:])))
     except (OSError, UserError) as error:
