@@ -34,12 +34,13 @@ def weights_of(model: Path, out: Path, **more: Any) -> dict[str, torch.Tensor]:
 
 
 def stage_2(model: Path, out: Path, **more: Any) -> dict[str, Any]:
-    """A config of two steps, where no option gives another batch than eight items."""
+    """A config of two steps, where no option gives another batch than eight items. With plain SGD: Adam turns the
+    rounding error of a gradient near 0 into a whole step, and how many there are depends on the machine."""
     return {
         "model_name_or_path": str(model), "output_dir": str(out), "stage": "dpo", "rl_stage": 2, "lambda_answer": 0.8,
-        "dataset": "demo_rl_data_stage2", "max_samples": 16, "num_train_epochs": 1, "learning_rate": 1e-3,
+        "dataset": "demo_rl_data_stage2", "max_samples": 16, "num_train_epochs": 1, "learning_rate": 0.1,
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-        "max_grad_norm": 0.0, "seed": 3, **more,
+        "max_grad_norm": 0.0, "seed": 3, "optim": "sgd", **more,
     }  # fmt: skip
 
 
@@ -48,8 +49,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     start = torch.cat([weights.flatten() for weights in theirs.values()])
     assert start.abs().max() > 0
     for name, weights in theirs.items():
-        # Adam turns a rounding error of a gradient near 0 into a whole step: few weights may differ by one.
-        assert ((ours[name] - weights).abs() > 1e-6).float().mean() < 1e-3, name
+        assert (ours[name] - weights).norm() <= 1e-5 * weights.norm(), name
 
 
 def logged(out: Path, name: str) -> list[float]:
