@@ -132,7 +132,7 @@ FAST: dict[str, tuple[Damage, str]] = {
     "empty folder": (_empty, "no config.json"),
     "no folder": (shutil.rmtree, "there is no such folder"),
     "a loop of links": (_loop, "there is no such folder"),
-    "unknown family": (_with("config.json", "model_type", value="bert"), "'bert' is not supported; known: gemma3"),
+    "unknown family": (_with("config.json", "model_type", value="bert"), "'bert' is not supported: transformers"),
     "family of another type": (_with("config.json", "model_type", value=["qwen2_vl"]), "is not supported"),
     "nested deeply": (_to("config.json", '{"a":' + "[" * 90_000 + "]" * 90_000 + "}"), "nested too deeply"),
     "not UTF-8": (_to("config.json", b'{"model_type": "\xff"}'), "is not UTF-8 text"),
@@ -311,7 +311,7 @@ def test_another_family_is_one_sentence_in_every_verb(
     shutil.copy(tiny / WEIGHTS, model / "adapter_model.safetensors")
     (model / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
     said = said_by(verbs(model, tmp_path / "out")[verb], capsys)
-    assert f"{model}: the model type 'blip_2' is not supported; known: gemma3, " in said
+    assert f"{model}: the model type 'blip_2' is not supported: transformers " in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 

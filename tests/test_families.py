@@ -271,9 +271,10 @@ def test_one_file_alone_tells_families_apart() -> None:
     assert [found for path in files if path.name != "families.py" for found in told_apart(path)] == []
 
 
-def test_unknown_families_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'bert' is not supported; known: gemma3, idefics3"):
-        family_of(BertConfig())
+def test_a_family_without_an_entry_is_plain() -> None:
+    family = family_of(BertConfig())
+    assert family.plain == "bert has no entry"
+    assert not family.cacheable
 
 
 # --- the document -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 families         what differs between model families, in one table; the only file that looks into a model
 encode           chat template, tokenizer and image processor: conversation → token ids and pixels
+probe            whether the model of a checkpoint takes a prefix tree, found by trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention
 load             model, processor and settings of a folder, with a clear sentence where that cannot be done
 adapters, chain  LoRA and its like: merging them, and which were trained on which

@@ -73,11 +73,11 @@ class TokenPath:
 class Encoder:
     """Renders, tokenizes and preprocesses for one checkpoint's processor and settings."""
 
-    def __init__(self, processor: Any, config: Any, settings: ModelSettings) -> None:
+    def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family | None = None) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.settings = settings
-        self.family: Family = family_of(config)
+        self.family: Family = family or family_of(config)
         self.codec: Codec = CODECS[settings.codec]
         self.chat_template = _chat_template(processor) or self.family.chat_template
         self.image_mark = processor.image_token  # what a rendered prompt holds in an image's place

@@ -2,7 +2,8 @@
 that tells models apart or looks into one; everything else asks a `Family` or a function here. docs/FAMILIES.md is this
 table in words, checked by a test.
 
-To add a family: an entry of `FAMILIES`, which says all of it.
+To add a family: an entry of `FAMILIES`, which says all of it. A model without an entry may be understood by trial
+(models/probe.py), or trains and decodes in the plain form (`Family.plain`).
 """
 
 from __future__ import annotations
@@ -71,11 +72,12 @@ class Family:
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
     keeps_features: bool = True  # whether features of an image do not depend on what else is in its row
     note: str = ""
+    plain: str = ""  # why its models take no prefix tree, a sentence's end; empty where they take one
 
     @property
     def cacheable(self) -> bool:
         """Whether a token sees its ancestors and nothing else, so that a KV cache holds what comes before it."""
-        return self.inputs is causal
+        return self.inputs is causal and not self.plain
 
 
 # --- Positions --------------------------------------------------------------------------------------------------------
@@ -291,15 +293,17 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def family_of(config: Any) -> Family:
-    """The family of a model's config.
+def plain_family(model_type: str, reason: str) -> Family:
+    """The family of models that take no prefix tree, for `reason`: one sequence at a time, as their own processor and
+    forward have it, which is the same for all."""
+    return Family(model_type, depth_positions, "visrl", causal, shares="pairs", keeps_features=False, plain=reason)
 
-    Raises:
-        ValueError: a family that is not known here.
-    """
+
+def family_of(config: Any) -> Family:
+    """The family of a model's config, as its entry says it; without one, a plain family."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise ValueError(f"the model type {config.model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+        return plain_family(config.model_type, f"{config.model_type} has no entry")
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
@@ -355,7 +359,7 @@ def base_model(model: Any) -> Any:
 
 def older_names(model: Any) -> list[tuple[str, str]]:
     """Beginnings of layers' names before the decoder moved under `model.language_model`, and what they are now."""
-    decoder, tower, bridge = FAMILIES[model.config.model_type].parts
+    decoder, tower, bridge = _parts(model)
     inner = ("layers.", "embed_tokens", "norm")
     moves = [(f"model.{part}", f"model.{decoder}.{part}") for part in inner]
     moves += [(f"language_model.model.{part}", f"model.{decoder}.{part}") for part in inner]
@@ -380,7 +384,40 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
 
 def _part(model: Any, which: int) -> torch.nn.Module:
     base = base_model(model)
-    return base.model.get_submodule(FAMILIES[base.config.model_type].parts[which])
+    return _inner(base).get_submodule(_parts(base)[which])
+
+
+def _inner(base: Any) -> torch.nn.Module:
+    """What holds decoder, vision tower and projector: `model`, or the whole where a class has no such part."""
+    inner = getattr(base, "model", None)
+    decoder = base.get_decoder()
+    return (
+        inner if inner is not None and any(part is decoder for part in inner.modules() if part is not inner) else base
+    )
+
+
+def _parts(base: Any) -> tuple[str, str, str]:
+    """The names of decoder, vision tower and projector in `_inner`: of the entry, else as the model's own
+    `get_decoder` and `get_encoder` find them; the projector is what else has weights.
+
+    Raises:
+        ValueError: a model in which they are not apart.
+    """
+    if base.config.model_type in FAMILIES:
+        return FAMILIES[base.config.model_type].parts
+    inner = _inner(base)
+    decoder, tower = base.get_decoder(), base.get_encoder(modality="image")
+    names = {module: name for name, module in inner.named_modules()}
+    if not names.get(decoder) or not names.get(tower):
+        raise ValueError(f"decoder and vision tower of a {type(base).__name__} are not told apart")
+    known = (names[decoder], names[tower])
+    output = base.get_output_embeddings()
+    others = [
+        name for name, part in inner.named_children()
+        if part is not output and any(True for _ in part.parameters())
+        and not any(known_name == name or known_name.startswith(f"{name}.") for known_name in known)
+    ]  # fmt: skip
+    return (*known, others[0] if others else known[1])
 
 
 # --- What a model's own forward takes ---------------------------------------------------------------------------------
@@ -395,14 +432,14 @@ FEATURES_ARGUMENT = "mm_encoder_outputs"  # of a forward that takes features in 
 def trains_features(model: torch.nn.Module) -> bool:
     """Whether any weight that image features depend on is trained."""
     base = base_model(model)
-    decoder = FAMILIES[base.config.model_type].parts[0]
-    seeing = (weights for name, weights in base.model.named_parameters() if not name.startswith(f"{decoder}."))
+    decoder = _parts(base)[0]
+    seeing = (weights for name, weights in _inner(base).named_parameters() if not name.startswith(f"{decoder}."))
     return any(weights.requires_grad for weights in seeing)
 
 
 def keeps_features(model: torch.nn.Module) -> bool:
     """Whether what the model's family makes of an image depends on nothing else, so that it can be kept."""
-    return FAMILIES[base_model(model).config.model_type].keeps_features
+    return family_of(base_model(model).config).keeps_features
 
 
 def takes_features(model: torch.nn.Module) -> bool:

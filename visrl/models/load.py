@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
 from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, PIXEL_LIMITS, family_of, layer_counts
+from visrl.models.families import FAMILIES, PIXEL_LIMITS, layer_counts
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
+from visrl.models.probe import find_family
 from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
 from visrl.progress import note
@@ -48,9 +51,12 @@ def load_encoder(
     with reading(path, "no processor can be loaded"):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     with reading(path, "no prompt can be made"):
+        family = find_family(processor, config)
         check_processor(processor, config)
-        check_sizes(processor.image_processor.to_dict(), family_of(config).pixel_limits)
-        encoder = Encoder(processor, config, settings)
+        check_sizes(processor.image_processor.to_dict(), family.pixel_limits)
+        if family.plain:  # until the plain form is there
+            raise CheckpointError(f"its models are not supported: {family.plain}; known: {', '.join(sorted(FAMILIES))}")
+        encoder = Encoder(processor, config, settings, family)
         check_prompts(encoder)
     with reading(path, "boxes cannot be trusted here"):
         check_boxes(encoder)
@@ -58,10 +64,10 @@ def load_encoder(
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint, of a family that is known here.
+    """The config of a checkpoint whose model reads images and text.
 
     Raises:
-        CheckpointError: nothing there, a damaged config, or another family.
+        CheckpointError: nothing there, a damaged config, or a model of another kind.
     """
     check_folder(path)
     if Path(path).is_dir():  # read by ourselves first: what transformers does not know is told by its name
@@ -73,14 +79,15 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def check_family(path: str | Path, model_type: Any) -> None:
-    """Refuse a family that this program does not know.
+    """Refuse a model that is none of images and text, as the installed transformers knows them.
 
     Raises:
-        CheckpointError: names it, and those that are known.
+        CheckpointError: names it, and the families that were tried out by hand.
     """
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise CheckpointError(
-            f"{path}: the model type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
+            f"{path}: the model type {model_type!r} is not supported: transformers {transformers.__version__} has no "
+            f"model of images and text by that name; known: {', '.join(sorted(FAMILIES))}"
         )
 
 
