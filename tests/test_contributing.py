@@ -29,7 +29,10 @@ def test_every_table_that_the_guide_names_is_in_the_file_that_it_names() -> None
         file = file or re.findall(r"visrl/[\w/]+\.py", write)[0]
         source = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(rf"^{names[0]}\b.* = ", source, flags=re.M), what
-        assert "module:" not in own or "load_plugin(" in source, what
+        whole = "".join(
+            (ROOT / path).read_text(encoding="utf-8") for path in {file, *re.findall(r"visrl/[\w/]+\.py", write)}
+        )
+        assert "module:" not in own or re.search(r"\bload_(plugin|function)\(", whole), what
 
 
 def test_the_folders_stand_in_the_order_that_is_tested() -> None:

@@ -27,7 +27,7 @@ from visrl.models.load import load_encoder, load_model
 from visrl.models.tiny import CHECKPOINT
 from visrl.packing.forward import token_logps, token_logps_and_entropies
 from visrl.records import Picture, Step
-from visrl.rewards.parts import RewardError
+from visrl.rewards.reward_function import RewardError
 from visrl.scenes import scene_samples
 from visrl.train import online_losses
 from visrl.train.config import TrainConfig

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from visrl.box import Box
+from visrl.config import CheckpointConfig, ConfigError
 from visrl.conversation import View
 from visrl.engines.base import Completion
 from visrl.records import Sample
-from visrl.rewards.parts import Attempt, Part, RewardError, RewardPart, check_parts, score_attempts
+from visrl.rewards.open_parts import OPENERS, RewardSetting, opened_parts
+from visrl.rewards.parts import PARTS, Attempt, Part, PartKind, RewardPart, Scored, Scores, check_parts, score_attempts
+from visrl.rewards.reward_function import RewardError
 from visrl.rollout.steps import Look
 
+NO_ENCODER: Any = None  # which no part here asks
+SETTING = RewardSetting(
+    CheckpointConfig(model_name_or_path="m"), [], NO_ENCODER, "exact", None, seed=0, device="cpu", folder=Path("runs")
+)
 WHOLE = View("a", Image.new("RGB", (8, 8)))
 SAMPLE = Sample("q", "a.png", "Which?", "7", box=Box(0, 0, 0.5, 0.5))
 QUARTER, HALF = Box(0, 0, 0.5, 0.5), Box(0, 0, 1, 0.5)
@@ -33,9 +43,14 @@ def parts(*given: object) -> list[RewardPart]:
     return list(check_parts(TypeAdapter(list[Part]).validate_python(list(given))))
 
 
+def scored(given: list[RewardPart], *attempts: Attempt, setting: RewardSetting = SETTING) -> Scored:
+    with opened_parts(given, setting) as scorers:
+        (found,) = score_attempts(given, scorers, [attempts])
+    return found
+
+
 def rewards(given: list[RewardPart], *attempts: Attempt) -> list[list[float | None]]:
-    (scored,) = score_attempts(given, [attempts])
-    return scored.rewards
+    return scored(given, *attempts).rewards
 
 
 UNREADABLE = attempt(None, box=None)
@@ -74,9 +89,9 @@ def test_a_bonus_counts_only_where_its_condition_is_right() -> None:
 
 
 def test_a_part_of_no_weight_is_only_watched() -> None:
-    (scored,) = score_attempts(parts("answer", {"name": "area", "weight": 0}), [[attempt("7")]])
-    assert scored.rewards == [[1.0]]
-    assert scored.parts == {"answer": [[1.0]], "area": [[0.75]]}
+    found = scored(parts("answer", {"name": "area", "weight": 0}), attempt("7"))
+    assert found.rewards == [[1.0]]
+    assert found.parts == {"answer": [[1.0]], "area": [[0.75]]}
 
 
 def test_what_cannot_be_told_is_none_and_never_0() -> None:
@@ -103,6 +118,44 @@ def test_a_list_that_cannot_be_meant_is_refused(given: list[object], said: str) 
     with pytest.raises((ValidationError, ValueError), match=said):
         parts(*given)
 
+
+# --- Parts that are opened once for a run -------------------------------------------------------------------------
+
+
+def test_a_part_is_opened_once_and_asked_once_a_step_about_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def opened(part: RewardPart, setting: RewardSetting) -> Iterator[Any]:
+        if part.argument == "nowhere":
+            raise ConfigError(f"{part.argument} is not there")
+        seen.append(f"open {part.argument} for {setting.config.model_name_or_path}")
+
+        def scorer(attempts: Sequence[Attempt]) -> list[Scores]:
+            seen.append(f"score {len(attempts)}")
+            return [[None if look.answer == "8" else 0.25 for look in one.looks] for one in attempts]
+
+        yield scorer
+        seen.append("close")
+
+    monkeypatch.setitem(PARTS, "scale", PartKind(None, "a scale", argument="PATH"))
+    monkeypatch.setitem(OPENERS, "scale", opened)
+    given = parts("answer", {"name": "scale:some/where", "weight": 2})
+    assert [part.label for part in given] == ["answer", "scale:where"]
+    failed = attempt(None, error="engine: no text")
+    with opened_parts(given, SETTING) as scorers:
+        first, second = score_attempts(given, scorers, [[attempt("7", "8"), failed], [UNREADABLE]])
+        score_attempts(given, scorers, [[failed]])  # nothing to ask about
+    assert first.rewards == [[1.5, None], [None]]
+    assert second.rewards == [[0.5]]
+    assert seen == ["open some/where for m", "score 2", "close"]
+    with pytest.raises(ConfigError, match="nowhere is not there"), opened_parts(parts("scale:nowhere"), SETTING):
+        pass
+    with pytest.raises(ValidationError, match="'scale:PATH', or module:function"):
+        parts("scale")
+
+
+# --- Functions of one's own -------------------------------------------------------------------------------------------
 
 MODULE = """
 def length(prompts, completions, completion_ids, **kwargs):

@@ -9,7 +9,9 @@ reply_scores    the score in a critic's or judge's reply
 metrics         string metrics of answers: exact, relaxed, ANLS, VQA
 detection       whether a box is right
 grounding       whether it is on the right object, and whether its crop holds the evidence
-parts           the reward of online reinforcement: a weighted sum of named parts, or a function of your own
+parts           the reward of online reinforcement: a weighted sum of named parts
+open_parts      its parts, each opened once for a run: models, servers, functions of your own
+reward_function a function of your own as a part, module:function, called as TRL calls it
 advantages      how much better a response is than the others of its group, for boxes and for answers
 
 results         the row of one question, and the summary of rows

@@ -2,7 +2,8 @@
 
 An attempt is one box of a question with the answers from its crop; every answer gets a reward of its own. None says
 that a score could not be told: it is never 0. What cannot be blamed on the policy (a prompt that it cannot be shown) is
-None in every part; a box that cannot be read is the policy's own failure, and 0. Imports no torch.
+None in every part; a box that cannot be read is the policy's own failure, and 0. Parts that need a model, a server or a
+function of the user's own are opened once for a run, in open_parts.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from visrl.box import iou
-from visrl.config import ConfigError
-from visrl.errors import UserError
-from visrl.plugins import is_plugin, load_plugin, raised
+from visrl.plugins import is_plugin
 from visrl.records import Sample
 from visrl.rewards.metrics import METRICS
 
@@ -29,10 +28,6 @@ Metric = Literal["exact", "relaxed", "anls", "vqa"]
 Scores = list[float | None]
 
 RIGHT = 0.5  # from this score on, an answer is more right than wrong: what `when` asks for
-
-
-class RewardError(UserError, RuntimeError):
-    """A reward function that raised, or gave back what is no scores; the message says which and for what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +46,17 @@ class Attempt:
         return error is not None and not error.startswith("box: ")
 
 
+Scorer = Callable[[Sequence[Attempt]], list[Scores]]
+"""What a part says of all attempts of a step at once: a score for every look of every attempt, in their order. It is
+never asked about an attempt that `failed`."""
+
+
 # --- What a config says -----------------------------------------------------------------------------------------------
 
 
 def _known_part(name: str) -> str:
-    if name not in PARTS and not is_plugin(name):
-        known = ", ".join(map(repr, PARTS))
+    if kind_of(name) is None and not is_plugin(name):
+        known = ", ".join(repr(f"{key}:{kind.argument}" if kind.argument else key) for key, kind in PARTS.items())
         raise ValueError(f"Input should be {known}, or module:function for one of your own")
     return name
 
@@ -74,7 +74,14 @@ class RewardPart(BaseModel):
     @property
     def label(self) -> str:
         """What the part is called in logs."""
+        if self.argument:
+            return f"{self.name.partition(':')[0]}:{Path(self.argument).name}"
         return self.name if self.metric is None else f"{self.name}_{self.metric}"
+
+    @property
+    def argument(self) -> str:
+        """What stands after the colon in the name of one of our parts; "" where there is none."""
+        return self.name.partition(":")[2] if kind_of(self.name) is not None else ""
 
 
 Part = Annotated[RewardPart, BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)]
@@ -92,7 +99,7 @@ def check_parts(parts: Sequence[RewardPart]) -> Sequence[RewardPart]:
     if doubled := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"{doubled!r} is there twice; give one of them, with the weights of both")
     for part in parts:
-        if part.metric is not None and not (part.name in PARTS and PARTS[part.name].compares):
+        if part.metric is not None and not ((kind := kind_of(part.name)) and kind.compares):
             raise ValueError(f"{part.name!r} compares no answers: leave its metric out")
         if part.when is not None and part.when not in set(labels) - {part.label}:
             raise ValueError(f"{part.label!r} counts when {part.when!r} is right, which is no other part of the list")
@@ -104,10 +111,12 @@ def check_parts(parts: Sequence[RewardPart]) -> Sequence[RewardPart]:
 
 @dataclass(frozen=True, slots=True)
 class PartKind:
-    """A row of the table: the scores of an attempt's looks by a metric, in order, each in [0, 1]."""
+    """A row of the table: the scores of an attempt's looks by a metric, in order, each in [0, 1]. One of which `score`
+    is None is opened once for a run: it has a row in `open_parts.OPENERS`, too."""
 
-    score: Callable[[Attempt, Metric], Scores]
+    score: Callable[[Attempt, Metric], Scores] | None
     about: str
+    argument: str = ""  # what must stand after a colon in its name, as "PATH"
     compares: bool = False  # whether the metric says anything
     without_crop: bool = False  # whether it reads `Attempt.without`
 
@@ -164,20 +173,16 @@ PARTS: dict[str, PartKind] = {
 }  # fmt: skip
 
 
-def load_parts(parts: Sequence[RewardPart]) -> None:
-    """Import the functions of the user's own.
-
-    Raises:
-        ConfigError: one is not there, or is no function.
-    """
-    for part in parts:
-        if is_plugin(part.name) and not callable(load_plugin(part.name, "reward")):
-            raise ConfigError(f"reward {part.name!r} is no function of completions")
+def kind_of(name: str) -> PartKind | None:
+    """The row of the table that a name means; None for a function of the user's own."""
+    head, _, argument = name.partition(":")
+    kind = PARTS.get(head)
+    return kind if kind is not None and bool(kind.argument) == bool(argument) else None
 
 
 def wants_answer_without_crop(parts: Sequence[RewardPart]) -> bool:
     """Whether a part reads `Attempt.without`."""
-    return any(part.name in PARTS and PARTS[part.name].without_crop for part in parts)
+    return any((kind := kind_of(part.name)) is not None and kind.without_crop for part in parts)
 
 
 # --- Scoring ----------------------------------------------------------------------------------------------------------
@@ -191,16 +196,17 @@ class Scored:
     rewards: list[Scores]
 
 
-def score_attempts(parts: Sequence[RewardPart], questions: Sequence[Sequence[Attempt]]) -> list[Scored]:
-    """What every attempt at every question is worth, by each part and in all: Σ weight × score.
+def score_attempts(
+    parts: Sequence[RewardPart], scorers: Mapping[str, Scorer], questions: Sequence[Sequence[Attempt]]
+) -> list[Scored]:
+    """What every attempt at every question is worth, by each part and in all: Σ weight × score. `scorers` are those of
+    the parts by their labels, as `open_parts.opened_parts` gives them; each is asked once.
 
     A score of None leaves the look out: its reward is None. A part that says nothing about any attempt at a question
     (IoU where there is no true box) is left out of that question's rewards instead.
-
-    Raises:
-        RewardError: a function of the user's own raised, or gave back what is no scores.
     """
-    scores = {part.label: iter(_scores_of(part, [one for own in questions for one in own])) for part in parts}
+    attempts = [one for own in questions for one in own]
+    scores = {part.label: iter(_scores_of(scorers[part.label], attempts)) for part in parts}
     found = []
     for own in questions:
         table = {label: [next(rows) for _ in own] for label, rows in scores.items()}
@@ -225,54 +231,7 @@ def _reward(parts: Sequence[RewardPart], scores: Mapping[str, float | None]) -> 
     return total if parts else None
 
 
-def _scores_of(part: RewardPart, attempts: Sequence[Attempt]) -> list[Scores]:
+def _scores_of(scorer: Scorer, attempts: Sequence[Attempt]) -> list[Scores]:
     sound = [one for one in attempts if not one.failed]
-    if part.name in PARTS:
-        metric: Metric = part.metric or "exact"
-        scores = iter([PARTS[part.name].score(one, metric) for one in sound])
-    else:
-        flat = iter(_call(part.name, sound))
-        scores = iter([[next(flat) for _ in one.looks] for one in sound])
-    return [[None] * len(one.looks) if one.failed else next(scores) for one in attempts]
-
-
-def _call(name: str, attempts: Sequence[Attempt]) -> Scores:
-    """What a function of the user's own says of every look, checked. It is called as TRL calls a reward function: every
-    argument by keyword, a list with an entry for each look."""
-    rows = [(one.sample, look) for one in attempts for look in one.looks]
-    if not rows:
-        return []
-    function = load_plugin(name, "reward")
-    try:
-        given: Any = function(**_columns(rows))
-    except Exception as error:  # whatever a user's function raises: it is told, with its place, and ends the run
-        raise RewardError(f"reward {name} stopped with {raised(error)}") from error
-    try:
-        scores = list(given)
-    except TypeError as error:
-        raise RewardError(f"reward {name} gave back {type(given).__name__}, and not a list of numbers") from error
-    if len(scores) != len(rows):
-        raise RewardError(f"reward {name} gave back {len(scores)} numbers for {len(rows)} completions")
-    for (sample, _), score in zip(rows, scores, strict=True):
-        if score is not None and not (isinstance(score, Real) and math.isfinite(score)):
-            raise RewardError(
-                f"reward {name}: sample {sample.id!r}: {score!r} is no number; None says that there is no score"[:500]
-            )
-    return [None if score is None else float(score) for score in scores]
-
-
-def _columns(rows: Sequence[tuple[Sample, Look]]) -> dict[str, list[Any]]:
-    """The arguments of a reward function: those that TRL gives for conversations, and what we know beside them."""
-    samples, looks = [sample for sample, _ in rows], [look for _, look in rows]
-    return {
-        "prompts": [[{"role": "user", "content": sample.question}] for sample in samples],
-        "completions": [[{"role": "assistant", "content": look.answer or ""}] for look in looks],
-        "completion_ids": [list(look.answer_completion.ids) if look.answer_completion else [] for look in looks],
-        "answer": [sample.answer for sample in samples],
-        "solution": [sample.answer for sample in samples],
-        "image": [sample.image for sample in samples],
-        "id": [sample.id for sample in samples],
-        "true_box": [sample.box for sample in samples],
-        "box": [look.box for look in looks],
-        "box_text": [look.text for look in looks],
-    }
+    told = iter(scorer(sound) if sound else [])
+    return [[None] * len(one.looks) if one.failed else next(told) for one in attempts]

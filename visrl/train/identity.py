@@ -49,7 +49,9 @@ def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str,
     if config.stage == "dpo" and (file := plugin_file(config.pref_loss)) is not None:
         parents["loss"] = hash_files(file)
     for part in config.rewards if config.is_online else []:
-        if (file := plugin_file(part.name)) is not None:
+        if part.argument:
+            parents[f"reward {part.name}"] = hash_checkpoint(part.argument)
+        elif (file := plugin_file(part.name)) is not None:
             parents[f"reward {part.name}"] = hash_files(file)
     return parents
 

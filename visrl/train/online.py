@@ -8,7 +8,7 @@ online_rollouts.py; losses: online_losses.py; what a reward is made of: rewards/
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import islice
@@ -22,6 +22,7 @@ from visrl.engines.local import LocalEngine
 from visrl.packing.forward import token_logps, token_logps_and_entropies
 from visrl.records import Journal, Sample
 from visrl.rewards.advantages import deviation, mean, two_levels
+from visrl.rewards.parts import Scorer
 from visrl.sequences import batched
 from visrl.train import online_losses
 from visrl.train.checkpoints import TrainingError
@@ -49,11 +50,12 @@ def gather_questions(samples: list[Sample]) -> dict[str, list[Sample]]:
 
 
 class OnlineTrainer(VisrlTrainer):
-    """`VisrlTrainer` whose batches are sampled from its model, step by step. `collator` packs what was sampled."""
+    """`VisrlTrainer` whose batches are sampled from its model, step by step. `collator` packs what was sampled;
+    `scorers` are those of the reward's parts, by their labels."""
 
-    def __init__(self, *, collator: Collator, **kwargs: Any) -> None:
+    def __init__(self, *, collator: Collator, scorers: Mapping[str, Scorer], **kwargs: Any) -> None:
         super().__init__(data_collator=gather_questions, **kwargs)
-        self.collator = collator
+        self.collator, self.scorers = collator, scorers
         self.online_loss = self.visrl_config.online_loss[1]
         self._batches: list[OnlineBatch] = []  # of the rollouts that are learned from
         self._timed = True  # whether the time of this step's update is among the means
@@ -109,7 +111,7 @@ class OnlineTrainer(VisrlTrainer):
         config, rule, started = self.visrl_config, self.encoder.settings.crop_rule, time.perf_counter()
         rolled = sample_rollouts(engine, samples, config, rule, seed=self.args.seed, step=step, again=again)
         sampled = time.perf_counter()
-        scored = score_rollouts(rolled, config)
+        scored = score_rollouts(rolled, config, self.scorers)
         first = int(not again)  # what is sampled again adds to the time of its step
         self._add("time/rollout", sampled - started, first)
         self._add("time/reward", time.perf_counter() - sampled, first)

@@ -5,7 +5,7 @@ Token ids go from the engine to the batch as they were sampled. Knows no loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from visrl.rewards.advantages import (
     reinforce,
     rloo,
 )
-from visrl.rewards.parts import Attempt, Scored, score_attempts, wants_answer_without_crop
+from visrl.rewards.parts import Attempt, Scored, Scorer, score_attempts, wants_answer_without_crop
 from visrl.rollout.greedy import greedy_looks
 from visrl.rollout.protocols import VISRL
 from visrl.rollout.rollout import OpenedQuestion, answers_all, failure, look_all, open_question
@@ -180,14 +180,16 @@ def _plain_answers(
 
 
 def score_rollouts(
-    rollouts: Sequence[tuple[OpenedQuestion, tuple[Attempt, ...]]], config: TrainConfig
+    rollouts: Sequence[tuple[OpenedQuestion, tuple[Attempt, ...]]],
+    config: TrainConfig,
+    scorers: Mapping[str, Scorer],
 ) -> list[QuestionRollouts]:
-    """The rollouts with their rewards.
+    """The rollouts with their rewards, by the parts' scorers.
 
     Raises:
         RewardError: a function of the user's own gave no scores.
     """
-    scored = score_attempts(config.rewards, [attempts for _, attempts in rollouts])
+    scored = score_attempts(config.rewards, scorers, [attempts for _, attempts in rollouts])
     return [QuestionRollouts(*one, rewards) for one, rewards in zip(rollouts, scored, strict=True)]
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
-from visrl.rewards.parts import load_parts
+from visrl.records import Sample
+from visrl.rewards.open_parts import RewardSetting, load_parts, opened_parts
+from visrl.rewards.parts import Scorer
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.checkpoints import MarkComplete, check_resume, checkpoint_to_resume, writing
 from visrl.train.config import TrainConfig
@@ -84,6 +87,12 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
 
 def train_here(config: TrainConfig) -> None:
     """Train in this process, which may be one of several."""
+    with ExitStack() as opened:
+        _train(config, opened)
+
+
+def _train(config: TrainConfig, opened: ExitStack) -> None:
+    """`train_here`; `opened` closes what is open for the run, as the models and servers that score."""
     started = time.time()
     out = config.output_dir
     settings = model_settings(config).with_given(crop_rule=config.crop_rule)
@@ -116,6 +125,8 @@ def train_here(config: TrainConfig) -> None:
         "visrl_config": config, "encoder": encoder, "model": model, "features": features,
         "collator" if config.is_online else "data_collator": collator,
     }  # fmt: skip
+    if config.is_online:
+        common["scorers"] = opened.enter_context(_scorers(config, dataset.samples, encoder, arguments))
     if scan is not None and config.dry_run:
         dry_run(dataset, scan, **common)
         return
@@ -148,6 +159,17 @@ def train_here(config: TrainConfig) -> None:
     _write(trainer, encoder, parents, facts, started)
     say(f"{facts['steps']} steps, peak memory {facts['peak_memory_mb']} MB a process → {out}")
     say(_next_command(config))
+
+
+def _scorers(
+    config: TrainConfig, samples: Sequence[Sample], encoder: Encoder, arguments: TrainingArguments
+) -> AbstractContextManager[dict[str, Scorer]]:
+    """The parts of the reward, opened: before the folder is claimed, and before anything is sampled."""
+    setting = RewardSetting(
+        config, samples, encoder, encoder.settings.crop_rule, config.image_root, arguments.seed, arguments.device,
+        config.output_dir, arguments.process_index,
+    )  # fmt: skip
+    return opened_parts(config.rewards, setting)
 
 
 def _usable_data(
