@@ -21,7 +21,7 @@ from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory
 from visrl.scenes import KINDS, find_question, true_box
 
-SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1}
+SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1, "online_steps": 2}
 
 
 def command(out: Path) -> list[str]:
@@ -32,7 +32,11 @@ def command(out: Path) -> list[str]:
 def numbers(out: Path) -> dict:
     """The summary without what depends on the clock and the machine."""
     summary = json.loads((out / "summary.json").read_text())
-    return {k: v for k, v in summary.items() if k not in ("seconds", "seconds_by_step", "peak_rss_mb", "config")}
+    return {
+        k: v
+        for k, v in summary.items()
+        if k not in ("seconds", "seconds_by_step", "cpu_seconds_by_step", "peak_rss_mb", "config")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,9 @@ def test_the_summary_has_every_stage_and_every_control(demo):
         ("sft", 0, 64),
         ("stage1", 0, 64),
         ("stage2", 0, 64),
+        ("online", 0, 64),
     ]
+    assert summary["cpu_seconds_by_step"]["online"] > 0
     for stage in summary["stages"]:
         for measure in ("answer_accuracy", "box_iou", "box_accuracy_50"):
             assert 0 <= stage[measure]["low"] <= stage[measure]["mean"] <= stage[measure]["high"] <= 1

@@ -15,8 +15,9 @@ from visrl.data.native import read_records
 from visrl.engines.openai_server import EndpointError
 from visrl.engines.server_process import free_port, served
 from visrl.evolve.config import TINY_RL, EvolveConfig, GenerateConfig, ServerConfig
-from visrl.evolve.loop import plan, run_evolve, stage_config
+from visrl.evolve.loop import plan, run_evolve
 from visrl.evolve.serving import server_command
+from visrl.evolve.training import online_config, stage_config
 from visrl.manifest import ManifestError, hash_checkpoint, hash_files, read_manifest
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import Trajectory
@@ -135,7 +136,22 @@ def test_a_stage_sees_what_its_trajectories_were_drawn_from(tmp_path):
     assert stage_config(config_of(tmp_path), tmp_path / "iter0", 1, "policy").crop_rule is None  # the policy's own
 
 
+def test_online_reinforcement_starts_where_the_loop_starts(tmp_path):
+    config = config_of(tmp_path, online_steps=3, train_online={"stage": "raft", "learning_rate": 0.5}, seed=4)
+    online = online_config(config)
+    assert (online.stage, online.training_arguments()["max_steps"], online.training_arguments()["seed"]) == (
+        "raft",
+        3,
+        4,
+    )
+    assert (online.model_name_or_path, online.dataset) == (config.model_name_or_path, config.dataset[0])
+    assert online.training_arguments()["learning_rate"] == 0.5
+    assert "online, from the same start: raft, 3 steps" in plan(config)[-2:][0] + plan(config)[-1]
+
+
 def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(ConfigError, match=r"online_config: .* is of stage dpo, which samples nothing"):
+        run_evolve(config_of(tmp_path, online_steps=3, online_config=TINY_RL))
     with pytest.raises(ConfigError, match="2 data sets for 3 iterations"):
         plan(config_of(tmp_path, iterations=3, dataset=["a", "b"]))
     with pytest.raises(ConfigError, match="shards=1"):

@@ -99,6 +99,25 @@ def test_a_finished_run_is_shown_whole(finished: Path, text: str) -> None:
     assert "not finished" not in page.text
 
 
+def test_online_reinforcement_stands_beside_the_loop(run: Path) -> None:
+    rows = list(read_jsonl(run / "eval/iter1-stage2.jsonl"))
+    wrong = [row["id"] for row in rows if not row["correct"]]
+    online = [{**row, "correct": row["correct"] or row["id"] in wrong[:3]} for row in rows]
+    write_records(run / "eval/online.jsonl", online)
+    summary = json.loads((run / "summary.json").read_text())
+    costs = {"iter0/generate": 100.0, "iter0/stage1": 50.0, "iter0/paper's rule": 5.0, "online": 148.0}
+    summary |= {"cpu_seconds_by_step": costs}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = page_of(run)
+    right = sum(row["correct"] for row in online) / len(online)
+    assert f"Online reinforcement from the same SFT answers {100 * right:.1f} % right" in page.text
+    assert "took 148 s of a processor, and the loop 150 s" in page.text
+    loop = load_run(run)
+    assert [stage.title for stage in loop.checkpoints][-2:] == ["Stage 2, iteration 1", "Online"]
+    assert "Stage 2, iteration 1 answers" in page.text, "the loop's own end stays the headline"
+    assert "Online made" not in page.text
+
+
 def test_the_page_asks_nothing_of_the_network(text: str) -> None:
     page = Page(text)
     for tag, attrs in page.tags:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,21 +17,38 @@ from visrl.records import write_text
 
 
 class StepClock:
-    """Seconds of each step, kept on disk, so that a resumed run knows what its finished steps took."""
+    """Seconds of each step, by the clock and of the processors (those of its processes too, once they have ended), kept
+    on disk, so that a resumed run knows what its finished steps took."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.seconds = _read(path)
+        self._cpu_path = path.with_name(f"cpu_{path.name}")
+        self.cpu_seconds = _read(self._cpu_path)
 
     def time(self, step: str, work: Callable[[], Any]) -> None:
         """Do `work` (which skips what is complete) and add its seconds to those of `step`."""
         print(f"== {step}", flush=True)
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), _processor_seconds()
         try:
             work()
         finally:
-            self.seconds[step] = round(self.seconds.get(step, 0.0) + time.monotonic() - started, 1)
-            write_text(self.path, json.dumps(self.seconds, indent=1))
+            for taken, path, seconds in (
+                (self.seconds, self.path, time.monotonic() - started),
+                (self.cpu_seconds, self._cpu_path, _processor_seconds() - cpu_started),
+            ):
+                taken[step] = round(taken.get(step, 0.0) + seconds, 1)
+                write_text(path, json.dumps(taken, indent=1))
+
+
+def _read(path: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _processor_seconds() -> float:
+    taken = os.times()
+    return taken.user + taken.system + taken.children_user + taken.children_system
 
 
 @contextmanager

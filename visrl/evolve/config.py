@@ -17,6 +17,8 @@ from visrl.rollout.diversity import TRIGGER
 from visrl.scenes import KINDS, MAX_TAGS, Kind, count_scenes, format_source
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
+TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
+ONLINE_STEPS, ONLINE_BATCH = 110, 16  # of the demo; the batch is that of TINY_ONLINE
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
 SCENES_PER_QUESTION = (
     8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three
@@ -137,6 +139,8 @@ class StagesConfig(Config):
     train_stage2: dict[str, Any] = Field(default_factory=dict)
     chosen_only: bool = False
     """The honest control: the same pairs and steps, fine-tuning on the chosen side alone."""
+    train_online: dict[str, Any] = Field(default_factory=dict)
+    """Keys of `visrl train` for online reinforcement: `stage: raft`, say."""
     controls: bool = True
     """Score the first and the last checkpoint with other crops than their own, too."""
 
@@ -157,6 +161,12 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig, StagesConfig):
     """Parts that a generation is made in; `--shard i/n` makes one of them on this machine and stops."""
     train_config: Path = CONFIGS / "train_rl.yaml"
     """Of both stages; `train`, `train_stage1` and `train_stage2` go over it."""
+    online_steps: int = Field(0, ge=0)
+    """Steps of online reinforcement of the start, to be compared with the iterations; 0: none."""
+    online_config: Path = CONFIGS / "train_online.yaml"
+    """How it is trained; `train_online` goes over it."""
+    online_dataset: str | None = None
+    """Its questions; by default those of the first iteration."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     eval_dataset: str | None = None
     """Held-out questions on which every checkpoint is scored; None: no evaluation."""
@@ -204,6 +214,7 @@ class DemoConfig(StagesConfig):
     rounds: int = Field(5, ge=1)
     temperature: float = Field(1.0, gt=0)
     method: Method = "outcome"  # how pairs are made: a row of METHODS
+    online_steps: int = Field(ONLINE_STEPS, ge=0)  # of online reinforcement beside the iterations; 0: none
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
 
@@ -215,10 +226,15 @@ class DemoConfig(StagesConfig):
         """
         from visrl.models.tiny import CHECKPOINT
 
-        blocks = [self.seed * MAX_ITERATIONS + number for number in range(self.iterations)]
+        block, test_block = SCENES_PER_QUESTION * self.questions, SCENES_PER_QUESTION * self.test_questions
+        first = self.seed * MAX_ITERATIONS * block  # of the scenes that are this seed's alone
+        online = self.online_steps * ONLINE_BATCH
         return EvolveConfig(
             model_name_or_path=self.model_name_or_path or str(CHECKPOINT),
-            dataset=tuple(self._scenes("preference", block, self.questions) for block in blocks),
+            dataset=tuple(
+                self._scenes("preference", first + number * block, self.questions, block)
+                for number in range(self.iterations)
+            ),
             **METHODS[self.method],
             max_samples=self.questions,
             iterations=self.iterations,
@@ -230,19 +246,22 @@ class DemoConfig(StagesConfig):
             train_stage1=self.train_stage1,
             train_stage2=self.train_stage2,
             chosen_only=self.chosen_only,
+            online_steps=self.online_steps,
+            online_config=TINY_ONLINE,
+            online_dataset=self._scenes("preference", first, online, MAX_ITERATIONS * block) if online else None,
+            train_online=self.train_online,
             export_dtype="float32",
-            eval_dataset=self._scenes("test", self.seed, self.test_questions),
+            eval_dataset=self._scenes("test", self.seed * test_block, self.test_questions, test_block),
             eval_samples=self.test_questions,
             controls=self.controls,
             output_dir=self.output_dir,
             seed=self.seed,
         )
 
-    def _scenes(self, pool: str, block: int, questions: int) -> str:
-        """The source of so many questions, or of one or two more where the last scene has them: the first scenes of a
-        block that no other iteration or seed draws from."""
+    def _scenes(self, pool: str, start: int, questions: int, most: int) -> str:
+        """The source of so many questions, or of one or two more where the last scene has them, of `most` scenes
+        from `start` on at most."""
         asked: dict[str, Any] = {"per_scene": self.per_scene, "kinds": self.kinds, "max_tags": self.tags}
-        start, most = block * SCENES_PER_QUESTION * questions, SCENES_PER_QUESTION * questions
         count = count_scenes(pool, start, questions, most, **asked)
         if count is None:
             raise ConfigError(

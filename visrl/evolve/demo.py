@@ -7,7 +7,8 @@ from typing import Any
 
 from visrl.config import ConfigError, as_config
 from visrl.evolve.config import DemoConfig
-from visrl.evolve.loop import check_train_config, run_iterations
+from visrl.evolve.loop import run_iterations
+from visrl.evolve.training import check_train_configs
 from visrl.manifest import claim_folder, hash_checkpoint, hold
 
 
@@ -31,7 +32,7 @@ def run_demo(config: DemoConfig | str | Path | None = None, /, **keys: Any) -> P
     if config.threads:
         torch.set_num_threads(config.threads)
     evolution = config.evolution()
-    check_train_config(evolution)
+    check_train_configs(evolution)
     start = Path(evolution.model_name_or_path)
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")

@@ -1,19 +1,19 @@
 """The loop of self-evolution, step by step, each step resumable: `visrl evolve`.
 
-start → [generate → filter → stage 1 → merge → stage 2 → merge] × iterations → evaluation → report.
+start → [generate → filter → stage 1 → merge → stage 2 → merge] × iterations, and beside them
+start → online reinforcement, where steps of it are asked for; → evaluation → report.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from visrl.config import ConfigError, as_config, build_config, read_yaml, translate
+from visrl.config import ConfigError, as_config
 from visrl.engines.open import RequestConfig
 from visrl.evolve.clock import StepClock, peak_memory
 from visrl.evolve.config import (
-    TINY_RL,
     EvolveConfig,
     FilterConfig,
     GenerateConfig,
@@ -27,12 +27,10 @@ from visrl.evolve.generate import generation_questions, read_questions
 from visrl.evolve.papers_rule import filter_by_papers_rule
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
+from visrl.evolve.training import ONLINE, check_train_configs, online_config, train_and_merge, train_online
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
 from visrl.rewards.open import NOT_IDENTITY, asks_model, critic_kind, critic_name
-
-if TYPE_CHECKING:
-    from visrl.train.config import TrainConfig
 
 
 def run_evolve(
@@ -64,7 +62,7 @@ def run_evolve(
         raise ConfigError(f"--shard {shard}: the plan has shards={config.shards}")
     if config.adapter_name_or_path:
         raise ConfigError("adapter_name_or_path: iterations start from a merged model; merge it with `visrl export`")
-    check_train_config(config)
+    check_train_configs(config)
     print("\n".join(plan(config)), flush=True)
     if plan_only:
         return None
@@ -79,18 +77,6 @@ def run_evolve(
     with hold(config.output_dir):
         claim_folder(config.output_dir, identity)
         return run_iterations(config, "evolve", shown=without_secrets(config.recorded()))
-
-
-def check_train_config(config: EvolveConfig) -> None:
-    """Refuse a run whose config of training is not there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not config.train_config.is_file():
-        remedy = "configs/ is part of the source and of the installed package; install it again"
-        named = "" if config.train_config == TINY_RL else ", or name a config of `visrl train`"
-        raise ConfigError(f"train_config: there is no {config.train_config}; {remedy}{named}")
 
 
 def plan(config: EvolveConfig) -> list[str]:
@@ -120,6 +106,10 @@ def plan(config: EvolveConfig) -> list[str]:
         folder = config.output_dir / f"iter{number}"
         done = [step for step in steps if read_manifest(folder / step) is not None]
         lines.append(f"iteration {number}: {' → '.join(steps)}" + (f" (done: {', '.join(done)})" if done else ""))
+    if config.online_steps:
+        state = " (done)" if read_manifest(config.output_dir / ONLINE) is not None else ""
+        stage = online_config(config).stage
+        lines.append(f"{ONLINE}, from the same start: {stage}, {config.online_steps} steps{state}")
     if config.eval_dataset:
         lines.append(f"evaluation of every checkpoint on {config.eval_dataset}")
     return lines
@@ -137,6 +127,8 @@ def run_iterations(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Pa
         current = config.model_name_or_path
         for iteration in range(config.iterations):
             current = _iterate(config, iteration, current, checkpoints, clock)
+        if config.online_steps:
+            clock.time(ONLINE, lambda: checkpoints.update({ONLINE: train_online(config)}))
         if config.eval_dataset:
             samples = read_questions(
                 config.eval_dataset, dataset_dir=config.dataset_dir, limit=config.eval_samples,
@@ -185,7 +177,7 @@ def _iterate(config: EvolveConfig, iteration: int, policy: str, checkpoints: dic
             checkpoints[f"iter{iteration}-stage{stage}"] = current
             continue
         merged = base / f"stage{stage}-merged"
-        clock.time(f"iter{iteration}/stage{stage}", partial(_train_and_merge, config, base, stage, current, merged))
+        clock.time(f"iter{iteration}/stage{stage}", partial(train_and_merge, config, base, stage, current, merged))
         checkpoints[f"iter{iteration}-stage{stage}"] = current = str(merged)
     return current
 
@@ -245,55 +237,6 @@ def _policy_after(base: Path, policy: str) -> str:
     if read_manifest(base / "stage2-merged") is None:
         raise ConfigError(f"{base} is generated and not trained yet; go on without --shard first")
     return str(base / "stage2-merged")
-
-
-def _train_and_merge(config: EvolveConfig, base: Path, stage: int, policy: str, merged: Path) -> None:
-    from visrl.train.export import ExportConfig, export
-    from visrl.train.run import train
-
-    train(stage_config(config, base, stage, policy))
-    export(
-        ExportConfig(
-            model_name_or_path=policy,
-            adapter_name_or_path=(str(base / f"stage{stage}"),),
-            export_dir=merged,
-            export_dtype=config.export_dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-    )
-
-
-def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> TrainConfig:
-    """How a stage of the iteration in `base` is trained, starting from `policy`.
-
-    Raises:
-        ConfigError: `train_config` or what goes over it is no config of `visrl train`.
-    """
-    from visrl.train.config import TrainConfig, without_sections
-
-    values = {
-        **translate(TrainConfig, without_sections(read_yaml(config.train_config)), str(config.train_config)),
-        **translate(TrainConfig, config.train, "train"),
-        **translate(TrainConfig, config.train_stage1 if stage == 1 else config.train_stage2, f"train_stage{stage}"),
-        "model_name_or_path": policy,
-        "dataset": str(base / "filter" / "preferences.jsonl"),
-        "output_dir": str(base / f"stage{stage}"),
-        "rl_stage": stage,
-        "seed": config.seed,
-    }
-    # What the trajectories were sampled from, the stages are trained on: the same images, limits, crops and box text.
-    looks = {
-        "image_root": config.image_root,
-        "image_max_pixels": config.image_max_pixels,
-        "crop_max_pixels": config.crop_max_pixels,
-        "crop_rule": config.crop_rule,
-        "box_codec": config.box_codec,
-        "trust_remote_code": config.trust_remote_code or None,
-    }
-    values |= {key: value for key, value in looks.items() if value is not None}
-    if config.chosen_only:
-        values |= {"pref_loss": "sft", "pref_ftx": 0.0}
-    return build_config(TrainConfig, values, where=str(config.train_config))
 
 
 def _rule(config: EvolveConfig) -> str:

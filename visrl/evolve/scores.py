@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visrl.evolve.clock import StepClock
+from visrl.evolve.training import ONLINE
 from visrl.manifest import package_versions, read_manifest
 from visrl.records import Sample, write_text
 
@@ -27,13 +28,19 @@ def evaluate_all(
     clock: StepClock,
 ) -> None:
     """Every checkpoint on the same held-out questions, looking as `config` has them look; the controls of the first and
-    of the last."""
-    first, last = next(iter(checkpoints)), list(checkpoints)[-1]
+    of the last of the iterations."""
+    ends = _ends(list(checkpoints))
     own: list[Mode] = ["own"]
     bounds = _applicable_modes(samples) if controls else own
     for name, path in checkpoints.items():
-        modes = bounds if name in (first, last) else own
+        modes = bounds if name in ends else own
         clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, config))
+
+
+def _ends(names: Sequence[str]) -> tuple[str, str]:
+    """The first checkpoint and the last of the iterations, which online reinforcement stands beside."""
+    loop = [name for name in names if name != ONLINE]
+    return loop[0], loop[-1]
 
 
 def _applicable_modes(samples: Sequence[Sample]) -> list[Mode]:
@@ -81,10 +88,10 @@ def write_summary(
     for name in names:
         if not (run / "eval" / f"{name}.jsonl").is_file():
             continue
-        iteration, _, stage = name.rpartition("-")
+        iteration, _, stage = name.rpartition("-")  # "sft", "online", or "iter0-stage1"
         entry: dict[str, Any] = {"name": stage, "iteration": int(iteration[4:] or 0) if iteration else 0}
         summary["stages"].append({**entry, **_stage_scores(run / "eval", name)})
-    for key, name in (("controls", names[0]), ("controls_last", names[-1])):
+    for key, name in zip(("controls", "controls_last"), _ends(names), strict=True):
         for file in sorted((run / "eval").glob(f"{name}.*.jsonl")):
             summary[key][file.name.split(".")[1]] = _scores(file)
     for number in range(iterations):
@@ -93,7 +100,7 @@ def write_summary(
         more = {"trajectories": generated.get("trajectories"), "counts": generated.get("counts")}
         summary["pairs"].append({"iteration": number, **filtered.get("counts", {}), **more})
     summary["seconds"] = round(sum(clock.seconds.values()), 1)
-    summary["seconds_by_step"] = clock.seconds
+    summary["seconds_by_step"], summary["cpu_seconds_by_step"] = clock.seconds, clock.cpu_seconds
     summary["peak_rss_mb"] = json.loads((run / "peak_rss.json").read_text(encoding="utf-8"))["mb"]
     summary["versions"] = package_versions(("torch", "transformers", "peft"))
     summary["config"] = config
@@ -131,7 +138,8 @@ def format_scores(summary: dict[str, Any]) -> str:
     lines = []
     for stage in summary["stages"]:
         accuracy = stage["answer_accuracy"]
-        name = stage["name"] if stage["name"] == "sft" else f"iteration {stage['iteration']} {stage['name']}"
+        alone = stage["name"] in ("sft", ONLINE)
+        name = stage["name"] if alone else f"iteration {stage['iteration']} {stage['name']}"
         line = f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
         if "box_iou" in stage:
             line += f"   IoU {stage['box_iou']['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from visrl.pages.figures import INKS, RC, SvgFigure, canvas, legend, percent_axis, svg_figure
 from visrl.pages.wording import measured, percent
-from visrl.report.loop import CONTROLS, Stage
+from visrl.report.loop import CONTROLS, ONLINE, Stage
 from visrl.report.measures import TITLES, Score, Scores
 from visrl.rewards.results import Measure
 
@@ -22,10 +22,10 @@ def stage_figure(stages: Sequence[Stage], measure: Measure, ceiling: float | Non
         return None
     with matplotlib.rc_context(RC):
         figure, axes = canvas(360, 280)
-        means = [stage.scores[measure].mean for stage in shown]
-        axes.plot(range(len(shown)), means, color=INKS["hair"], linewidth=2, zorder=1)
+        means = [stage.scores[measure].mean for stage in shown if stage.name != ONLINE]
+        axes.plot(range(len(means)), means, color=INKS["hair"], linewidth=2, zorder=1)
         for x, stage in enumerate(shown):
-            score, ink = stage.scores[measure], INKS["first" if stage.name == "sft" else "last"]
+            score, ink = stage.scores[measure], INKS[{"sft": "first", ONLINE: "answer"}.get(stage.name, "last")]
             axes.vlines(x, score.low, score.high, color=ink, linewidth=2.5, zorder=2)
             axes.plot(x, score.mean, "o", color=ink, markersize=9, markeredgecolor=INKS["paper"], zorder=3)
             axes.annotate(measured(score.mean, measure), (x, score.high), xytext=(0, 6), textcoords="offset points",

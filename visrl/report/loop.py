@@ -26,7 +26,10 @@ CONTROLS = {
 }  # in the order in which they are shown
 BOUNDS = tuple(name for name in CONTROLS if name != "other_question")  # in the order in which they bound each other
 
-_STAGE_FILE = re.compile(r"(?:iter(\d+)-)?(sft|stage\d+)")
+ONLINE = "online"  # a checkpoint beside the loop, from the same start
+ALONE = {"sft": "SFT", ONLINE: "Online"}  # what belongs to no iteration
+
+_STAGE_FILE = re.compile(r"(?:iter(\d+)-)?(sft|online|stage\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,11 @@ class Stage:
 
     @property
     def title(self) -> str:
-        if self.name == "sft":
-            return "SFT"
-        return f"{self.name.replace('stage', 'Stage ')}, iteration {self.iteration}"
+        return ALONE.get(self.name, f"{self.name.replace('stage', 'Stage ')}, iteration {self.iteration}")
 
     @property
     def short(self) -> str:
-        return "SFT" if self.name == "sft" else f"{self.name.replace('stage', 'stage ')}\niter. {self.iteration}"
+        return ALONE.get(self.name, f"{self.name.replace('stage', 'stage ')}\niter. {self.iteration}")
 
 
 @dataclass(frozen=True, slots=True)

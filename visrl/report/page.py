@@ -23,7 +23,7 @@ from visrl.report.measures import TITLES
 from visrl.report.rules import critic_words, rule_lines
 from visrl.report.run import Run, load_run
 from visrl.report.shapes import JsonObject
-from visrl.report.story import caveats, change, gap_closed, headlines, intention, lede
+from visrl.report.story import beside_the_loop, caveats, change, gap_closed, headlines, intention, lede
 from visrl.rewards.crop_effects import BASELINES, gain_and_harm
 from visrl.rewards.results import KIND_MEASURES
 
@@ -50,9 +50,10 @@ def render(run: Run) -> str:
         Path(__file__).with_name("page.html"),
         run=run,
         lede=lede(run),
+        beside=beside_the_loop(run),
         headlines=headlines(run),
         gap=gap_closed(run),
-        stage_figures=_present(stage_figure(run.stages, measure, _ceiling(run, measure)) for measure in TITLES),
+        stage_figures=_present(stage_figure(run.checkpoints, measure, _ceiling(run, measure)) for measure in TITLES),
         iterations=[_iteration(run, pairs) for pairs in run.pairs],
         curves=curve_figures(run.curves),
         stage_rows=_stage_rows(run),
@@ -97,10 +98,10 @@ def _iteration(run: Run, pairs: Pairs) -> JsonObject:
 
 
 def _stage_rows(run: Run) -> list[JsonObject]:
-    """The table of checkpoints, each against the one before it."""
+    """The table of checkpoints, each against the one that it started from."""
     rows = []
-    for number, stage in enumerate(run.stages):
-        earlier = run.stages[number - 1] if number else None
+    for number, stage in enumerate(run.checkpoints):
+        earlier = run.stages[0 if stage is run.online else number - 1] if number and run.stages else None
         changes = {
             measure: change(earlier, stage, measure)
             for measure in TITLES
@@ -112,7 +113,7 @@ def _stage_rows(run: Run) -> list[JsonObject]:
 
 def _grounded(run: Run) -> list[tuple[str, JsonObject]]:
     """Grounded × right of every checkpoint and evaluation of which it is known."""
-    known = [(stage.title, stage.quadrants) for stage in run.stages]
+    known = [(stage.title, stage.quadrants) for stage in run.checkpoints]
     known += [(evaluation.title, evaluation.facts.get("quadrants") or {}) for evaluation in run.evaluations]
     return [(title, cells) for title, cells in known if cells.get("n")]
 
@@ -120,7 +121,7 @@ def _grounded(run: Run) -> list[tuple[str, JsonObject]]:
 def _crop_effects(run: Run) -> list[tuple[str, JsonObject]]:
     """What crops gain and harm: of checkpoints over their control without one, and of evaluations over those of the
     same model and benchmark in a mode without one."""
-    found = [(stage.title, stage.crop) for stage in run.stages]
+    found = [(stage.title, stage.crop) for stage in run.checkpoints]
     for without, with_crop in product(run.evaluations, run.evaluations):
         same = all(without.facts.get(key) == with_crop.facts.get(key) for key in ("model", "benchmark"))
         if same and without.facts.get("mode") in BASELINES and with_crop.facts.get("mode") == "own":

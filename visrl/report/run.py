@@ -15,7 +15,7 @@ from visrl.evaluate.results import SCORES
 from visrl.manifest import NAME as MANIFEST
 from visrl.pages.figures import Curve
 from visrl.report.evaluations import Evaluation, read_evaluations
-from visrl.report.loop import Pairs, Stage, read_controls, read_pairs, read_stages, stage_files
+from visrl.report.loop import ONLINE, Pairs, Stage, read_controls, read_pairs, read_stages, stage_files
 from visrl.report.measures import Scores
 from visrl.report.shapes import (
     JsonObject,
@@ -38,13 +38,19 @@ class Run:
 
     folder: Path
     summary: JsonObject
-    stages: list[Stage]
+    stages: list[Stage]  # of the loop, in the order of training
+    online: Stage | None  # from the same start as the loop
     controls: dict[str, dict[str, Scores]]  # by checkpoint ("first", "last"), then by control
     pairs: list[Pairs]
     curves: list[Curve]
     evaluations: list[Evaluation]
     manifests: dict[str, JsonObject]  # by folder, relative to the run
     missing: list[str]
+
+    @property
+    def checkpoints(self) -> list[Stage]:
+        """Everything that was evaluated, the loop's first."""
+        return [*self.stages, *([self.online] if self.online else [])]
 
     @property
     def crop_rules(self) -> list[CropRule]:
@@ -74,11 +80,13 @@ def load_run(folder: Path) -> Run:
     if not is_loop and not is_training and not evaluations:
         raise ReportError(f"{folder} holds no {', '.join(LOOP_MARKS)}, {LOG} or {SCORES}; {REMEDY}")
     summary = read_run_object(folder / "summary.json", SummaryShape) if (folder / "summary.json").is_file() else {}
-    stages = read_stages(folder, summary)
+    known = read_stages(folder, summary)
+    stages = [stage for stage in known if stage.name != ONLINE]
     run = Run(
         folder=folder,
         summary=summary,
         stages=stages,
+        online=next((stage for stage in known if stage.name == ONLINE), None),
         controls=read_controls(folder, summary, stages),
         pairs=read_pairs(folder, summary),
         curves=_curves(folder),

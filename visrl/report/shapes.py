@@ -101,6 +101,7 @@ class SummaryShape(Shape):
     pairs: list[PairsShape] = []
     seconds: FiniteFloat = 0
     seconds_by_step: dict[str, FiniteFloat] = {}
+    cpu_seconds_by_step: dict[str, FiniteFloat] = {}
     peak_rss_mb: FiniteFloat = 0
     versions: dict[str, Any] = {}
 

@@ -5,6 +5,7 @@ Every sentence is made from the run's own numbers, and a step that did not help 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Literal
 
 from visrl.pages.wording import NO_BREAK, count, measured, percent, signed
 from visrl.report.gallery import shared_ids
-from visrl.report.loop import BOUNDS, CONTROLS, Stage
+from visrl.report.loop import BOUNDS, CONTROLS, ONLINE, Stage
 from visrl.report.measures import TITLES, Score, measure_rows
 from visrl.report.run import Run
 from visrl.rewards.results import NO_OTHER, Measure, measure_of
@@ -106,6 +107,24 @@ def lede(run: Run) -> str:
         gained.verdict, f": {gained.verdict}"
     )
     return f"{sentence}; {first.title} alone had {before}. That is {gained.text}{worth}."
+
+
+def beside_the_loop(run: Run) -> str:
+    """What online reinforcement from the same start reached, beside the loop; "" where a run has none."""
+    online = run.online
+    if online is None or not run.stages:
+        return ""
+    first, last = run.stages[0], run.stages[-1]
+    answers = percent(online.scores["answer_accuracy"].mean)
+    gained = change(first, online, "answer_accuracy")
+    said = f"Online reinforcement from the same {first.title} answers {answers} right ({gained.text} against it)"
+    if last is not first:
+        against = change(last, online, "answer_accuracy")
+        said += f"; against {last.title} that is {against.text}: {against.verdict}"
+    costs = run.summary.get("cpu_seconds_by_step", {})
+    loop = sum(seconds for step, seconds in costs.items() if re.match(r"iter\d+/(generate|filter|stage\d+)$", step))
+    spent = f" It took {costs[ONLINE]:,.0f} s of a processor, and the loop {loop:,.0f} s." if ONLINE in costs else ""
+    return f"{said}.{spent}"
 
 
 def caveats(run: Run) -> list[str]:
