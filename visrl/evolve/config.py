@@ -18,7 +18,7 @@ from visrl.scenes import KINDS, MAX_TAGS, Kind, count_scenes, format_source
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
-ONLINE_STEPS, ONLINE_BATCH = 110, 16  # of the demo; the batch is that of TINY_ONLINE
+ONLINE_STEPS, ONLINE_BATCH = 130, 16  # of the demo; the batch is that of TINY_ONLINE
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
 SCENES_PER_QUESTION = (
     8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three
@@ -206,7 +206,7 @@ class DemoConfig(StagesConfig):
     model_name_or_path: str = ""  # "": the embedded model
     output_dir: Path = Path("runs/demo")
     iterations: int = Field(2, ge=1, le=MAX_ITERATIONS)
-    questions: int = Field(1000, ge=1)  # preference questions drawn for each iteration
+    questions: int = Field(500, ge=1)  # preference questions drawn for each iteration
     test_questions: int = Field(1000, ge=1)
     tags: int = Field(MAX_TAGS, ge=1, le=MAX_TAGS)  # coloured tags in a scene, at most; from two on, two at least
     kinds: tuple[Kind, ...] = Field(KINDS, min_length=1)  # of questions
