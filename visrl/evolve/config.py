@@ -18,7 +18,7 @@ from visrl.scenes import KINDS, MAX_TAGS, Kind, count_scenes, format_source
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
-ONLINE_STEPS, ONLINE_BATCH = 130, 16  # of the demo; the batch is that of TINY_ONLINE
+ONLINE_STEPS, ONLINE_BATCH = 120, 16  # of the demo; the batch is that of TINY_ONLINE
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
 SCENES_PER_QUESTION = (
     8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three
