@@ -12,8 +12,9 @@ from visrl.conversation import View
 from visrl.engines.base import Completion
 from visrl.engines.local import LocalEngine
 from visrl.images import ImageError
-from visrl.models.encode import Encoder, PromptError
+from visrl.models.encode import PromptError
 from visrl.models.settings import ModelSettings
+from visrl.models.tree_encoder import TreeEncoder
 from visrl.records import Sample
 from visrl.rewards.scored import evaluate_samples
 from visrl.rollout.controls import matched_control
@@ -74,7 +75,7 @@ def test_the_published_protocol_to_the_letter():
 def test_a_family_that_writes_boxes_in_tokens_of_its_own_may_say_them_again():
     model, plain = make("qwen2_vl")
     plain.tokenizer.add_tokens(["<|box_start|>", "<|box_end|>"], special_tokens=True)
-    encoder = Encoder(plain.processor, model.config, ModelSettings(codec="qwen2_vl"))
+    encoder = TreeEncoder(plain.processor, model.config, ModelSettings(codec="qwen2_vl"))
     whole = View("w", Image.new("RGB", (64, 64)))
     text = CODECS["qwen2_vl"].format(Box(0.1, 0.2, 0.3, 0.4), whole.size, whole.size)
     assert text in encoder.render(VISCOT.answer(QUESTION, whole, text, whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, processors
 
-from visrl.models.encode import Encoder
+from visrl.models.families import forward_arguments
+from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.settings import ModelSettings
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer
+from visrl.models.tree_encoder import TreeEncoder
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -244,11 +247,17 @@ MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, *options: str) -> tuple[Any, Encoder]:
+def make(name: str, *options: str) -> tuple[Any, TreeEncoder]:
     """A random model of the family `name` and its encoder; weights loud enough that every token matters."""
     torch.manual_seed(0)
     model, processor = MAKERS[name](*options)
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(torch.randn_like(weights) * 0.1)
-    return model.eval(), Encoder(processor, model.config, ModelSettings())
+    return model.eval(), TreeEncoder(processor, model.config, ModelSettings())
+
+
+def plain(model: Any, encoder: TreeEncoder) -> PlainEncoder:
+    """The encoder of the plain form beside that of trees."""
+    family = replace(encoder.family, plain="it is asked for", takes=tuple(forward_arguments(model)))
+    return PlainEncoder(encoder.processor, model.config, encoder.settings, family)

@@ -18,12 +18,14 @@ from visrl.conversation import Conversation
 from visrl.engines.base import Completion, Request, Sampling
 from visrl.engines.cached import CachedBatch, CachedModel
 from visrl.engines.decoding import DecodeBatch, OnToken
+from visrl.engines.plain import PlainBatch, PlainModel
 from visrl.engines.recompute import RecomputedBatch, try_out
 from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.load import load_encoder, note_dtype
 from visrl.models.modes import evaluating
+from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.settings import ModelSettings
 from visrl.packing.tree import group_by_image
 from visrl.sequences import batched
@@ -42,7 +44,7 @@ class LocalEngine:
         self.encoder = encoder
         self.name = name
         self.batch_size = batch_size  # trees (images) computed side by side
-        self._cached = CachedModel(model, encoder)
+        self._decoder = PlainModel(model, encoder) if isinstance(encoder, PlainEncoder) else CachedModel(model, encoder)
 
     @staticmethod
     def load(
@@ -76,7 +78,7 @@ class LocalEngine:
     @property
     def prefilled_tokens(self) -> int:
         """Prompt tokens computed so far; those that the prefix cache held are not among them."""
-        return self._cached.prefilled_tokens
+        return self._decoder.prefilled_tokens
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the processor gives an image of `size`."""
@@ -113,8 +115,10 @@ class LocalEngine:
 
     def begin(self, on_token: OnToken | None = None) -> DecodeBatch:
         """An empty running batch, which requests join and leave between steps; one of an engine is in use at a time."""
+        if isinstance(self._decoder, PlainModel):
+            return PlainBatch(self._decoder, on_token)
         if self.encoder.family.cacheable:
-            return CachedBatch(self._cached, on_token)
+            return CachedBatch(self._decoder, on_token)
         return RecomputedBatch(self.model, self.encoder, on_token)
 
     def prepare(self, conversation: Conversation) -> list[EncodedView]:
@@ -127,7 +131,8 @@ class LocalEngine:
 
     def forget(self) -> None:
         """Drop the prefix cache: the model's weights have changed, memory is wanted, or other questions begin."""
-        self._cached.prefix = None
+        if isinstance(self._decoder, CachedModel):
+            self._decoder.prefix = None
 
 
 def _is_long(conversation: Conversation) -> bool:

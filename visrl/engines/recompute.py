@@ -16,14 +16,14 @@ from PIL import Image
 from visrl.conversation import View, focus_conversation
 from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
-from visrl.models.attention import attending_trees
+from visrl.models.attention import attending
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.folder import CheckpointError
 from visrl.models.load import reading
 from visrl.models.modes import evaluating
 from visrl.packing.forward import kept_logits
-from visrl.packing.pack import TIGHT_BUCKET, pack
-from visrl.packing.tree import group_by_image, prefix_trees
+from visrl.packing.lay_out import lay_out
+from visrl.packing.pack import TIGHT_BUCKET
 
 
 class RecomputedBatch(DecodeBatch):
@@ -70,18 +70,11 @@ def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
 
 def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:
     """Logits [paths, vocabulary], in fp32, of what follows each path; its last token stands for what follows."""
-    groups = group_by_image({number: path.views for number, path in enumerate(paths)}).values()
-    order = [number for members in groups for number in members]
-    trees = prefix_trees(
-        [[paths[number] for number in members] for members in groups],
-        encoder.image_token_id,
-        pairs_only=encoder.family.shares == "pairs",
-    )
-    packed = pack(trees, encoder.family, encoder.image_token_id, bucket=TIGHT_BUCKET)
+    packed, order = lay_out([[path] for path in paths], encoder, bucket=TIGHT_BUCKET)
     packed = packed.to(next(model.parameters()).device)
     last = torch.empty(len(paths), dtype=torch.long, device=packed.row.device)
     # Of the responses' rows in order, a later one of a branch takes an earlier one's place.
     for row, branch in zip(packed.row, packed.branch.tolist(), strict=True):
         last[order[branch]] = row
-    with attending_trees(model):
+    with attending(model, encoder.family):
         return kept_logits(model, packed)[last].float()

@@ -1,7 +1,8 @@
 """Models: checkpoints, their families, and conversations as tokens and pixels.
 
 families         what differs between model families, in one table; the only file that looks into a model
-encode           chat template, tokenizer and image processor: conversation → token ids and pixels
+encode           chat template, tokenizer and image processor: conversation → token ids and pixels; in prefix trees
+                 (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
 probe            whether the model of a checkpoint takes a prefix tree, found by trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention
 load             model, processor and settings of a folder, with a clear sentence where that cannot be done

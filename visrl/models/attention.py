@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from visrl.models.families import language_model
+from visrl.models.families import Family, language_model
 
 BLOCK = 128  # tokens
 FLEX_TOKENS = 1024  # from which length on a block mask is worth more than it costs
@@ -189,6 +189,11 @@ def attending_trees(model: nn.Module, kind: str = "dense") -> Iterator[None]:
             yield
         finally:
             config._attn_implementation = own
+
+
+def attending(model: nn.Module, family: Family) -> AbstractContextManager[None]:
+    """`attending_trees` for a model that takes trees; one that takes none attends as it does by itself."""
+    return nullcontext() if family.plain else attending_trees(model)
 
 
 def _lock_of(module: nn.Module) -> threading.RLock:

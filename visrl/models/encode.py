@@ -1,17 +1,19 @@
 """From conversations to token ids and pixels: chat template, tokenizer and image processor of a checkpoint, and the one
 way in which any text or image reaches a model.
 
-Training, decoding and serving all encode through here, so one conversation gives one token sequence everywhere.
+Training, decoding and serving all encode through here, so one conversation gives one token sequence everywhere. An
+`Encoder` is one of two: that of prefix trees (tree_encoder.py), which makes each image ready by itself, or that of the
+plain form (plain_encoder.py), which leaves whole rows to the checkpoint's own processor.
 """
 
 from __future__ import annotations
 
-import math
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,6 @@ from visrl.models.families import (
     PixelRange,
     context_of,
     covering_limits,
-    family_of,
-    limited_images,
     limited_size,
 )
 from visrl.models.settings import ModelSettings
@@ -46,7 +46,8 @@ CACHE_BYTES = 256_000_000  # of preprocessed images that are kept: some ten of a
 
 @dataclass(frozen=True, slots=True)
 class EncodedView:
-    """An image ready for the vision tower: its inputs by their names in the model, `grid` in merged tokens."""
+    """An image ready for the vision tower: its inputs by their names in the model, `grid` in merged tokens. In the
+    plain form it is ready for the processor: `image` as it is given to it, and no inputs yet."""
 
     key: str
     inputs: ImageInputs
@@ -54,10 +55,12 @@ class EncodedView:
     tokens: int
     grid: Grid
     size: Size  # width and height in pixels, as processed
+    image: Image.Image | None = None
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.inputs.values())
+        pixels = 0 if self.image is None else 3 * self.image.width * self.image.height
+        return pixels + sum(tensor.nbytes for tensor in self.inputs.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +71,17 @@ class TokenPath:
     positions: np.ndarray  # [d, n]: d is 3 with M-RoPE, else 1
     views: tuple[EncodedView, ...]
     start: int  # of the response
+    prompt: str = ""  # as text, before images take their tokens
 
 
-class Encoder:
+class Encoder(ABC):
     """Renders, tokenizes and preprocesses for one checkpoint's processor and settings."""
 
-    def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family | None = None) -> None:
+    def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.settings = settings
-        self.family: Family = family or family_of(config)
+        self.family: Family = family
         self.codec: Codec = CODECS[settings.codec]
         self.chat_template = _chat_template(processor) or self.family.chat_template
         self.image_mark = processor.image_token  # what a rendered prompt holds in an image's place
@@ -112,12 +116,10 @@ class Encoder:
         for is_crop in (False, True):
             group = {key: view for key, view in wanted.items() if key not in known and view.is_crop == is_crop}
             for view in group.values():
-                with _refusing(view):
+                with refusing(view):
                     self.processed_size(view.size, is_crop)
-            if group and self.family.pixel_limits:
-                known |= self._preprocess(group, self.limits(is_crop))
-            elif group:
-                known |= self._preprocess_each(group, is_crop, alone=not mark)
+            if group:
+                known |= self._prepare(group, is_crop=is_crop, alone=not mark)
         encoded = [known[view.key + mark] for view in views]
         self.keep(encoded)
         return encoded
@@ -163,9 +165,7 @@ class Encoder:
         An image of this size passes the same processor unchanged, whatever larger limits it has there.
         """
         if not self.family.pixel_limits:
-            return _at_most(
-                view.image, self.settings.crop_max_pixels if view.is_crop else self.settings.image_max_pixels
-            )
+            return self.reduced(view)
         width, height = self.processed_size(view.size, view.is_crop)
         if (width, height) == view.size:
             return view.image
@@ -173,6 +173,16 @@ class Encoder:
         pixels = torch.from_numpy(np.array(view.image)).permute(2, 0, 1)
         resized = resize(pixels, [height, width], interpolation=kind, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())
+
+    def reduced(self, view: View) -> Image.Image:
+        """The image of a view, scaled down where it has more pixels than the settings allow it."""
+        most = self.settings.crop_max_pixels if view.is_crop else self.settings.image_max_pixels
+        width, height = view.size
+        if most is None or width * height <= most:
+            return view.image
+        scale = (most / (width * height)) ** 0.5
+        smaller = max(1, int(width * scale)), max(1, int(height * scale))
+        return view.image.resize(smaller, Image.Resampling.BICUBIC)
 
     def bounds(self) -> PixelRange | None:
         """Limits of pixels that leave every image of `sized`, whole or crop, as it is; None where the processor takes
@@ -190,30 +200,13 @@ class Encoder:
         low, high = (limit or own[name] for limit, name in zip((low, high), PIXEL_LIMITS, strict=True))
         return dict(zip(PIXEL_LIMITS, (min(low, high), high), strict=True))
 
-    def _preprocess(self, views: dict[str, View], limits: PixelRange) -> dict[str, EncodedView]:
-        """All images in one batch, for processors that take pixel limits."""
-        made = limited_images(self.processor, [view.image for view in views.values()], limits)
-        return {
-            key: EncodedView(key, inputs, placeholder, math.prod(grid), grid, size)
-            for key, (inputs, placeholder, grid, size) in zip(views, made, strict=True)
-        }
+    @abstractmethod
+    def _prepare(self, views: dict[str, View], *, is_crop: bool, alone: bool) -> dict[str, EncodedView]:
+        """Views by their keys, prepared; `alone` as in `encode_views`.
 
-    def _preprocess_each(self, views: dict[str, View], is_crop: bool, *, alone: bool) -> dict[str, EncodedView]:
-        """Each image by itself, as its processor cuts it (in tiles, to a fixed size)."""
-        encoded = {}
-        options = self.processor._merge_kwargs(
-            self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
-        )["images_kwargs"]  # fmt: skip
-        limit = self.settings.crop_max_pixels if is_crop else self.settings.image_max_pixels
-        for key, view in views.items():
-            image = _at_most(view.image, limit)
-            shown = [image] if alone else [image, image]
-            with _refusing(view):
-                processed, placeholders = self.processor._process_images([shown], **options)
-            count = placeholders[0].count(self.image_token)
-            inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
-            encoded[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
-        return encoded
+        Raises:
+            PromptError: the processor takes no image of this form.
+        """
 
     # --- text
 
@@ -257,14 +250,15 @@ class Encoder:
         for response in responses:
             self._check_text(response or "")
         views = self.encode_views(conversation.views, alone=len(conversation.views) == 1)
-        prompt = self._expand(self.render(conversation), views)
+        rendered = self.render(conversation)
+        parts = rendered.split(self.image_mark)
+        if len(parts) != len(views) + 1:
+            raise PromptError(f"{len(parts) - 1} image tokens for {len(views)} pictures")
+        prompt = self._expand(parts, views)
         texts = [prompt] + [prompt + response + self.end_of_turn for response in responses if response is not None]
         if max_tokens is not None and (longest := max(map(len, texts))) > LONGEST_TOKEN * max_tokens:
             raise PromptError(f"a text of {longest:,} characters; the model is shown at most {max_tokens:,} tokens")
-        tokenised = [
-            np.array(ids, dtype=np.int64)
-            for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-        ]
+        tokenised = self._tokenize(texts, views)
         if max_tokens is not None and (longest := max(map(len, tokenised))) > max_tokens:
             raise PromptError(f"a text of {longest:,} tokens; the model is shown at most {max_tokens:,}")
         prompt_ids, answered = tokenised[0], iter(tokenised[1:])
@@ -272,29 +266,37 @@ class Encoder:
         for response in responses:
             ids = prompt_ids if response is None else next(answered)
             start = len(ids) if response is None else common_prefix(prompt_ids, ids)
-            positions = self.family.positions(ids, self.image_token_id, [view.grid for view in views])
-            paths.append(TokenPath(ids, positions, tuple(views), start))
+            paths.append(TokenPath(ids, self._positions(ids, views), tuple(views), start, rendered))
         return paths
+
+    @abstractmethod
+    def _expand(self, parts: Sequence[str], views: Sequence[EncodedView]) -> str:
+        """A prompt of these texts with `views` between them, as `_tokenize` takes it."""
+
+    @abstractmethod
+    def _tokenize(self, texts: Sequence[str], views: Sequence[EncodedView]) -> list[np.ndarray]:
+        """The token ids of each text, all of which show `views`.
+
+        Raises:
+            PromptError: the processor refuses them.
+        """
+
+    @abstractmethod
+    def _positions(self, ids: np.ndarray, views: Sequence[EncodedView]) -> np.ndarray:
+        """The positions [d, n] of the tokens of one sequence."""
 
     def continued(self, prompt: TokenPath, ids: Sequence[int]) -> TokenPath:
         """The path of a prompt and the response that are these very tokens: nothing is tokenized again."""
         whole = np.concatenate([prompt.ids, np.array(ids, dtype=np.int64)])
-        positions = self.family.positions(whole, self.image_token_id, [view.grid for view in prompt.views])
-        return TokenPath(whole, positions, prompt.views, start=len(prompt.ids))
+        return replace(prompt, ids=whole, positions=self._positions(whole, prompt.views), start=len(prompt.ids))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, control tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _expand(self, text: str, views: Sequence[EncodedView]) -> str:
-        parts = text.split(self.image_mark)
-        if len(parts) != len(views) + 1:
-            raise PromptError(f"{len(parts) - 1} image tokens for {len(views)} pictures")
-        return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
-
 
 @contextmanager
-def _refusing(view: View) -> Iterator[None]:
+def refusing(view: View) -> Iterator[None]:
     """What a processor says against an image, as an error that names the image."""
     try:
         yield
@@ -340,17 +342,3 @@ def _leading_bos(tokenizer: Any) -> str:
     """The token that a tokenizer puts before every text by itself, which chat templates may leave to it."""
     plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     return tokenizer.bos_token if len(whole) > len(plain) and whole[0] == tokenizer.bos_token_id else ""
-
-
-def _at_most(image: Image.Image, pixels: int | None) -> Image.Image:
-    """`image`, reduced where it has more pixels than allowed."""
-    if pixels is None or image.width * image.height <= pixels:
-        return image
-    scale = (pixels / (image.width * image.height)) ** 0.5
-    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
-
-
-def _first_of(values: Any, images: int) -> torch.Tensor:
-    """The part of a processor's output that belongs to the first of `images` equal images, along the first axis."""
-    tensor = torch.as_tensor(values)
-    return tensor[: len(tensor) // images] if images > 1 else tensor

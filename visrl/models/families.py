@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from transformers.utils import ModelOutput
 
@@ -467,6 +468,13 @@ def features_input(features: Sequence[Features]) -> dict[str, Any]:
 def _joined(values: Sequence[Any]) -> Any:
     """Tensors along their first axis, lists one after another."""
     return torch.cat(list(values)) if isinstance(values[0], torch.Tensor) else [part for one in values for part in one]
+
+
+def forward_arguments(model: Any) -> frozenset[str]:
+    """The arguments that a model's forward names, through whatever is wrapped around the model; `model` may be its
+    class. What a forward does not name it may swallow unread."""
+    kind: Any = model if isinstance(model, type) else type(base_model(extract_model_from_parallel(model)))
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def cache_argument(model: torch.nn.Module) -> str:

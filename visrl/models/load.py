@@ -26,6 +26,7 @@ from visrl.models.folder import CheckpointError, check_folder, first_line, read_
 from visrl.models.probe import find_family
 from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
+from visrl.models.tree_encoder import TreeEncoder
 from visrl.progress import note
 
 # Width and height of the images on which boxes must survive before a checkpoint is used: no aspect ratio alike.
@@ -56,7 +57,7 @@ def load_encoder(
         check_sizes(processor.image_processor.to_dict(), family.pixel_limits)
         if family.plain:  # until the plain form is there
             raise CheckpointError(f"its models are not supported: {family.plain}; known: {', '.join(sorted(FAMILIES))}")
-        encoder = Encoder(processor, config, settings, family)
+        encoder: Encoder = TreeEncoder(processor, config, settings, family)
         check_prompts(encoder)
     with reading(path, "boxes cannot be trusted here"):
         check_boxes(encoder)

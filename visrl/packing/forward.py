@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from visrl.packing.pack import PackedBatch
+from visrl.models.families import forward_arguments
+from visrl.packing.pack import Call, PackedBatch
 
 PART = 2**18  # logits that are held in fp32 at a time
 
@@ -56,12 +57,25 @@ def _entropy(logits: torch.Tensor) -> torch.Tensor:
 def kept_logits(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
     """Logits at the predicting places of all calls, [rows × K of each, vocabulary].
 
-    Hidden states meet the output layer there only (`logits_to_keep`), so no full-vocabulary logits of prompts exist.
+    Hidden states meet the output layer there only (`logits_to_keep`), so no full-vocabulary logits of prompts exist,
+    but for a model whose forward has no such argument.
+
+    Raises:
+        ValueError: a model that gives logits of other places than the tokens it is given.
     """
-    logits = [
-        model(**call.inputs, use_cache=False, logits_to_keep=call.keep).logits.flatten(0, 1) for call in packed.calls
-    ]
+    takes = forward_arguments(model)
+    logits = [_logits(model, call, takes).flatten(0, 1) for call in packed.calls]
     return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+
+def _logits(model: nn.Module, call: Call, takes: frozenset[str]) -> torch.Tensor:
+    """Logits [rows, K, vocabulary] at the columns that a call keeps."""
+    keeps = "logits_to_keep" in takes
+    logits = model(**call.inputs, use_cache=False, **({"logits_to_keep": call.keep} if keeps else {})).logits
+    places = len(call.keep) if keeps else call.inputs["input_ids"].shape[1]
+    if logits.shape[1] != places:
+        raise ValueError(f"the model gives logits of {logits.shape[1]} places where {places} are asked of it")
+    return logits if keeps else logits[:, call.keep]
 
 
 class _LogProbability(torch.autograd.Function):

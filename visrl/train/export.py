@@ -84,11 +84,11 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
     device = "cuda" if config.export_device == "auto" and torch.cuda.is_available() else "cpu"
     base = load_merged(config.model_name_or_path, below, device, trust_remote_code=config.trust_remote_code)
     probe = _probe(encoder).to(device)
-    of_base = _logps(base, probe)
+    of_base = _logps(base, probe, encoder)
     adapted = attach_adapter(base, adapter, config.model_name_or_path)
-    of_adapter = _logps(adapted, probe)
+    of_adapter = _logps(adapted, probe, encoder)
     merged = adapted.merge_and_unload()
-    deviation = _largest(_logps(merged, probe) - of_adapter)
+    deviation = _largest(_logps(merged, probe, encoder) - of_adapter)
     if not deviation <= MOST_APART:  # NaN is not, either
         raise CheckpointError(
             f"{adapter.folder} is not merged: the merged model deviates from the adapter by {deviation:.1e} in token "
@@ -109,7 +109,7 @@ def _export(config: ExportConfig, below: list[Adapter], adapter: Adapter, identi
             "adapters": identity["adapters"],
             "max_logp_change": _largest(of_adapter - of_base),
             "max_logp_deviation": deviation,
-            f"max_logp_deviation_{config.export_dtype}": _largest(_logps(written, probe) - of_adapter),
+            f"max_logp_deviation_{config.export_dtype}": _largest(_logps(written, probe, encoder) - of_adapter),
         }
         (stage / "README.md").write_text(card_text(_card(config, encoder, facts)), encoding="utf-8")
         claim_folder(out, identity)
@@ -205,9 +205,9 @@ def _probe(encoder: Any) -> Any:
 
 
 @torch.no_grad()
-def _logps(model: torch.nn.Module, packed: Any) -> torch.Tensor:
-    from visrl.models.attention import attending_trees
+def _logps(model: torch.nn.Module, packed: Any, encoder: Encoder) -> torch.Tensor:
+    from visrl.models.attention import attending
     from visrl.packing.forward import token_logps
 
-    with attending_trees(model):
+    with attending(model, encoder.family):
         return token_logps(model, packed)

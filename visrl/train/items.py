@@ -14,8 +14,8 @@ import torch
 
 from visrl.conversation import Conversation, PromptError
 from visrl.models.encode import Encoder, TokenPath
-from visrl.packing.pack import BUCKET, PackedBatch, pack
-from visrl.packing.tree import group_by_image, prefix_trees
+from visrl.packing.lay_out import lay_out
+from visrl.packing.pack import BUCKET, PackedBatch
 from visrl.records import RecordError, Step
 
 Role = Literal["target", "chosen", "rejected", "mismatched", "sampled"]
@@ -119,17 +119,8 @@ class Collator:
         return {"batch": TrainingBatch(packed, branches, len(items), int(packed.target.numel()))}
 
     def pack(self, items: Sequence[Sequence[TokenPath]]) -> tuple[PackedBatch, list[int]]:
-        """The paths of every item packed, and the numbers of the items in the order in which their branches lie: those
-        that show one image first share a tree."""
-        groups = list(group_by_image({n: paths[0].views for n, paths in enumerate(items)}).values())
-        family, image_token = self.encoder.family, self.encoder.image_token_id
-        trees = prefix_trees(
-            [[path for number in members for path in items[number]] for members in groups],
-            image_token,
-            pairs_only=family.shares == "pairs",
-        )
-        packed = pack(trees, family, image_token, bin_length=self.bin_length, bucket=self.bucket)
-        return packed, [number for members in groups for number in members]
+        """The paths of every item packed, and the numbers of the items in the order in which their branches lie."""
+        return lay_out(items, self.encoder, bin_length=self.bin_length, bucket=self.bucket)
 
     def check_length(self, path: TokenPath, row: str) -> None:
         """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features.

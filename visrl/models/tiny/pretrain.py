@@ -33,12 +33,12 @@ from torch import nn
 from visrl.config import ConfigError, read_config
 from visrl.errors import UserError
 from visrl.manifest import claim_folder, hold, write_manifest
-from visrl.models.encode import Encoder
 from visrl.models.tiny.lessons import Lessons
 from visrl.models.tiny.make import save_tiny, tiny_model
 from visrl.models.tiny.readouts import ReadOuts
 from visrl.models.tiny.recipe import LossWeights, PretrainConfig
 from visrl.models.tiny.rows import Batch, Targets
+from visrl.models.tree_encoder import TreeEncoder
 from visrl.records import Journal, read_jsonl, write_records
 from visrl.scenes import SIDE, make_scene, questions_of
 
@@ -68,7 +68,7 @@ class Pretraining:
                 raise ConfigError(f"{key}={getattr(recipe, key)}: the language model has {layers} layers")
         self.model.set_attn_implementation("eager")  # PyTorch's fused attention is slower in its backward on a CPU
         self.model.model.visual.patch_embed.proj.__class__ = PatchProjection  # the same module with the same weights
-        self.lessons = Lessons(recipe, Encoder(self.processor, config, self.settings))
+        self.lessons = Lessons(recipe, TreeEncoder(self.processor, config, self.settings))
         self.readouts = ReadOuts(config.text_config.hidden_size, recipe.seed)
         self.parameters = [*self.model.parameters(), *self.readouts.parameters()]
         self.optimizer = torch.optim.AdamW(

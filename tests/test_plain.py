@@ -1,0 +1,76 @@
+"""The plain form against prefix trees, for families that have both: the same log-probabilities, gradients and texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_families import gradients, talks
+from tiny_families import MAKERS, make, plain
+
+from visrl.engines.base import Request, Sampling
+from visrl.engines.local import LocalEngine
+from visrl.models.attention import use_tree_attention
+from visrl.models.encode import Encoder
+from visrl.models.families import language_model
+from visrl.packing.forward import branch_logps
+from visrl.packing.lay_out import lay_out
+from visrl.packing.pack import PackedBatch
+
+# PaliGemma's whole prompt sees itself, and its processor takes prompt and response apart: it has no plain form.
+BOTH = sorted(set(MAKERS) - {"paligemma"})
+FAST = ["llava", "qwen2_5_vl"]
+EACH = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in BOTH]
+
+
+def batch_of(encoder: Encoder) -> PackedBatch:
+    """Three questions about two pictures, two boxes and two answers each, one item a picture."""
+    items = [
+        [path for talk, responses in talks(seed, questions) for path in encoder.encode(talk, responses)]
+        for seed, questions in ((1, 2), (2, 1))
+    ]
+    packed, order = lay_out(items, encoder)
+    assert order == [0, 1]
+    return packed
+
+
+def own_attention(model: Any) -> None:
+    language: Any = language_model(model).config
+    language._attn_implementation = "eager"
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_log_probabilities_and_gradients_are_those_of_the_tree(name: str) -> None:
+    model, tree = make(name)
+    own_attention(model)
+    ours = branch_logps(model, batch_of(plain(model, tree)))
+    mine = gradients(model, ours.sums)
+    use_tree_attention(model)
+    theirs = branch_logps(model, batch_of(tree))
+    torch.testing.assert_close(ours.sums, theirs.sums, rtol=1e-5, atol=0)
+    assert ours.counts.tolist() == theirs.counts.tolist()
+    other = gradients(model, theirs.sums)
+    assert mine.keys() == other.keys()
+    whole = torch.cat([gradient.flatten() for gradient in other.values()]).norm()
+    for key, gradient in other.items():
+        assert (mine[key] - gradient).norm() < 1e-4 * max(gradient.norm(), 1e-3 * whole), key
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_texts_are_those_of_the_tree(name: str) -> None:
+    """Greedy and sampled, of both steps, at the same seeds: tokens, reasons and log-probabilities."""
+    model, tree = make(name)
+    own_attention(model)
+    asked = [
+        Request(talk, Sampling(heat, 0.9 if heat else 1.0, 5 + n, logprobs=True), seed)
+        for n, (talk, _) in enumerate(talks(1, 2))
+        for heat, seed in ((0.0, 0), (1.0, 1), (1.0, 2))
+    ]
+    ours = LocalEngine(model, plain(model, tree)).generate(asked)
+    theirs = LocalEngine(model, tree).generate(asked)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.text, mine.ids, mine.finish_reason) == (other.text, other.ids, other.finish_reason)
+        assert mine.prompt_tokens == other.prompt_tokens
+        assert mine.logps == pytest.approx(other.logps, rel=1e-4, abs=1e-4)
+    assert len({completion.ids for completion in ours}) > len(asked) / 3

@@ -1,0 +1,71 @@
+"""The encoder of prefix trees: every image is made ready by itself, so that prompts which show it can share its tokens.
+
+What families differ in is in families.py. The encoder of models that take no tree is plain_encoder.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from visrl.conversation import View
+from visrl.models.encode import EncodedView, Encoder, refusing
+from visrl.models.families import Family, PixelRange, family_of, limited_images
+from visrl.models.settings import ModelSettings
+
+
+@final
+class TreeEncoder(Encoder):
+    """Prompts as text in which each image's placeholder stands in its place; pixels image by image."""
+
+    def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family | None = None) -> None:
+        super().__init__(processor, config, settings, family or family_of(config))
+
+    def _prepare(self, views: dict[str, View], *, is_crop: bool, alone: bool) -> dict[str, EncodedView]:
+        if self.family.pixel_limits:
+            return self._prepare_together(views, self.limits(is_crop))
+        return self._prepare_each(views, alone=alone)
+
+    def _prepare_together(self, views: dict[str, View], limits: PixelRange) -> dict[str, EncodedView]:
+        """All images in one batch, for processors that take pixel limits."""
+        made = limited_images(self.processor, [view.image for view in views.values()], limits)
+        return {
+            key: EncodedView(key, inputs, placeholder, math.prod(grid), grid, size)
+            for key, (inputs, placeholder, grid, size) in zip(views, made, strict=True)
+        }
+
+    def _prepare_each(self, views: dict[str, View], *, alone: bool) -> dict[str, EncodedView]:
+        """Each image by itself, as its processor cuts it (in tiles, to a fixed size)."""
+        encoded = {}
+        options = self.processor._merge_kwargs(
+            self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
+        )["images_kwargs"]  # fmt: skip
+        for key, view in views.items():
+            image = self.reduced(view)
+            shown = [image] if alone else [image, image]
+            with refusing(view):
+                processed, placeholders = self.processor._process_images([shown], **options)
+            count = placeholders[0].count(self.image_token)
+            inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
+            encoded[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
+        return encoded
+
+    def _expand(self, parts: Sequence[str], views: Sequence[EncodedView]) -> str:
+        return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
+
+    def _tokenize(self, texts: Sequence[str], views: Sequence[EncodedView]) -> list[np.ndarray]:
+        tokenised = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return [np.array(ids, dtype=np.int64) for ids in tokenised]
+
+    def _positions(self, ids: np.ndarray, views: Sequence[EncodedView]) -> np.ndarray:
+        return self.family.positions(ids, self.image_token_id, [view.grid for view in views])
+
+
+def _first_of(values: Any, images: int) -> torch.Tensor:
+    """The part of a processor's output that belongs to the first of `images` equal images, along the first axis."""
+    tensor = torch.as_tensor(values)
+    return tensor[: len(tensor) // images] if images > 1 else tensor

@@ -1,0 +1,46 @@
+"""Rows of the plain form: each path a row of its own, padded, in the class of a packed batch, so that whatever reads
+one reads both. Nothing is shared; for models that take no prefix tree (pack.py is for those that do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from visrl.models.encode import TokenPath
+from visrl.models.plain_encoder import PlainEncoder
+from visrl.packing.pack import Call, PackedBatch
+
+
+def pack_rows(paths: Sequence[TokenPath], encoder: PlainEncoder) -> PackedBatch:
+    """Every path as a row; branches are numbered in their order. The rows of a call show as many images: some models
+    let the images of a call be seen by all of its rows' first tokens."""
+    by_images: dict[int, list[int]] = {}
+    for number, path in enumerate(paths):
+        by_images.setdefault(len(path.views), []).append(number)
+    calls, rows, targets, branches = [], [], [], []
+    kept = 0
+    for members in by_images.values():
+        own = [paths[number] for number in members]
+        inputs = encoder.rows(own)
+        predictors = [np.arange(path.start - 1, len(path.ids) - 1) for path in own]
+        keep, column = np.unique(np.concatenate(predictors), return_inverse=True)
+        row = np.repeat(np.arange(len(own)), [len(places) for places in predictors])
+        calls.append(Call(inputs, torch.from_numpy(keep), []))
+        rows.append(kept + row * len(keep) + column)
+        targets += [path.ids[path.start :] for path in own]
+        branches.append(np.array(members)[row])
+        kept += len(own) * len(keep)
+    tokens = sum(len(path.ids) for path in paths)
+    return PackedBatch(
+        calls=calls,
+        row=torch.from_numpy(np.concatenate(rows)),
+        target=torch.from_numpy(np.concatenate(targets)),
+        branch=torch.from_numpy(np.concatenate(branches)),
+        branches=len(paths),
+        tokens=tokens,
+        padded_tokens=sum(call.inputs["input_ids"].numel() for call in calls),
+        separate_tokens=tokens,
+    )
