@@ -65,7 +65,8 @@ _OPTIMISER = "name an optimiser of transformers by optim"
 _VOCABULARY = "the vocabulary stays the checkpoint's; leave it out"
 _SIBLING = "no such model takes part here; pref_loss says which preference loss is taken"
 SWITCHED_OFF: dict[str, str] = {
-    "eval_dataset": "val_size holds items of dataset out to validate on, rollout_dataset names held-out samples",
+    "eval_dataset": "val_size holds items of dataset out to validate on; rollout_dataset and rollout_samples name "
+    "held-out samples that are rolled out",
     "streaming": "data sets are read from files; leave it out",
     "mix_strategy": "give data sets one after another; only concat is done",
     "interleave_probs": "give data sets one after another; only concat is done",

@@ -20,6 +20,7 @@ Mark = tuple[Box, str, str]  # the box, its colour as "#rrggbb", its label ("" f
 TRUE_COLOUR = "#111318"
 FIRST_COLOUR = "#e07b00"
 LAST_COLOUR = "#2563eb"
+SAME_COLOUR = "#6b7280"
 HALO = "#ffffff"
 
 Rectangle = tuple[float, float, float, float]

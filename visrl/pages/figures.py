@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from visrl.pages.panels import Panel, Series, panels_of
 from visrl.pages.wording import percent
 
 # Stand-ins: colours that nothing else uses, each replaced by the page's variable of that name.
@@ -47,24 +48,6 @@ RC: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-# Panel title, then its series: key of the log, label, ink, dashed.
-PANELS: list[tuple[str, list[tuple[str, str, str, bool]]]] = [
-    ("Held-out greedy rollouts", [("eval_rollout/iou", "mean IoU", "box", False),
-                                  ("eval_rollout/accuracy", "answers", "answer", False),
-                                  ("eval_rollout/right_object", "right object", "truth", False),
-                                  ("eval_rollout/parse_rate", "readable", "muted", True)]),
-    ("Reward accuracy", [("rewards/accuracies/box", "box", "box", False),
-                         ("rewards/accuracies/answer", "answer", "answer", False)]),
-    ("Reward margin", [("rewards/margins/box", "box", "box", False),
-                       ("rewards/margins/answer", "answer", "answer", False)]),
-    ("Log-probability of the box text", [("logps/chosen/box", "chosen", "box", False),
-                                         ("logps/rejected/box", "rejected", "box", True)]),
-    ("Log-probability of the answer", [("logps/chosen/answer", "chosen", "answer", False),
-                                       ("logps/rejected/answer", "rejected", "answer", True)]),
-    ("Loss", [("loss", "trained on", "ink", False),
-              ("eval_loss", "held out", "muted", True)]),
-]  # fmt: skip
-FRACTIONS = ("eval_rollout/", "rewards/accuracies/")
 MOST_POINTS = 160  # of one line: more cannot be seen at this size
 
 
@@ -87,8 +70,9 @@ class SvgFigure:
 
 def curve_figures(curves: Sequence[Curve]) -> list[SvgFigure]:
     """The training logs on one axis of steps, a band for each stage; panels without data are left out."""
+    panels = panels_of(row for curve in curves for row in curve.rows)
     with matplotlib.rc_context(RC):
-        return [found for title, series in PANELS if (found := _panel(curves, title, series))]
+        return [found for panel in panels if (found := _panel(curves, panel))]
 
 
 def is_drawn(value: Any) -> bool:
@@ -99,9 +83,10 @@ def is_drawn(value: Any) -> bool:
 # --- What every figure is made with ----------------------------------------------------------------------------------
 
 
-def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str, bool]]) -> SvgFigure | None:
-    series = [entry for entry in series if any(entry[0] in row for curve in curves for row in curve.rows)]
-    if not series:
+def _panel(curves: Sequence[Curve], panel: Panel) -> SvgFigure | None:
+    rows = [row for curve in curves for row in curve.rows]
+    series = [entry for entry in panel.series if any(entry.key in row for row in rows)]
+    if not series or (panel.or_nothing and not any(row.get(entry.key) for row in rows for entry in series)):
         return None
     figure, axes = canvas(350, 260)
     words: dict[str, list[float]] = {}
@@ -111,28 +96,44 @@ def _panel(curves: Sequence[Curve], title: str, series: list[tuple[str, str, str
         if number % 2 == 0:
             axes.axvspan(start, end, color=INKS["band"], linewidth=0)
         label = curve.title.replace(", ", "\n") if len(curves) <= 4 else re.sub(r"\D+", " ", curve.title).strip()
-        axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
-                  fontsize=10, color=INKS["muted"])  # fmt: skip
-        for key, name, ink, dashed in series:
-            points = [(start + row["step"], float(row[key])) for row in curve.rows if is_drawn(row.get(key))]
+        if len(curves) > 1:
+            axes.text((start + end) / 2, 1.02, label, transform=axes.get_xaxis_transform(), ha="center", va="bottom",
+                      fontsize=10, color=INKS["muted"])  # fmt: skip
+        for entry in series:
+            points = [
+                (start + row["step"], float(row[entry.key])) for row in curve.rows if is_drawn(row.get(entry.key))
+            ]
             if points:
-                _line(axes, np.array(points), ink, dashed, None if name in words else name)
-                words.setdefault(name, []).extend((points[0][1], points[-1][1]))
+                _interval(axes, curve.rows, entry, start)
+                _line(axes, np.array(points), entry.ink, entry.dashed, None if entry.label in words else entry.label)
+                words.setdefault(entry.label, []).extend((points[0][1], points[-1][1]))
         start = end
     axes.set_xlim(0, start)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("training step")
-    if all(key.startswith(FRACTIONS) for key, *_ in series):
+    if panel.unit == "percent":
         percent_axis(axes.yaxis)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylabel(panel.unit)
     axes.grid(axis="y")
     if len(series) > 1:
-        legend(axes, len(series), below=0.2)
+        legend(axes, len(series) if len(series) < 4 else 2, below=0.2)
+    unit = "" if panel.unit in ("", "percent") else f", in {panel.unit}"
     spoken = "; ".join(
         f"{name} starts at {values[0]:.2f} and ends at {values[-1]:.2f}" for name, values in words.items()
     )
-    return svg_figure(figure, title, f"{title} over the training steps: {spoken}")
+    return svg_figure(figure, panel.title, f"{panel.title} over the training steps{unit}: {spoken}")
+
+
+def _interval(axes: Axes, rows: Sequence[dict[str, Any]], entry: Series, start: float) -> None:
+    """The interval of a series as a band, where the log has one."""
+    ends = [f"{entry.key}_low", f"{entry.key}_high"]
+    known = [(start + row["step"], *(row[end] for end in ends)) for row in rows
+             if all(is_drawn(row.get(end)) for end in ends)]  # fmt: skip
+    if len(known) > 1:
+        steps, low, high = _thinned(np.array(known, dtype=float)).T
+        axes.fill_between(steps, low, high, color=INKS[entry.ink], alpha=0.14, linewidth=0)
 
 
 def _line(axes: Axes, points: np.ndarray[Any, Any], ink: str, dashed: bool, label: str | None) -> None:
@@ -173,7 +174,12 @@ def legend(axes: Axes, columns: int, below: float) -> None:
 def percent_axis(axis: Any) -> None:
     """Round ticks on an axis of fractions, labelled as percentages."""
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
+
+    def label(value: float, _: object) -> str:
+        low, high = axis.get_view_interval()
+        return percent(value, 0 if high - low > 0.05 else 1)
+
+    axis.set_major_formatter(FuncFormatter(label))
 
 
 def svg_figure(figure: Figure, title: str, alt: str) -> SvgFigure:

@@ -26,6 +26,7 @@ def render_page(template: Path, **values: Any) -> str:
     environment.filters |= {
         "percent": wording.percent, "measured": wording.measured, "between": wording.between, "count": wording.count,
         "duration": wording.duration, "plain": _plain, "signed": wording.signed,
+        "number": wording.number, "plus": wording.plus,
     }  # fmt: skip
     css = (HERE / "page.css").read_text(encoding="utf-8")
     return environment.get_template(template.name).render(css=css, **values)

@@ -21,6 +21,19 @@ def measured(value: float, measure: str) -> str:
     return f"{value:.3f}" if measure == "box_iou" else percent(value)
 
 
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with its digits, a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def plus(value: float | None, digits: int = 2) -> str:
+    """A number with its sign, a dash where there is none; what rounds to zero has no sign."""
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}"
+    return number(0.0, digits) if float(text) == 0 else text.replace("-", "−")
+
+
 def between(low: float, high: float, measure: str) -> str:
     """An interval of `measure` in brackets, in the unit of the value it stands beside."""
     return f"[{low:.3f}, {high:.3f}]" if measure == "box_iou" else f"[{100 * low:.1f}, {100 * high:.1f}]"

@@ -20,12 +20,15 @@ from visrl.report.figures import control_figure, kind_figure, stage_figure
 from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, images_of, shared_ids
 from visrl.report.loop import CONTROLS, Pairs
 from visrl.report.measures import TITLES
+from visrl.report.online import SHOWN, OnlineRun, measure_table, online_lede, paired_rows, time_shares
+from visrl.report.online_rules import failures
 from visrl.report.rules import critic_words, rule_lines
 from visrl.report.run import Run, load_run
 from visrl.report.shapes import JsonObject
 from visrl.report.story import beside_the_loop, caveats, change, gap_closed, headlines, intention, lede
 from visrl.rewards.crop_effects import BASELINES, gain_and_harm
 from visrl.rewards.results import KIND_MEASURES
+from visrl.train.rollout_cards import COLOURS, rollout_cards
 
 NAME = "report.html"
 
@@ -66,6 +69,7 @@ def render(run: Run) -> str:
         control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
         **_kinds(run),
         **_gallery(run),
+        online_runs=[_online(run, one) for one in run.online_runs],
         notes=caveats(run),
     )
 
@@ -148,6 +152,22 @@ def _kinds(run: Run) -> JsonObject:
     }
 
 
+def _online(run: Run, one: OnlineRun) -> JsonObject:
+    """An online training: its curves and numbers, known failures that they show, and rollouts to look at."""
+    rule = one.config.get("crop_rule") or run.crop_rules[-1]
+    root = one.config.get("image_root") or run.image_root
+    first, last = (rollout_cards(rows[:SHOWN], rule, root) for rows in paired_rows(one))
+    return {
+        "title": one.title,
+        "lede": online_lede(one),
+        "failures": failures(one.rows),
+        "figures": curve_figures([one.curve]),
+        "table": measure_table(one.rows),
+        "times": time_shares(one.rows),
+        "sides": [cards for cards in (first, last) if cards],
+    }
+
+
 def _gallery(run: Run) -> JsonObject:
     """The questions to look at, and how their outcomes compare with those of all questions."""
     stages: list[AnswerSet] = [stage for stage in run.stages if stage.rows]
@@ -164,7 +184,7 @@ def _gallery(run: Run) -> JsonObject:
         "gallery_total": len(ids),
         "right_by": "" if run.stages else next((e.right_by for e in run.evaluations if e.rows), ""),
         "outcomes": outcomes,
-        "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR},
+        "colours": {"true": draw.TRUE_COLOUR, "first": draw.FIRST_COLOUR, "last": draw.LAST_COLOUR, **COLOURS},
     }
 
 
@@ -183,9 +203,10 @@ def report(run: str | Path) -> Path:
     page = render(loaded)
     with hold(run / "report.html"):  # the page alone: a run may be reported on while it is written
         path = save(run, page)
+    logs = len(loaded.curves) + len(loaded.online_runs)
     typer.echo(
         f"read {run}: {len(loaded.stages)} evaluated checkpoints, {len(loaded.pairs)} iterations of pairs, "
-        f"{len(loaded.curves)} training logs, {len(loaded.evaluations)} evaluations, {len(loaded.manifests)} manifests"
+        f"{logs} training logs, {len(loaded.evaluations)} evaluations, {len(loaded.manifests)} manifests"
     )
     if loaded.missing:
         typer.echo(f"left out, not there yet: {', '.join(loaded.missing)}")

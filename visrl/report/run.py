@@ -17,6 +17,7 @@ from visrl.pages.figures import Curve
 from visrl.report.evaluations import Evaluation, read_evaluations
 from visrl.report.loop import ONLINE, Pairs, Stage, read_controls, read_pairs, read_stages, stage_files
 from visrl.report.measures import Scores
+from visrl.report.online import OnlineRun, read_online
 from visrl.report.shapes import (
     JsonObject,
     LogShape,
@@ -42,7 +43,8 @@ class Run:
     online: Stage | None  # from the same start as the loop
     controls: dict[str, dict[str, Scores]]  # by checkpoint ("first", "last"), then by control
     pairs: list[Pairs]
-    curves: list[Curve]
+    curves: list[Curve]  # of the trainings that are not online
+    online_runs: list[OnlineRun]
     evaluations: list[Evaluation]
     manifests: dict[str, JsonObject]  # by folder, relative to the run
     missing: list[str]
@@ -82,6 +84,8 @@ def load_run(folder: Path) -> Run:
     summary = read_run_object(folder / "summary.json", SummaryShape) if (folder / "summary.json").is_file() else {}
     known = read_stages(folder, summary)
     stages = [stage for stage in known if stage.name != ONLINE]
+    curves = _curves(folder)
+    online_runs = read_online(curves)
     run = Run(
         folder=folder,
         summary=summary,
@@ -89,7 +93,8 @@ def load_run(folder: Path) -> Run:
         online=next((stage for stage in known if stage.name == ONLINE), None),
         controls=read_controls(folder, summary, stages),
         pairs=read_pairs(folder, summary),
-        curves=_curves(folder),
+        curves=[curve for where, curve in curves.items() if where not in {one.folder for one in online_runs}],
+        online_runs=online_runs,
         evaluations=evaluations,
         manifests={
             str(path.parent.relative_to(folder)): read_run_object(path, ManifestShape)
@@ -98,7 +103,7 @@ def load_run(folder: Path) -> Run:
         missing=[],
     )
     parts = {"the summary": run.summary, "evaluations": run.stages, "controls": run.controls, "pairs": run.pairs,
-             "training logs": run.curves}  # fmt: skip
+             "training logs": run.curves or run.online_runs}  # fmt: skip
     if is_loop:
         run.missing.extend(name for name, part in parts.items() if not part)
     elif is_training and not (folder / MANIFEST).is_file():
@@ -106,14 +111,15 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def _curves(folder: Path) -> list[Curve]:
-    """The training logs of the run, in the order of training; a plain training folder has one, at its top."""
-    found = []
+def _curves(folder: Path) -> dict[Path, Curve]:
+    """The training logs of the run by their folders, in the order of training; a plain training folder has one, at its
+    top."""
+    found = {}
     for path in sorted(folder.rglob("log.jsonl"), key=lambda path: _natural(str(path.relative_to(folder)))):
         rows = [row for row in read_run_rows(path, LogShape) if row.get("step") is not None]
         parts = [re.sub(r"^(iter|stage)(\d+)$", r"\1 \2", part) for part in path.relative_to(folder).parts[:-1]]
         if rows:
-            found.append(Curve(", ".join(parts) or "training", rows))
+            found[path.parent] = Curve(", ".join(parts) or "training", rows)
     return found
 
 

@@ -160,6 +160,32 @@ class PairShape(Shape):
     id: str | int
 
 
+class RolledBoxShape(Shape):
+    """A box in a line of `rollouts.jsonl`, with the answers from its crop."""
+
+    text: str
+    box: BoxList | None
+    reward: FiniteFloat | None
+    advantage: FiniteFloat | None
+    answers: list[str | None]
+    rewards: list[FiniteFloat | None]
+    advantages: list[FiniteFloat | None]
+    parts: dict[str, list[FiniteFloat | None]]
+
+
+class RolloutShape(Shape):
+    """A line of `rollouts.jsonl`, which an online training writes."""
+
+    step: NonNegativeInt
+    id: str | int
+    image: str
+    question: str
+    answer: str
+    true_box: BoxList | None = None
+    repeat: NonNegativeInt = 0
+    boxes: list[RolledBoxShape]
+
+
 class LogShape(Shape):
     """A line of a training log: numbers, some of them not finite where a training went wrong."""
 

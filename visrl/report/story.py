@@ -16,6 +16,7 @@ from visrl.pages.wording import NO_BREAK, count, measured, percent, signed
 from visrl.report.gallery import shared_ids
 from visrl.report.loop import BOUNDS, CONTROLS, ONLINE, Stage
 from visrl.report.measures import TITLES, Score, measure_rows
+from visrl.report.online import online_lede
 from visrl.report.run import Run
 from visrl.rewards.results import NO_OTHER, Measure, measure_of
 from visrl.statistics import paired
@@ -94,6 +95,8 @@ def lede(run: Run) -> str:
     if not run.stages and run.evaluations:
         models = sorted({str(evaluation.facts.get("model", "a model")) for evaluation in run.evaluations})
         return f"{count(len(run.evaluations), 'evaluation')} of {', '.join(models)}."
+    if not run.stages and run.online_runs:
+        return online_lede(run.online_runs[-1])
     if not run.stages:
         return "No checkpoint of this run has been evaluated yet."
     first, last = run.stages[0], run.stages[-1]
@@ -152,10 +155,16 @@ def caveats(run: Run) -> list[str]:
         notes.append(
             f"{count(unread, 'score')} of the critic could not be read and count neither for nor against a try."
         )
-    for curve in run.curves:
+    for curve in (*run.curves, *(one.curve for one in run.online_runs)):
         lost = sum(isinstance(value, float) and not isfinite(value) for row in curve.rows for value in row.values())
         if lost:
             notes.append(f"{count(lost, 'value')} in the log of {curve.title} are not finite, and not drawn.")
+    if run.online_runs:
+        notes.append(
+            "What an online training logs of its rollouts is of questions that it learns from, sampled at its "
+            "temperature. Held-out greedy rollouts are the curve to judge by; its band is the 95 % interval of the "
+            "draw of questions, not of another seed."
+        )
     if run.curves:
         notes.append(
             "Reward accuracy, margins and log-probabilities are of the pairs trained on, which can be memorised. "

@@ -5,7 +5,7 @@ Geometry over boxes that are known; what is not known is None, and measures noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from visrl.box import Box, CropRule, Size, crop_window, iou, overlap
 from visrl.records import Sample
@@ -15,17 +15,24 @@ from visrl.scenes import SIDE, close_up
 EVIDENCE_SHARE = 0.5  # of the evidence that a crop must hold: then the middle of it lies in the crop, too
 
 
-def other_objects(samples: Sequence[Sample]) -> list[tuple[Box, ...]]:
+def other_objects(samples: Sequence[Sample], boxes: Mapping[str, Sequence[Box]] | None = None) -> list[tuple[Box, ...]]:
     """For each sample the known objects of its image but the one asked about, as boxes in fractions of the image.
 
     Of a drawn scene these are its other tags; elsewhere the true boxes of the other samples about the same image, those
-    aside that are the sample's own region drawn twice (`controls.same_region`). Empty where no other object is known.
+    aside that are the sample's own region drawn twice (`controls.same_region`). `boxes` are those true boxes where
+    `samples` are only some of a data set (see `boxes_by_image`). Empty where no other object is known.
     """
-    by_image: dict[str, list[Box]] = {}
+    boxes = boxes_by_image(samples) if boxes is None else boxes
+    return [_other_objects(sample, boxes.get(sample.image, ())) for sample in samples]
+
+
+def boxes_by_image(samples: Iterable[Sample]) -> dict[str, list[Box]]:
+    """The true boxes of samples, by the image that they are on."""
+    found: dict[str, list[Box]] = {}
     for sample in samples:
         if sample.box is not None:
-            by_image.setdefault(sample.image, []).append(sample.box)
-    return [_other_objects(sample, by_image.get(sample.image, ())) for sample in samples]
+            found.setdefault(sample.image, []).append(sample.box)
+    return found
 
 
 def _other_objects(sample: Sample, boxes: Sequence[Box]) -> tuple[Box, ...]:

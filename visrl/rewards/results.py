@@ -290,18 +290,26 @@ def summarise_kinds(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 def training_measures(rows: Sequence[Row]) -> dict[str, float]:
     """What a training run watches: accuracy, parse rate, mean IoU and the share above 0.5 where boxes are known, the
-    share on the right object where images have several, and `score`, the mean of accuracy and IoU."""
-    accuracy = _mean(_measured(rows, "answer_accuracy"))
-    found = {"accuracy": accuracy, "parse_rate": _mean([float(row["box"] is not None) for row in rows])}
-    overlaps = _measured(rows, "box_iou")
-    if overlaps:
-        found["iou"] = _mean(overlaps)
+    share on the right object where images have several, and `score`, the mean of accuracy and IoU.
+
+    Accuracy, IoU and right object have their 95 % intervals beside them (`iou_low`, `iou_high`); `n` is how many rows
+    there are.
+    """
+    found = _with_interval("accuracy", _measured(rows, "answer_accuracy"))
+    found["parse_rate"] = _mean([float(row["box"] is not None) for row in rows])
+    if overlaps := _measured(rows, "box_iou"):
+        found |= _with_interval("iou", overlaps)
         found["iou_50"] = _mean(_measured(rows, "box_accuracy_50"))
-    on_object = _measured(rows, "right_object")
-    if on_object:
-        found["right_object"] = _mean(on_object)
-    found["score"] = (accuracy + found.get("iou", accuracy)) / 2
+    if on_object := _measured(rows, "right_object"):
+        found |= _with_interval("right_object", on_object)
+    found["score"] = (found["accuracy"] + found.get("iou", found["accuracy"])) / 2
+    found["n"] = len(rows)
     return found
+
+
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    known = interval(values)
+    return {name: known["mean"], f"{name}_low": known["low"], f"{name}_high": known["high"]}
 
 
 def summarise(rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:

@@ -77,10 +77,14 @@ def evaluate_samples(
     crop_rule: CropRule = "exact",
     root: str | Path | None = None,
     seed: int = 0,
+    part: slice = slice(None),
 ) -> list[dict[str, Any]]:
-    """One row per sample, in order (see `Result.loop_row`); `root` is the folder that images are named from."""
+    """One row per sample, in order (see `Result.loop_row`); `root` is the folder that images are named from.
+
+    Of a `part` of the samples alone, where several processes share the work: what surrounds them comes from all.
+    """
     rows: list[dict[str, Any]] = []
-    for batch in batched(with_surroundings(samples, mode, seed), BATCH):
+    for batch in batched(with_surroundings(samples, mode, seed)[part], BATCH):
         results = greedy_results(policy, batch, mode=mode, crop_rule=crop_rule, root=root, seed=seed)
         rows += [result.loop_row() for result in results]
     return rows

@@ -9,6 +9,8 @@ online          online reinforcement: the same trainer, whose batches are sample
 online_config   its keys
 online_rollouts what a step samples: rollouts, rewards, advantages, packed
 online_losses   its losses
+online_watch    what people watch of a step: its measures, and the row of the journal
+show_rollouts   the last step's rollouts as a page and a table; rollout_cards draws and crops
 
 data            data sets of items; curriculum is the warm-up's
 rows, items     a sample or preference as rows with responses; their collation into a packed batch

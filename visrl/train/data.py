@@ -196,9 +196,14 @@ def read_rollout_samples(config: TrainConfig) -> list[Sample]:
     """The held-out samples that every evaluation rolls out; none without `rollout_samples`.
 
     Raises:
-        ConfigError: no data named to take them from.
+        ConfigError: no data named to take them from, or data from which none are to be taken.
     """
     if not config.rollout_samples:
+        if config.rollout_dataset is not None:
+            raise ConfigError(
+                f"rollout_dataset: say by rollout_samples how many questions of {config.rollout_dataset} every "
+                "evaluation rolls out, or leave the key out"
+            )
         return []
     if config.rollout_dataset is None:
         raise ConfigError("rollout_dataset: name the held-out samples that rollout_samples are taken from")

@@ -19,12 +19,13 @@ from visrl.train.online_config import OnlineFields
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
     "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
-    "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica",
+    "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica", "log_completions",
+    "num_completions_to_print", "rollouts_in_page",
 }  # fmt: skip
 # What a training writes, beside settings and processor: removed where other work takes its folder.
 WRITTEN = (
-    MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "reference.json", "training_*.svg", "adapter_*", "*.safetensors",
-    "*.safetensors.index.json", "checkpoint-*",
+    MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "rollouts.html", "reference.json", "training_*.svg", "adapter_*",
+    "*.safetensors", "*.safetensors.index.json", "checkpoint-*",
 )  # fmt: skip
 
 

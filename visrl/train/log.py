@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, float] = defaultdict(float)
 
-    def add(self, name: str, value: torch.Tensor, count: int = 1) -> None:
+    def add(self, name: str, value: torch.Tensor, count: float = 1) -> None:
+        """Add a value that is the sum over `count` of what the mean is of: tokens, steps, or seconds for a rate."""
         self._sums[name] += float(value.detach())
         self._counts[name] += count
 
@@ -59,5 +61,5 @@ def plot_loss(out: Path) -> None:
     from visrl.pages.figures import Curve, curve_figures
 
     for drawing in curve_figures([Curve(title=out.name, rows=list(read_jsonl(out / "log.jsonl")))]):
-        name = drawing.title.lower().replace(" ", "_").replace("-", "_")
+        name = re.sub(r"\W+", "_", drawing.title.lower())
         (out / f"training_{name}.svg").write_text(drawing.svg, encoding="utf-8")

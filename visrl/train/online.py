@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from visrl.engines.local import LocalEngine
 from visrl.packing.forward import token_logps, token_logps_and_entropies
 from visrl.records import Journal, Sample
-from visrl.rewards.advantages import deviation, mean, two_levels
+from visrl.rewards.advantages import two_levels
+from visrl.rewards.grounding import boxes_by_image, other_objects
 from visrl.rewards.parts import Scorer
 from visrl.sequences import batched
 from visrl.train import online_losses
@@ -32,16 +33,16 @@ from visrl.train.online_rollouts import (
     QuestionRollouts,
     Response,
     estimator_of,
-    journal_row,
     pack_responses,
     responses_of,
     sample_rollouts,
     score_rollouts,
 )
+from visrl.train.online_watch import Objects, journal_row, measures_of
+from visrl.train.rollout_cards import JOURNAL
 from visrl.train.sampler import RepeatedSteps
+from visrl.train.show_rollouts import ShowRollouts
 from visrl.train.trainer import VisrlTrainer
-
-JOURNAL = "rollouts.jsonl"
 
 
 def gather_questions(samples: list[Sample]) -> dict[str, list[Sample]]:
@@ -59,6 +60,10 @@ class OnlineTrainer(VisrlTrainer):
         self.online_loss = self.visrl_config.online_loss[1]
         self._batches: list[OnlineBatch] = []  # of the rollouts that are learned from
         self._timed = True  # whether the time of this step's update is among the means
+        questions: Any = self.train_dataset
+        self._boxes = boxes_by_image(questions.samples)  # what objects of an image are known is read off all questions
+        self._show = ShowRollouts(self.visrl_config, self.encoder.settings.crop_rule, self.callback_handler.callbacks)
+        self.add_callback(self._show)
         self._start = self._frozen_start()
 
     def _frozen_start(self) -> Any:
@@ -71,8 +76,12 @@ class OnlineTrainer(VisrlTrainer):
         times = self.visrl_config.num_iterations
         if times == 1:
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return RepeatedSteps(super()._get_train_sampler(train_dataset), size, times)
+        return RepeatedSteps(super()._get_train_sampler(train_dataset), self._questions, times)
+
+    @property
+    def _questions(self) -> int:
+        """How many questions a step learns from, on all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -98,12 +107,16 @@ class OnlineTrainer(VisrlTrainer):
         self._add("tokens/prefilled", engine.prefilled_tokens)
         self._give_credit(rollouts)
         responses = [responses_of(one, self.collator) for one in rollouts]
-        self._log_rollouts(rollouts, [one for own in responses for one in own])
-        self._write_journal(rollouts, step)
+        objects = self._objects_of(rollouts)
+        for name, value in measures_of(rollouts, [one for own in responses for one in own], objects):
+            self._add(name, value)
+        self._write_journal(rollouts, step, objects)
         ends = [sum(map(len, questions[: n + 1])) for n in range(len(questions))]
-        return [
+        batches = [
             self._pack(responses[end - len(batch) : end], batch) for end, batch in zip(ends, questions, strict=True)
         ]
+        self._add("tokens/update", sum(batch.packed.tokens for batch in batches))
+        return batches
 
     def _scored(
         self, engine: LocalEngine, samples: Sequence[Sample], step: int, again: int = 0
@@ -113,8 +126,8 @@ class OnlineTrainer(VisrlTrainer):
         sampled = time.perf_counter()
         scored = score_rollouts(rolled, config, self.scorers)
         first = int(not again)  # what is sampled again adds to the time of its step
-        self._add("time/rollout", sampled - started, first)
-        self._add("time/reward", time.perf_counter() - sampled, first)
+        self._add_time("rollout", sampled - started, first)
+        self._add_time("reward", time.perf_counter() - sampled, first)
         return scored
 
     def _sampled_again(
@@ -185,7 +198,7 @@ class OnlineTrainer(VisrlTrainer):
         )  # fmt: skip
         if found.kl is not None:
             self._meters.add("kl", found.kl.sum(), len(found.kl))
-        self._log_update(entropies, found.ratios.detach(), advantages)
+        self._log_update(batch, entropies, found.ratios.detach(), advantages)
         return found.total.reshape(1)
 
     @torch.no_grad()
@@ -201,46 +214,34 @@ class OnlineTrainer(VisrlTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         started = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        self._meters.add("time/update", torch.tensor(time.perf_counter() - started), int(not self._timed))
+        first = int(not self._timed)
+        self._add_time("update", time.perf_counter() - started, first)
+        self._add("step_time", 0.0, first)
+        self._add("samples_per_second", self._questions * first, 0)
         self._timed = True  # the batches of a step add up to one time
         return loss
 
     # --- what people watch
 
-    def _add(self, name: str, value: float, count: int = 1) -> None:
+    def _add(self, name: str, value: float, count: float = 1) -> None:
         self._meters.add(name, torch.tensor(value), count)
 
-    def _log_rollouts(self, rollouts: Sequence[QuestionRollouts], responses: Sequence[Response]) -> None:
-        """Add to the running means what the rollouts of a step are like; names are TRL's where it has them."""
-        rewards = [reward for one in rollouts for rewards in one.scored.rewards for reward in rewards]
-        self._add("reward", mean(rewards))
-        self._add("reward_std", deviation(rewards))
-        for label in rollouts[0].scored.parts:
-            scores = [score for one in rollouts for own in one.scored.parts[label] for score in own]
-            if any(score is not None for score in scores):
-                self._add(f"rewards/{label}/mean", mean(scores))
-                self._add(f"rewards/{label}/std", deviation(scores))
-        self._add("left_out", mean([float(reward is None) for reward in rewards]))
-        self._add("frac_reward_zero_std", mean([float(one.boxes.flat) for one in rollouts]))
-        crops = [float(group.flat) for one in rollouts for group in one.answers if group.values]
-        if crops:
-            self._add("frac_reward_zero_std/answer", mean(crops))
-        looks = [attempt.looks[0] for one in rollouts for attempt in one.attempts]
-        self._add("box/parsed", mean([float(look.box is not None) for look in looks]))
-        if areas := [look.box.area for look in looks if look.box is not None]:
-            self._add("box/area", mean(areas))
-        for kind in ("box", "answer"):
-            own = [one.completion for one in responses if one.step == kind]
-            if own:
-                self._add(f"completions/mean_length/{kind}", mean([float(len(one.ids)) for one in own]))
-                cut = [float(one.finish_reason == "length") for one in own]
-                self._add(f"completions/clipped_ratio/{kind}", mean(cut))
-        self._add("tokens/sampled", sum(len(one.completion.ids) for one in responses))
+    def _add_time(self, part: str, seconds: float, count: int) -> None:
+        """Add to the seconds of a part of a step and of the whole, whose steps and questions `training_step` counts."""
+        self._add(f"time/{part}", seconds, count)
+        self._add("step_time", seconds, 0)
+        self._add("samples_per_second", 0.0, seconds)
 
-    def _log_update(self, entropies: torch.Tensor, ratios: torch.Tensor, advantages: torch.Tensor) -> None:
+    def _log_update(
+        self, batch: OnlineBatch, entropies: torch.Tensor, ratios: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
         """Add to the running means what an update is like: means over the tokens that are computed."""
-        config = self.visrl_config
+        config, branch = self.visrl_config, batch.packed.branch
         self._meters.add("entropy", entropies.sum(), len(entropies))
+        for kind in ("box", "answer"):
+            own = torch.tensor([one.step == kind for one in batch.branches], device=branch.device)[branch]
+            if count := int(own.sum()):
+                self._meters.add(f"entropy/{kind}", entropies[own].sum(), count)
         if self.online_loss.function is online_losses.clipped:
             low, high = online_losses.clip_shares(
                 ratios, advantages, epsilon=config.epsilon, epsilon_high=config.epsilon_high
@@ -248,9 +249,15 @@ class OnlineTrainer(VisrlTrainer):
             for name, clipped in (("low", low), ("high", high), ("region", low | high)):
                 self._meters.add(f"clip_ratio/{name}_mean", clipped.float().sum(), len(clipped))
 
-    def _write_journal(self, rollouts: Sequence[QuestionRollouts], step: int) -> None:
-        rows = gather_object([journal_row(one, step) for one in rollouts])
+    def _objects_of(self, rollouts: Sequence[QuestionRollouts]) -> Objects:
+        samples = [one.question.sample for one in rollouts]
+        others = other_objects(samples, self._boxes)
+        return {sample.place: own for sample, own in zip(samples, others, strict=True)}
+
+    def _write_journal(self, rollouts: Sequence[QuestionRollouts], step: int, objects: Objects) -> None:
+        rows = gather_object([journal_row(one, step, objects) for one in rollouts])
         if self.is_world_process_zero():
+            self._show.rows = rows
             with Journal(Path(str(self.args.output_dir)) / JOURNAL) as journal:
                 for part in batched(rows, 64):
                     journal.append(part)

@@ -52,6 +52,10 @@ class OnlineFields(Config):
     beta: NotNegative = 0.0  # weight of the KL to the model at the start of its stage
     use_bias_correction_kl: bool = True  # that KL is weighted by the importance ratio, too
 
+    log_completions: bool = False  # a table of the last rollouts with every log, to the console and to trackers
+    num_completions_to_print: Annotated[int, Field(ge=1)] | None = None  # of its rows; None: all
+    rollouts_in_page: int = Field(12, ge=0)  # questions of the last step shown in rollouts.html; 0: no page
+
     @property
     def online_loss(self) -> tuple[str, OnlineLoss]:
         """The name and the row of the loss: the stage's own where `loss_type` names none."""
@@ -103,6 +107,8 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
         raise ValueError(f"delta: {config.delta} would cut below what is clipped; give more than 1 + epsilon_high")
     if not config.use_bias_correction_kl and not config.beta:
         raise ValueError("use_bias_correction_kl: there is no KL to correct; set beta, or leave the key out")
+    if config.num_completions_to_print is not None and not config.log_completions:
+        raise ValueError("num_completions_to_print: nothing is printed; set log_completions, or leave the key out")
     if config.num_iterations > 1 and save_steps and save_steps % config.num_iterations:
         raise ValueError(
             f"save_steps: {save_steps:g} would save between two updates from the same rollouts; give a multiple of "

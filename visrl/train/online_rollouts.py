@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -263,37 +262,3 @@ def _in_order(packed: PackedBatch, values: Sequence[Sequence[float]]) -> torch.T
     """The values of every branch's tokens, [T], in the order in which a packed batch holds them."""
     flat = [value for branch in packed.branch.unique_consecutive().tolist() for value in values[branch]]
     return torch.tensor(flat, dtype=torch.float32)
-
-
-# --- What is told -----------------------------------------------------------------------------------------------------
-
-
-def journal_row(one: QuestionRollouts, step: int) -> dict[str, Any]:
-    """The row of `rollouts.jsonl` for one question: every box with its answers, rewards and advantages."""
-    sample = one.question.sample
-    return {
-        "step": step,
-        "id": sample.id,
-        **({"repeat": sample.repeat} if sample.repeat else {}),
-        "image": sample.image,
-        "question": sample.question,
-        "answer": sample.answer,
-        "boxes": [
-            {
-                "text": attempt.looks[0].text,
-                "box": attempt.looks[0].box.as_list() if attempt.looks[0].box else None,
-                **({"error": attempt.looks[0].error} if attempt.looks[0].error else {}),
-                "reward": reward,
-                "advantage": advantage,
-                "answers": [look.answer for look in attempt.looks if look.answer_completion is not None],
-                "rewards": rewards,
-                "advantages": list(answers.values),
-                "parts": {label: rows[b] for label, rows in one.scored.parts.items()},
-            }
-            for b, (attempt, reward, advantage, rewards, answers) in enumerate(
-                zip(
-                    one.attempts, one.box_rewards, one.boxes.values, one.scored.rewards, one.answers, strict=True
-                )
-            )
-        ],
-    }  # fmt: skip

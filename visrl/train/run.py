@@ -60,7 +60,7 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
 
     Returns:
         `output_dir`: adapter or weights, processor, settings, `log.jsonl` (a row for every logged step), manifest, and
-        online `rollouts.jsonl` (a row for every question of every step).
+        online `rollouts.jsonl` (a row for every question of every step) and `rollouts.html` (pictures of the last).
 
     Raises:
         ConfigError: an unknown key, keys that do not go together, or no data.

@@ -224,6 +224,8 @@ class VisrlTrainer(Trainer):
         return {f"eval_{name}": value for name, value in validation.means().items()}
 
     def _roll_out(self) -> dict[str, float]:
+        """Greedy rollouts of the held-out samples with the weights as they are, shared out over the processes; where
+        weights are split over them, each does all, as they must call the model equally often."""
         from visrl.engines.local import LocalEngine
         from visrl.rewards.results import training_measures
         from visrl.rewards.scored import evaluate_samples
@@ -231,7 +233,10 @@ class VisrlTrainer(Trainer):
         policy = self.accelerator.unwrap_model(self.model)
         engine = LocalEngine(policy, self.encoder)
         rule, root = self.encoder.settings.crop_rule, self.visrl_config.image_root
-        rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root)
+        alone = shards_weights(self.args)
+        part = slice(None) if alone else slice(self.args.process_index, None, self.args.world_size)
+        rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root, part=part)
+        rows = rows if alone else gather_object(rows)
         return {f"eval_rollout/{name}": value for name, value in training_measures(rows).items()}
 
     def check_trained(self, resumed: Path | None) -> None:
