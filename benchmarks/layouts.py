@@ -200,11 +200,12 @@ class Trl:
 
 def arguments(kind: type, scratch: Path, **more: Any) -> Any:
     """The same loop for all: AdamW, fp32, no dropout, no saving."""
-    return kind(
-        output_dir=str(scratch), report_to="none", use_cpu=True, max_steps=2, save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", remove_unused_columns=False, train_sampling_strategy="sequential", 
-        dataloader_pin_memory=False, learning_rate=1e-6, **more,
-    )  # fmt: skip
+    same: dict[str, Any] = {
+        "output_dir": str(scratch), "report_to": "none", "use_cpu": True, "max_steps": 2, "save_strategy": "no",
+        "disable_tqdm": True, "logging_strategy": "no", "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, "learning_rate": 1e-6,
+    }  # fmt: skip
+    return kind(**{**same, **more})
 
 
 def padded(paths: Sequence[Any], encoder: Encoder) -> tuple[dict[str, Tensor], Tensor]:
@@ -232,11 +233,15 @@ def stage2_loss(policy: Tensor, reference: Tensor) -> Tensor:
 
 def trl_row(row: TrainingRow) -> dict[str, Any]:
     """A row in TRL's conversational form."""
-    content: list[dict[str, str]] = []
-    for number, text in enumerate(row.conversation.messages[0].text.split(IMAGE)):
-        content += [{"type": "image", "text": ""}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
     answers = {
         role: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for role, text in row.responses
     }
-    images = [view.image for view in row.conversation.views]
-    return {"images": images, "prompt": [{"role": "user", "content": content}], **answers}
+    return {**trl_prompt(row.conversation), **answers}
+
+
+def trl_prompt(talk: Conversation) -> dict[str, Any]:
+    """What is asked in TRL's conversational form, and the pictures that it shows."""
+    content: list[dict[str, str]] = []
+    for number, text in enumerate(talk.messages[0].text.split(IMAGE)):
+        content += [{"type": "image", "text": ""}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+    return {"images": [view.image for view in talk.views], "prompt": [{"role": "user", "content": content}]}

@@ -33,16 +33,20 @@ def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
 def test_the_online_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
     out = tmp_path / "online.json"
     command = [sys.executable, str(SCRIPT.with_name("online.py")), "--shapes", "tiny", "--repeats", "1"]
-    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, "--run-steps", "1", "--json", str(out)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
-    (shape,) = json.loads(out.read_text())["shapes"]
+    told = json.loads(out.read_text())
+    assert sum(told["run"][f"share_{part}"] for part in ("rollout", "reward", "update")) == pytest.approx(1)
+    (shape,) = told["shapes"]
     assert (shape["boxes"], shape["answers"]) == (8, 4)
     assert shape["loss_rel_error"] < 1e-5
     assert shape["grad_rel_error"] < 1e-4
     assert shape["flops_ratio_rows"] > 4
     assert shape["prefill_ratio"] > 5
     assert 1 <= shape["over_floor"] < 1.2  # a tenth of so few tokens is padding
-    assert shape["cpu_ratio_rows"] > 0
+    assert min(shape[name] for name in ("time_ratio_trl", "cpu_ratio_trl", "peak_memory_ratio_rows")) > 0
 
 
 @pytest.mark.slow
