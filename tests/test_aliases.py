@@ -26,6 +26,11 @@ VALUES = {
     "media_dir": ("a", "b"),
     "enable_liger_kernel": (False, None),
     "no_cuda": (True, False),
+    "num_ppo_epochs": (1, 2),
+    "ppo_epochs": (1, 2),
+    "cliprange": (0.2, 0.1),
+    "response_length": (64, 65),
+    "ppo_whiten_rewards": (False, True),
 }
 CASES = [
     (old, next(kind for kind in (EvolveConfig, EvalConfig, *KINDS) if new in kind.model_fields))

@@ -53,6 +53,7 @@ def test_a_value_of_the_wrong_type_names_its_key():
     [
         (TrainConfig, "tiny/train_sft.yaml"),
         (TrainConfig, "tiny/train_rl.yaml"),
+        (TrainConfig, "tiny/train_reward_model.yaml"),
         (ExportConfig, "tiny/merge_lora.yaml"),
         (TrainConfig, "qwen2_5_vl_3b_sft.yaml"),
         (TrainConfig, "qwen2_5_vl_3b_rl.yaml"),

@@ -386,8 +386,6 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("said", "told"), [
-    (["stage=ppo"], "stage: no value head is trained; stage: grpo"),
-    (["stage=rm"], "no reward model is trained"),
     (["stage=grpo", "num_generation=8"], "did you mean 'num_generations'"),
     (["stage=grpo", "num_generations=1"], "num_generations"),
     (["stage=grpo", "pref_beta=0.2"], "pref_beta: stage: grpo learns from no preferences"),

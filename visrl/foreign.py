@@ -21,6 +21,11 @@ ALIASES: dict[str, str] = RENAMED | {
     "media_dir": "image_root",
     "enable_liger_kernel": "use_liger_kernel",
     "no_cuda": "use_cpu",
+    "num_ppo_epochs": "num_iterations",  # PPO's names, of TRL and of LLaMA-Factory, for what GRPO has, too
+    "ppo_epochs": "num_iterations",
+    "cliprange": "epsilon",
+    "response_length": "max_completion_length",
+    "ppo_whiten_rewards": "whiten_rewards",
 }
 
 _NO_VIDEO, _NO_SOUND = "there are no videos", "there is no sound"
@@ -63,7 +68,7 @@ NO_MEANING: dict[str, str] = {
 _PLAIN_LORA = "an adapter here is plain LoRA; leave it out"
 _OPTIMISER = "name an optimiser of transformers by optim"
 _VOCABULARY = "the vocabulary stays the checkpoint's; leave it out"
-_SIBLING = "no such model takes part here; pref_loss says which preference loss is taken"
+_SCORER = "name the folder that stage: rm made among the rewards: [model:PATH]"
 SWITCHED_OFF: dict[str, str] = {
     "eval_dataset": "val_size holds items of dataset out to validate on; rollout_dataset and rollout_samples name "
     "held-out samples that are rolled out",
@@ -111,8 +116,12 @@ SWITCHED_OFF: dict[str, str] = {
     "pref_bco_weight": "leave it out",
     "ref_model": "the reference is the model at the start of its stage; leave it out",
     "ref_model_adapters": "the reference is the model at the start of its stage; leave it out",
-    "reward_model": _SIBLING,
-    "reward_model_adapters": _SIBLING,
+    "reward_model": _SCORER,
+    "reward_model_path": _SCORER,
+    "reward_model_adapters": _SCORER,
+    "ppo_score_norm": "advantages are whitened over the step; leave it out",
+    "ppo_target": "the weight of the KL is kl_coef throughout; leave it out",
+    "missing_eos_penalty": "mask_truncated_completions leaves out what was cut off; leave it out",
     "use_swanlab": "write report_to: swanlab",
     "use_ray": "start processes with torchrun or accelerate launch",
     "fp8": "use bf16, or quantization_bit",

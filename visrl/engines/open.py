@@ -20,6 +20,7 @@ from visrl.codecs import CODECS
 from visrl.config import CheckpointConfig, Config, ConfigError, OneOrMore
 from visrl.engines.addresses import server_address
 from visrl.failures import MAX_FAILED
+from visrl.models.folder import refuse_reward_model
 from visrl.models.settings import LIMITS, ModelSettings
 
 if TYPE_CHECKING:
@@ -114,9 +115,13 @@ def own_settings(config: CheckpointConfig) -> ModelSettings:
 
     Raises:
         ConfigError: a file that is damaged, or says what this release does not know.
+        CheckpointError: it is a reward model, which is no policy.
     """
     adapters = getattr(config, "adapter_name_or_path", None) or ()
-    last = adapters if isinstance(adapters, str) else next(reversed(adapters), None)
+    named = [adapters] if isinstance(adapters, str) else list(adapters)
+    for path in (config.model_name_or_path, *named):
+        refuse_reward_model(path)
+    last = named[-1] if named else None
     return ModelSettings.load(config.model_name_or_path, last)
 
 

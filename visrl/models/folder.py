@@ -15,7 +15,7 @@ from typing import Any
 
 from visrl.errors import UserError
 from visrl.manifest import NAME as MANIFEST
-from visrl.manifest import STARTED
+from visrl.manifest import STARTED, read_manifest
 
 ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,6 +90,21 @@ def check_folder(path: str | Path) -> None:
         )
     check_files(folder)
     _check_counts(folder / "config.json", read_object(folder / "config.json"))
+
+
+def refuse_reward_model(path: str | Path) -> None:
+    """Refuse a reward model where a policy is wanted: its weights say how good a text is, and write none.
+
+    Raises:
+        CheckpointError: `stage: rm` made the folder.
+    """
+    manifest = read_manifest(path) if Path(path).is_dir() else None
+    trained = manifest.get("config") if manifest is not None else None
+    if isinstance(trained, dict) and trained.get("stage") == "rm":
+        raise CheckpointError(
+            f"{path} is a reward model, which scores texts and writes none; name it among the rewards of an online "
+            f"training, as model:{path}"
+        )
 
 
 def check_files(folder: Path) -> None:

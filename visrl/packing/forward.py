@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from visrl.models.families import forward_arguments
+from visrl.models.value_head import ValueHead, kept_hidden_states
 from visrl.packing.pack import Call, PackedBatch
 
 PART = 2**18  # logits that are held in fp32 at a time
@@ -43,6 +44,23 @@ def token_logps_and_entropies(
     with torch.no_grad():
         entropies = torch.cat([_entropy(logits[part].float()) for part in _parts(logits)])
     return _LogProbability.apply(logits, packed.row, packed.target), entropies[packed.row]
+
+
+def branch_scores(model: nn.Module, packed: PackedBatch, policy: nn.Module, head: ValueHead) -> torch.Tensor:
+    """The head's value at the last token of every branch, [branches], in fp32. `packed` keeps those places (`ends`);
+    `policy` is `model` out of any wrapper of several processes."""
+    with kept_hidden_states(policy) as hidden:
+        kept_logits(model, packed)
+    return token_values(head, hidden, packed)[packed.branch.argsort()]
+
+
+def token_values(head: ValueHead, hidden: Sequence[torch.Tensor], packed: PackedBatch) -> torch.Tensor:
+    """The head's value at the kept place of every token, [T], where `hidden` is what `kept_hidden_states` found."""
+    kept = [
+        part if part.shape[1] == len(call.keep) else part[:, call.keep]  # of a model that computes all logits
+        for part, call in zip(hidden, packed.calls, strict=True)
+    ]
+    return head(torch.cat([part.flatten(0, 1) for part in kept]))[packed.row]
 
 
 def _at(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -12,16 +12,21 @@ from visrl.packing.tree import group_by_image, prefix_trees
 
 
 def lay_out(
-    items: Sequence[Sequence[TokenPath]], encoder: Encoder, *, bin_length: int = 512, bucket: int = BUCKET
+    items: Sequence[Sequence[TokenPath]],
+    encoder: Encoder,
+    *,
+    bin_length: int = 512,
+    bucket: int = BUCKET,
+    ends: bool = False,
 ) -> tuple[PackedBatch, list[int]]:
     """The paths of every item in one batch, and the numbers of the items in the order in which their branches lie: in
-    trees those that show one image first lie together. `bin_length` and `bucket` are `pack`'s.
+    trees those that show one image first lie together. `bin_length`, `bucket` and `ends` are `pack`'s.
 
     Raises:
         ValueError: as `pack`.
     """
     if isinstance(encoder, PlainEncoder):
-        return pack_rows([path for paths in items for path in paths], encoder), list(range(len(items)))
+        return pack_rows([path for paths in items for path in paths], encoder, ends=ends), list(range(len(items)))
     groups = list(group_by_image({n: paths[0].views for n, paths in enumerate(items)}).values())
     family, image_token = encoder.family, encoder.image_token_id
     trees = prefix_trees(
@@ -29,5 +34,5 @@ def lay_out(
         image_token,
         pairs_only=family.shares == "pairs",
     )
-    packed = pack(trees, family, image_token, bin_length=bin_length, bucket=bucket)
+    packed = pack(trees, family, image_token, bin_length=bin_length, bucket=bucket, ends=ends)
     return packed, [number for members in groups for number in members]

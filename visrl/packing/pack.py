@@ -77,10 +77,13 @@ def pack(
     bin_length: int = 512,
     bucket: int = BUCKET,
     pad_id: int = 0,
+    ends: bool = False,
 ) -> PackedBatch:
     """Pack `trees` into bins of equal length; a bin holds as many as fit `bin_length`, or one longer tree.
 
-    Branches keep the numbers that `prefix_trees` gave them. Lengths are multiples of `bucket`.
+    Branches keep the numbers that `prefix_trees` gave them. Lengths are multiples of `bucket`. With `ends` the places
+    that are kept are not those that predict response tokens: `row` is the last token of each branch, where a reward
+    model reads its score, and `target` that token.
 
     Raises:
         ValueError: a path is longer than the window of sliding layers for which the family has no mask.
@@ -94,14 +97,14 @@ def pack(
     calls, rows, targets, branches = [], [], [], []
     kept = 0
     for members in _members_of_calls(trees, family):
-        call, row = _pack_call(members, family, image_token, bin_length, bucket, pad_id)
+        call, row = _pack_call(members, family, image_token, bin_length, bucket, pad_id, ends)
         calls.append(call)
         rows.append(kept + row)
         kept += len(call.inputs["input_ids"]) * len(call.keep)
         for tree in members:
-            targets += [path.ids[path.start :] for _, path in tree.paths]
-            for number, (_, path) in zip(tree.branches, tree.paths, strict=True):
-                branches.append(np.full(len(path.ids) - path.start, number))
+            told = [path.ids[-1:] if ends else path.ids[path.start :] for _, path in tree.paths]
+            targets += told
+            branches += [np.full(len(ids), number) for ids, number in zip(told, tree.branches, strict=True)]
     return PackedBatch(
         calls=calls,
         row=torch.from_numpy(np.concatenate(rows)),
@@ -125,9 +128,10 @@ def _members_of_calls(trees: Sequence[PrefixTree], family: Family) -> list[list[
 
 
 def _pack_call(
-    trees: list[PrefixTree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int
+    trees: list[PrefixTree], family: Family, image_token: int, bin_length: int, bucket: int, pad_id: int, ends: bool
 ) -> tuple[Call, np.ndarray]:
-    """The call of `trees`, and for each response token, in their order, the row of its prediction."""
+    """The call of `trees`, and for each response token, in their order, the row of its prediction; with `ends`, for
+    each branch the row of its last token."""
     if family.row_per_prompt:
         length, bins = -(-max(tree.size for tree in trees) // bucket) * bucket, len(trees)
         offsets = [length * n for n in range(bins)]
@@ -140,7 +144,7 @@ def _pack_call(
     for tree, offset in zip(trees, offsets, strict=True):
         ids[offset : offset + tree.size] = np.concatenate(tree.ids)
         positions[:, offset : offset + tree.size] = np.concatenate(tree.positions, axis=1)
-        predictors += [offset + places[path.start - 1 : -1] for places, path in tree.paths]
+        predictors += [offset + (places[-1:] if ends else places[path.start - 1 : -1]) for places, path in tree.paths]
     places = np.concatenate(predictors)
     keep, column = np.unique(places % width, return_inverse=True)
     in_order = [tree for _, tree in sorted(zip(offsets, trees, strict=True), key=lambda pair: pair[0])]

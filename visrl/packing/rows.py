@@ -14,9 +14,9 @@ from visrl.models.plain_encoder import PlainEncoder
 from visrl.packing.pack import Call, PackedBatch
 
 
-def pack_rows(paths: Sequence[TokenPath], encoder: PlainEncoder) -> PackedBatch:
-    """Every path as a row; branches are numbered in their order. The rows of a call show as many images: some models
-    let the images of a call be seen by all of its rows' first tokens."""
+def pack_rows(paths: Sequence[TokenPath], encoder: PlainEncoder, *, ends: bool = False) -> PackedBatch:
+    """Every path as a row; branches are numbered in their order, `ends` as in `pack`. The rows of a call show as many
+    images: some models let the images of a call be seen by all of its rows' first tokens."""
     by_images: dict[int, list[int]] = {}
     for number, path in enumerate(paths):
         by_images.setdefault(len(path.views), []).append(number)
@@ -25,12 +25,13 @@ def pack_rows(paths: Sequence[TokenPath], encoder: PlainEncoder) -> PackedBatch:
     for members in by_images.values():
         own = [paths[number] for number in members]
         inputs = encoder.rows(own)
-        predictors = [np.arange(path.start - 1, len(path.ids) - 1) for path in own]
+        starts = [len(path.ids) - 1 if ends else path.start for path in own]  # of the tokens that are kept
+        predictors = [np.arange(len(path.ids))[start:] - (not ends) for start, path in zip(starts, own, strict=True)]
         keep, column = np.unique(np.concatenate(predictors), return_inverse=True)
         row = np.repeat(np.arange(len(own)), [len(places) for places in predictors])
         calls.append(Call(inputs, torch.from_numpy(keep), []))
         rows.append(kept + row * len(keep) + column)
-        targets += [path.ids[path.start :] for path in own]
+        targets += [path.ids[start:] for start, path in zip(starts, own, strict=True)]
         branches.append(np.array(members)[row])
         kept += len(own) * len(keep)
     tokens = sum(len(path.ids) for path in paths)

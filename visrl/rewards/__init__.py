@@ -11,6 +11,7 @@ detection       whether a box is right
 grounding       whether it is on the right object, and whether its crop holds the evidence
 parts           the reward of online reinforcement: a weighted sum of named parts
 open_parts      its parts, each opened once for a run: models, servers, functions of your own
+reward_model    a reward model as a part, model:PATH, which scores boxes and answers in one packed pass
 reward_function a function of your own as a part, module:function, called as TRL calls it
 advantages      how much better a response is than the others of its group, for boxes and for answers
 

@@ -87,6 +87,39 @@ def best_of(groups: Sequence[Rewards]) -> list[GroupAdvantages]:
     return found
 
 
+def rewards_alone(groups: Sequence[Rewards]) -> list[GroupAdvantages]:
+    """The rewards as they are, for PPO: what a token is compared with is its value, and `gae` says how much better."""
+    return [GroupAdvantages(tuple(group), deviation(group) <= FLAT) for group in groups]
+
+
+# --- The tokens of a response -----------------------------------------------------------------------------------------
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[list[float], list[float]]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns of a response's tokens.
+
+    δ_t = r_t + γ V_{t+1} − V_t, where V is 0 behind the last token, and A_t = δ_t + γ λ A_{t+1}. A_t + V_t is the
+    return, which V_t is fitted to. Values 0.5 and 1 and a reward of 2 at the second of two tokens, with γ = 1 and
+    λ = 0.5: δ = 0.5 and 1, A = 1 and 1, returns 1.5 and 2.
+    """
+    advantages: list[float] = []
+    ahead = following = 0.0  # value and advantage of the next token
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        following = reward + gamma * ahead - value + gamma * lam * following
+        ahead = value
+        advantages.append(following)
+    advantages.reverse()
+    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+
+
+def whiten(values: Sequence[float], *, shift_mean: bool = True) -> list[float]:
+    """(x − mean) / √(variance + 1e-8), as TRL whitens; without `shift_mean` the mean is added again."""
+    middle, spread = mean(values), math.sqrt(deviation(values) ** 2 + 1e-8)
+    return [(value - middle) / spread + (0.0 if shift_mean else middle) for value in values]
+
+
 # --- The two levels ---------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,15 @@ class RewardSetting:
 
 Opener = Callable[[RewardPart, RewardSetting], AbstractContextManager[Scorer]]
 
-OPENERS: dict[str, Opener] = {}  # by the name of the row in `PARTS`
+
+@contextmanager
+def _reward_model(part: RewardPart, setting: RewardSetting) -> Iterator[Scorer]:
+    from visrl.rewards.reward_model import open_reward_model  # which imports torch
+
+    yield open_reward_model(part.argument, setting.encoder.settings, setting.crop_rule, setting.device)
+
+
+OPENERS: dict[str, Opener] = {"model": _reward_model}  # by the name of the row in `PARTS`
 
 
 @contextmanager

@@ -170,6 +170,7 @@ PARTS: dict[str, PartKind] = {
     "format": PartKind(_format, "the box can be read"),
     "iou": PartKind(_iou, "IoU with the true box; None without one"),
     "area": PartKind(_area, "1 − the box's share of the image"),
+    "model": PartKind(None, "what a reward model of stage: rm says of box and answer", argument="PATH"),
 }  # fmt: skip
 
 

@@ -5,12 +5,16 @@ config          the keys; fields is the table of transformers.TrainingArguments,
 losses          the table of losses, each a pure function of log-probabilities
 trainer         transformers.Trainer over packed sequences
 
+reward_model    the trainer of `stage: rm`: scores of responses, from preferences
+value_head      what trainers need whose model has a value head
+
 online          online reinforcement: the same trainer, whose batches are sampled from its live weights
 online_config   its keys
 online_rollouts what a step samples: rollouts, rewards, advantages, packed
 online_losses   its losses
 online_watch    what people watch of a step: its measures, and the row of the journal
 show_rollouts   the last step's rollouts as a page and a table; rollout_cards draws and crops
+ppo, ppo_config the same with a value head, and its keys
 
 data            data sets of items; curriculum is the warm-up's
 rows, items     a sample or preference as rows with responses; their collation into a packed batch

@@ -17,8 +17,9 @@ from visrl.scenes import KINDS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
 from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, given_keys
+from visrl.train.ppo_config import PPOFields, check_ppo
 
-Stage = Literal["sft", "dpo", "grpo", "rloo", "reinforce++", "raft"]
+Stage = Literal["sft", "dpo", "rm", "grpo", "rloo", "reinforce++", "ppo", "raft"]
 Task = Literal["read", "locate"]
 Attention = Literal["auto", "dense", "blocks", "flex"]
 BETA = 0.1  # of the margins that are logged, where the loss has no β of its own
@@ -26,8 +27,6 @@ BETA = 0.1  # of the margins that are logged, where the loss has no β of its ow
 
 OTHER_STAGES = {
     **{name: f"write stage: dpo with pref_loss: {name}" for name in LOSSES if name != "sft"},
-    "rm": "no reward model is trained: the critic of `visrl generate` scores, and stage: dpo learns from its verdicts",
-    "ppo": "no value head is trained; stage: grpo, rloo or reinforce++ reinforces online without one",
     "pt": "no plain text is trained on; stage: sft is the warm-up",
 }
 
@@ -82,7 +81,7 @@ class Phase(BaseModel):
         return self
 
 
-class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
+class TrainConfig(PPOFields, OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
     """What `visrl train` takes, beside the fields of `transformers.TrainingArguments`."""
 
     adapter_name_or_path: Adapters | None = None
@@ -95,9 +94,9 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
     crop_rule: CropRule | None = None
     box_codec: str | None = None
 
-    stage: Annotated[Literal["sft", "dpo", "grpo", "rloo", "reinforce++", "raft"], BeforeValidator(_known_stage)] = (
-        "sft"
-    )
+    stage: Annotated[
+        Literal["sft", "dpo", "rm", "grpo", "rloo", "reinforce++", "ppo", "raft"], BeforeValidator(_known_stage)
+    ] = "sft"
     rl_stage: Literal[1, 2] = 1
     do_train: Literal[True] = True  # kept for the reference's configs: this verb trains
     finetuning_type: Literal["full", "freeze", "lora"] = "lora"
@@ -121,6 +120,7 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
     simpo_gamma: float = 0.5
     lambda_box: float = Field(0.5, ge=0)
     lambda_answer: float = Field(0.5, ge=0)
+    center_rewards_coefficient: float = Field(0.01, ge=0)  # of stage rm: how firmly scores are held around 0
 
     dataset: Listed | None = None
     cutoff_len: int = Field(2048, gt=0)
@@ -154,18 +154,26 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
                 raise ConfigError(f"{name}: write the keys of that stage in it, as {{output_dir: …}}")
         plain = without_sections(values)
         both = {**plain, **given}
-        section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") == "dpo" else None
+        section = sections.get(f"stage{both.get('rl_stage', 1)}") if both.get("stage") in PAIRED else None
         return {**plain, **translate(cls, section or {}, "the stage's own keys"), **given}
 
     @model_validator(mode="after")
     def _keys_of_the_stage(self) -> Self:
+        if self.stage == "rm":
+            if unread := given_keys(self, PREFERENCE_KEYS - REWARD_MODEL_KEYS):
+                raise ValueError(f"{unread[0]}: stage: rm has one loss, Bradley and Terry's; leave the key out")
+            if self.rollout_samples:
+                raise ValueError("rollout_samples: a reward model scores, and answers nothing; set val_size")
+        elif given_keys(self, {"center_rewards_coefficient"}):
+            raise ValueError(f"center_rewards_coefficient: stage: {self.stage} scores nothing; set stage: rm")
         if self.is_online:
             if unread := given_keys(self, PREFERENCE_KEYS):
                 raise ValueError(f"{unread[0]}: stage: {self.stage} learns from no preferences; leave the key out")
             if unread := given_keys(self, OFFLINE_KEYS):
                 raise ValueError(f"{unread[0]}: {OFFLINE_KEYS[unread[0]]}")
             check_online(self, self.stage, self.save_steps)
-        elif unread := given_keys(self, OnlineFields.model_fields):
+            check_ppo(self, self.stage)
+        elif unread := given_keys(self, {**OnlineFields.model_fields, **PPOFields.model_fields}):
             raise ValueError(f"{unread[0]}: stage: {self.stage} samples nothing; set stage: grpo, or leave the key out")
         return self
 
@@ -179,12 +187,19 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
         """What is trained, in words."""
         if self.is_online:
             return f"online reinforcement ({self.stage})"
+        if self.stage == "rm":
+            return f"a reward model over {'boxes' if self.rl_stage == 1 else 'boxes and answers'}"
         return "warm-up" if self.stage == "sft" else f"stage {self.rl_stage}"
 
     @property
     def loss(self) -> Loss:
         """What `pref_loss` names."""
         return find_loss(self.pref_loss)
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether online reinforcement reads log-probabilities under the model at the start of its stage."""
+        return self.beta > 0 or (self.stage == "ppo" and self.kl_coef > 0)
 
     @property
     def needs_reference(self) -> bool:
@@ -197,10 +212,12 @@ class TrainConfig(OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
 
 
 SECTIONS = ("stage1", "stage2")
+PAIRED = ("dpo", "rm")  # the stages that learn from preferences
 PREFERENCE_KEYS = {
     "rl_stage", "pref_loss", "pref_beta", "pref_beta_answer", "pref_ftx", "dpo_label_smoothing", "simpo_gamma",
     "lambda_box", "lambda_answer",
 }  # fmt: skip
+REWARD_MODEL_KEYS = {"rl_stage", "lambda_box", "lambda_answer"}  # those of them that a reward model's training reads
 OFFLINE_KEYS = {
     "curriculum": "stage: sft alone draws scenes in phases; name questions by dataset",
     "val_size": "there are no responses to validate on; rollout_dataset and rollout_samples roll the policy out",

@@ -133,9 +133,18 @@ def _usable(dataset: Any, number: int, collator: Collator, dropped: DatasetScan)
     return usable
 
 
-def dry_run(dataset: Any, found: DatasetScan, *, visrl_config: TrainConfig, model: nn.Module, **common: Any) -> None:
-    """Print steps and memory. Memory is measured: the heaviest step is taken as it would be (twice, as the optimiser
-    holds nothing before the first), on this machine, and what it did is thrown away with the process."""
+def dry_run(
+    dataset: Any,
+    found: DatasetScan,
+    kind: type[VisrlTrainer],
+    *,
+    visrl_config: TrainConfig,
+    model: nn.Module,
+    **common: Any,
+) -> None:
+    """Print steps and memory of a training by the trainer `kind`. Memory is measured: the heaviest step is taken as it
+    would be (twice, as the optimiser holds nothing before the first), on this machine, and what it did is thrown away
+    with the process."""
     config = visrl_config
     with tempfile.TemporaryDirectory() as scratch:
         quiet = {
@@ -152,7 +161,7 @@ def dry_run(dataset: Any, found: DatasetScan, *, visrl_config: TrainConfig, mode
                 batch_size=max(8, arguments.per_device_train_batch_size), cache=Path(scratch, "reference.json"), key="",
                 features=common["features"],
             )  # fmt: skip
-        trainer = VisrlTrainer(
+        trainer = kind(
             model=model, args=arguments, train_dataset=Subset(dataset, heaviest * 2), visrl_config=config, **common
         )
         trainer.remove_callback(PrinterCallback)

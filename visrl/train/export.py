@@ -20,7 +20,7 @@ from visrl.manifest import STARTED, claim_folder, hash_checkpoint, hash_files, h
 from visrl.models.adapters import Adapter, attach_adapter, load_merged, read_adapter
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
-from visrl.models.folder import CheckpointError, first_line
+from visrl.models.folder import CheckpointError, first_line, refuse_reward_model
 from visrl.models.load import check_finite, load_model, quiet, some
 from visrl.models.settings import ModelSettings
 from visrl.train.card import Card, card_text, history, trainings
@@ -64,6 +64,8 @@ def export(config: ExportConfig | str | Path | None = None, /, **keys: Any) -> P
         raise ConfigError("export_legacy_format: weights are written as safetensors only")
     with hold(config.export_dir):
         chain = adapter_chain(config.model_name_or_path, config.adapter_name_or_path)
+        for path in (config.model_name_or_path, *chain):
+            refuse_reward_model(path)
         *below, adapter = [read_adapter(one) for one in chain]
         _check_place(config)
         identity = {

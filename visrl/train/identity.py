@@ -15,6 +15,7 @@ from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
 from visrl.train.online_config import OnlineFields
+from visrl.train.ppo_config import PPOFields
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
@@ -37,6 +38,10 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         unsaid.add("resume_from_checkpoint")
     if not config.is_online:
         unsaid |= OnlineFields.model_fields.keys()
+    if config.stage != "ppo":
+        unsaid |= PPOFields.model_fields.keys()
+    if config.stage != "rm":
+        unsaid.add("center_rewards_coefficient")
     return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}
 
 

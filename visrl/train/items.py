@@ -90,7 +90,8 @@ def encode_item(encoder: Encoder, number: int, item: Item) -> tuple[list[TokenPa
 
 
 class Collator:
-    """Items → `TrainingBatch`. Items that show the same image share its tokens.
+    """Items → `TrainingBatch`. Items that show the same image share its tokens. With `ends` the last token of each
+    response is what is computed, for a reward model.
 
     Raises:
         TooLong: a sequence of an item is longer than `cutoff` tokens. Nothing is ever cut off.
@@ -98,9 +99,16 @@ class Collator:
     """
 
     def __init__(
-        self, encoder: Encoder, *, bin_length: int = 512, bucket: int = BUCKET, cutoff: int | None = None
+        self,
+        encoder: Encoder,
+        *,
+        bin_length: int = 512,
+        bucket: int = BUCKET,
+        cutoff: int | None = None,
+        ends: bool = False,
     ) -> None:
         self.encoder = encoder
+        self.ends = ends
         self.cutoff = cutoff
         self.bin_length = bin_length
         self.bucket = bucket
@@ -120,7 +128,7 @@ class Collator:
 
     def pack(self, items: Sequence[Sequence[TokenPath]]) -> tuple[PackedBatch, list[int]]:
         """The paths of every item packed, and the numbers of the items in the order in which their branches lie."""
-        return lay_out(items, self.encoder, bin_length=self.bin_length, bucket=self.bucket)
+        return lay_out(items, self.encoder, bin_length=self.bin_length, bucket=self.bucket, ends=self.ends)
 
     def check_length(self, path: TokenPath, row: str) -> None:
         """Refuse what is longer than the cutoff: a cut text would lose its answer, or image tokens their features.

@@ -68,7 +68,7 @@ class OnlineTrainer(VisrlTrainer):
 
     def _frozen_start(self) -> Any:
         """The model at the start of its stage, for the KL: a copy, or nothing where an adapter can be switched off."""
-        if not self.visrl_config.beta or self.visrl_config.finetuning_type == "lora":
+        if not self.visrl_config.needs_start or self.visrl_config.finetuning_type == "lora":
             return None
         return deepcopy(self.accelerator.unwrap_model(self.model)).eval().requires_grad_(False)
 
@@ -150,7 +150,10 @@ class OnlineTrainer(VisrlTrainer):
     def _pack(self, responses: Sequence[Sequence[Response]], samples: Sequence[Sample]) -> OnlineBatch:
         config = self.visrl_config
         packed = pack_responses(
-            responses, self.collator, mask_truncated=config.mask_truncated_completions, keep_all=config.beta > 0
+            responses,
+            self.collator,
+            mask_truncated=config.mask_truncated_completions,
+            keep_all=config.beta > 0 or config.stage == "ppo",
         )
         if packed is None:
             raise TrainingError(
@@ -182,15 +185,25 @@ class OnlineTrainer(VisrlTrainer):
     def _row_losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
         """The loss of a batch, [1], to be divided by what `_count` counts."""
         assert isinstance(batch, OnlineBatch)
+        logps, entropies = token_logps_and_entropies(model, batch.packed, self.visrl_config.temperature)
+        if batch.old is None:
+            self._set_old(batch, logps.detach())
+        advantages = batch.advantages.to(logps.device)[batch.packed.branch]
+        return self._policy_loss(batch, logps, entropies, advantages).reshape(1)
+
+    def _set_old(self, batch: OnlineBatch, logps: torch.Tensor) -> None:
+        """Set what the policy that sampled says of a batch's tokens, [T]: it is that still, at the first pass."""
+        batch.old = logps
+        self._add("sampling/logp_difference", float((logps - batch.sampled.to(logps.device)).abs().mean()))
+
+    def _policy_loss(
+        self, batch: OnlineBatch, logps: torch.Tensor, entropies: torch.Tensor, advantages: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of a batch, a scalar, from log-probabilities, entropies and advantages of its tokens, each [T]."""
         config, loss = self.visrl_config, self.online_loss
-        logps, entropies = token_logps_and_entropies(model, batch.packed, config.temperature)
-        branch, device = batch.packed.branch, logps.device
-        lengths, advantages = batch.lengths.to(device), batch.advantages.to(device)[branch]
-        if batch.old is None:  # this is the policy that sampled: the first pass says what it thought
-            batch.old = logps.detach()
-            self._add("sampling/logp_difference", float((batch.old - batch.sampled.to(device)).abs().mean()))
+        assert batch.old is not None
         found = online_losses.batch_loss(
-            loss, logps, batch.old, advantages, branch, lengths,
+            loss, logps, batch.old, advantages, batch.packed.branch, batch.lengths.to(logps.device),
             ref=self._ref_logps(batch) if config.beta else None, beta=config.beta,
             correct_kl=config.use_bias_correction_kl, level=config.importance_sampling_level,
             parameters={name: getattr(config, name) for name in loss.parameters}, tokens=batch.tokens,
@@ -199,7 +212,7 @@ class OnlineTrainer(VisrlTrainer):
         if found.kl is not None:
             self._meters.add("kl", found.kl.sum(), len(found.kl))
         self._log_update(batch, entropies, found.ratios.detach(), advantages)
-        return found.total.reshape(1)
+        return found.total
 
     @torch.no_grad()
     def _ref_logps(self, batch: OnlineBatch) -> torch.Tensor:

@@ -11,7 +11,7 @@ from visrl.rewards.parts import Part, RewardPart, check_parts
 from visrl.train.fields import NotNegative, Positive
 from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
 
-ONLINE_STAGES = ("grpo", "rloo", "reinforce++", "raft")
+ONLINE_STAGES = ("grpo", "rloo", "reinforce++", "ppo", "raft")
 
 
 def _known_loss(name: str) -> str:
@@ -89,9 +89,9 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
         raise ValueError(f"scale_rewards: {stage} has an estimate of its own; set stage: grpo, or leave the key out")
     if stage != "rloo" and config.normalize_advantages:
         raise ValueError("normalize_advantages is of stage: rloo; with stage: grpo scale_rewards says how")
-    if config.dynamic_sampling and stage == "reinforce++":
+    if config.dynamic_sampling and stage in ("reinforce++", "ppo"):
         raise ValueError(
-            "dynamic_sampling: attempts that are all worth the same teach, too, under reinforce++; leave it out"
+            f"dynamic_sampling: attempts that are all worth the same teach, too, under {stage}; leave it out"
         )
     if config.max_resample_times != 3 and not config.dynamic_sampling:
         raise ValueError("max_resample_times: nothing is sampled again; set dynamic_sampling, or leave the key out")

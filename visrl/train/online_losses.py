@@ -88,6 +88,15 @@ def clip_shares(
     return (ratios < 1 - epsilon) & (advantages < 0), (ratios > 1 + high) & (advantages > 0)
 
 
+def clipped_value(values: Tensor, old: Tensor, returns: Tensor, *, cliprange: float) -> tuple[Tensor, Tensor]:
+    """½ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²), the value loss of PPO, and where the clipped one is the
+    larger, each [T]. `old` are the values when the tokens were sampled. It is that of the code which came with the
+    paper (Schulman et al. 2017; OpenAI baselines, ppo2), as in TRL's PPOTrainer."""
+    free = (values - returns) ** 2
+    held = (old + (values - old).clamp(-cliprange, cliprange) - returns) ** 2
+    return 0.5 * free.maximum(held), held > free
+
+
 def summed(per_token: Tensor, branch: Tensor, lengths: Tensor, divide: Divide, *, tokens: float, length: int) -> Tensor:
     """The sum over a batch's tokens, a scalar, each divided by what `divide` divides it by, counts of the step aside.
 

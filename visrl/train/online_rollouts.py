@@ -26,6 +26,7 @@ from visrl.rewards.advantages import (
     deviation,
     grpo,
     reinforce,
+    rewards_alone,
     rloo,
 )
 from visrl.rewards.parts import Attempt, Scored, Scorer, score_attempts, wants_answer_without_crop
@@ -83,13 +84,23 @@ class Response:
     advantage: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenEstimates:
+    """What a value head says of the T tokens of a batch when they were sampled, each [T]: their values, how much better
+    what came was (whitened), and the returns that the values are fitted to."""
+
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
 @dataclass(slots=True)
 class OnlineBatch(TrainingBatch):
     """A packed batch of sampled responses. `responses` and `tokens` are how many it stands for: those with an advantage
     of 0, which need no computation, are among them.
 
     Once they are computed, `old` and `ref` are the log-probabilities of the T tokens under the policy that sampled them
-    and under the reference.
+    and under the reference. With a value head, advantages are of tokens (`estimates`), and `advantages` are rewards.
     """
 
     advantages: torch.Tensor  # [branches]
@@ -99,6 +110,7 @@ class OnlineBatch(TrainingBatch):
     tokens: int
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
+    estimates: TokenEstimates | None = None
 
 
 def estimator_of(config: TrainConfig) -> Estimator:
@@ -108,6 +120,7 @@ def estimator_of(config: TrainConfig) -> Estimator:
         "rloo": partial(rloo, normalize=config.normalize_advantages),
         "reinforce++": reinforce,
         "raft": best_of,
+        "ppo": rewards_alone,
     }
     return estimators[config.stage]
 

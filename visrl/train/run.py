@@ -24,6 +24,7 @@ from visrl.engines.recompute import try_out
 from visrl.manifest import claim_folder, hold, is_complete, write_manifest
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
+from visrl.models.value_head import add_value_head
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
 from visrl.records import Sample
@@ -42,15 +43,18 @@ from visrl.train.items import Collator
 from visrl.train.log import JsonLog, plot_loss
 from visrl.train.model import check_policy, prepare_model
 from visrl.train.online import OnlineTrainer
+from visrl.train.ppo import PPOTrainer
 from visrl.train.reference import hash_images, reference_key, reference_logps
+from visrl.train.reward_model import RewardModelTrainer, freeze_output_layer
 from visrl.train.sampler import SameImageSampler
 from visrl.train.trainer import VisrlTrainer
 
 
 def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Path:
     """Train, in one process for each GPU: warm-up (`stage="sft"`), preference training (`stage="dpo"`) of boxes
-    (`rl_stage=1`) and of boxes and answers (`rl_stage=2`), as in VisRL (arXiv 2503.07523), or online reinforcement
-    (`stage="grpo"`, "rloo", "reinforce++" or "raft"), which samples what it learns from.
+    (`rl_stage=1`) and of boxes and answers (`rl_stage=2`), as in VisRL (arXiv 2503.07523), a reward model from the same
+    preferences (`stage="rm"`), or online reinforcement (`stage="grpo"`, "rloo", "reinforce++", "ppo" or "raft"), which
+    samples what it learns from.
 
     The same call again resumes where it was stopped, or says that it is complete.
 
@@ -112,15 +116,17 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     set_seed(arguments.seed)
     rollouts = read_rollout_samples(config)
     bucket = TIGHT_BUCKET if arguments.device.type == "cpu" else BUCKET
-    collator = Collator(encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len)
+    collator = Collator(
+        encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len, ends=config.stage == "rm"
+    )
     dataset, validation, scan = _usable_data(config, collator, arguments)
-    model = prepare_model(config).to(arguments.device)
+    model = _with_head(prepare_model(config), config).to(arguments.device)
     if not shards_weights(arguments):
         try_out(model, encoder, config.model_name_or_path)
     limit = int(config.feature_cache_gb * 1e9)
     keeps_none = config.is_online or shards_weights(arguments)
     features = None if keeps_none else open_features(model, encoder.family, limit)
-    kind: type[VisrlTrainer] = OnlineTrainer if config.is_online else VisrlTrainer
+    kind = trainer_of(config)
     common: dict[str, Any] = {
         "visrl_config": config, "encoder": encoder, "model": model, "features": features,
         "collator" if config.is_online else "data_collator": collator,
@@ -128,7 +134,7 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     if config.is_online:
         common["scorers"] = opened.enter_context(_scorers(config, dataset.samples, encoder, arguments))
     if scan is not None and config.dry_run:
-        dry_run(dataset, scan, **common)
+        dry_run(dataset, scan, kind, **common)
         return
     with refusals():
         trainer = kind(
@@ -161,6 +167,24 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     say(_next_command(config))
 
 
+def trainer_of(config: TrainConfig) -> type[VisrlTrainer]:
+    """The trainer of a stage."""
+    if config.stage == "rm":
+        return RewardModelTrainer
+    if config.stage == "ppo":
+        return PPOTrainer
+    return OnlineTrainer if config.is_online else VisrlTrainer
+
+
+def _with_head(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """The model with a value head where its stage trains one."""
+    if config.stage in ("rm", "ppo"):
+        add_value_head(model)
+    if config.stage == "rm":
+        freeze_output_layer(model)
+    return model
+
+
 def _scorers(
     config: TrainConfig, samples: Sequence[Sample], encoder: Encoder, arguments: TrainingArguments
 ) -> AbstractContextManager[dict[str, Scorer]]:
@@ -190,6 +214,8 @@ def _usable_data(
         if dropped:
             say(dropped)
         return questions, None, None
+    if config.stage == "rm" and shards_weights(arguments):
+        raise ConfigError("stage: rm: the head is trained in each process; leave FSDP and DeepSpeed out")
     dataset: Any
     validation: Any
     dataset, validation = build_data(config, collator.encoder, arguments)
@@ -227,6 +253,9 @@ def _reference(trainer: VisrlTrainer, parts: list[Any], identity: dict[str, Any]
 
 def _next_command(config: TrainConfig) -> str:
     """What to type once a training is done."""
+    if config.stage == "rm":
+        rewards = f'rewards=["model:{config.output_dir}"]'
+        return next_command("reward a policy by it", "visrl", "train", "configs/train_online.yaml", rewards)
     if config.finetuning_type == "lora":
         names = {"model_name_or_path": config.model_name_or_path, "adapter_name_or_path": config.output_dir}
         words = [f"{key}={value}" for key, value in names.items()]

@@ -37,6 +37,7 @@ class VisrlTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss normalises over the whole accumulated batch
+    reads_logits = True  # whether the output layer has a part in the loss
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class VisrlTrainer(Trainer):
         self.rollouts = rollouts
         self._meters = RunningMeans()
         assert self.model is not None
-        if self.args.world_size == 1 and not shards_weights(self.args):
+        if self.reads_logits and self.args.world_size == 1 and not shards_weights(self.args):
             make_tied_embedding_sparse(self.model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
