@@ -95,6 +95,28 @@ def qwen3_vl() -> tuple[Any, Any]:
     return tf.Qwen3VLForConditionalGeneration(config), processor
 
 
+HYBRID = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+
+
+def qwen3_5() -> tuple[Any, Any]:
+    words = tokenizer()
+    vision = {
+        "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 48,
+        "num_position_embeddings": 64,
+    }  # fmt: skip
+    text = _text(
+        words, rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}, head_dim=16,
+        layer_types=HYBRID, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    config = tf.Qwen3_5Config(text_config=text, vision_config=vision, **_qwen_ids(words))
+    pictures = tf.Qwen2VLImageProcessor(
+        patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, **MEAN
+    )
+    processor = tf.Qwen3VLProcessor(pictures, words, tf.Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return tf.Qwen3_5ForConditionalGeneration(config), processor
+
+
 def _clip(kind: str = "clip_vision_model", size: int = 56) -> dict[str, Any]:
     return {"model_type": kind, **VISION, "image_size": size, "patch_size": 14, "projection_dim": 32}
 
@@ -241,7 +263,7 @@ def mllama() -> tuple[Any, Any]:
 MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     maker.__name__: maker
     for maker in (
-        qwen2_vl, qwen2_5_vl, qwen3_vl, llava, llava_next, llava_onevision, internvl, idefics3, smolvlm, paligemma,
+        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, llava, llava_next, llava_onevision, internvl, idefics3, smolvlm, paligemma,
         gemma3, mllama,
     )
 }  # fmt: skip

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 
 from visrl.models.families import Family, language_model
+from visrl.models.recurrent import hand_on_states
 
 BLOCK = 128  # tokens
 FLEX_TOKENS = 1024  # from which length on a block mask is worth more than it costs
@@ -167,7 +168,9 @@ def use_tree_attention(model: nn.Module, kind: str = "dense") -> None:
 
     `kind` is one of `KINDS`, or "auto": blocks of queries on a CPU, FlexAttention on a GPU. All give the same. For a
     model that is trained: gradient checkpointing computes layers again, long after a forward pass has returned.
+    Recurrent layers hand on their states along paths then (see recurrent.py).
     """
+    hand_on_states(model)
     if kind == "auto":
         kind = "flex" if torch.cuda.is_available() else "blocks"
     config: Any = language_model(model).config

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers.utils import ModelOutput
 
 from visrl.box import Size
+from visrl.models.tree_runs import Segment, plan_runs
 
 # The grid of one image in merged tokens (time, height, width), as the language model sees it.
 Grid = tuple[int, int, int]
@@ -36,7 +37,7 @@ class Layout:
 
     The ancestor mask `ancestors` [bins, 1, length, length] is true from a token to its ancestors and itself. [bins,
     length]: `depth` counts ancestors, `prompt` is true before the response, `block` numbers runs of image tokens and is
-    −1 elsewhere.
+    −1 elsewhere. `segments` says where in the row, bins one after the other, the parts of each tree lie.
     """
 
     ancestors: torch.Tensor
@@ -44,6 +45,7 @@ class Layout:
     prompt: torch.Tensor
     block: torch.Tensor
     images: list[list[ImageInputs]]  # of each tree, in the order in which they lie
+    segments: list[Segment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Family:
     chat_template: str | None = None  # for processors that come without one
     parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")  # of the model
     window: int | None = None  # tokens that sliding layers look back; set by `family_of`
+    recurrent: str | None = None  # what the config calls layers that hand on a state; set by `family_of`
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
     keeps_features: bool = True  # whether features of an image do not depend on what else is in its row
     note: str = ""
@@ -162,6 +165,13 @@ def paligemma(layout: Layout, family: Family) -> dict[str, Any]:
     """Its ancestors, and its whole prompt."""
     prompt = layout.prompt[:, :, None] & layout.prompt[:, None]
     return {"attention_mask": layout.ancestors | prompt[:, None], **join_images(family, _flat(layout))}
+
+
+def hybrid(layout: Layout, family: Family) -> dict[str, Any]:
+    """Its ancestors; recurrent layers hand their state on along its path."""
+    plan = plan_runs(layout.segments, layout.depth.numel())
+    masks = {"full_attention": layout.ancestors, str(family.recurrent): plan}
+    return {"attention_mask": masks, **join_images(family, _flat(layout))}
 
 
 def mllama(layout: Layout, family: Family) -> dict[str, Any]:
@@ -268,6 +278,7 @@ FAMILIES: dict[str, Family] = {
         _QWEN2_VL,
         replace(_QWEN2_VL, name="qwen2_5_vl", codec="qwen2_5_vl"),
         replace(_QWEN2_VL, name="qwen3_vl", codec="qwen3_vl"),
+        replace(_QWEN2_VL, name="qwen3_5", codec="qwen3_vl", inputs=hybrid),
         Family("llava", depth_positions, "viscot", causal),
         Family("llava_next", depth_positions, "visrl", causal, takes=("pixel_values", "image_sizes")),
         Family(
@@ -308,7 +319,8 @@ def family_of(config: Any) -> Family:
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
-    return replace(family, window=text.sliding_window) if slides else family
+    recurrent = next((kind for kind in kinds or () if kind in RECURRENT_KINDS), None)
+    return replace(family, window=text.sliding_window if slides else None, recurrent=recurrent)
 
 
 # --- What a config says under several names ---------------------------------------------------------------------------
@@ -419,6 +431,24 @@ def _parts(base: Any) -> tuple[str, str, str]:
         and not any(known_name == name or known_name.startswith(f"{name}.") for known_name in known)
     ]  # fmt: skip
     return (*known, others[0] if others else known[1])
+
+
+# What configs call layers that see the past through a state.
+RECURRENT_KINDS = ("linear_attention", "conv")
+
+
+def recurrent_layers(model: torch.nn.Module) -> list[Any]:
+    """What hands on a state in the decoder's layers: linear attention, short convolutions."""
+    decoder: Any = language_model(model)
+    kinds = getattr(decoder.config, "layer_types", None) or ()
+    layers = [layer for layer, kind in zip(decoder.layers, kinds, strict=False) if kind in RECURRENT_KINDS]
+    return [next(part for part in layer.children() if "layer_idx" in vars(part)) for layer in layers]
+
+
+def state_argument(layer: torch.nn.Module) -> str:
+    """What the forward of a recurrent layer calls the cache of its states: `cache`, or an older name."""
+    names = inspect.signature(layer.forward).parameters
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in names)
 
 
 # --- What a model's own forward takes ---------------------------------------------------------------------------------

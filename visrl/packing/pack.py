@@ -16,6 +16,7 @@ import torch
 
 from visrl.models.encode import EncodedView
 from visrl.models.families import Family, Layout
+from visrl.models.tree_runs import RunPlan
 from visrl.packing.tree import PrefixTree
 
 BUCKET = 64  # packed lengths are multiples of this, so that few distinct shapes occur
@@ -64,6 +65,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
         return type(value)(**{name: moved(part, device) for name, part in value.items()})
     if isinstance(value, (list, tuple)):
         return type(value)(moved(part, device) for part in value)
+    if isinstance(value, RunPlan):
+        return value.to(device)
     if isinstance(value, Call):
         return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), [])
     return value
@@ -186,6 +189,11 @@ def _layout(
         prompt=torch.from_numpy(prompt).view(bins, length),
         block=torch.from_numpy(block).view(bins, length),
         images=[[view.inputs for view in tree.views] for tree in in_order],
+        segments=[
+            (offset + first, offset + last, offset + above)
+            for tree, offset in zip(trees, offsets, strict=True)
+            for first, last, above in tree.segments
+        ],
     )
 
 
