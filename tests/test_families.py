@@ -22,7 +22,7 @@ from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
-from visrl.models.families import FAMILIES, Family, family_of, language_model, projector, vision_tower
+from visrl.models.families import FAMILIES, Family, family_of, hybrid, language_model, projector, vision_tower
 from visrl.models.settings import ModelSettings
 from visrl.packing.forward import branch_logps
 from visrl.packing.pack import PackedBatch, pack
@@ -287,6 +287,7 @@ def row_of(family: Family) -> str:
     shares = "every branch" if family.shares == "all" else "chosen and rejected"
     calls = "a prompt a row" if family.row_per_prompt else "one row"
     here = "shared prefixes" if family.cacheable else "everything again per token"
+    here = "a cache row per sample" if family.inputs is hybrid else here
     end = f"`{family.end_of_turn}`".replace("|", "\\|") if family.end_of_turn else "end of sequence"
     return f"| `{family.name}` | {shares} | {calls} | {sees} | {here} | `{family.codec}` | {end} |"
 

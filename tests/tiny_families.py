@@ -95,10 +95,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     return tf.Qwen3VLForConditionalGeneration(config), processor
 
 
-HYBRID = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
-
-
-def qwen3_5() -> tuple[Any, Any]:
+def _qwen3_5(kind: str, **more: Any) -> tuple[Any, Any]:
     words = tokenizer()
     vision = {
         "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 48,
@@ -106,15 +103,45 @@ def qwen3_5() -> tuple[Any, Any]:
     }  # fmt: skip
     text = _text(
         words, rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0}, head_dim=16,
-        layer_types=HYBRID, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
-        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=8, **more,
     )  # fmt: skip
-    config = tf.Qwen3_5Config(text_config=text, vision_config=vision, **_qwen_ids(words))
+    config = getattr(tf, f"{kind}Config")(text_config=text, vision_config=vision, **_qwen_ids(words))
     pictures = tf.Qwen2VLImageProcessor(
         patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, **MEAN
     )
     processor = tf.Qwen3VLProcessor(pictures, words, tf.Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
-    return tf.Qwen3_5ForConditionalGeneration(config), processor
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config), processor
+
+
+def qwen3_5() -> tuple[Any, Any]:
+    return _qwen3_5("Qwen3_5")
+
+
+def qwen3_5_moe() -> tuple[Any, Any]:
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    return _qwen3_5("Qwen3_5Moe", num_experts=4, num_experts_per_tok=2, **sizes)
+
+
+def lfm2_vl() -> tuple[Any, Any]:
+    words = tokenizer(
+        image_token="<image>", image_start_token="<|image_start|>", image_end_token="<|image_end|>",
+        image_thumbnail_token="<|img_thumbnail|>",
+    )  # fmt: skip
+    text = _text(
+        words, model_type="lfm2", layer_types=["conv", "full_attention", "conv", "conv"],
+        block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    config = tf.Lfm2VlConfig(
+        text_config=text, image_token_id=words.image_token_id, projector_hidden_size=48,
+        vision_config={"model_type": "siglip2_vision_model", **VISION, "num_patches": 64, "patch_size": 16},
+    )  # fmt: skip
+    # A picture of 120 × 80 px is cut in tiles, smaller crops are not.
+    pictures = tf.Lfm2VlImageProcessor(
+        tile_size=64, max_tiles=4, min_image_tokens=4, max_image_tokens=8, max_pixels_tolerance=1.0
+    )
+    processor = tf.Lfm2VlProcessor(pictures, words, chat_template=template("<image>"))
+    return tf.Lfm2VlForConditionalGeneration(config), processor
 
 
 def _clip(kind: str = "clip_vision_model", size: int = 56) -> dict[str, Any]:
@@ -263,8 +290,8 @@ def mllama() -> tuple[Any, Any]:
 MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     maker.__name__: maker
     for maker in (
-        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, llava, llava_next, llava_onevision, internvl, idefics3, smolvlm, paligemma,
-        gemma3, mllama,
+        qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, qwen3_5_moe, lfm2_vl, llava, llava_next, llava_onevision, internvl,
+        idefics3, smolvlm, paligemma, gemma3, mllama,
     )
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ local            a checkpoint in this process: continuous batching
 decoding         the running decode batch; sampling a token; the third protocol, DecodingEngine
 cached           prefill and decode steps over the prefix-shared KV cache
 kv_tree          prefix cache, slots, compaction: which entry of the KV cache belongs to whom
+stateful         a cache row for each sequence, for models with recurrent layers
 plain            decoding by the model's own `generate`, for models that take no prefix tree
 recompute        decoding without a KV cache, for families whose tokens see more than their ancestors
 

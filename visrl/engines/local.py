@@ -20,6 +20,7 @@ from visrl.engines.cached import CachedBatch, CachedModel
 from visrl.engines.decoding import DecodeBatch, OnToken
 from visrl.engines.plain import PlainBatch, PlainModel
 from visrl.engines.recompute import RecomputedBatch, try_out
+from visrl.engines.stateful import StatefulBatch, StatefulModel
 from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
@@ -44,7 +45,11 @@ class LocalEngine:
         self.encoder = encoder
         self.name = name
         self.batch_size = batch_size  # trees (images) computed side by side
-        self._decoder = PlainModel(model, encoder) if isinstance(encoder, PlainEncoder) else CachedModel(model, encoder)
+        self._decoder: PlainModel | StatefulModel | CachedModel
+        if isinstance(encoder, PlainEncoder):
+            self._decoder = PlainModel(model, encoder)
+        else:
+            self._decoder = (StatefulModel if encoder.family.recurrent else CachedModel)(model, encoder)
 
     @staticmethod
     def load(
@@ -117,6 +122,8 @@ class LocalEngine:
         """An empty running batch, which requests join and leave between steps; one of an engine is in use at a time."""
         if isinstance(self._decoder, PlainModel):
             return PlainBatch(self._decoder, on_token)
+        if isinstance(self._decoder, StatefulModel):
+            return StatefulBatch(self._decoder, on_token)
         if self.encoder.family.cacheable:
             return CachedBatch(self._decoder, on_token)
         return RecomputedBatch(self.model, self.encoder, on_token)

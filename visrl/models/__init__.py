@@ -5,6 +5,7 @@ encode           chat template, tokenizer and image processor: conversation → 
                  (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
 probe            whether the model of a checkpoint takes a prefix tree, found by trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention
+recurrent        recurrent layers over packed trees, state by state; tree_runs says in which calls
 load             model, processor and settings of a folder, with a clear sentence where that cannot be done
 adapters, chain  LoRA and its like: merging them, and which were trained on which
 folder           what must be true of a folder before a library reads it

@@ -279,6 +279,7 @@ FAMILIES: dict[str, Family] = {
         replace(_QWEN2_VL, name="qwen2_5_vl", codec="qwen2_5_vl"),
         replace(_QWEN2_VL, name="qwen3_vl", codec="qwen3_vl"),
         replace(_QWEN2_VL, name="qwen3_5", codec="qwen3_vl", inputs=hybrid),
+        replace(_QWEN2_VL, name="qwen3_5_moe", codec="qwen3_vl", inputs=hybrid),
         Family("llava", depth_positions, "viscot", causal),
         Family("llava_next", depth_positions, "visrl", causal, takes=("pixel_values", "image_sizes")),
         Family(
@@ -289,6 +290,10 @@ FAMILIES: dict[str, Family] = {
         Family("internvl", depth_positions, "internvl", causal, end_of_turn="<|im_end|>"),
         _IDEFICS3,
         replace(_IDEFICS3, name="smolvlm"),
+        Family(
+            "lfm2_vl", depth_positions, "visrl", hybrid, end_of_turn="<|im_end|>",
+            takes=("pixel_values", "pixel_attention_mask", "spatial_shapes"),
+        ),
         Family(
             "paligemma", depth_positions, "paligemma", paligemma, shares="pairs", row_per_prompt=True,
             chat_template=_PALIGEMMA_TEMPLATE,

@@ -64,7 +64,9 @@ class TreeForward:
         if not isinstance(attention_mask, RunPlan):
             return self.own(hidden_states, *args, attention_mask=attention_mask, **kwargs)
         tokens = hidden_states.flatten(0, -2)  # [places, dim]
-        convolutions, recurrents, outputs = [], [], []
+        convolutions: list[torch.Tensor | None] = []
+        recurrents: list[torch.Tensor | None] = []
+        outputs: list[torch.Tensor] = []
         for call in attention_mask.calls:
             states = RunStates(_rows(convolutions, call.starts), _rows(recurrents, call.starts))
             # The layer asks for its states by its own number.
@@ -92,12 +94,13 @@ def hand_on_states(model: nn.Module) -> None:
         CheckpointError: a layer that does not compute in a tree what it computes by itself.
     """
     proven: set[type] = set()
+    config: Any = language_model(model).config
     for layer in recurrent_layers(model):
         if isinstance(layer.forward, TreeForward):
             continue
         layer.forward = TreeForward(layer)
         if type(layer) not in proven:
-            _prove(layer, language_model(model).config.hidden_size)
+            _prove(layer, config.hidden_size)
             proven.add(type(layer))
 
 

@@ -5,6 +5,7 @@ What families differ in is in families.py. The encoder of models that take no tr
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, final
@@ -41,9 +42,11 @@ class TreeEncoder(Encoder):
     def _prepare_each(self, views: dict[str, View], *, alone: bool) -> dict[str, EncodedView]:
         """Each image by itself, as its processor cuts it (in tiles, to a fixed size)."""
         encoded = {}
-        options = self.processor._merge_kwargs(
+        merged = self.processor._merge_kwargs(
             self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
-        )["images_kwargs"]  # fmt: skip
+        )  # fmt: skip
+        wanted = inspect.signature(self.processor._process_images).parameters  # some take more than an image's options
+        options = {**merged["images_kwargs"], **{name: merged[name] for name in wanted if name in merged}}
         for key, view in views.items():
             image = self.reduced(view)
             shown = [image] if alone else [image, image]

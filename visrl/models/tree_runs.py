@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,13 +66,32 @@ class _Run(NamedTuple):
     below: list[int]
 
 
+def runs_of(segments: Sequence[Segment], total: int) -> tuple[list[np.ndarray], list[int]]:
+    """The places of every run between forks, and the number of the run above each, which comes before it; −1 where
+    there is none."""
+    filled = [(first, last, above[-1] if len(above) else -1) for first, last, above in segments if last > first]
+    forks = np.unique([place + 1 for _, _, place in filled if place >= 0])
+    run_of = np.full(total, -1, dtype=np.int64)
+    own: list[np.ndarray] = []
+    over: list[int] = []
+    for first, last, before in filled:
+        parent = before
+        cuts = [first, *forks[(forks > first) & (forks < last)].tolist(), last]
+        for a, b in pairwise(cuts):
+            over.append(int(run_of[parent]) if parent >= 0 else -1)
+            run_of[a:b] = len(own)
+            own.append(np.arange(a, b))
+            parent = b - 1
+    return own, over
+
+
 def plan_runs(segments: Sequence[Segment], total: int) -> RunPlan:
     """The calls that compute all segments of a packed row of `total` places.
 
     Runs with others below them go level by level, each call as long as its shortest run; what is left of a longer one
     is computed with the runs below it. Runs that end a path come last, padded to the longest.
     """
-    own, above = _runs(segments, total)
+    own, above = runs_of(segments, total)
     below: list[list[int]] = [[] for _ in own]
     for number, parent in enumerate(above):
         if parent >= 0:
@@ -112,24 +132,6 @@ def plan_runs(segments: Sequence[Segment], total: int) -> RunPlan:
     outputs = np.full(total, len(computed), dtype=np.int64)
     outputs[computed[::-1]] = np.arange(len(computed))[::-1]  # the first time that a place was computed
     return RunPlan(calls, torch.from_numpy(outputs))
-
-
-def _runs(segments: Sequence[Segment], total: int) -> tuple[list[np.ndarray], list[int]]:
-    """The places of every run, and the run above each; −1 where there is none. Runs above come first."""
-    filled = [(first, last, above[-1] if len(above) else -1) for first, last, above in segments if last > first]
-    forks = np.unique([place + 1 for _, _, place in filled if place >= 0])
-    run_of = np.full(total, -1, dtype=np.int64)
-    own: list[np.ndarray] = []
-    over: list[int] = []
-    for first, last, before in filled:
-        parent = before
-        cuts = [first, *forks[(forks > first) & (forks < last)].tolist(), last]
-        for a, b in zip(cuts, cuts[1:], strict=False):
-            over.append(int(run_of[parent]) if parent >= 0 else -1)
-            run_of[a:b] = len(own)
-            own.append(np.arange(a, b))
-            parent = b - 1
-    return own, over
 
 
 def _grouped(runs: Iterable[_Run]) -> list[list[_Run]]:
