@@ -16,6 +16,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     Trainer,
     TrainingArguments,
 )
@@ -34,7 +38,8 @@ from visrl.train.losses import dpo
 from visrl.train.trainer import VisrlTrainer
 
 QUESTION, BOX, ANSWER = 24, 18, 8  # tokens, the end of the turn included
-PATCH = 28  # pixels along a merged token's side
+PATCH = 28  # pixels along a merged token's side, of a Qwen2-VL
+PATCHES = {"qwen2_vl": PATCH, "qwen3_5": 32}  # of every family that is measured
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Shape:
     vocab: int
     questions: int = 1  # per picture
     pictures: int = 3  # per step: the batch of the released configs
+    family: str = "qwen2_vl"
 
 
 SHAPES = {
@@ -63,8 +69,16 @@ SHAPES = {
 
 
 def make_model(folder: Path, shape: Shape) -> None:
-    """A random Qwen2-VL in `folder`: hidden 256, 6 layers, MLP 4×, vision tower of 4 layers of 192; and a processor."""
+    """A random model of the shape's family in `folder`, and its processor: hidden 256, MLP 4×, vision tower of 4 layers
+    of 192; of a Qwen2-VL 6 layers, of a Qwen3.5 8, six of them Gated DeltaNet."""
     tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model, processor = (_qwen3_5 if shape.family == "qwen3_5" else _qwen2_vl)(shape, tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _qwen2_vl(shape: Shape, tokenizer: Any) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]}
     sizes: dict[str, Any] = {
         "vocab_size": max(shape.vocab, len(tokenizer)), "hidden_size": 256, "num_hidden_layers": 6,
@@ -72,10 +86,38 @@ def make_model(folder: Path, shape: Shape) -> None:
     }  # fmt: skip
     config = tiny_config(tokenizer, **sizes)
     config.vision_config.depth, config.vision_config.embed_dim = 4, 192
-    torch.manual_seed(0)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    pictures = Qwen2VLImageProcessor(size={"shortest_edge": PATCH**2, "longest_edge": 8192 * PATCH**2})
-    Qwen2VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    pictures = Qwen2VLImageProcessor(size=_limits(shape))
+    processor = Qwen2VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return Qwen2VLForConditionalGeneration(config), processor
+
+
+def _qwen3_5(shape: Shape, tokenizer: Any) -> tuple[Any, Any]:
+    """Its proportions: three layers of Gated DeltaNet to one of attention, keys half as wide as the hidden states."""
+    like = tiny_config(tokenizer)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12], "mrope_interleaved": True}
+    text = {
+        "vocab_size": max(shape.vocab, len(tokenizer)), "hidden_size": 256, "num_hidden_layers": 8,
+        "intermediate_size": 1024, "max_position_embeddings": 8192, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64, "tie_word_embeddings": True, "eos_token_id": like.text_config.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "depth": 4, "hidden_size": 192, "intermediate_size": 768, "num_heads": 4, "out_hidden_size": 256,
+        "num_position_embeddings": 2304,
+    }  # fmt: skip
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: getattr(like, name) for name in names}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    pictures = Qwen2VLImageProcessor(patch_size=16, size=_limits(shape))
+    processor = Qwen3VLProcessor(pictures, tokenizer, Qwen3VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+    return Qwen3_5ForConditionalGeneration(config), processor
+
+
+def _limits(shape: Shape) -> dict[str, int]:
+    side = PATCHES[shape.family]
+    return {"shortest_edge": side**2, "longest_edge": 8192 * side**2}
 
 
 def make_items(shape: Shape, pictures: int, seed: int) -> list[Item]:
@@ -86,7 +128,7 @@ def make_items(shape: Shape, pictures: int, seed: int) -> list[Item]:
         return "".join(str(d) for d in rng.integers(0, 10, count))
 
     def picture(tokens: int) -> Image.Image:
-        side = int(tokens**0.5) * PATCH
+        side = int(tokens**0.5) * PATCHES[shape.family]
         return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
     items = []

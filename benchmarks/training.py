@@ -1,4 +1,5 @@
-"""Stage-2 training steps: ours against the reference layout and against TRL's DPOTrainer, on one random Qwen2-VL.
+"""Stage-2 training steps: ours against the reference layout and against TRL's DPOTrainer, on one random Qwen2-VL, or
+with `--family qwen3_5` on a random Qwen3.5, most of whose layers are recurrent.
 
 The reference layout computes every sequence by itself (box and answer, chosen and rejected, policy and reference,
 every step) with logits over the whole vocabulary at every token. TRL gets the same rows as box pairs and answer pairs.
@@ -9,8 +10,8 @@ each.
     python benchmarks/training.py --shapes small,large_vocab,long,many --repeats 5 --json training.json
 
 FLOPs are counted with torch.utils.flop_counter over forward and backward passes. The floor is each distinct token
-forward and backward once, every token attending to its ancestors only. Memory is the peak of a whole step less the
-loaded weights, each layout in a process of its own.
+forward and backward once, every token attending to its ancestors only (in Gated DeltaNet: reading a state, changing it
+and reading it again). Memory is the peak of a whole step less the loaded weights, each layout in a process of its own.
 
 Times mean something on a quiet machine only. Where something else runs, take one thread (`--threads 1`): several would
 wait for each other, and the waiting is what would be measured. `--shapes small --pictures 1 --repeats 1` is a quick
@@ -35,13 +36,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from layouts import SHAPES, Ours, ReferenceLayout, Shape, Trl, make_items, make_model, stage2_loss
+from layouts import PATCHES, SHAPES, Ours, ReferenceLayout, Shape, Trl, make_items, make_model, stage2_loss
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from visrl.models.families import recurrent_layers
 from visrl.packing.pack import PackedBatch
 from visrl.train.items import Item, TrainingBatch
 
@@ -103,9 +105,12 @@ def token_flops(model: nn.Module, packed: PackedBatch) -> float:
     layers = [m for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
     linear = 2 * sum(layer.weight.numel() for layer in layers) * packed.tokens
     padding = packed.padded_tokens - packed.tokens
-    pairs = int(call.inputs["attention_mask"].sum()) - padding
-    attention = 4 * pairs * text.hidden_size * text.num_hidden_layers
-    return linear + attention + 2 * len(call.keep) * text.hidden_size * text.vocab_size
+    masks = call.inputs["attention_mask"]
+    pairs = int((masks["full_attention"] if isinstance(masks, dict) else masks).sum()) - padding
+    recurrent = recurrent_layers(model)
+    attention = 4 * pairs * text.hidden_size * (text.num_hidden_layers - len(recurrent))
+    states = sum(6 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim for layer in recurrent) * packed.tokens
+    return linear + attention + states + 2 * len(call.keep) * text.hidden_size * text.vocab_size
 
 
 def tower_flops(model: nn.Module, packed: PackedBatch) -> tuple[float, float]:
@@ -207,7 +212,8 @@ def memory_of(layout: str, folder: Path, scratch: Path, shape: Shape) -> int:
 
 def measured_memory(layout: str, folder: Path, shape: Shape) -> int:
     command = [sys.executable, __file__, "--measure-memory", layout, "--model", str(folder)]
-    command += ["--shapes", shape.name, "--pictures", str(shape.pictures), "--threads", str(torch.get_num_threads())]
+    command += ["--family", shape.family, "--shapes", shape.name, "--pictures", str(shape.pictures)]
+    command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.splitlines()[-1])
 
@@ -224,8 +230,9 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
         ours, theirs = Ours(folder, scratch, items), ReferenceLayout(folder, scratch, items)
         packed = ours.batch(one_step)["batch"].packed
         facts: dict[str, Any] = {
-            "name": shape.name, "image_tokens": shape.image_tokens, "crop_tokens": shape.crop_tokens,
-            "vocab": shape.vocab, "questions": shape.questions, "pictures_per_step": shape.pictures,
+            "name": shape.name, "family": shape.family, "image_tokens": shape.image_tokens,
+            "crop_tokens": shape.crop_tokens, "vocab": shape.vocab, "questions": shape.questions,
+            "pictures_per_step": shape.pictures,
             "tokens": packed.tokens, "padding": packed.padded_tokens - packed.tokens,
             "separate_tokens": packed.separate_tokens,
         }  # fmt: skip
@@ -246,6 +253,7 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="small,large_vocab,long,many", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--family", choices=tuple(PATCHES), default="qwen2_vl")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--pictures", type=int, default=3, help="per step, with all their questions (3: as released)")
@@ -258,7 +266,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    shapes = [replace(SHAPES[name], pictures=options.pictures) for name in options.shapes.split(",")]
+    shapes = [
+        replace(SHAPES[name], pictures=options.pictures, family=options.family) for name in options.shapes.split(",")
+    ]
     if options.measure_memory:
         with tempfile.TemporaryDirectory() as scratch:
             print(memory_of(options.measure_memory, options.model, Path(scratch), shapes[0]))
