@@ -42,7 +42,7 @@ def load_plugin(name: str, kind: str) -> Any:
         raise ConfigError(f"{kind} {name!r}: {module} has no {attribute!r}") from error
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """What a user's own code raised, in a line, and where."""
     if isinstance(error, SyntaxError):
         file, line, said = error.filename, error.lineno, error.msg

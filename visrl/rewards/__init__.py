@@ -7,6 +7,8 @@ grader          a grader of your own, module:function
 judge           judging answers with a language model
 reply_scores    the score in a critic's or judge's reply
 metrics         string metrics of answers: exact, relaxed, ANLS, VQA
+choices         multiple choice: which option a reply names
+dual_iou        recall and precision of boxes where there are several true ones
 detection       whether a box is right
 grounding       whether it is on the right object, and whether its crop holds the evidence
 parts           the reward of online reinforcement: a weighted sum of named parts

@@ -19,7 +19,7 @@ from visrl.box import CropRule
 from visrl.config import CheckpointConfig
 from visrl.records import Sample
 from visrl.rewards.parts import Attempt, PartKind, RewardPart, Scorer, Scores, kind_of
-from visrl.rewards.reward_function import load_function
+from visrl.rewards.reward_function import load_function, opened_function
 
 if TYPE_CHECKING:
     from visrl.models.encode import Encoder
@@ -67,7 +67,7 @@ def opened_parts(parts: Sequence[RewardPart], setting: RewardSetting) -> Iterato
 def _opened(part: RewardPart, setting: RewardSetting, stack: ExitStack) -> Scorer:
     kind = kind_of(part.name)
     if kind is None:
-        return load_function(part.name)
+        return stack.enter_context(opened_function(part.name, setting.samples))
     if kind.score is None:
         return stack.enter_context(OPENERS[part.name.partition(":")[0]](part, setting))
     return _each(part, kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,12 +19,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from visrl.box import iou
 from visrl.plugins import is_plugin
 from visrl.records import Sample
+from visrl.rewards.choices import choice_score, options_of
 from visrl.rewards.metrics import METRICS
 
 if TYPE_CHECKING:
     from visrl.rollout.steps import Look
 
-Metric = Literal["exact", "relaxed", "anls", "vqa"]
+Metric = Literal["exact", "relaxed", "anls", "vqa", "choice"]
 Scores = list[float | None]
 
 RIGHT = 0.5  # from this score on, an answer is more right than wrong: what `when` asks for
@@ -39,16 +40,15 @@ class Attempt:
     looks: tuple[Look, ...]
     without: str | None = None
 
-    @property
-    def failed(self) -> bool:
-        """Whether something else than the policy failed: the engine, or a prompt that the model cannot be shown."""
-        error = self.looks[0].error
-        return error is not None and not error.startswith("box: ")
+
+def is_failed(look: Look) -> bool:
+    """Whether something else than the policy failed: the engine, or a prompt that the model cannot be shown."""
+    return look.error is not None and not look.error.startswith("box: ")
 
 
 Scorer = Callable[[Sequence[Attempt]], list[Scores]]
 """What a part says of all attempts of a step at once: a score for every look of every attempt, in their order. It is
-never asked about an attempt that `failed`."""
+never asked about a look that failed (`is_failed`)."""
 
 
 # --- What a config says -----------------------------------------------------------------------------------------------
@@ -74,9 +74,8 @@ class RewardPart(BaseModel):
     @property
     def label(self) -> str:
         """What the part is called in logs."""
-        if self.argument:
-            return f"{self.name.partition(':')[0]}:{Path(self.argument).name}"
-        return self.name if self.metric is None else f"{self.name}_{self.metric}"
+        name = f"{self.name.partition(':')[0]}:{Path(self.argument).name}" if self.argument else self.name
+        return "_".join(filter(None, (name, self.metric, self.when and f"when_{self.when}")))
 
     @property
     def argument(self) -> str:
@@ -127,6 +126,8 @@ def _right(answer: str | None, sample: Sample, metric: Metric) -> float | None:
 
     if not sample.answer:
         return None
+    if metric == "choice":
+        return choice_score(answer or "", sample.answer, options_of(sample.question, sample.raw))
     return 0.0 if answer is None else METRICS[metric](answer, references_of(sample, metric))
 
 
@@ -157,6 +158,15 @@ def _iou(attempt: Attempt, metric: Metric) -> Scores:
     return [0.0 if look.box is None else iou(look.box, truth) for look in attempt.looks]
 
 
+def _dual_iou(attempt: Attempt, metric: Metric) -> Scores:
+    from visrl.rewards.dual_iou import dual_iou, true_boxes
+
+    truths = true_boxes(attempt.sample, attempt.looks[0].whole.size)
+    if not truths:
+        return [None] * len(attempt.looks)
+    return [dual_iou([look.box] if look.box else [], truths) for look in attempt.looks]
+
+
 def _area(attempt: Attempt, metric: Metric) -> Scores:
     return [0.0 if look.box is None else 1.0 - look.box.area for look in attempt.looks]
 
@@ -169,6 +179,7 @@ PARTS: dict[str, PartKind] = {
     ),
     "format": PartKind(_format, "the box can be read"),
     "iou": PartKind(_iou, "IoU with the true box; None without one"),
+    "dual_iou": PartKind(_dual_iou, "recall and precision with several true boxes; None without one"),
     "area": PartKind(_area, "1 − the box's share of the image"),
     "model": PartKind(None, "what a reward model of stage: rm says of box and answer", argument="PATH"),
 }  # fmt: skip
@@ -203,16 +214,21 @@ def score_attempts(
     """What every attempt at every question is worth, by each part and in all: Σ weight × score. `scorers` are those of
     the parts by their labels, as `open_parts.opened_parts` gives them; each is asked once.
 
-    A score of None leaves the look out: its reward is None. A part that says nothing about any attempt at a question
-    (IoU where there is no true box) is left out of that question's rewards instead.
+    A score of None leaves the look out: its reward is None. A part that the data says nothing for (IoU where there is
+    no true box), or a function that is None for every attempt at a question, is left out of that question's rewards
+    instead; a model or a server that failed throughout is not, for what the other parts say is another reward.
     """
     attempts = [one for own in questions for one in own]
-    scores = {part.label: iter(_scores_of(scorers[part.label], attempts)) for part in parts}
+    asked = {part.label: _scores_of(scorers[part.label], attempts) for part in parts}
+    scores = {label: iter(rows) for label, rows in _with_conditions(parts, asked).items()}
     found = []
     for own in questions:
         table = {label: [next(rows) for _ in own] for label, rows in scores.items()}
         told = {label for label, rows in table.items() if any(score is not None for row in rows for score in row)}
-        speaking = [part for part in parts if part.weight and {part.label, part.when or part.label} <= told]
+        answered = bool(own and own[0].sample.answer)
+        speaking = [
+            part for part in parts if part.weight and (part.label in told or (answered and _is_asked(part, parts)))
+        ]
         rewards = [
             [_reward(speaking, {label: rows[a][m] for label, rows in table.items()}) for m in range(len(one.looks))]
             for a, one in enumerate(own)
@@ -223,16 +239,42 @@ def score_attempts(
 
 def _reward(parts: Sequence[RewardPart], scores: Mapping[str, float | None]) -> float | None:
     """The weighted sum of one look's scores; None where no part speaks, or one that counts is None."""
-    total = 0.0
-    for part in parts:
-        score, condition = scores[part.label], scores[part.when] if part.when is not None else 1.0
-        if score is None or condition is None:
-            return None
-        total += part.weight * score * (condition >= RIGHT)
-    return total if parts else None
+    told = [scores[part.label] for part in parts]
+    if not parts or None in told:
+        return None
+    return sum(part.weight * score for part, score in zip(parts, told, strict=True) if score is not None)
+
+
+def _is_asked(part: RewardPart, parts: Sequence[RewardPart]) -> bool:
+    """Whether a model or a server is asked about a part, or about what it counts under."""
+    kind = kind_of(part.name)
+    condition = next((one for one in parts if one.label == part.when), None)
+    return (kind is not None and kind.score is None) or (condition is not None and _is_asked(condition, parts))
+
+
+def _with_conditions(parts: Sequence[RewardPart], asked: Mapping[str, list[Scores]]) -> dict[str, list[Scores]]:
+    """The scores as they count: those of a bonus are 0 where its condition is not right, and None where it is None."""
+    found: dict[str, list[Scores]] = {}
+
+    def fill(part: RewardPart) -> list[Scores]:
+        if part.label not in found:
+            own = asked[part.label]
+            if part.when is not None:  # no two wait for each other: a label holds that of its condition
+                given = fill(next(one for one in parts if one.label == part.when))
+                own = [list(map(_bonus, row, condition)) for row, condition in zip(own, given, strict=True)]
+            found[part.label] = own
+        return found[part.label]
+
+    return {part.label: fill(part) for part in parts}
+
+
+def _bonus(score: float | None, condition: float | None) -> float | None:
+    return None if score is None or condition is None else score * (condition >= RIGHT)
 
 
 def _scores_of(scorer: Scorer, attempts: Sequence[Attempt]) -> list[Scores]:
-    sound = [one for one in attempts if not one.failed]
-    told = iter(scorer(sound) if sound else [])
-    return [[None] * len(one.looks) if one.failed else next(told) for one in attempts]
+    sound = [
+        replace(one, looks=looks) for one in attempts if (looks := tuple(x for x in one.looks if not is_failed(x)))
+    ]
+    told = iter([score for scores in (scorer(sound) if sound else []) for score in scores])
+    return [[None if is_failed(look) else next(told) for look in one.looks] for one in attempts]

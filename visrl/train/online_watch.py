@@ -30,6 +30,7 @@ def measures_of(
     yield "reward_std", deviation(rewards)
     for label in rollouts[0].scored.parts:
         scores = [score for one in rollouts for own in one.scored.parts[label] for score in own]
+        yield f"left_out/{label}", _share([score is None for score in scores])
         if any(score is not None for score in scores):
             yield f"rewards/{label}/mean", mean(scores)
             yield f"rewards/{label}/std", deviation(scores)
