@@ -19,9 +19,10 @@ from visrl.conversation import View
 from visrl.engines.base import Completion
 from visrl.errors import UserError
 from visrl.records import RecordError, Sample
+from visrl.rewards.asked_parts import RewardSetting
 from visrl.rewards.choices import options_of, read_choice
 from visrl.rewards.dual_iou import dual_iou
-from visrl.rewards.open_parts import OPENERS, RewardSetting, opened_parts
+from visrl.rewards.open_parts import OPENERS, opened_parts
 from visrl.rewards.parts import PARTS, Attempt, Part, PartKind, RewardPart, Scored, Scores, check_parts, score_attempts
 from visrl.rewards.reward_function import RewardError
 from visrl.rollout.steps import Look

@@ -191,7 +191,7 @@ def score(
     for one in trajectories:
         if one.place not in asked:
             raise RecordError(f"a trajectory is about question {one.sample_id!r}, which is not among the samples")
-    grading = Grading(samples, policy.opened, policy.crop_rule, image_root, seed)
+    grading = Grading.of(policy.opened, samples, policy.crop_rule, image_root, seed)
     with opened_critic(config, grading) as critic:
         return critic.judge([asked[one.place] for one in trajectories], trajectories)
 

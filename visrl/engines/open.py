@@ -75,15 +75,9 @@ class ModelConfig(CheckpointConfig):
     crop_max_pixels: int | None = Field(None, ge=28 * 28)
 
 
-class PolicyConfig(ModelConfig, RequestConfig):
-    """The keys that say which model is asked, where it runs, and how patiently servers are treated."""
+class PatienceConfig(Config):
+    """The keys that say how patiently servers are treated."""
 
-    policy_url: ServerUrls = ()
-    """Servers of the policy, each up to `/v1`; none: it runs in this process."""
-    policy_served_name: str | None = None
-    """The name under which they serve it; by default `model_name_or_path`."""
-    box_codec: str | None = Field(None, serialization_alias="codec")
-    """How boxes are written, over what the checkpoint says. With it, `model_name_or_path` may be a server's name."""
     concurrency: int = Field(32, ge=1)
     """Requests to servers at once."""
     request_timeout_s: float = Field(120.0, gt=0)
@@ -99,6 +93,17 @@ class PolicyConfig(ModelConfig, RequestConfig):
             "timeout_s": self.request_timeout_s,
             "attempts": self.request_attempts,
         }
+
+
+class PolicyConfig(ModelConfig, RequestConfig, PatienceConfig):
+    """The keys that say which model is asked, where it runs, and how patiently servers are treated."""
+
+    policy_url: ServerUrls = ()
+    """Servers of the policy, each up to `/v1`; none: it runs in this process."""
+    policy_served_name: str | None = None
+    """The name under which they serve it; by default `model_name_or_path`."""
+    box_codec: str | None = Field(None, serialization_alias="codec")
+    """How boxes are written, over what the checkpoint says. With it, `model_name_or_path` may be a server's name."""
 
 
 # Keys that change where and how patiently the policy is asked, and not what comes of it.
@@ -166,7 +171,9 @@ def open_local(config: ModelConfig, settings: ModelSettings, device: str | None 
     )
 
 
-def open_beside(name: str, like: ModelSettings | None = None, *, trust_remote_code: bool = False) -> LocalEngine:
+def open_beside(
+    name: str, like: ModelSettings | None = None, *, device: str | None = None, trust_remote_code: bool = False
+) -> LocalEngine:
     """A critic or judge in this process. Where it has no limits of its own, it is shown images at the size of the
     policy's, which `like` says.
 
@@ -176,7 +183,7 @@ def open_beside(name: str, like: ModelSettings | None = None, *, trust_remote_co
     config = ModelConfig(model_name_or_path=name, trust_remote_code=trust_remote_code)
     own = model_settings(config)
     missing = {key: getattr(like, key) for key in LIMITS if getattr(own, key) is None} if like else {}
-    return open_local(config, own.with_given(**missing))
+    return open_local(config, own.with_given(**missing), device)
 
 
 # --- Behind servers ---------------------------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ def endpoint_of(urls: Sequence[str], name: str, request: RequestConfig, **patien
 
 @contextmanager
 def reached(
-    config: PolicyConfig,
+    config: PatienceConfig,
     urls: Sequence[str],
     name: str,
     request: RequestConfig,

@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 
 from visrl.box import CropRule
 from visrl.config import SourceConfig
-from visrl.engines.open import PolicyConfig, RequestConfig, ServerUrls, refuse_unused
+from visrl.engines.open import PolicyConfig
 from visrl.evaluate.benchmarks import find_benchmark
-from visrl.prompts import JUDGE_TOKENS
+from visrl.rewards.open_judge import JudgeKeys
 from visrl.rollout.greedy import Mode
 
 
-class EvalConfig(PolicyConfig, SourceConfig):
+class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
     """What `visrl eval CONFIG` takes, besides what says which model is asked."""
 
     benchmark: str = "samples"
@@ -44,20 +44,8 @@ class EvalConfig(PolicyConfig, SourceConfig):
     dry_run: bool = False
     """Read and check everything that is there, ask nothing."""
 
-    judge_model_name_or_path: str | None = None
-    """A judge's name at `judge_url`, or a checkpoint to judge in this process; without it there is no judge."""
-    judge_url: ServerUrls = ()
-    judge_request: RequestConfig = Field(default_factory=RequestConfig)
-    """How requests to the judge's servers are put: `{max_tokens_key: …, extra_body: …}`, as for the policy."""
-    judge_max_tokens: int = Field(JUDGE_TOKENS, ge=1)
-    """The most that a judge may write; raise it for one that thinks aloud first."""
-
     @model_validator(mode="after")
     def _together(self) -> EvalConfig:
-        if self.judge_url and not self.judge_model_name_or_path:
-            raise ValueError("judge_url needs judge_model_name_or_path, the judge's name there")
-        if not self.judge_url:
-            refuse_unused(self.judge_request, "judge_request: ", "judge_url")
         if find_benchmark(self.benchmark).scores == "boxes":
             if self.mode != "own":
                 raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")

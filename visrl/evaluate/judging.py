@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def judge_rows(config: EvalConfig, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The rows with the judge's two columns, and how many judgements failed or could not be read."""
     from visrl.rewards.judge import judge_all
-    from visrl.rewards.open import opened_judge
+    from visrl.rewards.open_judge import opened_judge
 
     rows = [{key: value for key, value in row.items() if key not in ("judge", "judge_published")} for row in rows]
     judge = config.judge_model_name_or_path
@@ -77,7 +77,7 @@ def judge_answers(
         HeldError: another process writes `out`.
     """
     from visrl.rewards.judge import judge_all
-    from visrl.rewards.open import opened_judge
+    from visrl.rewards.open_judge import opened_judge
 
     request = as_config(RequestConfig, None, keys)
     asked = [one for one in map(answer_to_judge, rows) if one is not None]

@@ -229,7 +229,8 @@ def opened_policy_and_critic(config: GenerateConfig, samples: Sequence[Sample]) 
         rule = config.crop_rule or opened.settings.crop_rule
         if notice := opened.settings.other_rule(rule):
             print(notice, flush=True)
-        with opened_critic(config, Grading(samples, opened, rule, config.image_root, config.seed)) as critic:
+        grading = Grading.of(opened, samples, rule, config.image_root, config.seed)
+        with opened_critic(config, grading) as critic:
             yield PolicyAndCritic(opened.policy, rule, critic)
 
 

@@ -1,6 +1,7 @@
 """Rewards: what a look and an answer are worth, and what results add up to.
 
 open            the table of critics, and which one a config means
+open_judge      which judge a config means
 critic          critics: the oracle of drawn scenes, and a model that is asked for scores
 outcome         a box is as good as the answers from its crop: critic: outcome, and what grades them
 grader          a grader of your own, module:function
@@ -14,6 +15,7 @@ grounding       whether it is on the right object, and whether its crop holds th
 parts           the reward of online reinforcement: a weighted sum of named parts
 open_parts      its parts, each opened once for a run: models, servers, functions of your own
 reward_model    a reward model as a part, model:PATH, which scores boxes and answers in one packed pass
+asked_parts     parts that a model is asked about: the judge, the critic
 reward_function a function of your own as a part, module:function, called as TRL calls it
 advantages      how much better a response is than the others of its group, for boxes and for answers
 

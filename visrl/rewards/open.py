@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from visrl.box import CropRule
-from visrl.config import ConfigError
+from visrl.box import CropRule, Size
+from visrl.config import CheckpointConfig, ConfigError
 from visrl.engines.open import (
     PATIENCE,
     OpenedPolicy,
+    PatienceConfig,
     PolicyConfig,
     RequestConfig,
     ServerUrls,
@@ -27,13 +29,13 @@ from visrl.engines.open import (
     refuse_unused,
 )
 from visrl.manifest import hash_checkpoint, hash_files, read_manifest
+from visrl.models.settings import ModelSettings
 from visrl.plugins import is_plugin, load_plugin, plugin_file
 from visrl.records import Sample
 
 if TYPE_CHECKING:
-    from visrl.engines.base import Engine
+    from visrl.engines.base import Engine, Policy
     from visrl.rewards.critic import Critic
-    from visrl.rewards.judge import AskAll
 
 
 def _known_critic(name: str) -> str:
@@ -48,8 +50,8 @@ AnswerGrader = Literal["exact", "relaxed", "vqa", "anls", "judge"]
 MODEL_KEYS = ("critic_model_name_or_path", "critic_url", "critic_served_name", "critic_request")
 
 
-class CriticConfig(PolicyConfig):
-    """The keys that say which critic scores what the policy does, beside those of the policy."""
+class CriticKeys(PatienceConfig):
+    """The keys that say which critic scores what a policy does."""
 
     critic: Annotated[str, AfterValidator(_known_critic)] = "auto"
     """"oracle" knows what is drawn; "model" asks a model; "outcome" scores a box by the answers sampled from its crop;
@@ -72,7 +74,7 @@ class CriticConfig(PolicyConfig):
     """False is the paper's ablation: the critic is not asked about boxes. `critic.box` is the same key."""
 
     @model_validator(mode="after")
-    def _graded(self) -> CriticConfig:
+    def _graded(self) -> Self:
         if self.critic != "outcome":
             if self.grader is not None:
                 raise ValueError(f"grader: critic={self.critic} grades no answers by it; set critic: outcome")
@@ -80,17 +82,25 @@ class CriticConfig(PolicyConfig):
         judged = self.grader == "judge"
         unused = ("critic_attempts",) if judged else ("critic_attempts", "critic_max_tokens", *MODEL_KEYS)
         for key in unused:
-            if getattr(self, key) != CriticConfig.model_fields[key].get_default(call_default_factory=True):
+            if getattr(self, key) != CriticKeys.model_fields[key].get_default(call_default_factory=True):
                 remedy = "a judge is asked once" if judged else "only grader: judge asks a model"
                 raise ValueError(f"{key}: {remedy}; leave it out")
         return self
+
+
+class GradingConfig(CheckpointConfig, CriticKeys):
+    """`CriticKeys`, of a policy that was a checkpoint at its start."""
+
+
+class CriticConfig(PolicyConfig, GradingConfig):
+    """The keys that say which critic scores what the policy does, beside those of the policy."""
 
 
 # Keys that change where and how patiently the work is done, and not what comes of it.
 NOT_IDENTITY = PATIENCE | {"critic_url"}
 
 
-def critic_kind(config: CriticConfig, samples: Sequence[Sample]) -> str:
+def critic_kind(config: GradingConfig, samples: Sequence[Sample]) -> str:
     """The row of `CRITICS` that a config means for these samples, or the name of a grader of the user's own."""
     if config.critic != "auto":
         return config.critic
@@ -99,7 +109,7 @@ def critic_kind(config: CriticConfig, samples: Sequence[Sample]) -> str:
     return "oracle" if drawn and not named else "model"
 
 
-def critic_name(config: CriticConfig, samples: Sequence[Sample]) -> str:
+def critic_name(config: GradingConfig, samples: Sequence[Sample]) -> str:
     """The critic that a config means for these samples: "oracle", the path or name of a model, `module:function`, or
     "outcome" with its grader, a judge by the path or name of its model.
 
@@ -112,12 +122,12 @@ def critic_name(config: CriticConfig, samples: Sequence[Sample]) -> str:
     return _model_name(config) if kind == "model" else kind
 
 
-def asks_model(config: CriticConfig, samples: Sequence[Sample]) -> bool:
+def asks_model(config: GradingConfig, samples: Sequence[Sample]) -> bool:
     """Whether the critic that a config means for these samples is a model, or asks one."""
     return critic_kind(config, samples) == "model" or config.grader == "judge"
 
 
-def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
+def critic_hash(config: GradingConfig, samples: Sequence[Sample]) -> str:
     """What decides the critic's scores, in short: its name, and the weights or the module that it is made of.
 
     Raises:
@@ -133,7 +143,7 @@ def critic_hash(config: CriticConfig, samples: Sequence[Sample]) -> str:
     return f"{name} {hash_files(file)}" if file is not None else name
 
 
-def _model_name(config: CriticConfig) -> str:
+def _model_name(config: GradingConfig) -> str:
     if config.critic_url:
         name = config.critic_served_name or config.critic_model_name_or_path
         if name is None:
@@ -168,14 +178,25 @@ class Grading:
     """What a critic is opened for: samples of a policy under a crop rule."""
 
     samples: Sequence[Sample]
-    policy: OpenedPolicy
+    crop_size: Callable[[Size], Size]  # the size in pixels at which the policy is shown a crop of some size
+    settings: ModelSettings  # how it looks at images
     crop_rule: CropRule
     image_root: str | None
     seed: int
+    policy: Policy | None = None  # whose engine may be the critic's, too; None: its weights do not stay as they are
+    device: str | None = None  # of a model in this process
+
+    @staticmethod
+    def of(
+        opened: OpenedPolicy, samples: Sequence[Sample], crop_rule: CropRule, image_root: str | None, seed: int
+    ) -> Grading:
+        """The grading of a policy whose weights stay as they are."""
+        size = partial(opened.policy.processed_size, is_crop=True)
+        return Grading(samples, size, opened.settings, crop_rule, image_root, seed, opened.policy)
 
 
 @contextmanager
-def opened_critic(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+def opened_critic(config: GradingConfig, grading: Grading) -> Iterator[Critic]:
     """The critic of a config, loaded, or reached and found healthy; connections are closed at the end.
 
     Raises:
@@ -191,7 +212,7 @@ def opened_critic(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
 
 
 @contextmanager
-def _function(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+def _function(config: GradingConfig, grading: Grading) -> Iterator[Critic]:
     """A grader of the user's own."""
     from visrl.rewards.grader import FunctionCritic
 
@@ -205,18 +226,17 @@ def _function(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
 
 
 @contextmanager
-def _oracle(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+def _oracle(config: GradingConfig, grading: Grading) -> Iterator[Critic]:
     from visrl.rewards.critic import SceneOracle
 
-    policy = grading.policy.policy
-    yield SceneOracle(lambda size: policy.processed_size(size, is_crop=True), grading.crop_rule)
+    yield SceneOracle(grading.crop_size, grading.crop_rule)
 
 
 @contextmanager
-def _model(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+def _model(config: GradingConfig, grading: Grading) -> Iterator[Critic]:
     from visrl.rewards.critic import ModelCritic
 
-    with _opened_engine(config, _model_name(config), grading.policy) as engine:
+    with _opened_engine(config, _model_name(config), grading) as engine:
         yield ModelCritic(
             engine,
             crop_rule=grading.crop_rule,
@@ -229,7 +249,7 @@ def _model(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
 
 
 @contextmanager
-def _outcome(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
+def _outcome(config: GradingConfig, grading: Grading) -> Iterator[Critic]:
     from visrl.rewards.judge import client_asker, engine_asker
     from visrl.rewards.outcome import Judge, OutcomeCritic, metric_grader
 
@@ -240,7 +260,7 @@ def _outcome(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
         return
     name, room = _model_name(config), config.critic_max_tokens
     if not config.critic_url:
-        with _opened_engine(config, name, grading.policy) as engine:
+        with _opened_engine(config, name, grading) as engine:
             yield OutcomeCritic(name, Judge(engine_asker(engine), name, room), score_boxes=boxes)
         return
     from visrl.engines.client import Client
@@ -252,41 +272,24 @@ def _outcome(config: CriticConfig, grading: Grading) -> Iterator[Critic]:
 
 
 @contextmanager
-def _opened_engine(config: CriticConfig, name: str, opened: OpenedPolicy) -> Iterator[Engine]:
+def _opened_engine(config: GradingConfig, name: str, grading: Grading) -> Iterator[Engine]:
     """The engine of the model that is the critic: the policy's own where it is the same model in this process."""
     from visrl.engines.local import LocalEngine
 
+    own = name == config.model_name_or_path and not getattr(config, "adapter_name_or_path", None)
     if config.critic_url:
         with reached(config, config.critic_url, name, config.critic_request) as engine:
             yield engine
-    elif (
-        name == config.model_name_or_path and not config.adapter_name_or_path and isinstance(opened.policy, LocalEngine)
-    ):
-        yield opened.policy
+    elif own and isinstance(grading.policy, LocalEngine):
+        yield grading.policy
     else:
-        yield open_beside(name, opened.settings, trust_remote_code=config.trust_remote_code)
-
-
-@contextmanager
-def opened_judge(name: str, urls: Sequence[str], request: RequestConfig, **patience: Any) -> Iterator[AskAll]:
-    """What asks the judge `name` of an evaluation: a model behind servers, or one in this process.
-
-    Raises:
-        CheckpointError: a model in this process that cannot be loaded.
-    """
-    from visrl.rewards.judge import client_asker, engine_asker
-
-    if not urls:
-        yield engine_asker(open_beside(name))
-        return
-    from visrl.engines.client import Client
-
-    with closing(Client(endpoint_of(urls, name, request, **patience))) as client:
-        yield client_asker(client)
+        yield open_beside(
+            name, grading.settings, device=grading.device, trust_remote_code=config.trust_remote_code
+        )  # fmt: skip
 
 
 # The critics by name: how each is opened. A row more is a critic more, for `visrl generate` and all that grade by name.
-CRITICS: dict[str, Callable[[CriticConfig, Grading], AbstractContextManager[Critic]]] = {
+CRITICS: dict[str, Callable[[GradingConfig, Grading], AbstractContextManager[Critic]]] = {
     "oracle": _oracle,
     "model": _model,
     "outcome": _outcome,

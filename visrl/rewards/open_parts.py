@@ -11,34 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from visrl.box import CropRule
-from visrl.config import CheckpointConfig
-from visrl.records import Sample
+from visrl.rewards.asked_parts import RewardSetting, open_critic, open_judge
 from visrl.rewards.parts import Attempt, PartKind, RewardPart, Scorer, Scores, kind_of
 from visrl.rewards.reward_function import load_function, opened_function
-
-if TYPE_CHECKING:
-    from visrl.models.encode import Encoder
-
-
-@dataclass(frozen=True, slots=True)
-class RewardSetting:
-    """What a part is opened for: the questions of a run, and the policy whose attempts at them it scores."""
-
-    config: CheckpointConfig  # of the run; `model_name_or_path` is the policy at its start
-    samples: Sequence[Sample]
-    encoder: Encoder  # of the policy: how it sizes images
-    crop_rule: CropRule
-    image_root: str | None
-    seed: int
-    device: Any  # a torch.device: where this process computes
-    folder: Path  # of the run
-    process: int = 0  # which of those that train together this is
-
 
 Opener = Callable[[RewardPart, RewardSetting], AbstractContextManager[Scorer]]
 
@@ -50,7 +26,13 @@ def _reward_model(part: RewardPart, setting: RewardSetting) -> Iterator[Scorer]:
     yield open_reward_model(part.argument, setting.encoder.settings, setting.crop_rule, setting.device)
 
 
-OPENERS: dict[str, Opener] = {"model": _reward_model}  # by the name of the row in `PARTS`
+OPENERS: dict[str, Opener] = {
+    "model": _reward_model,
+    "judge": open_judge,
+    "critic": open_critic,
+    "critic_box": open_critic,
+    "critic_answer": open_critic,
+}  # by the name of the row in `PARTS`
 
 
 @contextmanager

@@ -180,6 +180,10 @@ PARTS: dict[str, PartKind] = {
     "format": PartKind(_format, "the box can be read"),
     "iou": PartKind(_iou, "IoU with the true box; None without one"),
     "dual_iou": PartKind(_dual_iou, "recall and precision with several true boxes; None without one"),
+    "judge": PartKind(None, "a model finds the answer right, beside the true one"),
+    "critic": PartKind(None, "mean of the critic's scores of box and answer"),
+    "critic_box": PartKind(None, "the critic's score of the box"),
+    "critic_answer": PartKind(None, "the critic's score of the answer"),
     "area": PartKind(_area, "1 − the box's share of the image"),
     "model": PartKind(None, "what a reward model of stage: rm says of box and answer", argument="PATH"),
 }  # fmt: skip

@@ -144,7 +144,7 @@ def _is_own(key: Any) -> bool:
 def _columns(rows: Sequence[tuple[Sample, Look]], columns: Sequence[str]) -> dict[str, list[Any]]:
     """The arguments of a reward function, made for one call: it may do with them what it likes."""
     samples, looks = [sample for sample, _ in rows], [look for _, look in rows]
-    ours = {
+    ours: dict[str, list[Any]] = {
         "prompts": [[{"role": "user", "content": sample.question}] for sample in samples],
         "completions": [[{"role": "assistant", "content": look.answer or ""}] for look in looks],
         "completion_ids": [list(look.answer_completion.ids) if look.answer_completion else [] for look in looks],

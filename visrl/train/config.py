@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from visrl.box import CropRule
-from visrl.config import Adapters, CheckpointConfig, ConfigError, Listed, SourceConfig, translate
+from visrl.config import Adapters, ConfigError, Listed, SourceConfig, translate
+from visrl.rewards.asked_parts import RewardConfig
 from visrl.scenes import KINDS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
@@ -81,7 +82,7 @@ class Phase(BaseModel):
         return self
 
 
-class TrainConfig(PPOFields, OnlineFields, TrainerFields, CheckpointConfig, SourceConfig):
+class TrainConfig(PPOFields, OnlineFields, TrainerFields, RewardConfig, SourceConfig):
     """What `visrl train` takes, beside the fields of `transformers.TrainingArguments`."""
 
     adapter_name_or_path: Adapters | None = None

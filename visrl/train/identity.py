@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from visrl.data.sources import hash_source
+from visrl.engines.open import PatienceConfig
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, ManifestError, hash_checkpoint, hash_files, is_complete
 from visrl.plugins import plugin_file
+from visrl.redact import without_secrets
+from visrl.rewards.asked_parts import JUDGEMENTS, VERDICTS
+from visrl.rewards.open import critic_hash
 from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
-from visrl.train.online_config import OnlineFields
+from visrl.train.online_config import CRITIC_KEYS, JUDGE_KEYS, OnlineFields, asked_by
 from visrl.train.ppo_config import PPOFields
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
     "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
     "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica", "log_completions",
-    "num_completions_to_print", "rollouts_in_page",
+    "num_completions_to_print", "rollouts_in_page", "judge_url", "critic_url", *PatienceConfig.model_fields,
 }  # fmt: skip
 # What a training writes, beside settings and processor: removed where other work takes its folder.
 WRITTEN = (
-    MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "rollouts.html", "reference.json", "training_*.svg", "adapter_*",
-    "*.safetensors", "*.safetensors.index.json", "checkpoint-*",
+    MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "rollouts.html", f"{JUDGEMENTS}*.jsonl", f"{VERDICTS}*.jsonl",
+    "reference.json", "training_*.svg", "adapter_*", "*.safetensors", "*.safetensors.index.json", "checkpoint-*",
 )  # fmt: skip
 
 
@@ -36,13 +40,16 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     unsaid = {name for name in TrainerFields.model_fields if values[name] is None}
     if not isinstance(config.resume_from_checkpoint, str):
         unsaid.add("resume_from_checkpoint")
+    asked = asked_by(config.rewards)
+    unsaid |= set() if "judge" in asked else JUDGE_KEYS
+    unsaid |= set() if "critic" in asked else CRITIC_KEYS
     if not config.is_online:
         unsaid |= OnlineFields.model_fields.keys()
     if config.stage != "ppo":
         unsaid |= PPOFields.model_fields.keys()
     if config.stage != "rm":
         unsaid.add("center_rewards_coefficient")
-    return {key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid}
+    return without_secrets({key: value for key, value in values.items() if key not in NOT_IDENTITY | unsaid})
 
 
 def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str, str]:
@@ -59,6 +66,11 @@ def parents_of(config: TrainConfig, adapters: list[dict[str, Any]]) -> dict[str,
             parents[f"reward {part.name}"] = hash_checkpoint(part.argument)
         elif (file := plugin_file(part.name)) is not None:
             parents[f"reward {part.name}"] = hash_files(file)
+    asked = asked_by(config.rewards) if config.is_online else set()
+    if "judge" in asked and not config.judge_url:
+        parents["judge"] = hash_checkpoint(str(config.judge_model_name_or_path))
+    if "critic" in asked and (config.critic != "auto" or config.critic_model_name_or_path or config.critic_url):
+        parents["critic"] = critic_hash(config, ())  # "auto" alone follows from data and model
     return parents
 
 

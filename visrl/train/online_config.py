@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from visrl.config import Config
+from visrl.engines.open import PatienceConfig
+from visrl.rewards.open import CriticKeys
+from visrl.rewards.open_judge import JudgeKeys
 from visrl.rewards.parts import Part, RewardPart, check_parts
 from visrl.train.fields import NotNegative, Positive
 from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
@@ -20,7 +24,7 @@ def _known_loss(name: str) -> str:
     return name
 
 
-class OnlineFields(Config):
+class OnlineFields(CriticKeys, JudgeKeys):
     """What `visrl train` takes where it samples what it learns from."""
 
     num_generations: int = Field(8, ge=2)  # boxes sampled for a question
@@ -63,6 +67,12 @@ class OnlineFields(Config):
         return name, ONLINE_LOSSES[name]
 
 
+# Of the keys of a reward, those that mean something to a judge, to a critic, and to any server.
+JUDGE_KEYS = JudgeKeys.model_fields.keys() - PatienceConfig.model_fields.keys()
+CRITIC_KEYS = CriticKeys.model_fields.keys() - PatienceConfig.model_fields.keys()
+SERVER_KEYS = PatienceConfig.model_fields.keys() - {"max_failed"}
+
+
 def default_loss(stage: str) -> str:
     """The loss of a stage where `loss_type` names none."""
     return "rloo" if stage == "rloo" else "dapo"
@@ -78,6 +88,35 @@ def given_keys(config: Config, keys: Any) -> list[str]:
     return [key for key, default in defaults.items() if getattr(config, key) != default]
 
 
+def asked_by(parts: Sequence[RewardPart]) -> set[str]:
+    """Who is asked about the parts of a reward: "judge", "critic", both or none."""
+    return {part.name.partition("_")[0] for part in parts} & {"judge", "critic"}
+
+
+def check_reward_keys(config: OnlineFields) -> None:
+    """Refuse keys of a judge or a critic that no part of the reward asks, and a part whose keys are missing.
+
+    Raises:
+        ValueError: so it is; the message names the key.
+    """
+    asked = asked_by(config.rewards)
+    if "judge" in asked and config.judge_model_name_or_path is None:
+        raise ValueError(
+            "judge_model_name_or_path: rewards ask a judge; name a model at judge_url, or a checkpoint to judge in "
+            "this process"
+        )
+    for who, keys in (("judge", JUDGE_KEYS), ("critic", CRITIC_KEYS)):
+        if who not in asked and (unread := given_keys(config, keys)):
+            raise ValueError(f"{unread[0]}: no part of rewards asks a {who}; add {who} to them, or leave the key out")
+    if not config.use_box_critic and any(part.name == "critic_box" for part in config.rewards):
+        raise ValueError("use_box_critic: rewards ask critic_box; leave one of the two out")
+    servers = config.judge_url or config.critic_url
+    if unread := given_keys(config, SERVER_KEYS if asked and not servers else set()):
+        raise ValueError(f"{unread[0]}: no server is asked; set judge_url or critic_url, or leave the key out")
+    if not asked and (unread := given_keys(config, PatienceConfig.model_fields)):
+        raise ValueError(f"{unread[0]}: no part of rewards asks a model; leave the key out")
+
+
 def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> None:
     """Refuse keys that do not go together, or that would have no effect.
 
@@ -85,6 +124,7 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
         ValueError: so it is; the message names the key.
     """
     name, loss = config.online_loss
+    check_reward_keys(config)
     if stage != "grpo" and config.scale_rewards != "group":
         raise ValueError(f"scale_rewards: {stage} has an estimate of its own; set stage: grpo, or leave the key out")
     if stage != "rloo" and config.normalize_advantages:

@@ -28,7 +28,8 @@ from visrl.models.value_head import add_value_head
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
 from visrl.records import Sample
-from visrl.rewards.open_parts import RewardSetting, load_parts, opened_parts
+from visrl.rewards.asked_parts import RewardSetting
+from visrl.rewards.open_parts import load_parts, opened_parts
 from visrl.rewards.parts import Scorer
 from visrl.train.arguments import check_start, refusals, training_arguments
 from visrl.train.checkpoints import MarkComplete, check_resume, checkpoint_to_resume, writing
