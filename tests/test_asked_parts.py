@@ -192,12 +192,16 @@ def test_verdicts_of_a_model_are_kept(tmp_path: Path, encoder: Encoder) -> None:
 def test_a_run_that_is_resumed_reads_the_judge_s_replies_and_ends_with_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after step 3 was judged, before it was learned from; the judge then says 0 to whatever it is asked."""
-    said = {str(number): f"score: {number % 3 / 2}" for number in range(100)}
-    with judge(said) as server:
+    """Stopped after step 2 was judged, before it was learned from; the judge then says 0 to whatever it is asked."""
+    says = ["score: {}"]
+
+    def script(handler: Handler, body: dict[str, Any]) -> None:
+        handler.text(says[-1].format(sum(body["messages"][-1]["content"].encode()) % 5 / 4))
+
+    with serving(script) as server:
         given = {
             **judged_by(server), "rewards": ["judge", {"name": "format", "weight": 0.1}], "finetuning_type": "full",
-            "save_strategy": "steps", "save_steps": 2, "max_steps": 3, "temperature": 2.0,
+            "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-5,
         }  # fmt: skip
         whole = train(config(tmp_path / "whole", **given))
         score, calls = online.score_rollouts, []
@@ -205,19 +209,20 @@ def test_a_run_that_is_resumed_reads_the_judge_s_replies_and_ends_with_the_same_
         def score_and_stop(*args: Any) -> Any:
             found = score(*args)
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == 2:
                 raise RuntimeError("stopped")
             return found
 
         monkeypatch.setattr(online, "score_rollouts", score_and_stop)
         with pytest.raises(RuntimeError, match="stopped"):
             train(config(tmp_path / "again", **given))
-        for answer in said:
-            said[answer] = "score: 0"
+        says.append("score: 0")
         again = train(config(tmp_path / "again", **given))
     one, other = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
     assert all(one[name].equal(other[name]) for name in one)
-    assert read_lines(again / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    journal = read_lines(whole / "rollouts.jsonl")
+    assert read_lines(again / "rollouts.jsonl") == journal
+    assert any(score for box in journal[-1]["boxes"] for score in box["parts"]["judge"]), "the last step was judged"
     rows = [row for row in read_lines(whole / "log.jsonl") if "loss" in row]
     assert all(row["left_out/judge"] == row["left_out/format"] == 0 for row in rows)
     manifest = read_manifest(whole)
