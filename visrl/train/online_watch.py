@@ -12,7 +12,7 @@ from visrl.box import Box
 from visrl.records import Place
 from visrl.rewards.advantages import deviation, mean
 from visrl.rewards.grounding import is_on_right_object
-from visrl.rewards.parts import Attempt
+from visrl.rewards.parts import Attempt, is_failed
 from visrl.train.online_rollouts import QuestionRollouts, Response
 
 Objects = Mapping[Place, Sequence[Box]]  # of each question, the known objects of its image that it does not ask about
@@ -62,7 +62,7 @@ def right_object(attempt: Attempt, objects: Objects) -> bool | None:
     or no other object is known, or something else than the policy failed."""
     sample = attempt.sample
     others = objects.get(sample.place, ())
-    if sample.box is None or not others or attempt.failed:
+    if sample.box is None or not others or is_failed(attempt.looks[0]):
         return None
     return is_on_right_object(attempt.looks[0].box, sample.box, others)
 
