@@ -70,6 +70,12 @@ class KnownEngine:
     def forget(self) -> None:
         pass
 
+    def use_adapter(self, adapter: Any) -> None:
+        assert adapter is None
+
+    def check_adapter(self, adapter: Any) -> None:
+        raise AssertionError("no adapter is loaded here")
+
     def read(self, text: str) -> str:
         self.reads += 1
         return text

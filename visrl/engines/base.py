@@ -25,12 +25,13 @@ from visrl.replies import whole_text
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are sampled. Temperature 0 is greedy. `logprobs` asks for the log-probability of every sampled token
-    (`Completion.logps`)."""
+    (`Completion.logps`), `prompt_ids` for the tokens of the prompt (`Completion.prompt_ids`)."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_tokens: int = 128
     logprobs: bool = False
+    prompt_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Completion:
 
     `ids` are the tokens as they were sampled, the end of the turn among them where it was; none from an engine that
     does not tell. `logps` are their log-probabilities, in nats, where `Sampling.logprobs` asks for them: at the
-    temperature that they were sampled at (1 where greedy), before the nucleus was cut out.
+    temperature that they were sampled at (1 where greedy), before the nucleus was cut out. `prompt_ids` are the tokens
+    that the model was shown, those of images among them, where they are asked for and the engine tells.
     """
 
     text: str | None
@@ -60,6 +62,7 @@ class Completion:
     refused: bool = False  # the model cannot be shown this prompt: asking again would end alike
     ids: tuple[int, ...] = field(default=(), repr=False)
     logps: tuple[float, ...] = field(default=(), repr=False)
+    prompt_ids: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name, said in (("text", self.text), ("error", self.error)):

@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from visrl.engines.addresses import with_version
 from visrl.engines.base import Completion
 from visrl.engines.openai_server import Ask, Endpoint, EndpointError, Failure, Server, remedy_of
+from visrl.engines.runtime_lora import adapters_of, load_adapter, unload_adapter
 from visrl.engines.transport import MOST_BYTES
 from visrl.redact import bare_address
 
@@ -115,6 +117,35 @@ class Client:
                 worker.cancel()
         return [replies[index] for index in range(len(replies))]
 
+    # --- Adapters ---
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Have every server hold the LoRA adapter in a folder that all of them see, as a model of that name.
+
+        Raises:
+            EndpointError: the first server that does not take it.
+        """
+        self._await(self._at_every_server(lambda server: load_adapter(server, name, folder)))
+
+    def unload_adapter(self, name: str) -> bool:
+        """Have every server forget an adapter; whether any held one of this name.
+
+        Raises:
+            EndpointError: the first server that has no such end point, or failed.
+        """
+        return any(self._await(self._at_every_server(lambda server: unload_adapter(server, name))))
+
+    def adapters(self) -> set[str]:
+        """The names of the adapters that any server holds.
+
+        Raises:
+            EndpointError: the first server that lists nothing.
+        """
+        return set().union(*self._await(self._at_every_server(adapters_of)))
+
+    async def _at_every_server(self, work: Callable[[Server], Coroutine[Any, Any, Result]]) -> list[Result]:
+        return [await work(server) for server in self._servers]
+
     # --- One request ---
 
     async def ask(self, ask: Ask) -> Completion:
@@ -188,15 +219,16 @@ class Client:
         server.move(other)
         return True
 
-    def try_out(self, ask: Ask) -> None:
-        """Put one real request to every server, before thousands are; it is not counted.
+    def try_out(self, ask: Ask) -> list[Completion]:
+        """Put one real request to every server, before thousands are; it is not counted. What each said.
 
         Raises:
             EndpointError: the first server that does not complete it, with what it said.
         """
-        self._await(self._try_out(ask))
+        return self._await(self._try_out(ask))
 
-    async def _try_out(self, ask: Ask) -> None:
+    async def _try_out(self, ask: Ask) -> list[Completion]:
+        said = []
         for server in self._servers:
             completion = await self._persist(ask, server, Counter())
             if completion.error is not None:
@@ -204,6 +236,8 @@ class Client:
                 hint = f"; is its address {bare_address(other)}?" if other and "404" in completion.error else ""
                 hint = hint or await self._all_it_takes(server, ask, completion.error)
                 raise EndpointError(f"a first small question failed, so nothing was asked: {completion.error}{hint}")
+            said.append(completion)
+        return said
 
     async def _all_it_takes(self, server: Server, ask: Ask, error: str | None) -> str:
         """All keys that a server needs, where it refuses one field after another: each is tried until it answers."""

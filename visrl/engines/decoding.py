@@ -18,6 +18,7 @@ import torch
 
 from visrl.conversation import Conversation, PromptError
 from visrl.engines.base import Completion, Policy, Request
+from visrl.models.adapters import Adapter
 from visrl.models.encode import EncodedView, Encoder, TokenPath
 
 ReadText = Callable[[], str]
@@ -118,6 +119,7 @@ class DecodeBatch(ABC):
             prompt_tokens=len(sequence.prompt.ids),
             ids=(*sequence.tokens, *([self.encoder.end_id] if has_end else ())),
             logps=tuple(sequence.logps),
+            prompt_ids=tuple(sequence.prompt.ids.tolist()) if sequence.request.sampling.prompt_ids else (),
         )
 
 
@@ -134,6 +136,22 @@ class DecodingEngine(Policy, Protocol):
 
     def keep(self, prepared: Iterable[EncodedView]) -> None:
         """Have what `prepare` gave at hand for the next `DecodeBatch.add`."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+        ...
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Make sure that an adapter has its place on the model; may run in another thread than the decoding.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        ...
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Have the model compute with an adapter on it, or as it is; between two batches."""
         ...
 
 

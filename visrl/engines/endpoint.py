@@ -40,6 +40,7 @@ class EndpointEngine:
         self.client = Client(endpoint)
         self.name = f"endpoint:{endpoint.model}"
         self.codec = codec
+        self.adapter: str | None = None  # that is asked in the place of the model itself
         self._encoder = encoder
         self._mark_crops = False
 
@@ -73,7 +74,7 @@ class EndpointEngine:
         sound = [(talk, own) for talk, own, fault in zip(conversations, seeds, faults, strict=True) if fault is None]
         replies = iter(self.client.ask_all(self._asks(sound, sampling)))
         return [
-            [next(replies) if fault is None else Completion(None, finish_reason="error", error=fault) for _ in own]
+            [next(replies) if fault is None else refused(fault) for _ in own]
             for own, fault in zip(seeds, faults, strict=True)
         ]
 
@@ -100,7 +101,12 @@ class EndpointEngine:
             urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
-                yield Ask(messages, sampling, seed)
+                yield Ask(messages, sampling, seed, self.adapter)
+
+
+def refused(fault: str) -> Completion:
+    """What is said in the place of a text where the model cannot be shown the prompt."""
+    return Completion(None, finish_reason="error", error=fault, refused=True)
 
 
 def sized_url(view: View, encoder: Encoder | None) -> str:

@@ -8,7 +8,9 @@ questions prefills nothing but its crops. Greedy texts equal those of the model'
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from visrl.engines.decoding import DecodeBatch, OnToken
 from visrl.engines.plain import PlainBatch, PlainModel
 from visrl.engines.recompute import RecomputedBatch, try_out
 from visrl.engines.stateful import StatefulBatch, StatefulModel
-from visrl.models.adapters import load_merged, read_adapter
+from visrl.models.adapters import Adapter, load_merged, place_adapter, read_adapter
 from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.load import load_encoder, note_dtype
@@ -50,6 +52,8 @@ class LocalEngine:
             self._decoder = PlainModel(model, encoder)
         else:
             self._decoder = (StatefulModel if encoder.family.recurrent else CachedModel)(model, encoder)
+        self._adapter: Adapter | None = None
+        self._wrapped: Any = None  # the model as PEFT wraps it, while it has an adapter on it
 
     @staticmethod
     def load(
@@ -135,6 +139,34 @@ class LocalEngine:
     def keep(self, prepared: Iterable[EncodedView]) -> None:
         """Have what `prepare` gave at hand for the next `generate`."""
         self.encoder.keep(prepared)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+        return self.encoder.decode(list(ids))
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Make sure that an adapter has its place on this model; may run in another thread than `generate`.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        with torch.device("meta"):
+            skeleton = type(self.model)(deepcopy(self.model.config))
+        place_adapter(skeleton, adapter, self.name)
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Have the model compute with an adapter on it, unmerged, or as it is; between two batches.
+
+        Raises:
+            CheckpointError: an adapter that has no place on it (see `check_adapter`); the model is of no more use then.
+        """
+        if adapter is self._adapter:
+            return
+        self.forget()
+        if self._wrapped is not None:
+            self._wrapped.unload()
+        self._wrapped = None if adapter is None else place_adapter(self.model, adapter, self.name)
+        self._adapter = adapter
 
     def forget(self) -> None:
         """Drop the prefix cache: the model's weights have changed, memory is wanted, or other questions begin."""

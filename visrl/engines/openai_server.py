@@ -95,11 +95,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request for one text: the protocol's messages and how to sample."""
+    """One request for one text: the protocol's messages and how to sample. `model` is asked in the place of the
+    endpoint's, an adapter of it (see client.py).
+    """
 
     messages: list[dict[str, Any]]
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
+    model: str | None = None
 
 
 class Failure(Exception):
@@ -166,7 +169,7 @@ class Server:
             if isinstance(cause, ReplyError):
                 raise Failure("garbage", f"{self.shown}: {self.format_fault(cause)}", True) from error
             self.rests_until = time.monotonic() + REST_S
-            raise Failure("connection", self._unreached(cause), True) from error
+            raise Failure("connection", self.unreached(cause), True) from error
         except (openai.APIError, ValueError, RecursionError) as error:
             # A body that is no JSON, or not the protocol's: as likely to pass as a 500.
             said = f"{self.shown} sent what is no completion: {self.format_fault(error)}"
@@ -175,9 +178,8 @@ class Server:
             self.in_flight -= 1
 
     async def _send(self, ask: Ask) -> Completion:
-        raw = await self.api.chat.completions.with_raw_response.create(
-            **self.body(ask), extra_body=self.endpoint.extra_body or None
-        )
+        extra = {**self.endpoint.extra_body, **({"return_token_ids": True} if ask.sampling.logprobs else {})}
+        raw = await self.api.chat.completions.with_raw_response.create(**self.body(ask), extra_body=extra or None)
         completion = read_reply(json.loads(raw.content), CHARACTERS_PER_TOKEN * self._tokens(ask))
         if completion.text and any(secret in completion.text for secret in self._secrets if len(secret) >= SHORTEST):
             return replace(completion, text=hidden(completion.text, self._secrets))
@@ -186,7 +188,7 @@ class Server:
     def body(self, ask: Ask) -> dict[str, Any]:
         """The fields of the request, `extra_body` left out."""
         body: dict[str, Any] = {
-            "model": self.endpoint.model,
+            "model": ask.model or self.endpoint.model,
             "messages": ask.messages,
             "temperature": ask.sampling.temperature,
             "top_p": ask.sampling.top_p,
@@ -194,6 +196,8 @@ class Server:
         }
         if ask.seed is not None:
             body["seed"] = ask.seed
+        if ask.sampling.logprobs:
+            body |= {"logprobs": True, "top_logprobs": 0}
         return {name: value for name, value in body.items() if name not in self.endpoint.omit_fields}
 
     def _tokens(self, ask: Ask) -> int:
@@ -224,7 +228,7 @@ class Server:
         except (TimeoutError, openai.APIConnectionError) as error:
             cause = error.__cause__ or error
             raise EndpointError(
-                f"no server answers at {self.shown} ({self._unreached(cause).partition(': ')[2]}); "
+                f"no server answers at {self.shown} ({self.unreached(cause).partition(': ')[2]}); "
                 "start one (`visrl api …`) or mend base_url"
             ) from error
         except (openai.APIError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
@@ -246,7 +250,8 @@ class Server:
             return f"{said} and points to {there}; redirects are not followed: give the address that is meant"
         return f"{said}: {self.format_fault(message)}{_hint(message, self.url)}"
 
-    def _unreached(self, cause: object) -> str:
+    def unreached(self, cause: object) -> str:
+        """What is said of a server that cannot be spoken to."""
         said = f"{self.shown} cannot be reached: {self.format_fault(cause)}"
         if "SSL" in str(cause) or "TLS" in str(cause):
             return f"{said}; does it speak http:// and not https://?"

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from visrl.engines.base import Completion
 from visrl.replies import whole_text
 
+MOST_UNLIKELY = -1e4  # nats; vLLM says -9999 where a probability is 0
+
 
 def read_reply(reply: Any, most_characters: int) -> Completion:
     """The completion in a reply, taken apart without trust in any field.
@@ -43,7 +45,11 @@ def read_reply(reply: Any, most_characters: int) -> Completion:
     if len(text) > most_characters:
         raise ValueError(f"a reply of {len(text):,} characters, far beyond the tokens asked for")
     tokens, prompt_tokens = read_usage(reply.get("usage"))
-    return Completion(text, tokens, read_finish_reason(reason), prompt_tokens=prompt_tokens)
+    ids, logps = read_tokens(choice)
+    return Completion(
+        text, tokens, read_finish_reason(reason), prompt_tokens=prompt_tokens, ids=ids, logps=logps,
+        prompt_ids=read_ids(reply.get("prompt_token_ids"), "prompt_token_ids"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,39 @@ def read_chunk(chunk: Any) -> StreamChunk:
     reason = choice.get("finish_reason")
     _refuse_broken(reason, choice.get("error"))
     return StreamChunk(text or "", None if reason is None else read_finish_reason(reason), counts)
+
+
+def read_tokens(choice: dict[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The sampled tokens of a choice and their log-probabilities, where the server tells them (vLLM's `token_ids`, and
+    the protocol's `logprobs`).
+
+    Raises:
+        ValueError: they are no tokens, no log-probabilities, or not one of these for each of those.
+    """
+    ids = read_ids(choice.get("token_ids"), "token_ids")
+    told = choice.get("logprobs")
+    content = told.get("content") if isinstance(told, dict) else None
+    said = [token.get("logprob") if isinstance(token, dict) else None for token in content or ()]
+    # NaN is not at most 0, and infinity would make a loss of no number.
+    logps = tuple(float(one) for one in said if isinstance(one, int | float) and MOST_UNLIKELY <= one <= 1e-3)
+    if len(logps) < len(said):
+        raise ValueError("its logprobs are no log-probabilities")
+    if ids and logps and len(ids) != len(logps):
+        raise ValueError(f"{len(ids)} token_ids and {len(logps)} logprobs")
+    return ids, logps
+
+
+def read_ids(given: Any, name: str) -> tuple[int, ...]:
+    """Tokens that a server names; none where it names none.
+
+    Raises:
+        ValueError: what stands there are no tokens.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < 2**31 for token in given):
+        raise ValueError(f"its {name} are no tokens")
+    return tuple(given)
 
 
 def _first(choices: list[Any]) -> dict[str, Any]:

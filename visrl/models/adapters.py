@@ -104,9 +104,21 @@ def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -
     Raises:
         CheckpointError: counts and names the tensors that have no place, another shape, or are not there.
     """
+    _note_base(adapter, base)
+    wrapped = place_adapter(model, adapter, base)
+    if changes_nothing(adapter):
+        note(f"{adapter.folder} changes nothing: its weights are as they were before the first step of training")
+    return wrapped
+
+
+def place_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -> Any:
+    """`attach_adapter` without a word. On a model of the `meta` device nothing is computed, and all is checked.
+
+    Raises:
+        CheckpointError: as `attach_adapter`.
+    """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    _note_base(adapter, base)
     tensors = _at_home(adapter, model)
     _check_shared(adapter.folder, tensors, model)
     with reading(adapter.folder, f"the adapter does not fit {base}"), warnings.catch_warnings():
@@ -117,8 +129,6 @@ def attach_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) -
         placed: Any = set_peft_model_state_dict(wrapped, tensors)
     if left := placed.unexpected_keys:
         raise CheckpointError(f"{adapter.folder}: {len(left)} tensors have no place in {base}: {some(left)}")
-    if changes_nothing(adapter):
-        note(f"{adapter.folder} changes nothing: its weights are as they were before the first step of training")
     return wrapped.eval()
 
 

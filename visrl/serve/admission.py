@@ -128,10 +128,19 @@ class AdmissionQueue:
     def _joining(self, running: Collection[PendingRequest]) -> list[PendingRequest]:
         if self.is_closed:
             return []
-        joining = fitting(running, self.waiting, self.max_batch)
+        joining = fitting(running, self._of_one_adapter(running), self.max_batch)
         for pending in joining:
             self.waiting.remove(pending)
         return joining
+
+    def _of_one_adapter(self, running: Collection[PendingRequest]) -> list[PendingRequest]:
+        """Those that wait for the same adapter as what runs, for a batch has one; none where the one who waits longest
+        wants another, so that it gets its turn."""
+        first = next(iter(self.waiting), None)
+        adapter = next((one.queued.adapter for one in running), first.queued.adapter if first else None)
+        if first is not None and first.queued.adapter is not adapter:
+            return []
+        return [pending for pending in self.waiting if pending.queued.adapter is adapter]
 
     def _is_gathered(self) -> bool:
         return len(self.waiting) >= min(JOIN_REQUESTS, self.max_batch) or self.is_closed

@@ -17,6 +17,8 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from visrl.conversation import Conversation, View
 from visrl.engines.base import Sampling
+from visrl.models.adapters import Adapter
+from visrl.serve.adapters import HeldAdapter, RuntimeAdapters, add_routes
 from visrl.serve.backend import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.errors import RequestError
@@ -61,6 +63,7 @@ class Settings:
     api_key: str | None = None
     only_local_names: bool = True
     created: int = 0
+    adapters: RuntimeAdapters | None = None
 
 
 def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: Opener | None = None) -> Gate:
@@ -73,6 +76,7 @@ def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: O
     app.get("/metrics")(server.show_metrics)
     app.get("/v1/models")(server.models)
     app.post("/v1/chat/completions")(server.chat)
+    add_routes(app, settings.adapters, backend.check_adapter)
     app.get("/")(server.page)
     app.get("/page/scene")(server.scene)
     app.get("/page/{name}")(server.page_file)
@@ -121,7 +125,11 @@ class _Server:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> Response:
-        return JSONResponse(model_list(self.settings.name, self.settings.created))
+        return JSONResponse(model_list(self.settings.name, self.settings.created, self._adapters))
+
+    @property
+    def _adapters(self) -> dict[str, HeldAdapter]:
+        return self.settings.adapters.held if self.settings.adapters else {}
 
     async def page(self) -> Response:
         return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
@@ -140,10 +148,7 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         asked = await self._read(request)
-        name = self.settings.name
-        if asked.model.removesuffix(asked.suffix) != name:
-            known = f"{name}, {name}{FOCUS_SUFFIX} and {name}{WHOLE_SUFFIX}"
-            raise RequestError(404, f"no model {asked.model[:80]!r} here, but {known}", "model_not_found")
+        self._adapter_of(asked)  # refused before any work is done
         if self.backend.state != "ready":
             raise RequestError(503, f"the model is not ready ({self.backend.state}); try again soon", retry_after_s=2)
         if asked.suffix:
@@ -154,6 +159,21 @@ class _Server:
         if choices is None:
             return Response(status_code=499)  # nobody is there to read it
         return await whole_reply(ChatReply.begin(asked.model), choices)
+
+    def _adapter_of(self, asked: ChatRequest) -> Adapter | None:
+        """The adapter that a request names; None where it names the model itself.
+
+        Raises:
+            RequestError: 404 where it names neither.
+        """
+        name, asked_name = self.settings.name, asked.model.removesuffix(asked.suffix)
+        if asked_name == name:
+            return None
+        if asked_name in self._adapters:
+            return self._adapters[asked_name].adapter
+        known = ", ".join([name, *list(self._adapters)[:8]])
+        said = f"no model {asked.model[:80]!r} here, but {known}, and each with {FOCUS_SUFFIX} or {WHOLE_SUFFIX}"
+        raise RequestError(404, said, "model_not_found")
 
     async def _read(self, request: Request) -> ChatRequest:
         # Not by `request.body()`, which would keep the bytes as long as the request.
@@ -229,6 +249,7 @@ class _Server:
             on_text=None if chunks is None else stream.put_text,
             passed=asked.passed,
             index=index,
+            adapter=self._adapter_of(asked),
         )
         if asked.suffix == WHOLE_SUFFIX:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], queued)

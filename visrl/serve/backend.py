@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,6 +10,7 @@ from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.engines.base import Completion
 from visrl.engines.decoding import DecodingEngine
+from visrl.models.adapters import Adapter
 from visrl.serve.requests import QueuedRequest
 
 State = Literal["loading", "ready", "failed", "stopped"]
@@ -31,6 +33,8 @@ class Backend(Protocol):
     @property
     def is_passed_on(self) -> bool: ...  # whether requests may hold vLLM's own fields
     async def submit(self, request: QueuedRequest) -> Completion: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def check_adapter(self, adapter: Adapter) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

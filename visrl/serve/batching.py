@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -18,6 +18,7 @@ import torch
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.engines.base import Completion
+from visrl.models.adapters import Adapter
 from visrl.serve.admission import AdmissionQueue
 from visrl.serve.backend import Loaded, State
 from visrl.serve.decode_loop import DecodeLoop
@@ -72,6 +73,18 @@ class ContinuousBatcher:
 
     def processed_size(self, size: Size) -> Size:
         return self._ready().engine.processed_size(size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._ready().engine.decode(ids)
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Make sure that an adapter has its place on the model.
+
+        Raises:
+            CheckpointError: it has not.
+            RequestError: 503 without a model.
+        """
+        self._ready().engine.check_adapter(adapter)
 
     def _ready(self) -> Loaded:
         if self._loaded is None:

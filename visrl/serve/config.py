@@ -45,6 +45,12 @@ class ServeConfig(ModelConfig, RequestConfig):
     """The name under which that server serves the model; by default `model_name_or_path`."""
     vllm_args: list[str] = Field(default_factory=list)
     """More arguments for the vLLM server that is started."""
+    runtime_lora_folder: Path | None = None
+    """A folder below which clients may have LoRA adapters loaded (`POST /v1/load_lora_adapter`); none: they may not."""
+    max_loras: int = Field(4, ge=1)
+    """Most adapters held at once."""
+    max_lora_bytes: int = Field(1_000_000_000, ge=1)
+    """Of the weights of one adapter."""
     allowed_image_hosts: list[str] = Field(default_factory=list)
     """Hosts (`name` or `name:port`) from which http(s) pictures may be fetched; none by default."""
     max_body_bytes: int = Field(20_000_000, ge=1024)

@@ -37,6 +37,9 @@ class DecodeLoop:
             # A core is left to requests that are still being read, opened or prepared.
             elsewhere = self.metrics.in_flight > len(self.running) + len(self.queue.waiting) + len(joining)
             torch.set_num_threads(max(1, cores - 1) if elsewhere else cores)
+            if joining and not self.running:
+                # Not within `try`: what is decoded must never be another model than was asked for.
+                self.engine.use_adapter(joining[0].queued.adapter)
             try:
                 if joining:
                     added += 1

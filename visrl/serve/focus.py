@@ -20,7 +20,7 @@ from visrl.rollout.steps import WHOLE, Look, answer_request, cut, look_of
 from visrl.serve.backend import Backend
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box
-from visrl.serve.replies import Choice
+from visrl.serve.replies import Choice, Tokens
 from visrl.serve.requests import QueuedRequest
 
 LONGEST_CROP = 1024  # px: a crop in a reply is an image to look at; the exact pixels are the caller's to cut
@@ -59,7 +59,8 @@ def box_request(question: str, whole: View, answer: QueuedRequest) -> QueuedRequ
     """Step 1 of a request, sampled as its answer is but for the tokens allowed, with a seed of its own."""
     sampling = replace(answer.sampling, max_tokens=VISRL.box_tokens)
     passed = for_the_box(answer.passed)
-    return QueuedRequest(VISRL.focus(question, whole), sampling, seed_of(answer.seed, "box"), passed=passed)
+    talk, seed = VISRL.focus(question, whole), seed_of(answer.seed, "box")
+    return QueuedRequest(talk, sampling, seed, passed=passed, adapter=answer.adapter)
 
 
 def focus_field(look: Look, crop_rule: CropRule) -> dict[str, Any]:
@@ -97,7 +98,16 @@ async def answer_plainly(backend: Backend, request: QueuedRequest) -> Choice:
         RequestError: what the backend raises, or 502 where it gave no text.
     """
     completion = await backend.submit(request)
-    return Choice(text_of(completion), completion.finish_reason, completion.prompt_tokens, completion.tokens)
+    tokens, sampling = None, request.sampling
+    if sampling.logprobs or sampling.prompt_ids:
+        tokens = Tokens(
+            completion.ids if sampling.prompt_ids else None,
+            completion.prompt_ids,
+            tuple(backend.decode([token]) for token in completion.ids) if sampling.logprobs else (),
+            completion.logps if sampling.logprobs else None,
+        )
+    text = text_of(completion)
+    return Choice(text, completion.finish_reason, completion.prompt_tokens, completion.tokens, tokens=tokens)
 
 
 def text_of(completion: Completion) -> str:

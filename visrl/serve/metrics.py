@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Paths that are counted under their own name; a stranger's guesses must not make new series without end.
-PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions"}
+PATHS = {
+    "/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+}  # fmt: skip
 
 
 class Histogram:

@@ -7,12 +7,13 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from visrl.serve.adapters import HeldAdapter
 from visrl.serve.schemas import FOCUS_SUFFIX, WHOLE_SUFFIX
 
 Chunks = asyncio.Queue[dict[str, Any] | None]  # the parts of all choices of a request; None: there are no more
@@ -20,13 +21,36 @@ Chunks = asyncio.Queue[dict[str, Any] | None]  # the parts of all choices of a r
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One finished text, and what `:focus` found on the way."""
+    """One finished text, what `:focus` found on the way, and what was asked about its tokens."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     focus: dict[str, Any] | None = None
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a text: with `ids` those of the prompt, too, as vLLM has them; `texts` and `logps` of each."""
+
+    ids: tuple[int, ...] | None = None
+    prompt_ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    logps: tuple[float, ...] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What a choice of a reply holds of them."""
+        found: dict[str, Any] = {} if self.ids is None else {"token_ids": list(self.ids)}
+        if self.logps is not None:
+            told = zip(self.texts, self.logps, strict=True)
+            content = [
+                {"token": text, "logprob": logp, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logp in told
+            ]
+            found["logprobs"] = {"content": content}
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +70,9 @@ class ChatReply:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The reply to a request that does not stream."""
-        listed = [_listed(index, choice) for index, choice in enumerate(choices)]
-        return self._head("chat.completion") | {"choices": listed, "usage": usage(choices)}
+        listed, first = [_listed(index, choice) for index, choice in enumerate(choices)], choices[0].tokens
+        prompt = {} if first is None or first.ids is None else {"prompt_token_ids": list(first.prompt_ids)}
+        return self._head("chat.completion") | prompt | {"choices": listed, "usage": usage(choices)}
 
     def pieces(self, choices: list[Choice]) -> Iterator[bytes]:
         """`whole` as JSON, a choice at a time: all of it at once would lie in memory several times over."""
@@ -71,7 +96,8 @@ def _listed(index: int, choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.focus is not None:
         message["focus"] = choice.focus
-    return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}
+    told = {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}
+    return told | choice.tokens.fields() if choice.tokens else told
 
 
 def usage(choices: list[Choice]) -> dict[str, int]:
@@ -81,13 +107,18 @@ def usage(choices: list[Choice]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def model_list(name: str, created: int) -> dict[str, Any]:
-    """The served names in the protocol's form."""
-    ids = (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)
-    return {
-        "object": "list",
-        "data": [{"id": id, "object": "model", "created": created, "owned_by": "visrl"} for id in ids],
-    }
+def model_list(name: str, created: int, adapters: Mapping[str, HeldAdapter]) -> dict[str, Any]:
+    """The served names in the protocol's form; an adapter names its folder and the model it is put on, as with vLLM."""
+    listed: list[dict[str, Any]] = [
+        _model(id, created) for id in (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)
+    ]  # fmt: skip
+    for id, held in adapters.items():
+        listed.append(_model(id, held.created) | {"root": str(held.adapter.folder), "parent": name})
+    return {"object": "list", "data": listed}
+
+
+def _model(id: str, created: int) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": created, "owned_by": "visrl"}
 
 
 def event(data: dict[str, Any] | str) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 from visrl.conversation import Conversation
 from visrl.engines.base import Completion, Request, Sampling
+from visrl.models.adapters import Adapter
 from visrl.serve.errors import RequestError
 
 IMAGE_TOKENS = 512  # a guess for sizing batches, no limit
@@ -32,6 +33,7 @@ class QueuedRequest:
     on_text: OnText | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of the protocol that are the backend's to honour
     index: int = 0  # which choice of its HTTP request
+    adapter: Adapter | None = None  # that is to be on the model
     cancelled: bool = False
     stopped_at: int | None = None  # where a stop text begins
     shown: int = 0  # characters told so far

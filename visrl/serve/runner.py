@@ -22,6 +22,7 @@ import uvicorn
 from visrl.config import ConfigError, as_config
 from visrl.engines.base import Sampling
 from visrl.engines.open import model_settings, open_local, refuse_unused, request_of
+from visrl.serve.adapters import RuntimeAdapters
 from visrl.serve.app import Settings, create_app
 from visrl.serve.backend import Backend, Loaded
 from visrl.serve.batching import ContinuousBatcher
@@ -91,6 +92,7 @@ def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
         api_key=config.api_key,
         only_local_names=is_local_name(config.host),
         created=int(time.time()),
+        adapters=runtime_adapters(config),
     )
     if not settings.only_local_names and config.api_key is None:
         print(f"Warning: {config.host} is reachable from elsewhere and no API_KEY is set.", file=sys.stderr)
@@ -229,6 +231,25 @@ def load_local(config: ServeConfig) -> Loaded:
     engine = open_local(config, settings, config.device)
     engine.encoder.cache_bytes = KEPT_BYTES
     return Loaded(engine, settings.crop_rule)
+
+
+def runtime_adapters(config: ServeConfig) -> RuntimeAdapters | None:
+    """What holds the adapters that clients have loaded; None where the config lets them load none.
+
+    Raises:
+        ConfigError: the folder is not there, or the model is another server's.
+    """
+    if config.runtime_lora_folder is None:
+        if given := [key for key in ("max_loras", "max_lora_bytes") if key in config.model_fields_set]:
+            raise ConfigError(f"{given[0]}: no adapters are loaded; set runtime_lora_folder, or leave the key out")
+        return None
+    if config.infer_backend == "vllm":
+        raise ConfigError(
+            "runtime_lora_folder: with infer_backend: vllm, adapters are loaded at the vLLM server itself"
+        )
+    if not config.runtime_lora_folder.is_dir():
+        raise ConfigError(f"runtime_lora_folder: {config.runtime_lora_folder} is no folder; make it first")
+    return RuntimeAdapters(config.name, config.runtime_lora_folder, config.max_loras, config.max_lora_bytes)
 
 
 def make_backend(config: ServeConfig, metrics: Metrics) -> Backend:

@@ -156,6 +156,8 @@ class ChatRequest(BaseModel):
     stop: Annotated[list[str], FailFast(), BeforeValidator(_as_list)] = Field(default_factory=list)
     stream: Annotated[bool, _or(False)] = False
     stream_options: StreamOptions | None = None
+    logprobs: Annotated[bool, _or(False)] = False
+    return_token_ids: Annotated[bool, _or(False)] = False
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
@@ -183,7 +185,21 @@ class ChatRequest(BaseModel):
             temperature=default.temperature if self.temperature is None else self.temperature,
             top_p=default.top_p if self.top_p is None else self.top_p,
             max_tokens=asked or default.max_tokens,
+            logprobs=self.logprobs,
+            prompt_ids=self.return_token_ids,
         )
+
+    def _check_tokens(self, is_passed_on: bool) -> None:
+        """Refuse to tell tokens where they are not known, or are of two texts."""
+        for name in ("logprobs", "return_token_ids"):
+            if not getattr(self, name):
+                continue
+            if is_passed_on:
+                raise _refused_tokens(name, "ask the server behind this one, or serve with infer_backend: huggingface")
+            if self.stream:
+                raise _refused_tokens(name, "a stream holds none; leave stream out")
+            if self.suffix == FOCUS_SUFFIX:
+                raise _refused_tokens(name, f"{FOCUS_SUFFIX} samples two texts; take the two steps by yourself")
 
     def seeds(self) -> list[int]:
         """One seed per choice; the first is the caller's own, as an engine in this process would be given it."""
@@ -206,9 +222,14 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
         where = ".".join(str(part)[:80] for part in (*first["loc"], *first.get("ctx", {}).get("at", ())))
         raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None) from error
     request._passed = passed_on(request.model_extra or {}, is_passed_on)
+    request._check_tokens(is_passed_on)
     (request.model_extra or {}).clear()  # what means nothing here is not kept either, however large
     _check_limits(request, limits)
     return request
+
+
+def _refused_tokens(name: str, remedy: str) -> RequestError:
+    return RequestError(400, f"{name} is not supported by this request; {remedy}", "unsupported_parameter", param=name)
 
 
 def _check_limits(request: ChatRequest, limits: Limits) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import aclosing
 
 from visrl.box import CropRule, Size
@@ -19,6 +20,7 @@ from visrl.engines.open import endpoint_of, model_settings, open_served_encoder
 from visrl.engines.openai_server import Ask, EndpointError
 from visrl.engines.server_process import free_port, start, stop, vllm_command, wait_until_served
 from visrl.engines.streaming import StreamError, stream
+from visrl.models.adapters import Adapter
 from visrl.models.encode import Encoder
 from visrl.models.load import CheckpointError
 from visrl.serve.admission import room_of
@@ -69,6 +71,13 @@ class Upstream:
 
     def processed_size(self, size: Size) -> Size:
         return self._known().processed_size(size)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._known().decode(list(ids))
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """None is put on the model from here: `serve` refuses the key that would allow it."""
+        raise RequestError(404, "adapters are loaded at the server behind this one")
 
     def _known(self) -> Encoder:
         if self._encoder is None:
