@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 
-.PHONY: demo test test-full test-oldest pins lint warm-up clean
+.PHONY: demo test test-full test-oldest vllm-env test-vllm pins lint warm-up clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment of the pinned releases and no others. pip and setuptools
 # come first, and without build isolation, so that what builds the package is pinned as well.
@@ -37,6 +38,19 @@ test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not slow" -W default::DeprecationWarning \
 		-W default::PendingDeprecationWarning -W default::FutureWarning
 
+# vLLM for CPUs: it pins another torch than ours. Nothing is resolved: constraints-vllm.txt says why, and names all of it.
+$(VLLM)/.ready: constraints-vllm.txt tests/vllm_name/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation ./tests/vllm_name
+	touch $@
+
+vllm-env: $(VLLM)/.ready
+
+# Against a real vLLM on this machine's cores, some minutes.
+test-vllm: $(READY) $(VLLM)/.ready
+	$(BIN)/python -m pytest tests/test_vllm.py
+
 # Moves every pin to the newest release that pyproject.toml allows, then runs the tests on them. Where they pass, commit
 # constraints.txt; where a release beyond an upper bound of pyproject.toml is to be tried, raise the bound first.
 pins:
@@ -62,4 +76,4 @@ warm-up: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft.yaml
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) runs build *.egg-info

@@ -71,7 +71,7 @@ class Handler(Quiet):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self.server.trials and TRIAL in json.dumps(body["messages"]):
+        if not self.server.trials and TRIAL in json.dumps(body.get("messages")):
             return self.text("yes")
         self.server.bodies.append(body)
         return self.server.script(self, body)

@@ -70,8 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     config = ServeConfig(
-        model_name_or_path=str(CHECKPOINT), runtime_lora_folder=folder, max_loras=2, max_lora_bytes=400_000
-    )
+        model_name_or_path=str(CHECKPOINT), served_model_name="tiny", runtime_lora_folder=folder, max_loras=2,
+        max_lora_bytes=400_000,
+    )  # fmt: skip
     metrics = Metrics()
     with serving(make_backend(config, metrics), metrics, name="tiny", adapters=runtime_adapters(config)) as url:
         yield url
@@ -154,7 +155,7 @@ def test_tokens_that_cannot_be_told_are_refused(server: str, fields: dict[str, A
     ("x", "/etc", {}, "adapters are read from below"),
     ("x", "../adapters-of-others", {}, "adapters are read from below"),
     ("x", "link", {}, "adapters are read from below"),
-    ("x", "nowhere", {}, "there is no such folder"),
+    ("x", "nowhere", {}, "there is no folder nowhere"),
     ("x", "empty", {}, "holds no adapter"),
     ("x", "pickled", {}, "a pickle, which could run anything"),
     ("x", "other", {}, "have another shape"),
@@ -206,7 +207,7 @@ def test_the_end_points_are_off_unless_a_folder_is_named(tmp_path: Path) -> None
 @pytest.mark.parametrize(("keys", "told"), [
     ({"max_loras": 2}, "max_loras: no adapters are loaded; set runtime_lora_folder"),
     ({"runtime_lora_folder": "/no/such/folder"}, "is no folder"),
-    ({"runtime_lora_folder": "/", "infer_backend": "vllm"}, "loaded at that server itself"),
+    ({"runtime_lora_folder": "/", "infer_backend": "vllm"}, "loaded at the vLLM server itself"),
 ])  # fmt: skip
 def test_keys_that_would_have_no_effect_are_refused(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):

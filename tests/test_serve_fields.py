@@ -117,7 +117,7 @@ REFUSED: dict[str, Any] = {
     "guided_choice": ["yes", "no"], "guided_json": {}, "guided_regex": "a+", "guided_grammar": "root", "best_of": 2,
     "prediction": {"type": "content", "content": "x"}, "use_beam_search": True, "length_penalty": 2, "echo": True,
     "add_generation_prompt": False, "continue_final_message": True, "documents": [{"text": "x"}],
-    "mm_processor_kwargs": {"max_pixels": 100}, "prompt_logprobs": 1, "logprobs": True, "top_logprobs": 3,
+    "mm_processor_kwargs": {"max_pixels": 100}, "prompt_logprobs": 1, "top_logprobs": 3,
     "truncate_prompt_tokens": 4, "include_stop_str_in_output": True, "logits_processors": ["f"], "verbosity": "low",
     "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "modalities": ["audio"],
     "web_search_options": {}, "a_field_of_tomorrow": 1, "Temperature": 1, "maxTokens": 5,
@@ -146,6 +146,12 @@ def test_values_that_ask_for_nothing_pass_and_are_not_kept() -> None:
     for name in CHANGES_NOTHING:
         assert read(**{name: "anything"}).model_extra == {}
     assert refusal(logprobs=0).param == "logprobs"  # no number is a false
+
+
+@pytest.mark.parametrize("name", ["logprobs", "return_token_ids"])
+def test_tokens_are_told_by_this_process_alone(name: str) -> None:
+    assert getattr(read(**{name: True}), name)
+    assert refusal(True, **{name: True}).message.startswith(f"{name} is not supported by this request; ask the server")
 
 
 def test_the_box_of_focus_is_not_drawn_by_the_schema_of_the_answer() -> None:

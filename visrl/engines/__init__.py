@@ -14,6 +14,7 @@ recompute        decoding without a KV cache, for families whose tokens see more
 endpoint         OpenAI-compatible servers as an engine: conversations to messages
 client           many requests to them: concurrency, retries, health
 openai_server    one request to one of them, and its faults
+runtime_lora     adapters of a running server: load one, unload one
 streaming        one reply chunk by chunk
 wire, transport  replies and chunks taken apart, HTTP within bounds
 addresses        base URLs as users write them

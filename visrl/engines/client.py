@@ -49,6 +49,11 @@ class Client:
         """The server at the first address."""
         return self._servers[0]
 
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """All servers, in the order of their addresses."""
+        return tuple(self._servers)
+
     # --- Plain code ---
 
     def ask_all(
@@ -219,16 +224,19 @@ class Client:
         server.move(other)
         return True
 
-    def try_out(self, ask: Ask) -> list[Completion]:
-        """Put one real request to every server, before thousands are; it is not counted. What each said.
+    def ask_at(self, server: Server, ask: Ask) -> Completion:
+        """What one of the servers says to a request that is not counted; a failure is a completion with its error."""
+        return self._await(self._persist(ask, server, Counter()))
+
+    def try_out(self, ask: Ask) -> None:
+        """Put one real request to every server, before thousands are; it is not counted.
 
         Raises:
             EndpointError: the first server that does not complete it, with what it said.
         """
-        return self._await(self._try_out(ask))
+        self._await(self._try_out(ask))
 
-    async def _try_out(self, ask: Ask) -> list[Completion]:
-        said = []
+    async def _try_out(self, ask: Ask) -> None:
         for server in self._servers:
             completion = await self._persist(ask, server, Counter())
             if completion.error is not None:
@@ -236,8 +244,6 @@ class Client:
                 hint = f"; is its address {bare_address(other)}?" if other and "404" in completion.error else ""
                 hint = hint or await self._all_it_takes(server, ask, completion.error)
                 raise EndpointError(f"a first small question failed, so nothing was asked: {completion.error}{hint}")
-            said.append(completion)
-        return said
 
     async def _all_it_takes(self, server: Server, ask: Ask, error: str | None) -> str:
         """All keys that a server needs, where it refuses one field after another: each is tried until it answers."""

@@ -72,7 +72,7 @@ class EndpointEngine:
             raise ValueError(f"{len(conversations)} conversations but {len(seeds)} lists of seeds")
         faults = [self._fault(conversation) for conversation in conversations]
         sound = [(talk, own) for talk, own, fault in zip(conversations, seeds, faults, strict=True) if fault is None]
-        replies = iter(self.client.ask_all(self._asks(sound, sampling)))
+        replies = iter(self.client.ask_all(self.asks(sound, sampling)))
         return [
             [next(replies) if fault is None else refused(fault) for _ in own]
             for own, fault in zip(seeds, faults, strict=True)
@@ -93,7 +93,8 @@ class EndpointEngine:
     def close(self) -> None:
         self.client.close()
 
-    def _asks(self, conversations: Sequence[tuple[Conversation, Sequence[int]]], sampling: Sampling) -> Iterable[Ask]:
+    def asks(self, conversations: Sequence[tuple[Conversation, Sequence[int]]], sampling: Sampling) -> Iterable[Ask]:
+        """The requests for some conversations, each as often as it has seeds."""
         urls: dict[str, str] = {}
         encoder = None if self._mark_crops else self._encoder  # ours keeps a limit for each kind, and sizes them itself
         for conversation, own in conversations:

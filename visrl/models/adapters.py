@@ -8,7 +8,8 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def place_adapter(model: torch.nn.Module, adapter: Adapter, base: str | Path) ->
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    adapter = replace(adapter, config=deepcopy(adapter.config))  # PEFT writes into it, and it may be placed again
     tensors = _at_home(adapter, model)
     _check_shared(adapter.folder, tensors, model)
     with reading(adapter.folder, f"the adapter does not fit {base}"), warnings.catch_warnings():

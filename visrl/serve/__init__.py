@@ -3,6 +3,7 @@
 runner          the server from start to stop; config its keys
 app             the routes of the OpenAI protocol
 schemas, fields requests read and bounded; which fields are honoured, passed on or refused
+adapters        LoRA adapters loaded while the server runs
 replies         replies whole, and as events of a stream
 errors          what a caller is told
 

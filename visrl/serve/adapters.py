@@ -77,7 +77,7 @@ class RuntimeAdapters:
         name = asked.lora_name
         async with self._loading:  # one at a time: each is read into memory
             self._check_name(asked)
-            folder = self._folder_of(asked.lora_path)
+            folder = self._folder_of(asked)
             try:
                 adapter = await asyncio.to_thread(self._read, folder, check)
             except CheckpointError as error:
@@ -114,16 +114,16 @@ class RuntimeAdapters:
                 400, f"{len(self.held)} adapters are loaded, as many as may be (max_loras); unload one first"
             )
 
-    def _folder_of(self, path: str) -> Path:
+    def _folder_of(self, asked: LoadAdapter) -> Path:
         """The folder that a path names, links followed."""
-        allowed = self.folder.resolve()
+        allowed, path = self.folder.resolve(), asked.lora_path
         if "\0" in path:
             raise RequestError(400, "lora_path holds a NUL character")
         folder = (allowed / path).resolve()
         if not folder.is_relative_to(allowed):
             raise RequestError(400, f"lora_path: adapters are read from below {allowed} alone (runtime_lora_folder)")
         if not folder.is_dir():
-            raise RequestError(404, f"No adapter found for {path[:200]}: there is no such folder")
+            raise RequestError(404, f"Loading lora {asked.lora_name} failed: there is no folder {path[:200]}")
         return folder
 
     def _read(self, folder: Path, check: Check) -> Adapter:

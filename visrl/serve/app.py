@@ -167,12 +167,10 @@ class _Server:
             RequestError: 404 where it names neither.
         """
         name, asked_name = self.settings.name, asked.model.removesuffix(asked.suffix)
-        if asked_name == name:
-            return None
-        if asked_name in self._adapters:
-            return self._adapters[asked_name].adapter
+        if asked_name == name or asked_name in self._adapters:
+            return None if asked_name == name else self._adapters[asked_name].adapter
         known = ", ".join([name, *list(self._adapters)[:8]])
-        said = f"no model {asked.model[:80]!r} here, but {known}, and each with {FOCUS_SUFFIX} or {WHOLE_SUFFIX}"
+        said = f"no model {asked.model[:80]!r} here, but {known}, each with {FOCUS_SUFFIX} or {WHOLE_SUFFIX}, too"
         raise RequestError(404, said, "model_not_found")
 
     async def _read(self, request: Request) -> ChatRequest:

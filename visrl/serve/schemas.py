@@ -17,6 +17,7 @@ from pydantic import (
     FailFast,
     Field,
     PrivateAttr,
+    Strict,
     ValidationError,
     model_validator,
 )
@@ -156,8 +157,8 @@ class ChatRequest(BaseModel):
     stop: Annotated[list[str], FailFast(), BeforeValidator(_as_list)] = Field(default_factory=list)
     stream: Annotated[bool, _or(False)] = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[bool, _or(False)] = False
-    return_token_ids: Annotated[bool, _or(False)] = False
+    logprobs: Annotated[bool, _or(False), Strict()] = False
+    return_token_ids: Annotated[bool, _or(False), Strict()] = False
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property

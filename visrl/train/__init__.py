@@ -12,6 +12,7 @@ online          online reinforcement: the same trainer, whose batches are sample
 online_config   its keys
 online_rollouts what a step samples: rollouts, rewards, advantages, packed
 online_losses   its losses
+rollout_servers servers that sample in its place, and get its adapter; importance weighs what they sampled
 online_watch    what people watch of a step: its measures, and the row of the journal
 show_rollouts   the last step's rollouts as a page and a table; rollout_cards draws and crops
 ppo, ppo_config the same with a value head, and its keys

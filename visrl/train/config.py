@@ -17,7 +17,7 @@ from visrl.rewards.asked_parts import RewardConfig
 from visrl.scenes import KINDS, Kind
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
-from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, given_keys
+from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, check_servers, given_keys
 from visrl.train.ppo_config import PPOFields, check_ppo
 
 Stage = Literal["sft", "dpo", "rm", "grpo", "rloo", "reinforce++", "ppo", "raft"]
@@ -174,6 +174,7 @@ class TrainConfig(PPOFields, OnlineFields, TrainerFields, RewardConfig, SourceCo
                 raise ValueError(f"{unread[0]}: {OFFLINE_KEYS[unread[0]]}")
             check_online(self, self.stage, self.save_steps)
             check_ppo(self, self.stage)
+            check_servers(self, self.stage, self.finetuning_type == "lora", self.save_strategy, self.save_steps)
         elif unread := given_keys(self, {**OnlineFields.model_fields, **PPOFields.model_fields}):
             raise ValueError(f"{unread[0]}: stage: {self.stage} samples nothing; set stage: grpo, or leave the key out")
         return self

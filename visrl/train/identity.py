@@ -18,19 +18,21 @@ from visrl.rewards.open import critic_hash
 from visrl.train.config import TrainConfig
 from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
-from visrl.train.online_config import CRITIC_KEYS, JUDGE_KEYS, OnlineFields, asked_by
+from visrl.train.online_config import CRITIC_KEYS, JUDGE_KEYS, ROLLOUT_KEYS, OnlineFields, asked_by
 from visrl.train.ppo_config import PPOFields
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
     "output_dir", "overwrite_output_dir", "dry_run", "do_train", "plot_loss", "disable_tqdm", "logging_steps",
     "report_to", "feature_cache_gb", "run_name", "log_level", "log_level_replica", "log_completions",
-    "num_completions_to_print", "rollouts_in_page", "judge_url", "critic_url", *PatienceConfig.model_fields,
+    "num_completions_to_print", "rollouts_in_page", "judge_url", "critic_url", "rollout_url",
+    "rollout_served_name", "api_key_env", *PatienceConfig.model_fields,
 }  # fmt: skip
 # What a training writes, beside settings and processor: removed where other work takes its folder.
 WRITTEN = (
     MANIFEST, STARTED, "log.jsonl", "rollouts.jsonl", "rollouts.html", f"{JUDGEMENTS}*.jsonl", f"{VERDICTS}*.jsonl",
     "reference.json", "training_*.svg", "adapter_*", "*.safetensors", "*.safetensors.index.json", "checkpoint-*",
+    "rollout-adapters",
 )  # fmt: skip
 
 
@@ -45,6 +47,8 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     unsaid |= set() if "critic" in asked else CRITIC_KEYS
     if not config.is_online:
         unsaid |= OnlineFields.model_fields.keys()
+    elif not config.rollout_url:
+        unsaid |= ROLLOUT_KEYS
     if config.stage != "ppo":
         unsaid |= PPOFields.model_fields.keys()
     if config.stage != "rm":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from visrl.engines.base import Policy
 from visrl.engines.local import LocalEngine
 from visrl.packing.forward import token_logps, token_logps_and_entropies
 from visrl.records import Journal, Sample
@@ -27,6 +28,7 @@ from visrl.rewards.parts import Scorer
 from visrl.sequences import batched
 from visrl.train import online_losses
 from visrl.train.checkpoints import TrainingError
+from visrl.train.importance import importance_weights
 from visrl.train.items import Collator, TrainingBatch
 from visrl.train.online_rollouts import (
     OnlineBatch,
@@ -40,6 +42,7 @@ from visrl.train.online_rollouts import (
 )
 from visrl.train.online_watch import Objects, journal_row, measures_of
 from visrl.train.rollout_cards import JOURNAL
+from visrl.train.rollout_servers import RolloutServers
 from visrl.train.sampler import RepeatedSteps
 from visrl.train.show_rollouts import ShowRollouts
 from visrl.train.trainer import VisrlTrainer
@@ -52,11 +55,18 @@ def gather_questions(samples: list[Sample]) -> dict[str, list[Sample]]:
 
 class OnlineTrainer(VisrlTrainer):
     """`VisrlTrainer` whose batches are sampled from its model, step by step. `collator` packs what was sampled;
-    `scorers` are those of the reward's parts, by their labels."""
+    `scorers` are those of the reward's parts, by their labels; `servers` sample in the place of this process."""
 
-    def __init__(self, *, collator: Collator, scorers: Mapping[str, Scorer], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        collator: Collator,
+        scorers: Mapping[str, Scorer],
+        servers: RolloutServers | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(data_collator=gather_questions, **kwargs)
-        self.collator, self.scorers = collator, scorers
+        self.collator, self.scorers, self.servers = collator, scorers, servers
         self.online_loss = self.visrl_config.online_loss[1]
         self._batches: list[OnlineBatch] = []  # of the rollouts that are learned from
         self._timed = True  # whether the time of this step's update is among the means
@@ -101,10 +111,11 @@ class OnlineTrainer(VisrlTrainer):
     def _sample(self, questions: Sequence[Sequence[Sample]]) -> list[OnlineBatch]:
         """Rollouts of the questions of all batches of a step, scored, with their advantages, packed batch by batch."""
         step = self.state.global_step + 1
-        engine = LocalEngine(self.accelerator.unwrap_model(self.model), self.encoder)
+        engine = self._open_policy()
         rollouts = self._scored(engine, [sample for batch in questions for sample in batch], step)
         rollouts = self._sampled_again(engine, rollouts, step)
-        self._add("tokens/prefilled", engine.prefilled_tokens)
+        if isinstance(engine, LocalEngine):
+            self._add("tokens/prefilled", engine.prefilled_tokens)
         self._give_credit(rollouts)
         responses = [responses_of(one, self.collator) for one in rollouts]
         objects = self._objects_of(rollouts)
@@ -118,9 +129,16 @@ class OnlineTrainer(VisrlTrainer):
         self._add("tokens/update", sum(batch.packed.tokens for batch in batches))
         return batches
 
-    def _scored(
-        self, engine: LocalEngine, samples: Sequence[Sample], step: int, again: int = 0
-    ) -> list[QuestionRollouts]:
+    def _open_policy(self) -> Policy:
+        """What samples: the live weights in this process, or the servers, once they have been given them."""
+        policy, started = self.accelerator.unwrap_model(self.model), time.perf_counter()
+        if self.servers is None:
+            return LocalEngine(policy, self.encoder)
+        self.servers.sync(policy, self.state.global_step)
+        self._add("time/sync", time.perf_counter() - started)
+        return self.servers
+
+    def _scored(self, engine: Policy, samples: Sequence[Sample], step: int, again: int = 0) -> list[QuestionRollouts]:
         config, rule, started = self.visrl_config, self.encoder.settings.crop_rule, time.perf_counter()
         rolled = sample_rollouts(engine, samples, config, rule, seed=self.args.seed, step=step, again=again)
         sampled = time.perf_counter()
@@ -130,9 +148,7 @@ class OnlineTrainer(VisrlTrainer):
         self._add_time("reward", time.perf_counter() - sampled, first)
         return scored
 
-    def _sampled_again(
-        self, engine: LocalEngine, rollouts: list[QuestionRollouts], step: int
-    ) -> list[QuestionRollouts]:
+    def _sampled_again(self, engine: Policy, rollouts: list[QuestionRollouts], step: int) -> list[QuestionRollouts]:
         """With `dynamic_sampling`, the rollouts with others in the place of those that are all worth the same."""
         config, count = self.visrl_config, 0
         for again in range(1, 1 + config.max_resample_times * config.dynamic_sampling):
@@ -192,9 +208,10 @@ class OnlineTrainer(VisrlTrainer):
         return self._policy_loss(batch, logps, entropies, advantages).reshape(1)
 
     def _set_old(self, batch: OnlineBatch, logps: torch.Tensor) -> None:
-        """Set what the policy that sampled says of a batch's tokens, [T]: it is that still, at the first pass."""
+        """Set what the policy before its update says of a batch's tokens, [T]: it is that still, at the first pass."""
         batch.old = logps
         self._add("sampling/logp_difference", float((logps - batch.sampled.to(logps.device)).abs().mean()))
+        batch.weights = self._weights(batch)
 
     def _policy_loss(
         self, batch: OnlineBatch, logps: torch.Tensor, entropies: torch.Tensor, advantages: torch.Tensor
@@ -207,12 +224,29 @@ class OnlineTrainer(VisrlTrainer):
             ref=self._ref_logps(batch) if config.beta else None, beta=config.beta,
             correct_kl=config.use_bias_correction_kl, level=config.importance_sampling_level,
             parameters={name: getattr(config, name) for name in loss.parameters}, tokens=batch.tokens,
-            length=config.max_completion_length,
+            length=config.max_completion_length, weights=batch.weights,
         )  # fmt: skip
         if found.kl is not None:
             self._meters.add("kl", found.kl.sum(), len(found.kl))
         self._log_update(batch, entropies, found.ratios.detach(), advantages)
         return found.total
+
+    def _weights(self, batch: OnlineBatch) -> torch.Tensor | None:
+        """What the tokens of a batch weigh, [T], that servers sampled; None where this process did."""
+        config = self.visrl_config
+        if self.servers is None or not config.vllm_importance_sampling_correction:
+            return None
+        assert batch.old is not None
+        weights, cut = importance_weights(
+            batch.old, batch.sampled.to(batch.old.device), batch.packed.branch, len(batch.lengths),
+            mode=config.vllm_importance_sampling_mode, clip_min=config.vllm_importance_sampling_clip_min,
+            clip_max=config.vllm_importance_sampling_clip_max,
+        )  # fmt: skip
+        name = "sampling/importance_sampling_ratio"
+        self._meters.add(f"{name}/mean", weights.sum(), len(weights))
+        self._add(f"{name}/max", float(weights.max()))
+        self._meters.add(f"{name}/cut", cut.float().sum(), len(cut))
+        return weights
 
     @torch.no_grad()
     def _ref_logps(self, batch: OnlineBatch) -> torch.Tensor:

@@ -8,14 +8,25 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from visrl.config import Config
-from visrl.engines.open import PatienceConfig
+from visrl.engines.open import PatienceConfig, ServerUrls
 from visrl.rewards.open import CriticKeys
 from visrl.rewards.open_judge import JudgeKeys
 from visrl.rewards.parts import Part, RewardPart, check_parts
 from visrl.train.fields import NotNegative, Positive
+from visrl.train.importance import Mode
 from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
 
 ONLINE_STAGES = ("grpo", "rloo", "reinforce++", "ppo", "raft")
+
+
+# Keys that only the servers of rollouts read.
+CORRECTION_KEYS = {
+    "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+}  # fmt: skip
+ROLLOUT_KEYS = CORRECTION_KEYS | {
+    "rollout_served_name", "sync_every", "vllm_importance_sampling_correction", "api_key_env",
+}  # fmt: skip
+SAVE_STEPS = 500  # transformers' own, where a config names none
 
 
 def _known_loss(name: str) -> str:
@@ -59,6 +70,15 @@ class OnlineFields(CriticKeys, JudgeKeys):
     log_completions: bool = False  # a table of the last rollouts with every log, to the console and to trackers
     num_completions_to_print: Annotated[int, Field(ge=1)] | None = None  # of its rows; None: all
     rollouts_in_page: int = Field(12, ge=0)  # questions of the last step shown in rollouts.html; 0: no page
+
+    rollout_url: ServerUrls = ()  # servers that sample, each up to `/v1`; none: this process does
+    rollout_served_name: str | None = None  # under which they serve the model; by default `model_name_or_path`
+    sync_every: int = Field(1, ge=1)  # steps between two adapters that they are given
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Mode = "sequence_mask"
+    vllm_importance_sampling_clip_max: Positive | None = 3.0
+    vllm_importance_sampling_clip_min: Positive | None = None
+    api_key_env: str = Field("OPENAI_API_KEY", min_length=1)
 
     @property
     def online_loss(self) -> tuple[str, OnlineLoss]:
@@ -110,10 +130,11 @@ def check_reward_keys(config: OnlineFields) -> None:
             raise ValueError(f"{unread[0]}: no part of rewards asks a {who}; add {who} to them, or leave the key out")
     if not config.use_box_critic and any(part.name == "critic_box" for part in config.rewards):
         raise ValueError("use_box_critic: rewards ask critic_box; leave one of the two out")
-    servers = config.judge_url or config.critic_url
+    servers = config.judge_url or config.critic_url or config.rollout_url
     if unread := given_keys(config, SERVER_KEYS if asked and not servers else set()):
         raise ValueError(f"{unread[0]}: no server is asked; set judge_url or critic_url, or leave the key out")
-    if not asked and (unread := given_keys(config, PatienceConfig.model_fields)):
+    of_rollouts = SERVER_KEYS if config.rollout_url else set()
+    if not asked and (unread := given_keys(config, PatienceConfig.model_fields.keys() - of_rollouts)):
         raise ValueError(f"{unread[0]}: no part of rewards asks a model; leave the key out")
 
 
@@ -154,3 +175,43 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
             f"save_steps: {save_steps:g} would save between two updates from the same rollouts; give a multiple of "
             f"num_iterations={config.num_iterations}"
         )
+
+
+def check_servers(
+    config: OnlineFields, stage: str, lora: bool, save_strategy: str | None, save_steps: float | None
+) -> None:
+    """Refuse keys about servers that do not go together, or that would have no effect. `lora`: an adapter is trained.
+
+    Raises:
+        ValueError: so it is; the message names the key.
+    """
+    every, low = config.sync_every, config.vllm_importance_sampling_clip_min
+    if not config.rollout_url:
+        if unread := given_keys(config, ROLLOUT_KEYS):
+            raise ValueError(f"{unread[0]}: no server samples; set rollout_url, or leave the key out")
+        return
+    if not lora:
+        raise ValueError(
+            "rollout_url: servers are given each step's weights as a LoRA adapter; set finetuning_type: lora, or leave "
+            "the key out to sample in this process"
+        )
+    if stage == "ppo":
+        raise ValueError(
+            "rollout_url: stage: ppo trains a value head beside the adapter, which no server takes; set stage: grpo, "
+            "or leave the key out"
+        )
+    if every > 1 and every % config.num_iterations:
+        raise ValueError(
+            f"sync_every: {every} falls between two updates from the same rollouts; give a multiple of "
+            f"num_iterations={config.num_iterations}"
+        )
+    saved_every = {None: save_steps or SAVE_STEPS, "steps": save_steps or SAVE_STEPS, "epoch": 1}.get(save_strategy, 0)
+    if saved_every % every:
+        raise ValueError(
+            "save_steps: a training cannot go on as it was from between two adapters that servers are given; let it be "
+            f"steps, and a multiple of sync_every={every}"
+        )
+    if not config.vllm_importance_sampling_correction and (unread := given_keys(config, CORRECTION_KEYS)):
+        raise ValueError(f"{unread[0]}: vllm_importance_sampling_correction is off; leave the key out")
+    if low is not None and low >= (config.vllm_importance_sampling_clip_max or float("inf")):
+        raise ValueError(f"vllm_importance_sampling_clip_min: {low} is not below vllm_importance_sampling_clip_max")

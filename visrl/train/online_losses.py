@@ -131,14 +131,18 @@ def batch_loss(
     correct_kl: bool = True,
     tokens: float,
     length: int,
+    weights: Tensor | None = None,
 ) -> BatchLoss:
     """A row of the table put together: ratios, the loss of each token, `beta` × KL where there is a reference, the sum.
 
     `correct_kl` weighs the KL by the ratio, for it is of tokens that another policy sampled (TRL's
-    `use_bias_correction_kl`). The rest as in the functions above.
+    `use_bias_correction_kl`). `weights` [T] are those of the tokens, the KL's aside, where another engine sampled them
+    (importance.py). The rest as in the functions above.
     """
     ratios = log_ratios(logps, old, branch, lengths, loss.level or level).exp()
     per_token, kl = loss.function(logps, ratios, advantages, **parameters), None
+    if weights is not None:
+        per_token = per_token * weights
     if ref is not None:
         kl = k3(logps, ref)
         per_token = per_token + beta * (ratios * kl if correct_kl else kl)

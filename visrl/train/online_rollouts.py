@@ -99,7 +99,7 @@ class OnlineBatch(TrainingBatch):
     """A packed batch of sampled responses. `responses` and `tokens` are how many it stands for: those with an advantage
     of 0, which need no computation, are among them.
 
-    Once they are computed, `old` and `ref` are the log-probabilities of the T tokens under the policy that sampled them
+    Once they are computed, `old` and `ref` are the log-probabilities of the T tokens under the policy before its update
     and under the reference. With a value head, advantages are of tokens (`estimates`), and `advantages` are rewards.
     """
 
@@ -111,6 +111,7 @@ class OnlineBatch(TrainingBatch):
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
     estimates: TokenEstimates | None = None
+    weights: torch.Tensor | None = None  # [T], of tokens that a server sampled
 
 
 def estimator_of(config: TrainConfig) -> Estimator:
@@ -212,6 +213,7 @@ def responses_of(one: QuestionRollouts, collator: Collator) -> list[Response]:
     """Every sampled response to a question, boxes first."""
     encoder, name = collator.encoder, "/".join(map(str, one.question.sample.place))
     prompt = encoder.encode(one.question.talk, [None])[0]
+    _check_prompt(name, prompt, [attempt.looks[0].box_completion for attempt in one.attempts])
     boxes, answers = [], []
     for b, (attempt, advantage) in enumerate(zip(one.attempts, one.boxes.values, strict=True)):
         first = attempt.looks[0]
@@ -221,10 +223,23 @@ def responses_of(one: QuestionRollouts, collator: Collator) -> list[Response]:
         if not any(completion.ids for completion in told):
             continue
         shown = encoder.encode(answer_request(first), [None])[0]
+        _check_prompt(f"{name}/box {b}", shown, told)
         for m, (completion, worth) in enumerate(zip(told, one.answers[b].values, strict=True)):
             if completion.ids:
                 answers.append(Response(f"{name}/box {b}/answer {m}", "answer", completion, shown, worth))
     return [*boxes, *answers]
+
+
+def _check_prompt(name: str, prompt: TokenPath, completions: Sequence[Completion | None]) -> None:
+    """Refuse what was sampled from a prompt of another length than is learned from: a server that sizes images, or
+    writes prompts, in its own way."""
+    for one in completions:
+        if one is not None and one.prompt_tokens not in (0, len(prompt.ids)):
+            raise TrainingError(
+                f"row {name}: the server showed {one.prompt_tokens} tokens where the prompt has {len(prompt.ids)}; "
+                "serve the same checkpoint with its chat template and picture sizes, and let no limit of the server's "
+                "own come between"
+            )
 
 
 def pack_responses(

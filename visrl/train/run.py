@@ -47,6 +47,7 @@ from visrl.train.online import OnlineTrainer
 from visrl.train.ppo import PPOTrainer
 from visrl.train.reference import hash_images, reference_key, reference_logps
 from visrl.train.reward_model import RewardModelTrainer, freeze_output_layer
+from visrl.train.rollout_servers import RolloutServers
 from visrl.train.sampler import SameImageSampler
 from visrl.train.trainer import VisrlTrainer
 
@@ -134,6 +135,10 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     }  # fmt: skip
     if config.is_online:
         common["scorers"] = opened.enter_context(_scorers(config, dataset.samples, encoder, arguments))
+    if config.rollout_url:
+        common["servers"] = servers = RolloutServers(config, encoder)
+        servers.check(model, config.temperature)
+        opened.enter_context(servers.serving())
     if scan is not None and config.dry_run:
         dry_run(dataset, scan, kind, **common)
         return
