@@ -130,7 +130,7 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_reward_model_learns_which_is_better_and_says_how(tiny: Path, tmp_path: Path, kind: str) -> None:
     out = train(config(tiny, tmp_path / "out", finetuning_type=kind, num_train_epochs=5, val_size=0.3))
     rows = [row for row in logged(out) if "loss" in row]
@@ -155,7 +155,7 @@ def test_a_reward_model_learns_which_is_better_and_says_how(tiny: Path, tmp_path
     assert not list(out.glob("*.bin"))
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_stopped_training_goes_on_to_the_same_head(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -199,7 +199,7 @@ def test_two_processes_train_to_the_head_of_one(tiny: Path, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward model of one step over boxes and answers, an adapter of the embedded model."""
-    return train(config(CHECKPOINT, tmp_path_factory.mktemp("trained") / "rm", max_steps=1))
+    return train(config(CHECKPOINT, tmp_path_factory.mktemp("trained") / "rm", max_steps=1, max_samples=1))
 
 
 def look(question: str, whole: View, encoder: Encoder, box: Box | None, answer: str | None) -> Look:
