@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core.core_schema import ValidationInfo
@@ -23,6 +23,8 @@ from visrl.foreign import ALIASES, NO_MEANING, RENAMED, SWITCHED_OFF
 from visrl.redact import hidden, without_secrets
 from visrl.yaml_text import YamlError, parse_yaml
 
+# Keys that came after manifests of work that may still go on, with the value that it was begun under.
+LATER = {"layout": "auto"}
 LARGEST = 2**63 - 1  # what a whole number of torch and numpy holds
 MAX_BYTES = 1_000_000  # of a config file
 # The configs that come with visrl: data of the package where it is installed, beside it in the source (see setup.py).
@@ -67,8 +69,9 @@ class Config(BaseModel):
 
     def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
         """These keys but those to `exclude`, as manifests hold them: as JSON, and under the names that manifests of
-        earlier releases have (the `serialization_alias` of a key that was renamed since)."""
-        return self.model_dump(mode="json", by_alias=True, exclude=set(exclude))
+        earlier releases have (the `serialization_alias` of a key that was renamed since, and `LATER` left out)."""
+        values = self.model_dump(mode="json", by_alias=True, exclude=set(exclude))
+        return {key: value for key, value in values.items() if key not in LATER or value != LATER[key]}
 
 
 @cache
@@ -117,6 +120,9 @@ class CheckpointConfig(Config):
     model_name_or_path: str
     """A checkpoint folder or hub name. Its processor says how boxes are written, wherever the model runs."""
     trust_remote_code: bool = False
+    layout: Literal["auto", "tree", "plain"] = "auto"
+    """How rows are computed in this process: as prefix trees, which share what they have in common, or each by itself
+    (the plain form). "auto" is the tree wherever the model takes one."""
 
 
 class SourceConfig(Config):

@@ -26,7 +26,7 @@ from visrl.engines.stateful import StatefulBatch, StatefulModel
 from visrl.models.adapters import Adapter, load_merged, place_adapter, read_adapter
 from visrl.models.chain import adapter_chain
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.load import load_encoder, note_dtype
+from visrl.models.load import Layout, load_encoder, note_dtype, note_plain
 from visrl.models.modes import evaluating
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.settings import ModelSettings
@@ -64,6 +64,7 @@ class LocalEngine:
         dtype: torch.dtype | None = None,
         settings: ModelSettings | None = None,
         trust_remote_code: bool = False,
+        layout: Layout = "auto",
     ) -> LocalEngine:
         """The engine of a checkpoint, with an adapter merged into it where one is given, once a first token was tried;
         on a GPU in bf16 where there is one.
@@ -74,9 +75,10 @@ class LocalEngine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         merged = [read_adapter(one) for one in adapter_chain(path, adapter)]
-        encoder = load_encoder(path, settings, trust_remote_code=trust_remote_code)
+        encoder = load_encoder(path, settings, trust_remote_code=trust_remote_code, layout=layout)
         model = load_merged(path, merged, device, dtype=dtype, trust_remote_code=trust_remote_code)
         note_dtype(path, dtype)
+        note_plain(path, encoder)
         try_out(model, encoder, path)
         return LocalEngine(model, encoder, name=str(path))
 

@@ -151,7 +151,9 @@ def open_encoder(config: CheckpointConfig, settings: ModelSettings) -> Encoder:
     """
     from visrl.models.load import load_encoder
 
-    return load_encoder(config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code)
+    return load_encoder(
+        config.model_name_or_path, settings, trust_remote_code=config.trust_remote_code, layout=config.layout
+    )
 
 
 def open_local(config: ModelConfig, settings: ModelSettings, device: str | None = None) -> LocalEngine:
@@ -168,6 +170,7 @@ def open_local(config: ModelConfig, settings: ModelSettings, device: str | None 
         adapter=config.adapter_name_or_path,
         settings=settings,
         trust_remote_code=config.trust_remote_code,
+        layout=config.layout,
     )
 
 
@@ -175,7 +178,7 @@ def open_beside(
     name: str, like: ModelSettings | None = None, *, device: str | None = None, trust_remote_code: bool = False
 ) -> LocalEngine:
     """A critic or judge in this process. Where it has no limits of its own, it is shown images at the size of the
-    policy's, which `like` says.
+    policy's, which `like` says. How its rows are computed is its own model's affair.
 
     Raises:
         CheckpointError: it cannot be loaded.

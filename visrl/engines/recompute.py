@@ -18,12 +18,15 @@ from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.models.attention import attending
 from visrl.models.encode import Encoder, TokenPath
+from visrl.models.families import base_model
 from visrl.models.folder import CheckpointError
 from visrl.models.load import reading
 from visrl.models.modes import evaluating
 from visrl.packing.forward import kept_logits
 from visrl.packing.lay_out import lay_out
 from visrl.packing.pack import TIGHT_BUCKET
+
+NEAR, NEAR_HALF = 1e-4, 0.05  # logits of one token among different rows, in fp32 and in halves: shares of the largest
 
 
 class RecomputedBatch(DecodeBatch):
@@ -63,9 +66,30 @@ def try_out(model: torch.nn.Module, encoder: Encoder, name: str | Path) -> None:
     asked = focus_conversation("?", View("first token", Image.new("RGB", (64, 64))))
     with reading(name, "the model fails at its first token"), evaluating(model), torch.no_grad():
         logits = next_logits(model, encoder, encoder.encode(asked, ["1"]))
+        if encoder.family.plain:
+            _check_plain(model, encoder, encoder.encode(asked, ["1", "1 2 3 4"]))
     encoder.forget()
     if logits.isnan().any():
         raise CheckpointError(f"{name}: the model's first token comes of no numbers (NaN)")
+
+
+def _check_plain(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> None:
+    """Refuse a model that the plain form cannot be right for, by two responses to one prompt.
+
+    Raises:
+        CheckpointError: it does not generate by itself, or what it makes of a token hangs on those that follow.
+    """
+    if not base_model(model).can_generate():
+        raise CheckpointError("it has no `generate` of its own, by which the plain form samples")
+    packed = lay_out([paths], encoder)[0].to(next(model.parameters()).device)
+    logits = kept_logits(model, packed).float()
+    one, other = (logits[packed.row[packed.branch == branch][0]] for branch in (0, 1))
+    near = NEAR if next(model.parameters()).dtype == torch.float32 else NEAR_HALF
+    if (one - other).abs().max() > near * one.abs().max():
+        raise CheckpointError(
+            "it has no plain form: what it makes of a token hangs on those that follow, or on padding; leave out "
+            "layout: plain, or take another model"
+        )
 
 
 def next_logits(model: torch.nn.Module, encoder: Encoder, paths: Sequence[TokenPath]) -> torch.Tensor:

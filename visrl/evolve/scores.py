@@ -69,7 +69,7 @@ def _evaluate(
     files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
     if all(file.is_file() for file in files.values()):
         return
-    looks = ("image_max_pixels", "crop_max_pixels", "box_codec", "trust_remote_code")
+    looks = ("image_max_pixels", "crop_max_pixels", "box_codec", "trust_remote_code", "layout")
     here = PolicyConfig(model_name_or_path=path, **{key: getattr(config, key) for key in looks})
     with opened_policy(here) as opened:
         rule = config.crop_rule or opened.settings.crop_rule

@@ -64,6 +64,7 @@ def _merge(config: EvolveConfig, policy: str, adapter: Path, merged: Path) -> No
             export_dir=merged,
             export_dtype=config.export_dtype,
             trust_remote_code=config.trust_remote_code,
+            layout=config.layout,
         )
     )
 
@@ -114,6 +115,7 @@ def _as_the_loop_looks(config: EvolveConfig, policy: str) -> dict[str, Any]:
         "crop_rule": config.crop_rule,
         "box_codec": config.box_codec,
         "trust_remote_code": config.trust_remote_code or None,
+        "layout": config.layout if config.layout != "auto" else None,
     }
     given = {key: value for key, value in looks.items() if value is not None}
     return {"model_name_or_path": policy, "seed": config.seed, **given}

@@ -97,6 +97,7 @@ class Encoder(ABC):
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()  # of the cache: images may be encoded in one thread and used in another
+        self.tokenizing = threading.RLock()  # a tokenizer pads by a state of its own, and is not read meanwhile
         self._bos = _leading_bos(self.tokenizer)
 
     # --- images
@@ -292,7 +293,8 @@ class Encoder(ABC):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, control tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with self.tokenizing:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @contextmanager

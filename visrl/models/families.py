@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -326,6 +326,23 @@ def family_of(config: Any) -> Family:
     slides = "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
     recurrent = next((kind for kind in kinds or () if kind in RECURRENT_KINDS), None)
     return replace(family, window=text.sliding_window if slides else None, recurrent=recurrent)
+
+
+# --- Bases of the paper that transformers has no class for ------------------------------------------------------------
+
+# By the model type of checkpoints that come with code of their own: what to take in their place.
+SUCCESSORS = {"minicpmo": "or take a successor with a class there: MiniCPM-V 4.6 or 4.7 (minicpmv4_6, minicpmv4_7)"}
+
+
+def other_program(values: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint is read by its own program alone, by what its config.json says; None where it is not so."""
+    if "mm_vision_tower" not in values:
+        return None
+    return (
+        "it is written for LLaVA's own program (mm_vision_tower), and transformers reads converted checkpoints alone: "
+        "for LLaVA the -hf ones (llava, llava_next); Yi-VL has neither a class there nor a successor of its makers, "
+        "and LLaVA-NeXT (llava_next) is built alike"
+    )
 
 
 # --- What a config says under several names ---------------------------------------------------------------------------

@@ -7,13 +7,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -21,8 +28,18 @@ from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, PIXEL_LIMITS, layer_counts
+from visrl.models.families import (
+    FAMILIES,
+    PIXEL_LIMITS,
+    SUCCESSORS,
+    Family,
+    family_of,
+    forward_arguments,
+    layer_counts,
+    other_program,
+)
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
+from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.probe import find_family
 from visrl.models.prompting import check_processor, check_prompts
 from visrl.models.settings import ModelSettings
@@ -34,34 +51,71 @@ TEST_SIZES = ((640, 480), (480, 640), (1000, 400))
 MOST_SIDE, MOST_PIXELS = 8192, 100_000_000  # of an image as a processor makes it
 NUMBERED, BUFFERS = re.compile(r"\.\d+\."), ("inv_freq", "position_ids")  # buffers are made anew
 PACKED = 16  # at most so many weights in a number of a quantised file
+# Under which of these a checkpoint that comes with code may have its model.
+REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
+Layout = Literal["auto", "tree", "plain"]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def load_encoder(
-    path: str | Path, settings: ModelSettings | None = None, *, trust_remote_code: bool = False
+    path: str | Path,
+    settings: ModelSettings | None = None,
+    *,
+    trust_remote_code: bool = False,
+    layout: Layout = "auto",
 ) -> Encoder:
     """The encoder of a checkpoint, once both prompts were rendered (see `check_prompts`) and known boxes have gone
-    through its text and back (see `check_boxes`).
+    through its text and back (see `check_boxes`). `layout` says whether it is that of prefix trees or of the plain
+    form; "auto" leaves it to what the model takes.
 
     Raises:
-        CheckpointError: an unknown family, no processor or template there, or a processor with which boxes would be
-            cropped elsewhere than they were meant.
+        CheckpointError: no model of images and text, no processor or template there, a layout that the model does not
+            take, or a processor with which boxes would be cropped elsewhere than they were meant.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     settings = settings or ModelSettings.load(path)
     with reading(path, "no processor can be loaded"):
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     with reading(path, "no prompt can be made"):
-        family = find_family(processor, config)
         check_processor(processor, config)
+        family = _family(path, processor, config, layout)
         check_sizes(processor.image_processor.to_dict(), family.pixel_limits)
-        if family.plain:  # until the plain form is there
-            raise CheckpointError(f"its models are not supported: {family.plain}; known: {', '.join(sorted(FAMILIES))}")
-        encoder: Encoder = TreeEncoder(processor, config, settings, family)
+        kind = PlainEncoder if family.plain else TreeEncoder
+        encoder: Encoder = kind(processor, config, settings, family)
         check_prompts(encoder)
     with reading(path, "boxes cannot be trusted here"):
         check_boxes(encoder)
     return encoder
+
+
+def _family(path: str | Path, processor: Any, config: Any, layout: Layout) -> Family:
+    """The family of a checkpoint's model, laid out as it is asked for.
+
+    Raises:
+        CheckpointError: it is to be laid out as trees, and takes none.
+    """
+    family = family_of(config) if layout == "plain" else find_family(processor, config)
+    if layout == "tree" and family.plain:
+        raise CheckpointError(f"layout: tree: it takes no prefix tree, because {family.plain}; leave the key out")
+    if layout == "plain":
+        family = replace(family, plain="layout: plain asks for it")
+    if not family.plain:
+        return family
+    if processor.tokenizer.pad_token_id is None:
+        raise CheckpointError(
+            "the tokenizer has no token that pads; name one as pad_token in tokenizer_config.json (that which ends a "
+            "text will do)"
+        )
+    return replace(family, takes=tuple(forward_arguments(model_class(path, config))))
+
+
+def note_plain(path: str | Path, encoder: Encoder) -> None:
+    """Say in a line where the rows of a checkpoint's model are computed one by one, why, and what that costs."""
+    if encoder.family.plain:
+        note(
+            f"{path}: plain form, as {encoder.family.plain}: every row is computed by itself, question and pictures "
+            "again for each response and each sample, where a prefix tree computes them once for all"
+        )
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -72,24 +126,56 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     check_folder(path)
     if Path(path).is_dir():  # read by ourselves first: what transformers does not know is told by its name
-        check_family(path, read_object(Path(path) / "config.json").get("model_type"))
+        check_family(path, read_object(Path(path) / "config.json"), trust_remote_code=trust_remote_code)
     with reading(path, "its config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    check_family(path, config.model_type)
+    check_family(path, config.to_dict(), trust_remote_code=trust_remote_code)
     return config
 
 
-def check_family(path: str | Path, model_type: Any) -> None:
-    """Refuse a model that is none of images and text, as the installed transformers knows them.
+def check_family(path: str | Path, values: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
+    """Refuse, by what its config.json says, a model that is none of images and text as the installed transformers knows
+    them, and one whose class is code of its own that nobody allowed to run.
 
     Raises:
-        CheckpointError: names it, and the families that were tried out by hand.
+        CheckpointError: names it, and what to take or to set.
     """
-    if not isinstance(model_type, str) or model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    model_type, shipped = values.get("model_type"), values.get("auto_map") or {}
+    if unread := other_program(values):
+        raise CheckpointError(f"{path}: {unread}")
+    if isinstance(model_type, str) and model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return
+    if isinstance(shipped, dict) and any(name in shipped for name in REMOTE_CLASSES):
+        if trust_remote_code:
+            return
+        successor = f"; {SUCCESSORS[model_type]}" if isinstance(model_type, str) and model_type in SUCCESSORS else ""
         raise CheckpointError(
-            f"{path}: the model type {model_type!r} is not supported: transformers {transformers.__version__} has no "
-            f"model of images and text by that name; known: {', '.join(sorted(FAMILIES))}"
+            f"{path}: the class of the model type {model_type!r} is code that comes with the checkpoint, and none of "
+            f"transformers {transformers.__version__}. Nothing of it was run; trust_remote_code: true runs it, in the "
+            f"plain form{successor}"
         )
+    raise CheckpointError(
+        f"{path}: the model type {model_type!r} is not supported: transformers {transformers.__version__} has no "
+        f"model of images and text by that name; known: {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model of this config: the library's class of images and text, or the one under which a checkpoint's
+    own code has it. Such a config was loaded by trusted code; a library's own is never read by another's class."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    shipped = getattr(config, "auto_map", None) or {}
+    return getattr(transformers, next(name for name in REMOTE_CLASSES if name in shipped))
+
+
+def model_class(path: str | Path, config: Any) -> type:
+    """The class of a checkpoint's model."""
+    auto = _auto_class(config)
+    if auto is AutoModelForImageTextToText and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        known: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        return known[0] if isinstance(known, tuple) else known
+    return get_class_from_dynamic_module(config.auto_map[auto.__name__], str(path))
 
 
 def check_sizes(values: Any, in_pixels: bool, key: str = "") -> None:
@@ -141,7 +227,7 @@ def load_model(
     config = load_config(path, trust_remote_code=trust_remote_code)
     check_weights(path, config)
     with reading(path, "the weights cannot be loaded"), quiet():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -171,7 +257,9 @@ def check_weights(path: str | Path, config: Any) -> None:
         if layers > weights.tensors:
             raise CheckpointError(f"{mismatch} {layers} layers, they hold {weights.tensors} tensors")
     with reading(path, "no model can be made of its config.json"), torch.device("meta"), quiet():
-        wanted = sum(weight.numel() for weight in AutoModelForImageTextToText.from_config(config).parameters())
+        own = type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        model = _auto_class(config).from_config(config, trust_remote_code=own)
+        wanted = sum(weight.numel() for weight in model.parameters())
     packed = PACKED if getattr(config, "quantization_config", None) else 1
     if wanted > 2 * packed * weights.numbers:  # what lacks less is listed tensor by tensor
         raise CheckpointError(f"{mismatch} {wanted:,} numbers, they hold {weights.numbers:,}")

@@ -42,7 +42,8 @@ class PlainEncoder(Encoder):
         key = image.size, shown
         if key not in self._counts:
             text = self.image_mark * shown
-            marks = len(self.tokenizer(text, add_special_tokens=False).input_ids)
+            with self.tokenizing:
+                marks = len(self.tokenizer(text, add_special_tokens=False).input_ids)
             made = self._call([text], [[image] * shown])
             self._counts[key] = (made["input_ids"].shape[1] - marks) // shown + 1
         return self._counts[key]
@@ -121,15 +122,16 @@ class PlainEncoder(Encoder):
         limits = self.bounds()
         options = {"images_kwargs": {"size": limits}} if limits else {}
         shown = {"images": [list(own) for own in images]} if any(images) else {}
-        made = self.processor(
-            **shown,
-            text=list(texts),
-            return_tensors="pt",
-            add_special_tokens=False,
-            padding=True,
-            padding_side=side,
-            **options,
-        )
+        with self.tokenizing:
+            made = self.processor(
+                **shown,
+                text=list(texts),
+                return_tensors="pt",
+                add_special_tokens=False,
+                padding=True,
+                padding_side=side,
+                **options,
+            )
         return {name: value for name, value in made.items() if value is not None}
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from visrl.config import LATER
 from visrl.data.sources import hash_source
 from visrl.engines.open import PatienceConfig
 from visrl.manifest import NAME as MANIFEST
@@ -45,6 +46,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     asked = asked_by(config.rewards)
     unsaid |= set() if "judge" in asked else JUDGE_KEYS
     unsaid |= set() if "critic" in asked else CRITIC_KEYS
+    unsaid |= {key for key, value in LATER.items() if values[key] == value}
     if not config.is_online:
         unsaid |= OnlineFields.model_fields.keys()
     elif not config.rollout_url:

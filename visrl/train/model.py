@@ -13,6 +13,7 @@ from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.chain import adapter_chain
 from visrl.models.families import (
+    Family,
     base_model,
     language_model,
     projector,
@@ -36,10 +37,24 @@ def check_policy(config: TrainConfig) -> None:
         read_adapter(adapter)
 
 
-def prepare_model(config: TrainConfig) -> torch.nn.Module:
+OF_TREES = ("attention", "bin_length", "feature_cache_gb")
+
+
+def check_layout(config: TrainConfig, family: Family) -> None:
+    """Refuse keys about prefix trees where there are none.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    if family.plain and (given := [key for key in OF_TREES if key in config.model_fields_set]):
+        raise ConfigError(f"{given[0]}: it is about prefix trees, and {family.plain}; leave the key out")
+
+
+def prepare_model(config: TrainConfig, *, plain: bool = False) -> torch.nn.Module:
     """The policy at the start of its stage: an adapter given is merged first, then a new one is put on.
 
-    The reference of a stage is this model before its first step (a new LoRA adapter starts as the identity).
+    The reference of a stage is this model before its first step (a new LoRA adapter starts as the identity). Where it
+    is trained in the `plain` form, its attention stays its own.
 
     Raises:
         ConfigError: keys that do not go together, or what they ask for is not installed.
@@ -50,7 +65,8 @@ def prepare_model(config: TrainConfig) -> torch.nn.Module:
     merged = [read_adapter(adapter) for adapter in chain]
     options |= {"dtype": weight_dtype(config), "trust_remote_code": config.trust_remote_code}
     model = load_merged(config.model_name_or_path, merged, **options)
-    use_tree_attention(model, config.attention)
+    if not plain:
+        use_tree_attention(model, config.attention)
     if config.stage != "sft":
         switch_off_dropout(model)  # policy and reference, and what samples online, must be the same function
     if config.finetuning_type == "lora":

@@ -24,6 +24,7 @@ from visrl.engines.recompute import try_out
 from visrl.manifest import claim_folder, hold, is_complete, write_manifest
 from visrl.models.chain import adapter_chain, described
 from visrl.models.encode import Encoder
+from visrl.models.load import note_plain
 from visrl.models.value_head import add_value_head
 from visrl.packing.pack import BUCKET, TIGHT_BUCKET
 from visrl.progress import next_command
@@ -42,7 +43,7 @@ from visrl.train.features import open_features
 from visrl.train.identity import clear_folder, identity_of, parents_of, replaces_other_work
 from visrl.train.items import Collator
 from visrl.train.log import JsonLog, plot_loss
-from visrl.train.model import check_policy, prepare_model
+from visrl.train.model import check_layout, check_policy, prepare_model
 from visrl.train.online import OnlineTrainer
 from visrl.train.ppo import PPOTrainer
 from visrl.train.reference import hash_images, reference_key, reference_logps
@@ -103,6 +104,7 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     out = config.output_dir
     settings = model_settings(config).with_given(crop_rule=config.crop_rule)
     encoder = open_encoder(config, settings)
+    check_layout(config, encoder.family)
     check_policy(config)
     load_parts(config.rewards)
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))
@@ -122,11 +124,11 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
         encoder, bin_length=config.bin_length, bucket=bucket, cutoff=config.cutoff_len, ends=config.stage == "rm"
     )
     dataset, validation, scan = _usable_data(config, collator, arguments)
-    model = _with_head(prepare_model(config), config).to(arguments.device)
+    model = _with_head(prepare_model(config, plain=bool(encoder.family.plain)), config).to(arguments.device)
     if not shards_weights(arguments):
         try_out(model, encoder, config.model_name_or_path)
     limit = int(config.feature_cache_gb * 1e9)
-    keeps_none = config.is_online or shards_weights(arguments)
+    keeps_none = config.is_online or shards_weights(arguments) or bool(encoder.family.plain)
     features = None if keeps_none else open_features(model, encoder.family, limit)
     kind = trainer_of(config)
     common: dict[str, Any] = {
@@ -152,6 +154,7 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
         if replaces_other_work(config, identity):
             clear_folder(out)
         claim_folder(out, identity)
+    note_plain(config.model_name_or_path, encoder)
     say(_format_data(config, arguments, dataset, validation))
     if config.needs_reference:
         trainer.reference = _reference(trainer, [part for part in (dataset, validation) if part is not None], identity)
