@@ -24,8 +24,9 @@ from visrl.models.encode import Encoder
 from visrl.models.load import load_encoder, load_model
 from visrl.packing.pack import TIGHT_BUCKET
 from visrl.prompts import IMAGE
-from visrl.records import Step
+from visrl.records import Sample, Step
 from visrl.train.config import TrainConfig
+from visrl.train.data import Questions
 from visrl.train.items import Collator
 from visrl.train.online import OnlineTrainer
 from visrl.train.online_losses import ONLINE_LOSSES, batch_loss
@@ -209,7 +210,7 @@ class Ours:
         self.trainer = GivenRollouts(
             visrl_config=config, encoder=self.encoder, model=self.model, args=options, callbacks=[self.watch],
             collator=Collator(self.encoder, bucket=TIGHT_BUCKET), scorers={},
-            train_dataset=list(range(len(rollouts.questions))),
+            train_dataset=Questions([Sample(str(n), str(n), "", "") for n in range(len(rollouts.questions))]),
         )  # fmt: skip
         self.trainer.given, self.trainer.watch = rollouts, self.watch
 

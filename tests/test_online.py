@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -358,28 +355,6 @@ def test_small_batches_and_several_processes_train_to_the_same_weights(tmp_path:
         for path in (whole / "rollouts.jsonl", parts / "rollouts.jsonl")
     ]
     assert texts[0] == texts[1]
-
-
-@pytest.mark.slow
-def test_killed_at_any_step_it_ends_with_the_same_weights(tmp_path: Path) -> None:
-    given = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "rewards": ["area"]}
-    whole = train(config(tmp_path / "whole", **given))
-    again = tmp_path / "again"
-    command = (
-        "import sys, json; from visrl.train.run import train; from visrl.train.config import TrainConfig; "
-        "from visrl.config import build_config; train(build_config(TrainConfig, json.loads(sys.argv[1]), where='x'))"
-    )
-    for step in (1, 2, 4):
-        process = subprocess.Popen([sys.executable, "-c", command, config(again, **given).model_dump_json()])
-        while not (again / f"checkpoint-{step}").is_dir() and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-        assert read_manifest(again) is None, "killed before the end"
-    train(config(again, **given))
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, again))
-    assert all(one[name].equal(other[name]) for name in one)
-    assert read_lines(again / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
