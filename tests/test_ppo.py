@@ -74,8 +74,9 @@ def test_the_value_loss_by_hand() -> None:
     assert clipped.tolist() == [True, False, False]
 
 
-# Two responses of three tokens, and what the PPOTrainer of TRL 0.26 makes of them with kl_coef 0.1, gamma 0.9, lam 0.8,
-# cliprange 0.2, cliprange_value 0.1, by kl_estimator and whiten_rewards: advantages, returns, policy and value loss.
+# Two responses of three tokens, and what the PPOTrainer of trl.experimental makes of them with kl_coef 0.1, gamma 0.9,
+# lam 0.8, cliprange 0.2, cliprange_value 0.1, by kl_estimator and whiten_rewards: advantages, returns, policy and value
+# loss.
 OLD = torch.tensor([-1.0, -2.0, -0.5, -0.3, -1.5, -0.7])
 REF = torch.tensor([-1.2, -1.5, -0.5, -0.3, -1.1, -1.0])
 NEW = torch.tensor([-0.7, -2.1, -0.4, -0.3, -1.9, -0.6])
