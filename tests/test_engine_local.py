@@ -70,6 +70,7 @@ def plain_generate(engine: LocalEngine, talk: Conversation, tokens: int) -> str:
         image_grid_thw=torch.cat([view.inputs["image_grid_thw"] for view in path.views]),
         do_sample=False,
         max_new_tokens=tokens,
+        suppress_tokens=engine.encoder.image_ids,
     )
     model.model.language_model.config._attn_implementation = "visrl_tree"
     return engine.encoder.decode(out[0, ids.shape[1] :].tolist())

@@ -40,6 +40,30 @@ def environment_lines() -> list[str]:
     return lines
 
 
+def model_lines(path: str) -> list[str]:
+    """What the model of a checkpoint takes, a line each: what shares, what decodes, box codec, end of a turn, and how
+    far a small copy of it was from its own calls.
+
+    Raises:
+        CheckpointError: no checkpoint there that can be read.
+    """
+    from visrl.models.derive import described
+    from visrl.models.load import load_encoder
+    from visrl.models.probe import proved
+
+    encoder = load_encoder(path)
+    family = encoder.family
+    lines = [f"{path}: {described(family)}"]
+    if family.found is None and not family.plain:
+        found = proved(encoder.processor, encoder.config)
+        said = f"a trial cannot find it: {found}" if isinstance(found, str) else (
+            f"a trial finds it: {found.measured.logps:.0e} in log-probabilities, {found.measured.gradients:.0e} in "
+            f"gradients, a causal mask {found.measured.causal:.0e}, {found.measured.seconds:.1f} s"
+        )  # fmt: skip
+        lines.append(f"{path}: {said}")
+    return lines
+
+
 def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)

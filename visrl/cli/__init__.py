@@ -207,11 +207,13 @@ def version() -> None:
 
 
 @app.command()
-def env() -> None:
+def env(
+    model: Annotated[str | None, typer.Option("--model", help="A checkpoint: say what its model takes.")] = None,
+) -> None:
     """Print versions, machine, devices and paths for a bug report; no secrets."""
-    from visrl.environment import environment_lines
+    from visrl.environment import environment_lines, model_lines
 
-    typer.echo("\n".join(environment_lines()))
+    typer.echo("\n".join([*environment_lines(), *(model_lines(model) if model else ())]))
 
 
 @app.command(name="help", hidden=True)

@@ -50,8 +50,9 @@ class Completion:
 
     `ids` are the tokens as they were sampled, the end of the turn among them where it was; none from an engine that
     does not tell. `logps` are their log-probabilities, in nats, where `Sampling.logprobs` asks for them: at the
-    temperature that they were sampled at (1 where greedy), before the nucleus was cut out. `prompt_ids` are the tokens
-    that the model was shown, those of images among them, where they are asked for and the engine tells.
+    temperature that they were sampled at (1 where greedy), before the nucleus was cut out and before the tokens that
+    stand for images, which are never sampled. `prompt_ids` are the tokens that the model was shown, those of images
+    among them, where they are asked for and the engine tells.
     """
 
     text: str | None

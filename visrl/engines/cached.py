@@ -18,8 +18,10 @@ from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.engines.kv_tree import PrefixCache, Slots
 from visrl.models.attention import attending_trees
+from visrl.models.derive import cached_inputs
 from visrl.models.encode import EncodedView, Encoder
 from visrl.models.families import cache_argument, join_images
+from visrl.packing.forward import logits_at
 from visrl.packing.tree import group_by_image
 
 
@@ -106,17 +108,20 @@ class CachedModel:
         """
         device = next(self.model.parameters()).device
         position_ids = torch.from_numpy(np.ascontiguousarray(positions)).to(device)
+        tokens = torch.from_numpy(ids).to(device)
+        seen = cached_inputs(self.encoder.family, tokens, torch.from_numpy(mask).to(device))
         images = join_images(self.encoder.family, [view.inputs for view in views])
         with attending_trees(self.model):
-            return self.model(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask)[:, None].to(device),
+            return logits_at(
+                self.model,
+                torch.tensor(columns, device=device),
+                input_ids=tokens,
                 position_ids=position_ids[0] if len(position_ids) == 1 else position_ids,
                 use_cache=True,
-                logits_to_keep=torch.tensor(columns, device=device),
+                **seen,
                 **{self._cache_argument: cache},
                 **{name: tensor.to(device) for name, tensor in images.items()},
-            ).logits.float()
+            ).float()
 
 
 class CachedBatch(DecodeBatch):

@@ -98,7 +98,11 @@ class DecodeBatch(ABC):
         the batch."""
         ended = {}
         sequences = [self.sequences[number] for number in numbers]
-        tokens = sample_tokens(logits, sequences)
+        # What is written for images is never said: the model would look for an image there. Log-probabilities stay
+        # those of all tokens, as training has them (see `Completion.logps`).
+        unsaid = [token for token in self.encoder.image_ids if token < logits.shape[-1]]
+        sayable = logits.index_fill(-1, torch.tensor(unsaid, dtype=torch.long, device=logits.device), -torch.inf)
+        tokens = sample_tokens(sayable, sequences)
         _keep_logps(logits, sequences, tokens)
         for number, sequence, token in zip(numbers, sequences, tokens, strict=True):
             go_on = has_more = token != self.encoder.end_id

@@ -3,7 +3,10 @@
 families         what differs between model families, in one table; the only file that looks into a model
 encode           chat template, tokenizer and image processor: conversation → token ids and pixels; in prefix trees
                  (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
-probe            whether the model of a checkpoint takes a prefix tree, found by trial
+probe            whether the model of a checkpoint takes a prefix tree: held against its own calls on a small copy
+derive, found    what processor, signature and config say of a model; what was found, as data
+proofs           the cache of what was found
+small, trial     the small copy of a config; the tree of a trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention
 recurrent        recurrent layers over packed trees, state by state; tree_runs says in which calls
 load             model, processor and settings of a folder, with a clear sentence where that cannot be done

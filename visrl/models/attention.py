@@ -57,7 +57,7 @@ def tree_attention(
         out = nn.functional.scaled_dot_product_attention(
             folded, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), dropout_p=dropout, scale=scaling
         )
-        return out.view(batch, heads, queries, dim).transpose(1, 2), None
+        return out.view(batch, heads, queries, -1).transpose(1, 2), None
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attend: Any = nn.functional.scaled_dot_product_attention
@@ -73,7 +73,7 @@ def tree_attention(
         out = torch.cat([attend(*block, **options) for block in _blocks(query, key, value, attention_mask)], dim=2)
     else:
         out = attend(query, key, value, attention_mask, **options)
-    return out.transpose(1, 2).reshape(batch, queries, heads, dim), None
+    return out.transpose(1, 2).reshape(batch, queries, heads, -1), None  # values may have a dimension of their own
 
 
 def _blocks(
@@ -173,8 +173,13 @@ def use_tree_attention(model: nn.Module, kind: str = "dense") -> None:
     hand_on_states(model)
     if kind == "auto":
         kind = "flex" if torch.cuda.is_available() else "blocks"
-    config: Any = language_model(model).config
-    config._attn_implementation = KINDS[kind]
+    set_attention(language_model(model).config, KINDS[kind])
+
+
+def set_attention(config: Any, kind: str) -> None:
+    """Let the layers of a config attend so, and not those of configs in it: where a decoder's config is the whole
+    model's, its vision tower keeps its own attention."""
+    config._attn_implementation = {"": kind} if config.sub_configs else kind
 
 
 @contextmanager
@@ -191,7 +196,7 @@ def attending_trees(model: nn.Module, kind: str = "dense") -> Iterator[None]:
         try:
             yield
         finally:
-            config._attn_implementation = own
+            set_attention(config, own)
 
 
 def attending(model: nn.Module, family: Family) -> AbstractContextManager[None]:

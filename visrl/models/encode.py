@@ -33,6 +33,7 @@ from visrl.models.families import (
     PixelRange,
     context_of,
     covering_limits,
+    image_token,
     limited_size,
 )
 from visrl.models.settings import ModelSettings
@@ -79,14 +80,18 @@ class Encoder(ABC):
 
     def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family) -> None:
         self.processor = processor
+        self.config = config
         self.tokenizer = processor.tokenizer
         self.settings = settings
         self.family: Family = family
         self.codec: Codec = CODECS[settings.codec]
         self.chat_template = _chat_template(processor) or self.family.chat_template
         self.image_mark = processor.image_token  # what a rendered prompt holds in an image's place
-        self.image_token_id = processor.image_token_ids[0]  # what one feature of an image replaces
+        self.image_token_id = image_token(processor, config, self.family)  # what one feature of an image replaces
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        named = (processor.image_token_ids, getattr(processor, "video_token_ids", ()), [self.image_token_id])
+        # What is written in the place of images and videos.
+        self.image_ids = sorted({token for ids in named for token in ids if isinstance(token, int)})
         self.end_of_turn = self.family.end_of_turn or self.tokenizer.eos_token
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
         # Tokens of box text may be said again, as the published protocol does; they can forge nothing.

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers.utils import ModelOutput
 
 from visrl.box import Size
+from visrl.models.found import Axis, Found
 from visrl.models.tree_runs import Segment, plan_runs
 
 # The grid of one image in merged tokens (time, height, width), as the language model sees it.
@@ -40,6 +41,7 @@ class Layout:
     −1 elsewhere. `segments` says where in the row, bins one after the other, the parts of each tree lie.
     """
 
+    ids: torch.Tensor
     ancestors: torch.Tensor
     depth: torch.Tensor
     prompt: torch.Tensor
@@ -73,15 +75,18 @@ class Family:
     parts: tuple[str, str, str] = ("language_model", "vision_tower", "multi_modal_projector")  # of the model
     window: int | None = None  # tokens that sliding layers look back; set by `family_of`
     recurrent: str | None = None  # what the config calls layers that hand on a state; set by `family_of`
+    chunk: int | None = None  # tokens in a chunk, which layers of chunks look back to the beginning of
+    layers: tuple[str, ...] = ()  # kinds of attention layers, where each takes a mask of its own; by `family_of`
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
     keeps_features: bool = True  # whether features of an image do not depend on what else is in its row
     note: str = ""
+    found: Found | None = None  # what a trial found out, where there is no entry (see derive.py)
     plain: str = ""  # why its models take no prefix tree, a sentence's end; empty where they take one
 
     @property
     def cacheable(self) -> bool:
         """Whether a token sees its ancestors and nothing else, so that a KV cache holds what comes before it."""
-        return self.inputs is causal and not self.plain
+        return not self.plain and (self.found.cached if self.found else self.inputs is causal)
 
 
 # --- Positions --------------------------------------------------------------------------------------------------------
@@ -121,11 +126,23 @@ def depth_positions(ids: np.ndarray, image_token: int, grids: Sequence[Grid]) ->
 
 def join_images(family: Family, images: Sequence[ImageInputs]) -> ImageInputs:
     """The inputs of several images as one, in their order, smaller ones padded with zeros."""
-    return {name: _join([image[name] for image in images], family.axis) for name in family.takes} if images else {}
+    axes = dict(family.found.axes) if family.found else {}
+    return {name: joined(images, name, axes.get(name, family.axis)) for name in family.takes} if images else {}
+
+
+def joined(images: Sequence[ImageInputs], name: str, axis: Axis) -> torch.Tensor:
+    """One input of several images along `axis`; "patches" are numbers of patches, which count on from image to image
+    (−1 is none)."""
+    tensors = [image[name] for image in images]
+    if axis == "patches":
+        patches = [0, *(image["pixel_values"].shape[:2].numel() for image in images[:-1])]
+        before = torch.tensor(patches).cumsum(0).tolist()
+        return torch.cat([torch.where(one >= 0, one + first, one) for one, first in zip(tensors, before, strict=True)])
+    return _join(tensors, axis)
 
 
 def _join(tensors: list[torch.Tensor], axis: int) -> torch.Tensor:
-    axis = min(axis, tensors[0].dim() - 1)
+    axis = min(axis, tensors[0].dim() - 1) % tensors[0].dim()
     largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:
@@ -249,6 +266,16 @@ def limited_images(
         yield inputs, placeholder, (time, height // merge, width // merge), (width * patch, height * patch)
 
 
+def grid_of(processor: Any, inputs: ImageInputs, tokens: int) -> Grid:
+    """The grid in merged tokens of an image whose processor does not resize it by pixel limits: as its inputs say it,
+    else all in a row."""
+    if "image_grid_thw" not in inputs:
+        return 1, 1, tokens
+    time, height, width = inputs["image_grid_thw"].flatten().tolist()
+    merge = getattr(processor.image_processor, "merge_size", 1)
+    return time, height // merge, width // merge
+
+
 def _merged_patch(image_processor: Any) -> int:
     """The side in pixels of what becomes one token."""
     return image_processor.patch_size * image_processor.merge_size
@@ -310,10 +337,21 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+# Box codecs of families without an entry: what no trial can see.
+CODECS_BY_HAND = {"qwen3_vl_moe": "qwen3_vl"}
+
+
+def codec_of(model_type: str) -> str:
+    """The box codec in which a family was trained, where it is known; else our own."""
+    return FAMILIES[model_type].codec if model_type in FAMILIES else CODECS_BY_HAND.get(model_type, "visrl")
+
+
 def plain_family(model_type: str, reason: str) -> Family:
     """The family of models that take no prefix tree, for `reason`: one sequence at a time, as their own processor and
     forward have it, which is the same for all."""
-    return Family(model_type, depth_positions, "visrl", causal, shares="pairs", keeps_features=False, plain=reason)
+    return Family(
+        model_type, depth_positions, codec_of(model_type), causal, shares="pairs", keeps_features=False, plain=reason
+    )
 
 
 def family_of(config: Any) -> Family:
@@ -322,10 +360,21 @@ def family_of(config: Any) -> Family:
     if family is None:
         return plain_family(config.model_type, f"{config.model_type} has no entry")
     text = config.get_text_config()
+    recurrent = next((kind for kind in kinds_of(text) if kind in RECURRENT_KINDS), None)
+    family = replace(family, recurrent=recurrent)
+    return replace(family, window=text.sliding_window, layers=kinds_of(text)) if is_windowed(text) else family
+
+
+def is_windowed(text: Any) -> bool:
+    """Whether any layer of a text config looks back a window only."""
     kinds = getattr(text, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
-    recurrent = next((kind for kind in kinds or () if kind in RECURRENT_KINDS), None)
-    return replace(family, window=text.sliding_window if slides else None, recurrent=recurrent)
+    return "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))
+
+
+def kinds_of(text: Any) -> tuple[str, ...]:
+    """The kinds of a text config's layers, where there is another than full attention."""
+    kinds = tuple(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    return () if kinds == ("full_attention",) else kinds
 
 
 # --- Bases of the paper that transformers has no class for ------------------------------------------------------------
@@ -354,6 +403,13 @@ def image_token_of(config: Any) -> int | None:
         if (token := getattr(config, name, None)) is not None:
             return token
     return None
+
+
+def image_token(processor: Any, config: Any, family: Family) -> int:
+    """The token that features of images replace. Where there is an entry, processor and config must agree on it (see
+    prompting.py); else the config's comes first: a processor may name what stands for a whole image."""
+    named = None if family.name in FAMILIES else image_token_of(config)
+    return processor.image_token_ids[0] if named is None else named
 
 
 def context_of(config: Any) -> int | None:
@@ -441,18 +497,19 @@ def _parts(base: Any) -> tuple[str, str, str]:
     if base.config.model_type in FAMILIES:
         return FAMILIES[base.config.model_type].parts
     inner = _inner(base)
-    decoder, tower = base.get_decoder(), base.get_encoder(modality="image")
     names = {module: name for name, module in inner.named_modules()}
-    if not names.get(decoder) or not names.get(tower):
-        raise ValueError(f"decoder and vision tower of a {type(base).__name__} are not told apart")
-    known = (names[decoder], names[tower])
+    decoder, tower = (names.get(part) for part in (base.get_decoder(), base.get_encoder(modality="image")))
+    if not decoder:
+        raise ValueError(f"the decoder of a {type(base).__name__} is not told apart from the rest")
     output = base.get_output_embeddings()
     others = [
         name for name, part in inner.named_children()
         if part is not output and any(True for _ in part.parameters())
-        and not any(known_name == name or known_name.startswith(f"{name}.") for known_name in known)
+        and not any(known == name or known.startswith(f"{name}.") for known in (decoder, tower) if known)
     ]  # fmt: skip
-    return (*known, others[0] if others else known[1])
+    if not tower and not others:
+        raise ValueError(f"a {type(base).__name__} has no weights that see images, beside its decoder")
+    return decoder, tower or others[0], others[0] if others else str(tower)
 
 
 # What configs call layers that see the past through a state.

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
+from visrl.models.derive import described
 from visrl.models.encode import Encoder
 from visrl.models.families import (
     FAMILIES,
@@ -80,6 +81,8 @@ def load_encoder(
         check_processor(processor, config)
         family = _family(path, processor, config, layout)
         check_sizes(processor.image_processor.to_dict(), family.pixel_limits)
+        if family.found:
+            note(f"{path}: {described(family)}")
         kind = PlainEncoder if family.plain else TreeEncoder
         encoder: Encoder = kind(processor, config, settings, family)
         check_prompts(encoder)

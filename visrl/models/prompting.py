@@ -15,7 +15,7 @@ from PIL import Image
 from visrl.conversation import View, answer_conversation, focus_conversation
 from visrl.models import template_trial
 from visrl.models.encode import Encoder, as_messages
-from visrl.models.families import image_token_of
+from visrl.models.families import FAMILIES, image_token_of
 from visrl.models.folder import CheckpointError
 
 QUESTION = "Which number is on the tag?"
@@ -36,7 +36,7 @@ def check_processor(processor: Any, config: Any) -> None:
             "copy the processor's files (processor_config.json or preprocessor_config.json, tokenizer) from the base"
         )
     wanted = image_token_of(config)
-    if wanted is not None and wanted != processor.image_token_ids[0]:
+    if wanted is not None and config.model_type in FAMILIES and wanted != processor.image_token_ids[0]:
         raise CheckpointError(
             f"the model puts pictures at token {wanted} (config.json), the tokenizer writes "
             f"{processor.image_token_ids[0]} for them; tokenizer and model do not belong together"

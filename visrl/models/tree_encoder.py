@@ -15,7 +15,7 @@ import torch
 
 from visrl.conversation import View
 from visrl.models.encode import EncodedView, Encoder, refusing
-from visrl.models.families import Family, PixelRange, family_of, limited_images
+from visrl.models.families import Family, PixelRange, family_of, grid_of, limited_images
 from visrl.models.settings import ModelSettings
 
 
@@ -42,11 +42,7 @@ class TreeEncoder(Encoder):
     def _prepare_each(self, views: dict[str, View], *, alone: bool) -> dict[str, EncodedView]:
         """Each image by itself, as its processor cuts it (in tiles, to a fixed size)."""
         encoded = {}
-        merged = self.processor._merge_kwargs(
-            self.processor.valid_processor_kwargs, self.tokenizer.init_kwargs, return_tensors="pt"
-        )  # fmt: skip
-        wanted = inspect.signature(self.processor._process_images).parameters  # some take more than an image's options
-        options = {**merged["images_kwargs"], **{name: merged[name] for name in wanted if name in merged}}
+        options = image_options(self.processor)
         for key, view in views.items():
             image = self.reduced(view)
             shown = [image] if alone else [image, image]
@@ -54,7 +50,10 @@ class TreeEncoder(Encoder):
                 processed, placeholders = self.processor._process_images([shown], **options)
             count = placeholders[0].count(self.image_token)
             inputs = {name: _first_of(processed[name], len(shown)) for name in self.family.takes}
-            encoded[key] = EncodedView(key, inputs, placeholders[0], count, (1, 1, count), image.size)
+            # Some processors give bf16, whatever the model is in.
+            inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+            grid = grid_of(self.processor, inputs, count)
+            encoded[key] = EncodedView(key, inputs, placeholders[0], count, grid, image.size)
         return encoded
 
     def _expand(self, parts: Sequence[str], views: Sequence[EncodedView]) -> str:
@@ -66,6 +65,17 @@ class TreeEncoder(Encoder):
 
     def _positions(self, ids: np.ndarray, views: Sequence[EncodedView]) -> np.ndarray:
         return self.family.positions(ids, self.image_token_id, [view.grid for view in views])
+
+
+def image_options(processor: Any) -> dict[str, Any]:
+    """What a processor is to be told where it makes images ready: its own options, by their names."""
+    merged = processor._merge_kwargs(
+        processor.valid_processor_kwargs, processor.tokenizer.init_kwargs, return_tensors="pt"
+    )  # fmt: skip
+    parameters = inspect.signature(processor._process_images).parameters.values()
+    # Some take more than an image's options.
+    wanted = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name in merged]
+    return {**merged["images_kwargs"], **{name: merged[name] for name in wanted}}
 
 
 def _first_of(values: Any, images: int) -> torch.Tensor:

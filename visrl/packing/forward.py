@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from visrl.models.families import forward_arguments
 from visrl.models.value_head import ValueHead, kept_hidden_states
-from visrl.packing.pack import Call, PackedBatch
+from visrl.packing.pack import PackedBatch
 
 PART = 2**18  # logits that are held in fp32 at a time
 
@@ -81,19 +81,22 @@ def kept_logits(model: nn.Module, packed: PackedBatch) -> torch.Tensor:
     Raises:
         ValueError: a model that gives logits of other places than the tokens it is given.
     """
-    takes = forward_arguments(model)
-    logits = [_logits(model, call, takes).flatten(0, 1) for call in packed.calls]
+    logits = [logits_at(model, call.keep, **call.inputs, use_cache=False).flatten(0, 1) for call in packed.calls]
     return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
-def _logits(model: nn.Module, call: Call, takes: frozenset[str]) -> torch.Tensor:
-    """Logits [rows, K, vocabulary] at the columns that a call keeps."""
-    keeps = "logits_to_keep" in takes
-    logits = model(**call.inputs, use_cache=False, **({"logits_to_keep": call.keep} if keeps else {})).logits
-    places = len(call.keep) if keeps else call.inputs["input_ids"].shape[1]
+def logits_at(model: nn.Module, keep: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The model's logits at the columns `keep` [K] alone, [rows, K, vocabulary].
+
+    Raises:
+        ValueError: a model that gives logits of other places than the tokens it is given.
+    """
+    keeps = "logits_to_keep" in forward_arguments(model)  # else it is swallowed, and all columns come
+    logits: torch.Tensor = model(**inputs, **({"logits_to_keep": keep} if keeps else {})).logits
+    places = len(keep) if keeps else inputs["input_ids"].shape[1]
     if logits.shape[1] != places:
         raise ValueError(f"the model gives logits of {logits.shape[1]} places where {places} are asked of it")
-    return logits if keeps else logits[:, call.keep]
+    return logits if keeps else logits[:, keep]
 
 
 class _LogProbability(torch.autograd.Function):

@@ -184,6 +184,7 @@ def _layout(
         for places, path in tree.paths:
             prompt[offset + places[: path.start]] = True
     return Layout(
+        ids=torch.from_numpy(ids),
         ancestors=ancestors,
         depth=torch.from_numpy(depth).view(bins, length),
         prompt=torch.from_numpy(prompt).view(bins, length),
