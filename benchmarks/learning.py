@@ -42,7 +42,7 @@ COMPARED = (
     ("online", "iter1-stage2"),
     ("online", "raft"),
 )
-RAFT_STEPS, RAFT_RATE = 165, 3e-4  # the best of a sweep on a seed that is not counted
+RAFT_STEPS, RAFT_RATE = 165, 3e-4  # the rate is the best of a sweep on a seed that is not counted
 REWARDS = {  # beside answers alone, which is the demo's
     "iou": ["answer", {"name": "iou", "weight": 0.5}],
     "crop_gain": ["crop_gain"],
@@ -59,7 +59,7 @@ def run_seed(seed: int, given: argparse.Namespace) -> dict[str, Rows]:
     """The result rows of one seed by checkpoint (and `checkpoint.control`), running what is not there yet."""
     demo = DemoConfig(output_dir=given.out / f"seed{seed}", seed=seed, test_questions=given.test_questions, threads=1)
     run_demo(demo)
-    reinforce_otherwise(demo, "raft", given.raft_steps, {"stage": "raft", "learning_rate": given.raft_rate, "mask_truncated_completions": True})
+    reinforce_otherwise(demo, "raft", given.raft_steps, {"stage": "raft", "learning_rate": given.raft_rate})
     for name, rewards in REWARDS.items():
         if seed < given.rewards_seeds:
             reinforce_otherwise(demo, name, demo.online_steps, {"rewards": rewards})
