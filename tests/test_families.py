@@ -112,8 +112,10 @@ def test_a_packed_batch_equals_the_models_own_calls(made: list[str]) -> None:
     mine, native = gradients(model, ours), gradients(model, theirs)
     assert mine.keys() == native.keys()
     whole = torch.cat([gradient.flatten() for gradient in native.values()]).norm()
+    # Gated DeltaNet computes in fp32 whatever the model's type, and sums a run in another order than a sequence.
+    bound = 3e-4 if encoder.family.recurrent else 1e-4
     for key, gradient in native.items():
-        assert (mine[key] - gradient).norm() < 1e-4 * max(gradient.norm(), 1e-3 * whole), key
+        assert (mine[key] - gradient).norm() < bound * max(gradient.norm(), 1e-3 * whole), key
     assert packed.tokens < packed.separate_tokens / (2 if encoder.family.shares == "all" else 1.5)
 
 

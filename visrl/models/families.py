@@ -21,6 +21,7 @@ from PIL import Image
 from transformers.utils import ModelOutput
 
 from visrl.box import Size
+from visrl.models.folder import CheckpointError
 from visrl.models.found import Axis, Found
 from visrl.models.tree_runs import Segment, plan_runs
 
@@ -492,7 +493,7 @@ def _parts(base: Any) -> tuple[str, str, str]:
     `get_decoder` and `get_encoder` find them; the projector is what else has weights.
 
     Raises:
-        ValueError: a model in which they are not apart.
+        CheckpointError: a model in which they are not apart.
     """
     if base.config.model_type in FAMILIES:
         return FAMILIES[base.config.model_type].parts
@@ -500,7 +501,7 @@ def _parts(base: Any) -> tuple[str, str, str]:
     names = {module: name for name, module in inner.named_modules()}
     decoder, tower = (names.get(part) for part in (base.get_decoder(), base.get_encoder(modality="image")))
     if not decoder:
-        raise ValueError(f"the decoder of a {type(base).__name__} is not told apart from the rest")
+        raise CheckpointError(f"the decoder of a {type(base).__name__} is not told apart from the rest")
     output = base.get_output_embeddings()
     others = [
         name for name, part in inner.named_children()
@@ -508,7 +509,7 @@ def _parts(base: Any) -> tuple[str, str, str]:
         and not any(known == name or known.startswith(f"{name}.") for known in (decoder, tower) if known)
     ]  # fmt: skip
     if not tower and not others:
-        raise ValueError(f"a {type(base).__name__} has no weights that see images, beside its decoder")
+        raise CheckpointError(f"a {type(base).__name__} has no weights that see images, beside its decoder")
     return decoder, tower or others[0], others[0] if others else str(tower)
 
 
