@@ -27,7 +27,7 @@ from visrl.scenes import draw_ref, parse_ref
 
 COLOURS = ("#2563eb", "#e07b00")  # of the two questions
 MUTED, GOOD, BAD = "#6b7280", "#15803d", "#b91c1c"
-TITLES = ("after the warm-up", "after two iterations")
+TITLES = ("after the warm-up", "after reinforcement")
 OUT = Path(__file__).with_name("looks.png")
 
 Row = dict[str, Any]
@@ -36,7 +36,9 @@ Row = dict[str, Any]
 def looks_of(run: Path) -> dict[str, list[tuple[Row, Row]]]:
     """By picture, the rows of its questions at the first and at the last checkpoint."""
     stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
-    last = f"iter{stages[-1]['iteration']}-{stages[-1]['name']}"
+    last = (
+        stages[-1]["name"] if stages[-1]["name"] == "online" else f"iter{stages[-1]['iteration']}-{stages[-1]['name']}"
+    )
     ends = [read_jsonl(run / "eval" / f"{name}.jsonl") for name in (stages[0]["name"], last)]
     pairs = list(zip(*ends, strict=True))
     return {image: list(rows) for image, rows in groupby(pairs, key=lambda pair: str(pair[0]["image"]))}
