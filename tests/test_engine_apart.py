@@ -119,7 +119,7 @@ def test_the_probe_of_an_export_leaves_the_model_as_it_was() -> None:
     model, encoder = make("qwen2_vl")
     attention, wanted = attention_of(model), own_forward(model, encoder)
     packed = packed_of(encoder, groups_of(encoder)[0])
-    logps = _logps(model, packed)
+    logps = _logps(model, packed, encoder)
     assert attention_of(model) == attention
     assert own_forward(model, encoder).equal(wanted)
     use_tree_attention(model)

@@ -10,7 +10,8 @@ ALLOWED = {
     r"\bLocalEngine\.load\(": {"engines/open.py"},
     r"\bEndpointEngine\(": {"engines/open.py"},
     r"\bEndpoint\(": {"engines/open.py", "engines/server_process.py"},
-    r"\bModelSettings\.load\(": {"engines/open.py", "train/export.py"},  # export: of an adapter already read
+    # export: of an adapter already read; a reward model: of what is refused as a policy
+    r"\bModelSettings\.load\(": {"engines/open.py", "train/export.py", "rewards/reward_model.py"},
     r"\bload_merged\(": {"engines/local.py", "train/model.py", "train/export.py"},  # weights alone: the seam
 }
 

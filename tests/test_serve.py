@@ -248,7 +248,7 @@ def test_a_model_that_cannot_be_loaded_is_told() -> None:
 def test_models_are_listed_with_focus() -> None:
     with known() as (url, _, _):
         models = client_of(url).models.list()
-        with pytest.raises(openai.NotFoundError, match=f"{NAME}:focus"):
+        with pytest.raises(openai.NotFoundError, match=f"here, but {NAME}, each with :focus or :whole, too"):
             client_of(url).chat.completions.create(**body() | {"model": "gpt-9"})
     assert [(model.id, model.owned_by) for model in models] == [
         (NAME + suffix, "visrl") for suffix in ("", ":focus", ":whole")

@@ -51,7 +51,7 @@ def test_a_picture_sized_here_is_what_the_processor_makes_of_it():
             sized = encoder.sized(view)
             assert sized.size == whole.size == encoder.processed_size(size, is_crop)
             # A server that knows one pair of limits, those we gave it, changes nothing and sees the same pixels.
-            there = encoder._preprocess({"x": View("x", sized)}, bounds)["x"]
+            there = encoder._prepare_together({"x": View("x", sized)}, bounds)["x"]
             assert torch.equal(there.inputs["pixel_values"], whole.inputs["pixel_values"])
 
 

@@ -47,11 +47,12 @@ def model_lines(path: str) -> list[str]:
     Raises:
         CheckpointError: no checkpoint there that can be read.
     """
+    from visrl.engines.open import ModelConfig, model_settings, open_encoder
     from visrl.models.derive import described
-    from visrl.models.load import load_encoder
     from visrl.models.probe import proved
 
-    encoder = load_encoder(path)
+    config = ModelConfig(model_name_or_path=path)
+    encoder = open_encoder(config, model_settings(config))
     family = encoder.family
     lines = [f"{path}: {described(family)}"]
     if family.found is None and not family.plain:

@@ -250,6 +250,14 @@ def reached(
         engine.close()
 
 
+def behind(urls: Sequence[str], name: str, encoder: Encoder, **options: Any) -> EndpointEngine:
+    """The model `name` behind servers that have not been asked yet; `options` are an `Endpoint`'s."""
+    from visrl.engines.endpoint import EndpointEngine
+    from visrl.engines.openai_server import Endpoint
+
+    return EndpointEngine(Endpoint(tuple(urls), name, **options), encoder.codec, encoder)
+
+
 # --- The policy -------------------------------------------------------------------------------------------------------
 
 

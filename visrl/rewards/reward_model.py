@@ -17,7 +17,7 @@ from visrl.box import CropRule
 from visrl.codecs import CODECS
 from visrl.config import ConfigError
 from visrl.conversation import Conversation, PromptError, focus_conversation
-from visrl.engines.local import LocalEngine
+from visrl.engines.open import ModelConfig, open_local
 from visrl.manifest import STARTED, read_manifest
 from visrl.models.attention import attending
 from visrl.models.encode import Encoder, TokenPath
@@ -115,13 +115,14 @@ def open_reward_model(path: str, policy: ModelSettings, crop_rule: CropRule, dev
     if manifest is None and (folder / STARTED).is_file():
         raise CheckpointError(f"reward model:{path} holds an unfinished training; run it to its end")
     trained = manifest["config"] if manifest is not None else {}
-    adapter, base = None, path
+    config = ModelConfig(model_name_or_path=path)
     if (folder / ADAPTER).is_file():
         named = read_object(folder / ADAPTER).get("base_model_name_or_path")
-        adapter, base = path, str(trained.get("model_name_or_path", named))
-    settings = ModelSettings.load(base, adapter)
+        base = str(trained.get("model_name_or_path", named))
+        config = ModelConfig(model_name_or_path=base, adapter_name_or_path=path)
+    settings = ModelSettings.load(config.model_name_or_path, config.adapter_name_or_path)
     _check_settings(path, settings, policy, crop_rule)
-    engine = LocalEngine.load(base, str(device), adapter=adapter, settings=settings)
+    engine = open_local(config, settings, str(device))
     add_value_head(engine.model)
     load_value_head(engine.model, folder)
     return RewardModel(engine.model, engine.encoder, trained.get("rl_stage") == 1)

@@ -25,8 +25,8 @@ from visrl.box import Size
 from visrl.codecs import Codec
 from visrl.conversation import Conversation, View
 from visrl.engines.base import Completion, Sampling
-from visrl.engines.endpoint import EndpointEngine
-from visrl.engines.openai_server import Endpoint, EndpointError
+from visrl.engines.open import behind
+from visrl.engines.openai_server import EndpointError
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.modes import evaluating
 from visrl.packing.forward import token_logps
@@ -50,13 +50,13 @@ class RolloutServers:
 
     def __init__(self, config: TrainConfig, encoder: Encoder) -> None:
         self._config, self._encoder = config, encoder
-        endpoint = Endpoint(
+        self._engine = behind(
             config.rollout_url,
             config.rollout_served_name or config.model_name_or_path,
+            encoder,
             api_key_env=config.api_key_env,
             **config.patience,
         )
-        self._engine = EndpointEngine(endpoint, encoder.codec, encoder)
         self.name = self._engine.name
         self._folder = (config.output_dir / FOLDER).resolve()
         # Names of no other run at the same servers, and of this one where it was killed and starts again.
