@@ -39,7 +39,7 @@ def evaluate_all(
 
 def _ends(names: Sequence[str]) -> tuple[str, str]:
     """The first checkpoint and the last of the iterations, which online reinforcement stands beside."""
-    loop = [name for name in names if name != ONLINE]
+    loop = [name for name in names if name != ONLINE] or list(names)
     return loop[0], loop[-1]
 
 
