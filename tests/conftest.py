@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -14,3 +15,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from visrl.models.tiny.make import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def headed(tiny: Path) -> Any:
+    """The tiny model with a random value head, its weights loud enough that texts and pictures make a difference."""
+    import torch
+
+    from visrl.models.attention import use_tree_attention
+    from visrl.models.load import load_model
+    from visrl.models.value_head import add_value_head
+
+    model = load_model(tiny)
+    add_value_head(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(torch.randn_like(weights) * 0.05)
+    use_tree_attention(model)
+    return model

@@ -89,6 +89,13 @@ def glm4v_moe() -> tuple[Any, Any]:
     )  # fmt: skip
 
 
+def _pixtral_words() -> Any:
+    return tokenizer(
+        bos="<s>", eos="</s>", adds_bos=True, image_token="[IMG]", image_break_token="[IMG_BREAK]",
+        image_end_token="[IMG_END]",
+    )  # fmt: skip
+
+
 def _pixtral_processor(words: Any, merge: int = 2) -> Any:
     pictures = tf.PixtralImageProcessor(size={"longest_edge": 112}, patch_size=14)
     return tf.PixtralProcessor(
@@ -97,14 +104,7 @@ def _pixtral_processor(words: Any, merge: int = 2) -> Any:
 
 
 def mistral3() -> tuple[Any, Any]:
-    words = tokenizer(
-        bos="<s>",
-        eos="</s>",
-        adds_bos=True,
-        image_token="[IMG]",
-        image_break_token="[IMG_BREAK]",
-        image_end_token="[IMG_END]",
-    )
+    words = _pixtral_words()
     config = tf.Mistral3Config(
         text_config={"model_type": "mistral", **_text(words, head_dim=16, sliding_window=None)},
         vision_config={"model_type": "pixtral", **VISION, "head_dim": 16, "image_size": 112, "patch_size": 14},
@@ -114,14 +114,7 @@ def mistral3() -> tuple[Any, Any]:
 
 
 def lighton_ocr() -> tuple[Any, Any]:
-    words = tokenizer(
-        bos="<s>",
-        eos="</s>",
-        adds_bos=True,
-        image_token="[IMG]",
-        image_break_token="[IMG_BREAK]",
-        image_end_token="[IMG_END]",
-    )
+    words = _pixtral_words()
     config = tf.LightOnOcrConfig(
         text_config={"model_type": "qwen3", **_text(words, head_dim=16)},
         vision_config={"model_type": "pixtral", **VISION, "head_dim": 16, "image_size": 112, "patch_size": 14},

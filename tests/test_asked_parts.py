@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from http_server import Handler, serving
+from online_runs import online_config, read_lines
 from safetensors.torch import load_file
-from test_online import config, read_lines
 from test_reward_parts import HALF, QUARTER, SAMPLE, UNREADABLE, attempt, parts, scored
 
 from visrl.data.sources import read_samples
@@ -203,7 +203,7 @@ def test_a_run_that_is_resumed_reads_the_judge_s_replies_and_ends_with_the_same_
             **judged_by(server), "rewards": ["judge", {"name": "format", "weight": 0.1}], "finetuning_type": "full",
             "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-5,
         }  # fmt: skip
-        whole = train(config(tmp_path / "whole", **given))
+        whole = train(online_config(tmp_path / "whole", **given))
         score, calls = online.score_rollouts, []
 
         def score_and_stop(*args: Any) -> Any:
@@ -215,9 +215,9 @@ def test_a_run_that_is_resumed_reads_the_judge_s_replies_and_ends_with_the_same_
 
         monkeypatch.setattr(online, "score_rollouts", score_and_stop)
         with pytest.raises(RuntimeError, match="stopped"):
-            train(config(tmp_path / "again", **given))
+            train(online_config(tmp_path / "again", **given))
         says.append("score: 0")
-        again = train(config(tmp_path / "again", **given))
+        again = train(online_config(tmp_path / "again", **given))
     one, other = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
     assert all(one[name].equal(other[name]) for name in one)
     journal = read_lines(whole / "rollouts.jsonl")
@@ -234,7 +234,7 @@ def test_a_run_that_is_resumed_reads_the_judge_s_replies_and_ends_with_the_same_
 def test_a_judge_that_does_not_answer_is_said_before_the_folder_is_claimed(tmp_path: Path) -> None:
     keys = {"rewards": "judge", "judge_model_name_or_path": "m", "judge_url": "http://127.0.0.1:9/v1"}
     with pytest.raises(EndpointError):
-        train(config(tmp_path / "out", **keys))
+        train(online_config(tmp_path / "out", **keys))
     assert not (tmp_path / "out" / "started.json").exists()
 
 
@@ -249,4 +249,4 @@ def test_a_judge_that_does_not_answer_is_said_before_the_folder_is_claimed(tmp_p
 ])  # fmt: skip
 def test_keys_that_no_part_reads_are_refused(tmp_path: Path, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        config(tmp_path / "out", **keys)
+        online_config(tmp_path / "out", **keys)

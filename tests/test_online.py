@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from online_runs import online_config, read_lines
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visrl.box import Box
-from visrl.config import ConfigError, build_config, read_config
+from visrl.config import ConfigError, read_config
 from visrl.conversation import answer_conversation, crop_view, focus_conversation, image_view
 from visrl.engines.base import Completion
 from visrl.images import open_image
@@ -215,20 +215,6 @@ def test_the_items_of_a_step_are_repeated_together() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def config(out: Path, **more: Any) -> TrainConfig:
-    values = {
-        "model_name_or_path": str(CHECKPOINT), "stage": "grpo", "num_generations": 3, "num_answers": 2,
-        "dataset": "scenes:preference@1/0+8", "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
-        "processes": 1, "output_dir": str(out), **more,
-    }  # fmt: skip
-    return build_config(TrainConfig, values, where="the test")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 REWARDS = '''
 import os
 
@@ -250,7 +236,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_an_adapter_learns_what_is_rewarded_and_says_how(tmp_path: Path, module: str) -> None:
     rewards = [{"name": f"{module}:box_left"}, {"name": "answer", "weight": 0}, {"name": "format", "weight": 0.01}]
-    out = train(config(tmp_path / "out", rewards=rewards, beta=0.01, num_iterations=2, epsilon=0.1, max_steps=4))
+    out = train(online_config(tmp_path / "out", rewards=rewards, beta=0.01, num_iterations=2, epsilon=0.1, max_steps=4))
     rows = [row for row in read_lines(out / "log.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     first = rows[0]
@@ -279,7 +265,7 @@ def test_a_fault_of_a_reward_stops_before_a_step_and_the_rest_resumes(
     """Stopped at step 3, gone on from the checkpoint of step 2: the weights of a run that was never stopped."""
     given = {"rewards": f"{module}:box_left", "finetuning_type": "full", "save_strategy": "steps", "save_steps": 2,
              "max_steps": 3}  # fmt: skip
-    whole = train(config(tmp_path / "whole", **given))
+    whole = train(online_config(tmp_path / "whole", **given))
     before = read_lines(whole / "rollouts.jsonl")
     from visrl.train import online
 
@@ -293,10 +279,10 @@ def test_a_fault_of_a_reward_stops_before_a_step_and_the_rest_resumes(
 
     monkeypatch.setattr(online, "score_rollouts", score_and_stop)
     with pytest.raises(RewardError, match="is no number"):
-        train(config(tmp_path / "again", **given))
+        train(online_config(tmp_path / "again", **given))
     assert read_manifest(tmp_path / "again") is None
     assert max(row["step"] for row in read_lines(tmp_path / "again" / "rollouts.jsonl")) == 2
-    again = train(config(tmp_path / "again", **given))
+    again = train(online_config(tmp_path / "again", **given))
     assert len(calls) == 4
     one, other = load_file(whole / "model.safetensors"), load_file(again / "model.safetensors")
     assert all(one[name].equal(other[name]) for name in one)
@@ -308,7 +294,7 @@ def test_a_fault_of_a_reward_stops_before_a_step_and_the_rest_resumes(
 @pytest.mark.parametrize("stage", ["rloo", "reinforce++"])
 def test_the_other_estimators_train(tmp_path: Path, stage: str) -> None:
     out = train(
-        config(tmp_path / "out", stage=stage, max_steps=1, rewards=["area", "crop_gain"], finetuning_type="full")
+        online_config(tmp_path / "out", stage=stage, max_steps=1, rewards=["area", "crop_gain"], finetuning_type="full")
     )
     (row, *_) = read_lines(out / "log.jsonl")
     assert row["grad_norm"] > 0
@@ -317,7 +303,9 @@ def test_the_other_estimators_train(tmp_path: Path, stage: str) -> None:
 
 def test_fine_tuning_on_the_best_raises_its_likelihood(tmp_path: Path) -> None:
     """RAFT: nothing is pushed down, so the loss is a likelihood; what is all worth the same was sampled again."""
-    out = train(config(tmp_path / "out", stage="raft", max_steps=2, dynamic_sampling=True, rewards=["iou", "answer"]))
+    out = train(
+        online_config(tmp_path / "out", stage="raft", max_steps=2, dynamic_sampling=True, rewards=["iou", "answer"])
+    )
     rows = [row for row in read_lines(out / "log.jsonl") if "loss" in row]
     assert all(row["loss"] <= 0 for row in rows)  # −ratio × 1, as far as there are best ones
     assert all(row["resampled"] >= 0 for row in rows)
@@ -328,7 +316,7 @@ def test_fine_tuning_on_the_best_raises_its_likelihood(tmp_path: Path) -> None:
 def test_what_is_all_worth_the_same_is_sampled_again(tmp_path: Path) -> None:
     """Every box can be read, so every reward is 1: three times again, and then nothing is left to learn."""
     given = {"rewards": ["format"], "dynamic_sampling": True, "max_resample_times": 2, "max_steps": 1}
-    out = train(config(tmp_path / "out", num_generations=2, num_answers=1, temperature=0.01, **given))
+    out = train(online_config(tmp_path / "out", num_generations=2, num_answers=1, temperature=0.01, **given))
     (row, *_) = read_lines(out / "log.jsonl")
     assert row["box/parsed"] == row["frac_reward_zero_std"] == 1
     assert row["resampled"] == 2
@@ -344,8 +332,8 @@ def test_small_batches_and_several_processes_train_to_the_same_weights(tmp_path:
     """Two steps of four questions, with the statistics of the whole step, and two updates from what is sampled once."""
     given = {"stage": "reinforce++", "rewards": ["iou", "answer"], "optim": "sgd", "learning_rate": 1.0,
              "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, "num_iterations": 2}  # fmt: skip
-    whole = train(config(tmp_path / "whole", **given, per_device_train_batch_size=4))
-    parts = train(config(tmp_path / "parts", **given, **more))
+    whole = train(online_config(tmp_path / "whole", **given, per_device_train_batch_size=4))
+    parts = train(online_config(tmp_path / "parts", **given, **more))
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
     assert any(weights.abs().max() > 1e-3 for name, weights in one.items() if "lora_B" in name)
     for name, weights in one.items():
@@ -399,5 +387,5 @@ def test_keys_of_trl_are_read_as_it_reads_them() -> None:
 def test_a_reward_that_is_not_there_is_refused_before_a_folder_is_claimed(tmp_path: Path) -> None:
     assert not os.environ.get("VISRL_TEST_STOP")
     with pytest.raises(ConfigError, match="there is no module 'no_such_module'"):
-        train(config(tmp_path / "out", rewards="no_such_module:reward"))
+        train(online_config(tmp_path / "out", rewards="no_such_module:reward"))
     assert not (tmp_path / "out" / "started.json").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_online import config, read_lines
+from online_runs import online_config, read_lines
 
 from visrl.config import build_config
 from visrl.manifest import read_manifest
@@ -36,7 +36,7 @@ def training(out: Path) -> Iterator[Any]:
     """A process that trains, from a server that has imported everything: that moment is the same every time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["visrl.train.run"])
-    process = context.Process(target=train_in_a_process, args=(config(out, **GIVEN).model_dump_json(),))
+    process = context.Process(target=train_in_a_process, args=(online_config(out, **GIVEN).model_dump_json(),))
     process.start()
     try:
         yield process

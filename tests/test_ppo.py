@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -11,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from online_runs import online_config, read_lines
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visrl.box import Box
-from visrl.config import ConfigError, build_config, read_config
+from visrl.config import ConfigError, read_config
 from visrl.conversation import answer_conversation, crop_view, focus_conversation, image_view
 from visrl.engines.base import Completion
 from visrl.images import open_image
 from visrl.manifest import read_manifest
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, TokenPath
-from visrl.models.load import load_encoder, load_model
-from visrl.models.tiny import CHECKPOINT
-from visrl.models.value_head import HEAD, add_value_head, kept_hidden_states, value_head
+from visrl.models.load import load_encoder
+from visrl.models.value_head import HEAD, kept_hidden_states, value_head
 from visrl.packing.forward import token_logps, token_values
 from visrl.records import Picture
 from visrl.rewards.advantages import gae, rewards_alone, whiten
@@ -116,19 +115,6 @@ def test_advantages_returns_and_losses_are_trls(estimator: str, whitens: bool) -
 # --- packed equals separate -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def valued(tiny: Path) -> nn.Module:
-    """Random weights, loud enough that texts and pictures make a difference, with a random head."""
-    model = load_model(tiny)
-    add_value_head(model)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(torch.randn_like(weights) * 0.05)
-    use_tree_attention(model)
-    return model
-
-
 def rollouts_of_a_question(encoder: Encoder) -> list[Response]:
     """Two boxes, and two answers from the crop of the first."""
     chance = torch.Generator().manual_seed(1)
@@ -172,24 +158,24 @@ def ppo_loss(logps: Tensor, values: Tensor, branch: Tensor) -> Tensor:
     return policy + 0.1 * value.sum()
 
 
-def test_loss_and_gradients_equal_those_of_one_row_per_response(valued: nn.Module, tiny: Path) -> None:
+def test_loss_and_gradients_equal_those_of_one_row_per_response(headed: nn.Module, tiny: Path) -> None:
     encoder = load_encoder(tiny)
     responses = rollouts_of_a_question(encoder)
     batch = pack_responses([responses], Collator(encoder, bin_length=64), mask_truncated=False, keep_all=True)
     assert isinstance(batch, OnlineBatch)
-    with kept_hidden_states(valued) as hidden:
-        logps = token_logps(valued, batch.packed)
-    values = token_values(value_head(valued), hidden, batch.packed)
-    alone = [separate(valued, encoder, encoder.continued(one.prompt, one.completion.ids)) for one in responses]
+    with kept_hidden_states(headed) as hidden:
+        logps = token_logps(headed, batch.packed)
+    values = token_values(value_head(headed), hidden, batch.packed)
+    alone = [separate(headed, encoder, encoder.continued(one.prompt, one.completion.ids)) for one in responses]
     numbers = torch.cat([torch.full((len(one),), n) for n, (one, _) in enumerate(alone)])
     theirs = tuple(torch.cat(list(part)) for part in zip(*alone, strict=True))
     assert float(values.detach().std()) > 1e-3
     found = []
     for told, branch in (((logps, values), batch.packed.branch), (theirs, numbers)):
-        valued.zero_grad()
+        headed.zero_grad()
         loss = ppo_loss(*told, branch)
         loss.backward()
-        found.append((loss.detach(), {n: w.grad.clone() for n, w in valued.named_parameters() if w.grad is not None}))
+        found.append((loss.detach(), {n: w.grad.clone() for n, w in headed.named_parameters() if w.grad is not None}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-7)
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[1][1].items():
@@ -200,17 +186,7 @@ def test_loss_and_gradients_equal_those_of_one_row_per_response(valued: nn.Modul
 
 
 def config(out: Path, **more: Any) -> TrainConfig:
-    values = {
-        "model_name_or_path": str(CHECKPOINT), "stage": "ppo", "num_generations": 2, "num_answers": 2,
-        "dataset": "scenes:preference@1/0+8", "per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
-        "rewards": ["area"], "processes": 1, "output_dir": str(out), **more,
-    }  # fmt: skip
-    return build_config(TrainConfig, values, where="the test")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return online_config(out, **{"stage": "ppo", "num_generations": 2, "max_steps": 3, "rewards": ["area"], **more})
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])

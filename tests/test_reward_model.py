@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from online_runs import read_lines
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from visrl.manifest import read_manifest
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.folder import CheckpointError
-from visrl.models.load import load_config, load_encoder, load_model
+from visrl.models.load import load_config, load_encoder
 from visrl.models.tiny import CHECKPOINT
-from visrl.models.value_head import HEAD, add_value_head, load_value_head, value_head
+from visrl.models.value_head import HEAD, load_value_head, value_head
 from visrl.packing.forward import branch_scores
 from visrl.records import Picture
 from visrl.rewards.open_parts import RewardSetting, opened_parts
@@ -56,19 +56,6 @@ def test_bradley_terry_by_hand() -> None:
 # --- packed equals separate -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def scoring(tiny: Path) -> nn.Module:
-    """Random weights, loud enough that texts and pictures make a difference, with a random head."""
-    model = load_model(tiny)
-    add_value_head(model)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(torch.randn_like(weights) * 0.05)
-    use_tree_attention(model)
-    return model
-
-
 def separate(model: nn.Module, encoder: Encoder, path: TokenPath) -> Tensor:
     """The score of a response, its row a sequence by itself: the head on the last hidden state."""
     text: Any = model.model.language_model
@@ -87,7 +74,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
 
 
-def test_scores_loss_and_gradients_equal_those_of_one_row_per_response(scoring: nn.Module, tiny: Path) -> None:
+def test_scores_loss_and_gradients_equal_those_of_one_row_per_response(headed: nn.Module, tiny: Path) -> None:
     encoder = load_encoder(tiny)
     dataset = Preferences(encoder, read_preferences("demo_rl_data_stage2"), stage=2)
     items = [dataset[n] for n in range(3)]
@@ -95,19 +82,19 @@ def test_scores_loss_and_gradients_equal_those_of_one_row_per_response(scoring: 
     assert batch.packed.tokens < batch.packed.separate_tokens / 2
     assert len(batch.packed.row) == len(batch.branches) == 12
     chosen, rejected = (select(batch.branches, role) for role in ("chosen", "rejected"))
-    ours = branch_scores(scoring, batch.packed, scoring, value_head(scoring))
+    ours = branch_scores(headed, batch.packed, headed, value_head(headed))
     our_loss = bradley_terry(ours[chosen], ours[rejected], center=0.1).sum()
-    our_gradients = gradients(scoring, our_loss)
+    our_gradients = gradients(headed, our_loss)
     named = {}
     for item in items:
         paths, branches = encode_item(encoder, 0, item)
-        named |= {(b.row, b.role): separate(scoring, encoder, path) for path, b in zip(paths, branches, strict=True)}
+        named |= {(b.row, b.role): separate(headed, encoder, path) for path, b in zip(paths, branches, strict=True)}
     theirs = torch.stack([named[branch.row, branch.role] for branch in batch.branches])
     their_loss = bradley_terry(theirs[chosen], theirs[rejected], center=0.1).sum()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=0)
     assert bool(((ours[chosen] - ours[rejected]).abs() > 1e-3).all())
-    their_gradients = gradients(scoring, their_loss)
+    their_gradients = gradients(headed, their_loss)
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         assert float((our_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)) < 1e-4, name
@@ -127,7 +114,7 @@ def config(model: Path, out: Path, **more: Any) -> TrainConfig:
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_lines(out / "log.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
@@ -308,12 +295,12 @@ def test_keys_without_effect_are_refused(said: list[str], told: str) -> None:
         read_config(TrainConfig, None, ["model_name_or_path=m", "output_dir=o", *said])
 
 
-def test_a_head_that_does_not_fit_is_refused(scoring: nn.Module, tmp_path: Path) -> None:
+def test_a_head_that_does_not_fit_is_refused(headed: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it is no reward model; train one with stage: rm"):
-        load_value_head(scoring, tmp_path)
+        load_value_head(headed, tmp_path)
     save_file({"v_head.summary.weight": torch.zeros(1, 7), "v_head.summary.bias": torch.zeros(1)}, tmp_path / HEAD)
     with pytest.raises(CheckpointError, match="belongs to another model"):
-        load_value_head(scoring, tmp_path)
+        load_value_head(headed, tmp_path)
     (tmp_path / HEAD).write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="damaged"):
-        load_value_head(scoring, tmp_path)
+        load_value_head(headed, tmp_path)
