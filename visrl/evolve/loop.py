@@ -27,9 +27,10 @@ from visrl.evolve.generate import generation_questions, read_questions
 from visrl.evolve.papers_rule import filter_by_papers_rule
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
-from visrl.evolve.training import ONLINE, check_train_configs, online_config, train_and_merge, train_online
+from visrl.evolve.training import check_train_configs, online_config, train_and_merge, train_online
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
 from visrl.redact import without_secrets
+from visrl.report.loop import ONLINE
 from visrl.rewards.open import NOT_IDENTITY, asks_model, critic_kind, critic_name
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visrl.evolve.clock import StepClock
-from visrl.evolve.training import ONLINE
 from visrl.manifest import package_versions, read_manifest
 from visrl.records import Sample, write_text
+from visrl.report.loop import ALONE, ONLINE
 
 if TYPE_CHECKING:
     from visrl.evolve.generate import SamplingConfig
@@ -138,8 +138,7 @@ def format_scores(summary: dict[str, Any]) -> str:
     lines = []
     for stage in summary["stages"]:
         accuracy = stage["answer_accuracy"]
-        alone = stage["name"] in ("sft", ONLINE)
-        name = stage["name"] if alone else f"iteration {stage['iteration']} {stage['name']}"
+        name = stage["name"] if stage["name"] in ALONE else f"iteration {stage['iteration']} {stage['name']}"
         line = f"{name:20} answers {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}]"
         if "box_iou" in stage:
             line += f"   IoU {stage['box_iou']['mean']:.3f}   IoU > 0.5 {stage['box_accuracy_50']['mean']:.3f}"

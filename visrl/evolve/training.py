@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from visrl.config import ConfigError, build_config, read_yaml, translate
 from visrl.evolve.config import TINY_ONLINE, TINY_RL, EvolveConfig
+from visrl.report.loop import ONLINE
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
-
-ONLINE = "online"  # the stage's name, and its folder in a run
 
 
 def check_train_configs(config: EvolveConfig) -> None:
