@@ -44,8 +44,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from visrl.models.families import language_model
 from visrl.models.load import load_encoder
+from visrl.models.parts import language_model
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer
 from visrl.train.config import TrainConfig
 from visrl.train.dry_run import peak_bytes

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from visrl.models.families import recurrent_layers
+from visrl.models.parts import recurrent_layers
 from visrl.packing.pack import PackedBatch
 from visrl.train.items import Item, TrainingBatch
 

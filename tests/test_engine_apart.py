@@ -17,8 +17,8 @@ from torch import nn
 from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import KINDS, attending_trees, use_tree_attention
-from visrl.models.families import language_model
 from visrl.models.modes import evaluating
+from visrl.models.parts import language_model
 from visrl.packing.forward import token_logps
 from visrl.train import trainer as training
 from visrl.train.export import _logps

@@ -22,7 +22,10 @@ from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
-from visrl.models.families import FAMILIES, Family, family_of, hybrid, language_model, projector, vision_tower
+from visrl.models.families import FAMILIES, family_of
+from visrl.models.family import Family
+from visrl.models.masks import hybrid
+from visrl.models.parts import language_model, projector, vision_tower
 from visrl.models.settings import ModelSettings
 from visrl.packing.forward import branch_logps
 from visrl.packing.pack import PackedBatch, pack
@@ -271,12 +274,16 @@ def told_apart(path: Path) -> list[str]:
     return [f"{path.name}: {word}" for word in words if family.search(word)]
 
 
-def test_one_file_alone_tells_families_apart() -> None:
+# The table of families and what its entries name, which alone may tell models apart.
+APART = ("families.py", "masks.py", "pixels.py", "parts.py")
+
+
+def test_few_files_tell_families_apart() -> None:
     package = Path(visrl.__file__).parent
     files = [path for room in ("models", "packing", "engines", "rollout") for path in (package / room).glob("*.py")]
     files += [package / "train" / "model.py", package / "box.py"]
-    assert told_apart(package / "models" / "families.py")
-    assert [found for path in files if path.name != "families.py" for found in told_apart(path)] == []
+    assert all(told_apart(package / "models" / name) for name in APART)
+    assert [found for path in files if path.name not in APART for found in told_apart(path)] == []
 
 
 def test_a_family_without_an_entry_is_plain() -> None:

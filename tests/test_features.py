@@ -16,7 +16,8 @@ from tiny_families import make
 from torch import Tensor, nn
 
 from visrl.models.attention import use_tree_attention
-from visrl.models.families import FAMILIES, base_model, language_model, vision_tower
+from visrl.models.families import FAMILIES
+from visrl.models.parts import base_model, language_model, vision_tower
 from visrl.packing.forward import branch_logps
 from visrl.train import run
 from visrl.train.features import FeatureCache, open_features

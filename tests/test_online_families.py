@@ -16,7 +16,7 @@ from visrl.conversation import Conversation, View, answer_conversation, focus_co
 from visrl.engines.base import Completion
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
-from visrl.models.families import language_model
+from visrl.models.parts import language_model
 from visrl.packing.forward import token_logps
 from visrl.train.items import Collator
 from visrl.train.online_losses import ONLINE_LOSSES, Level, batch_loss, log_ratios

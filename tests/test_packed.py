@@ -23,8 +23,8 @@ from visrl.conversation import (
 from visrl.images import open_image
 from visrl.models.attention import BLOCK, _block_mask, use_tree_attention
 from visrl.models.encode import Encoder, PromptError, TokenPath
-from visrl.models.families import mrope_positions
 from visrl.models.load import load_encoder, load_model
+from visrl.models.positions import mrope_positions
 from visrl.packing.forward import branch_logps
 from visrl.packing.pack import PackedBatch, pack
 from visrl.packing.tree import prefix_trees

@@ -13,7 +13,7 @@ from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.encode import Encoder
-from visrl.models.families import language_model
+from visrl.models.parts import language_model
 from visrl.packing.forward import branch_logps
 from visrl.packing.lay_out import lay_out
 from visrl.packing.pack import PackedBatch

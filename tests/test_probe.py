@@ -19,11 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models import probe, proofs
+from visrl.models.asked import taken
 from visrl.models.attention import use_tree_attention
 from visrl.models.derive import described, found_family
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, language_model
+from visrl.models.families import FAMILIES
 from visrl.models.found import Found
+from visrl.models.parts import language_model
 from visrl.models.probe import NoProof, find_family, prove
 from visrl.models.settings import ModelSettings
 from visrl.models.small import small_copy, small_model
@@ -95,7 +97,7 @@ def told(model: Any, encoder: Encoder) -> list[str | None]:
 def greedy(model: Any, encoder: Encoder, talk: Any) -> str:
     language: Any = language_model(model).config
     language._attn_implementation = "eager"
-    inputs = probe.taken(model, native_inputs(encoder, talk))
+    inputs = taken(model, native_inputs(encoder, talk))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = encoder.end_id, 0
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=sayable(model, encoder))
     return encoder.decode(out[0, inputs["input_ids"].shape[1] :])

@@ -12,8 +12,8 @@ from tiny_families import make
 from torch import Tensor, nn
 
 from visrl.models.attention import use_tree_attention
-from visrl.models.families import recurrent_layers
 from visrl.models.folder import CheckpointError
+from visrl.models.parts import recurrent_layers
 from visrl.models.recurrent import TreeForward, hand_on_states
 from visrl.models.tree_runs import RunPlan, Segment, plan_runs
 

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, processors
 
-from visrl.models.families import forward_arguments
+from visrl.models.calls import forward_arguments
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.settings import ModelSettings
 from visrl.models.tiny.make import CHAT_TEMPLATE, make_tokenizer

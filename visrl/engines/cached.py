@@ -18,9 +18,10 @@ from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.engines.kv_tree import PrefixCache, Slots
 from visrl.models.attention import attending_trees
+from visrl.models.calls import cache_argument
 from visrl.models.derive import cached_inputs
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.families import cache_argument, join_images
+from visrl.models.family import join_images
 from visrl.packing.forward import logits_at
 from visrl.packing.tree import group_by_image
 

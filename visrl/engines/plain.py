@@ -22,7 +22,7 @@ from transformers import (
 
 from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken
-from visrl.models.families import base_model
+from visrl.models.parts import base_model
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.packing.pack import moved
 from visrl.sequences import batched

@@ -18,10 +18,10 @@ from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken, RunningSequence
 from visrl.models.attention import attending
 from visrl.models.encode import Encoder, TokenPath
-from visrl.models.families import base_model
 from visrl.models.folder import CheckpointError
 from visrl.models.load import reading
 from visrl.models.modes import evaluating
+from visrl.models.parts import base_model
 from visrl.packing.forward import kept_logits
 from visrl.packing.lay_out import lay_out
 from visrl.packing.pack import TIGHT_BUCKET

@@ -19,8 +19,10 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from visrl.engines.base import Completion, Request
 from visrl.engines.decoding import DecodeBatch, OnToken
 from visrl.models.attention import attending_trees
+from visrl.models.calls import cache_argument, forward_arguments
 from visrl.models.encode import EncodedView, Encoder, TokenPath
-from visrl.models.families import base_model, cache_argument, forward_arguments, join_images
+from visrl.models.family import join_images
+from visrl.models.parts import base_model
 from visrl.models.tree_runs import runs_of
 from visrl.packing.tree import PrefixTree, group_by_image
 

@@ -1,11 +1,13 @@
 """Models: checkpoints, their families, and conversations as tokens and pixels.
 
-families         what differs between model families, in one table; the only file that looks into a model
+families         what differs between model families, in one table; family is what its entries are made of
+positions, masks what its entries name: where tokens stand, what they see; pixels: image processors with pixel limits
+parts, calls     the parts of a model, and what its own forward takes
 encode           chat template, tokenizer and image processor: conversation → token ids and pixels; in prefix trees
                  (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
-probe            whether the model of a checkpoint takes a prefix tree: held against its own calls on a small copy
+probe            whether the model of a checkpoint takes a prefix tree, found by trial; asked: the trial's prompts
 derive, found    what processor, signature and config say of a model; what was found, as data
-proofs           the cache of what was found
+proof, proofs    what it takes, held against its own calls; the cache of what was found
 small, trial     the small copy of a config; the tree of a trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention
 recurrent        recurrent layers over packed trees, state by state; tree_runs says in which calls

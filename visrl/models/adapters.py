@@ -17,9 +17,9 @@ import torch
 
 from visrl.manifest import NAME as MANIFEST
 from visrl.manifest import STARTED, hash_checkpoint, read_manifest
-from visrl.models.families import older_names
 from visrl.models.folder import ADAPTER, CheckpointError, check_files, check_hub_name, read_headers, read_object
 from visrl.models.load import check_finite, load_model, reading, some
+from visrl.models.parts import older_names
 from visrl.progress import note
 
 METHODS = ("LORA", "IA3", "LOHA", "LOKR")  # whose merge is tested here; DoRA and rank patterns are LoRA's

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from visrl.models.families import Family, language_model
+from visrl.models.family import Family
+from visrl.models.parts import language_model
 from visrl.models.recurrent import hand_on_states
 
 BLOCK = 128  # tokens

@@ -10,21 +10,11 @@ from typing import Any, get_args
 
 import torch
 
-from visrl.models.families import (
-    PIXEL_LIMITS,
-    RECURRENT_KINDS,
-    Family,
-    ImageInputs,
-    Layout,
-    codec_of,
-    depth_positions,
-    is_windowed,
-    join_images,
-    joined,
-    kinds_of,
-    mrope_positions,
-)
+from visrl.models.families import RECURRENT_KINDS, codec_of, is_windowed, kinds_of
+from visrl.models.family import Family, ImageInputs, Layout, join_images, joined
 from visrl.models.found import Axis, Found, Measured, Sight
+from visrl.models.pixels import PIXEL_LIMITS
+from visrl.models.positions import depth_positions, mrope_positions
 from visrl.models.tree_runs import plan_runs
 
 POSITIONS = {"depth": depth_positions, "mrope": mrope_positions}
@@ -65,7 +55,7 @@ def derived(layout: Layout, family: Family) -> dict[str, Any]:
         masks |= dict.fromkeys(RECURRENT_KINDS, plan_runs(layout.segments, layout.depth.numel()))
     length = layout.ids.shape[-1]
     width = length if family.row_per_prompt else layout.ids.numel()  # of a row of the model's input
-    images = [image for tree in layout.images for image in tree]
+    images = layout.all_images
     inputs: dict[str, Any] = {name: marked(layout.ids, ids).view(-1, width) for name, ids in found.types}
     if images:
         counts = torch.tensor([len(tree) for tree in layout.images if tree])

@@ -25,17 +25,9 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, PromptError, View
-from visrl.models.families import (
-    PIXEL_LIMITS,
-    Family,
-    Grid,
-    ImageInputs,
-    PixelRange,
-    context_of,
-    covering_limits,
-    image_token,
-    limited_size,
-)
+from visrl.models.families import context_of, image_token
+from visrl.models.family import Family, Grid, ImageInputs, PixelRange
+from visrl.models.pixels import PIXEL_LIMITS, covering_limits, limited_size
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 from visrl.replies import whole_text

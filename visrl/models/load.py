@@ -27,19 +27,13 @@ from transformers.utils import logging
 from visrl.box import BoxError
 from visrl.codecs import self_test
 from visrl.conversation import View
+from visrl.models.calls import forward_arguments
 from visrl.models.derive import described
 from visrl.models.encode import Encoder
-from visrl.models.families import (
-    FAMILIES,
-    PIXEL_LIMITS,
-    SUCCESSORS,
-    Family,
-    family_of,
-    forward_arguments,
-    layer_counts,
-    other_program,
-)
+from visrl.models.families import FAMILIES, SUCCESSORS, family_of, layer_counts, other_program
+from visrl.models.family import Family
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
+from visrl.models.pixels import PIXEL_LIMITS
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.probe import find_family
 from visrl.models.prompting import check_processor, check_prompts

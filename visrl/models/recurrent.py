@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
-from visrl.models.families import language_model, recurrent_layers, state_argument
 from visrl.models.folder import CheckpointError
+from visrl.models.parts import language_model, recurrent_layers, state_argument
 from visrl.models.tree_runs import RunPlan, plan_runs
 
 

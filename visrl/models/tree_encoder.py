@@ -15,7 +15,9 @@ import torch
 
 from visrl.conversation import View
 from visrl.models.encode import EncodedView, Encoder, refusing
-from visrl.models.families import Family, PixelRange, family_of, grid_of, limited_images
+from visrl.models.families import family_of
+from visrl.models.family import Family, PixelRange
+from visrl.models.pixels import grid_of, limited_images
 from visrl.models.settings import ModelSettings
 
 

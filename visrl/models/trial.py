@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from visrl.models.encode import EncodedView, TokenPath
-from visrl.models.families import Family, Layout
+from visrl.models.family import Family, Layout
 from visrl.models.tree_runs import Segment
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from visrl.models.families import base_model
 from visrl.models.folder import CheckpointError, read_headers
 from visrl.models.load import check_finite, reading
+from visrl.models.parts import base_model
 
 HEAD = "value_head.safetensors"
 PART = "v_head"  # what the head is called inside the model, and in the file

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from visrl.models.families import forward_arguments
+from visrl.models.calls import forward_arguments
 from visrl.models.value_head import ValueHead, kept_hidden_states
 from visrl.packing.pack import PackedBatch
 

@@ -2,7 +2,7 @@
 the padding of a batch.
 
 Trees lie in bins of one long row, and tokens of different bins never meet. What a family's masks and images look like
-is the family's (models/families.py); this file knows where tokens lie.
+is the family's (models/family.py); this file knows where tokens lie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from visrl.models.encode import EncodedView
-from visrl.models.families import Family, Layout
+from visrl.models.family import Family, Layout
 from visrl.models.tree_runs import RunPlan
 from visrl.packing.tree import PrefixTree
 

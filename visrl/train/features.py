@@ -9,16 +9,10 @@ import torch
 import transformers
 from torch import nn
 
+from visrl.models.calls import Features, features_input, image_features, keeps_features, takes_features
 from visrl.models.encode import EncodedView
-from visrl.models.families import (
-    Family,
-    Features,
-    features_input,
-    image_features,
-    keeps_features,
-    takes_features,
-    trains_features,
-)
+from visrl.models.family import Family
+from visrl.models.parts import trains_features
 from visrl.packing.pack import PackedBatch, moved
 from visrl.train.distributed import say
 

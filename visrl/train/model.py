@@ -12,16 +12,9 @@ from visrl.config import ConfigError
 from visrl.models.adapters import load_merged, read_adapter
 from visrl.models.attention import use_tree_attention
 from visrl.models.chain import adapter_chain
-from visrl.models.families import (
-    Family,
-    base_model,
-    language_model,
-    projector,
-    switch_off_dropout,
-    vision_names,
-    vision_tower,
-)
+from visrl.models.family import Family
 from visrl.models.load import check_weights, load_config
+from visrl.models.parts import base_model, language_model, projector, switch_off_dropout, vision_names, vision_tower
 from visrl.train.config import TrainConfig
 
 

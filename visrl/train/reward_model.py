@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visrl.models.families import base_model
+from visrl.models.parts import base_model
 from visrl.packing.forward import branch_scores
 from visrl.train.items import Branch, TrainingBatch, select
 from visrl.train.value_head import ValueHeadTrainer

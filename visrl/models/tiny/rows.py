@@ -18,7 +18,7 @@ from PIL import Image
 from visrl.box import Box
 from visrl.conversation import View, answer_conversation, focus_conversation, open_view
 from visrl.models.encode import EncodedView, Encoder
-from visrl.models.families import Grid, join_images
+from visrl.models.family import Grid, join_images
 from visrl.records import Picture
 from visrl.scenes import COLOURS, SHAPES, SIDE, PixelBox, Scene, SceneQuestion
 
