@@ -8,6 +8,8 @@ inference       asking a policy, resumable
 judging         judging its answers
 results         reading result files; their rows are rewards.results
 
+rules           every published rule on replies, by its source; toolkit_rules are VLMEvalKit's and lmms-eval's
+
 compare         two checkpoints on the same questions: `visrl eval compare`
 tables          scores as text
 answers         scoring answer files of other programs, boxfiles their boxes, predictions reads both

@@ -61,13 +61,21 @@ def judge_lmms(predicted: Sequence[float], truth: Sequence[float], text: str | N
     four = [float(value) for value in predicted]
     unparseable = not any(four)
     said = text if text is not None else f"[{', '.join(f'{value:.6f}' for value in four)}]"
-    hit = _iou_lmms(four, truth) >= THRESHOLD
+    hit = corner_iou(four, truth) >= THRESHOLD
     return _detection(None if unparseable and text is None else said, truth, (1, 1), CODECS[codec], hit, unparseable)
 
 
 def published_hit(text: str | None, truth: Sequence[float], size: Size) -> bool:
     """Whether one predicted box is right under the published rule; text and truth as in `judge_boxes`."""
     return judge_boxes([text], [truth], [size])[0].hit_published
+
+
+def corner_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """IoU of four corners each, boxes or not, as lmms-eval's RefCOCO task and TreeBench's script have it: double
+    precision, signed areas. 0 where it would divide by 0."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union else 0.0
 
 
 def truth_box(corners: Sequence[float], size: Size) -> Box | None:
@@ -116,13 +124,6 @@ def _iou_published(predicted_N4: NDArray[np.float64], truth_N4: NDArray[np.float
         area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
         area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
         return shared / (area_a + area_b - shared)
-
-
-def _iou_lmms(a: Sequence[float], b: Sequence[float]) -> float:
-    """IoU as lmms-eval's task has it: double precision, signed areas. 0 where it would divide by 0."""
-    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / union if union else 0.0
 
 
 # --- Our reading ------------------------------------------------------------------------------------------------------
