@@ -124,6 +124,15 @@ def tower_flops(model: nn.Module, packed: PackedBatch) -> tuple[float, float]:
     return looked, seen
 
 
+def trl_flops(trl: Trl, rows: int) -> float:
+    """A step of TRL's own loss over the first `rows` rows, the reference's pass included."""
+    inputs = trl.trainer.data_collator([trl.trainer.train_dataset[n] for n in range(rows)])
+    inputs = trl.trainer._prepare_inputs(inputs)
+    counted = flops(lambda: trl.trainer.compute_loss(trl.trainer.model, inputs).backward())
+    trl.trainer.model.zero_grad()
+    return counted
+
+
 def compare_flops(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[str, float]:
     mine, other = ours.batch(items), theirs.batch(items)
     step = flops(lambda: ours.trainer.compute_loss(ours.model, mine).backward())
@@ -241,6 +250,7 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
         layouts: dict[str, Any] = {"ours": ours, "reference": theirs}
         if trl:
             layouts["trl"] = Trl(folder, scratch, items)
+            facts["flops_ratio_trl"] = trl_flops(layouts["trl"], 2 * len(one_step)) / (1e9 * facts["gflops"])
         facts |= compare_times(shape, repeats, layouts, items)
         del ours, theirs, layouts
         if memory:
@@ -285,8 +295,8 @@ def main() -> None:
 def table_row(facts: dict[str, Any]) -> str:
     """One shape in a line: how many times ours is better, and how near the floor."""
     shown = {
-        "FLOPs": "flops_ratio_reference", "over floor": "flops_over_floor", "time": "time_ratio_reference",
-        "time TRL": "time_ratio_trl", "memory": "peak_memory_ratio_reference",
+        "FLOPs": "flops_ratio_reference", "FLOPs TRL": "flops_ratio_trl", "over floor": "flops_over_floor",
+        "time": "time_ratio_reference", "time TRL": "time_ratio_trl", "memory": "peak_memory_ratio_reference",
     }  # fmt: skip
     ratios = "  ".join(f"{name} {facts[key]:.2f}×" for name, key in shown.items() if key in facts)
     accuracy = f"logp error {facts['logp_rel_error']:.1e}  grad error {facts['grad_rel_error']:.1e}"
