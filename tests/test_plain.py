@@ -17,7 +17,7 @@ from visrl.models.attention import use_tree_attention
 from visrl.models.derive import found_family
 from visrl.models.encode import Encoder
 from visrl.models.parts import language_model
-from visrl.models.proof import prove
+from visrl.models.probe import prove
 from visrl.models.settings import ModelSettings
 from visrl.models.tree_encoder import TreeEncoder
 from visrl.packing.forward import branch_logps
