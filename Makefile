@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+LMMS := .venv-lmms
 
-.PHONY: demo test test-full test-oldest vllm-env test-vllm pins lint warm-up clean
+.PHONY: demo test test-full test-oldest vllm-env test-vllm lmms-env test-lmms pins lint warm-up clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment of the pinned releases and no others. pip and setuptools
 # come first, and without build isolation, so that what builds the package is pinned as well.
@@ -51,6 +52,20 @@ vllm-env: $(VLLM)/.ready
 test-vllm: $(READY) $(VLLM)/.ready
 	$(BIN)/python -m pytest tests/test_vllm.py
 
+# lmms-eval, over the packages of .venv: torch, transformers and datasets are there already.
+$(LMMS)/.ready: constraints-lmms.txt $(READY)
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --no-deps --requirement constraints-lmms.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	touch $@
+
+lmms-env: $(LMMS)/.ready
+
+# lmms-eval against our server, and its files scored: a minute or two.
+test-lmms: $(LMMS)/.ready
+	$(BIN)/python -m pytest tests/test_lmms_eval.py
+
 # Moves every pin to the newest release that pyproject.toml allows, then runs the tests on them. Where they pass, commit
 # constraints.txt; where a release beyond an upper bound of pyproject.toml is to be tried, raise the bound first.
 pins:
@@ -76,4 +91,4 @@ warm-up: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft.yaml
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) runs build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(LMMS) runs build *.egg-info
