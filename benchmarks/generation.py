@@ -6,8 +6,9 @@ Both draw N = 5 rounds of two boxes and an answer from each crop, by the same ro
 (picture, question and crop, padded on the left) through `generate`, as one would write it first; ours computes picture
 and question once and forks the cache. On the random models every text is cut at its length limit and boxes are written
 by a script, so that both draw the same number of tokens; the embedded model ends its texts and writes its boxes itself.
-Questions of the two alternate, so that a busy machine is as busy for each; `cpu` is the processor time of the process,
-which other work changes less than the clock. "Each call by itself" counts the prompt tokens of every call.
+With `--plain` our engine's plain form draws, too. Questions of all alternate, so that a busy machine is as busy for
+each; `cpu` is the processor time of the process, which other work changes less than the clock. "Each call by itself"
+counts the prompt tokens of every call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -161,22 +162,31 @@ def boxes_of(count: int) -> list[Box]:
     return [Box(round(x, 3), round(0.5 - x, 3), round(x + 0.5, 3), round(1.0 - x, 3)) for x in places.tolist()]
 
 
-def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str, Any]:
-    """Seconds and prefilled tokens per question, ours and the loop's, questions of both in turns."""
-    ours = LocalEngine(load_model(setting.folder).eval(), load_encoder(setting.folder, setting.settings))
+def engine_of(setting: Setting, layout: Literal["tree", "plain"]) -> LocalEngine:
+    """Our engine for a setting's model; a random model ends no text by itself."""
+    encoder = load_encoder(setting.folder, setting.settings, layout=layout)
+    if setting.random:
+        encoder.end_id = NEVER
+    return LocalEngine(load_model(setting.folder).eval(), encoder)
+
+
+def measure(setting: Setting, rounds: int, repeats: int, batch: int, *, plain: bool) -> dict[str, Any]:
+    """Seconds and prefilled tokens per question of ours, the loop and the plain form, questions of all in turns."""
+    ours = engine_of(setting, "tree")
     loop = GenerateLoop(
         load_model(setting.folder).eval(), load_encoder(setting.folder, setting.settings), ends=not setting.random
     )
-    if setting.random:
-        ours.encoder.end_id = NEVER
+    policies: dict[str, Any] = {"ours": ours, "loop": loop}
+    if plain:
+        policies["plain"] = engine_of(setting, "plain")
     boxes = boxes_of(2 * rounds)
-    players = {
-        name: Scripted(policy, boxes, scripted=setting.random) for name, policy in (("ours", ours), ("loop", loop))
-    }
+    players = {name: Scripted(policy, boxes, scripted=setting.random) for name, policy in policies.items()}
     rolling = RolloutSettings(rounds=rounds, temperature=1.0, diversity=False)
     for player in players.values():  # warm
         roll_out(player, setting.samples[-1:], rolling)
-    players["ours"].prompt_tokens, before = 0, ours.prefilled_tokens
+    players["ours"].prompt_tokens = 0
+    engines = {name: policy for name, policy in policies.items() if isinstance(policy, LocalEngine)}
+    before = {name: engine.prefilled_tokens for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in players}
     cpu: dict[str, list[float]] = {name: [] for name in players}
     tried: dict[str, list[Trajectory]] = {name: [] for name in players}
@@ -184,30 +194,34 @@ def measure(setting: Setting, rounds: int, repeats: int, batch: int) -> dict[str
     for _ in range(repeats):
         for part in parts:
             for name, player in players.items():
-                ours.encoder.forget()
-                loop.encoder.forget()
+                for policy in policies.values():
+                    policy.encoder.forget()
                 start, used = time.perf_counter(), time.process_time()
                 tried[name] += roll_out(player, part, rolling)
                 seconds[name].append((time.perf_counter() - start) / len(part))
                 cpu[name].append((time.process_time() - used) / len(part))
     asked = repeats * len(setting.samples)
-    ratios, cpu_ratios = ([b / a for a, b in zip(s["ours"], s["loop"], strict=True)] for s in (seconds, cpu))
-    prefilled, alone = (ours.prefilled_tokens - before) / asked, players["ours"].prompt_tokens / asked
+    prefilled = {name: (engine.prefilled_tokens - before[name]) / asked for name, engine in engines.items()}
+    alone = players["ours"].prompt_tokens / asked
+    ratios = {}
+    for name in players.keys() - {"ours"}:
+        prefix = "" if name == "loop" else f"{name}_"
+        for kind, taken in (("", seconds), ("cpu_", cpu)):
+            own = [b / a for a, b in zip(taken["ours"], taken[name], strict=True)]
+            ratios[f"{prefix}{kind}speedup"] = round(statistics.median(own), 2)
+            ratios[f"{prefix}{kind}speedups"] = [round(ratio, 2) for ratio in own]
     return {
         "shape": setting.name,
         "questions": asked,
         "rounds": rounds,
         "questions_together": batch,
         "answered": {name: sum(t.answer is not None for t in own) / len(own) for name, own in tried.items()},
-        "prefilled_tokens_per_question": round(prefilled, 1),
+        "prefilled_tokens_per_question": {name: round(count, 1) for name, count in prefilled.items()},
         "each_call_by_itself": round(alone, 1),
-        "prefill_ratio": round(alone / prefilled, 2),
+        "prefill_ratio": round(alone / prefilled["ours"], 2),
         "seconds_per_question": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
-        "speedup": round(statistics.median(ratios), 2),
-        "speedups": [round(ratio, 2) for ratio in ratios],
         "cpu_per_question": {name: round(statistics.median(times), 4) for name, times in cpu.items()},
-        "cpu_speedup": round(statistics.median(cpu_ratios), 2),
-        "cpu_speedups": [round(ratio, 2) for ratio in cpu_ratios],
+        **ratios,
     }
 
 
@@ -219,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="questions rolled out together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="the plain form of our engine, too")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -230,7 +245,7 @@ def main() -> None:
             # A tiny model's questions are cheap: more of them at once, as `visrl generate` does.
             many = 8 if name == "embedded" else 1
             setting = settings_of(name, Path(folder), many * given.questions)
-            found.append(measure(setting, given.rounds, given.repeats, many * given.batch))
+            found.append(measure(setting, given.rounds, given.repeats, many * given.batch, plain=given.plain))
             print(json.dumps(found[-1]), flush=True)
     if given.json:
         given.json.write_text(json.dumps({"threads": torch.get_num_threads(), "shapes": found}, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from visrl.train.items import Collator, Item, TrainingBatch, TrainingRow, encode
 from visrl.train.losses import dpo
 from visrl.train.trainer import VisrlTrainer
 
+EPOCHS = 5  # over which ours spreads its one reference pass
 QUESTION, BOX, ANSWER = 24, 18, 8  # tokens, the end of the turn included
 PATCH = 28  # pixels along a merged token's side, of a Qwen2-VL
 PATCHES = {"qwen2_vl": PATCH, "qwen3_5": 32}  # of every family that is measured
@@ -153,11 +154,15 @@ def make_items(shape: Shape, pictures: int, seed: int) -> list[Item]:
 
 
 class Ours:
-    """Packed trees; the reference's log-probabilities are made beforehand, by the same pass."""
+    """Packed trees, or the plain form of the same trainer; the reference's log-probabilities are made beforehand, by
+    the same pass."""
 
-    def __init__(self, folder: Path, scratch: Path, items: Sequence[Item]) -> None:
-        self.model, self.encoder = load_model(folder), load_encoder(folder)
-        use_tree_attention(self.model, "blocks")
+    def __init__(
+        self, folder: Path, scratch: Path, items: Sequence[Item], layout: Literal["tree", "plain"] = "tree"
+    ) -> None:
+        self.model, self.encoder = load_model(folder), load_encoder(folder, layout=layout)
+        if layout == "tree":
+            use_tree_attention(self.model, "blocks")
         self.collator = Collator(self.encoder, bucket=TIGHT_BUCKET)
         config = TrainConfig(
             model_name_or_path=str(folder), stage="dpo", rl_stage=2, finetuning_type="full", output_dir=scratch

@@ -39,7 +39,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of `rollout_func`
 import torch
 from layouts import SHAPES, Shape, make_model
 from online_layouts import ROWS, Ours, Rollouts, Rows, Trl
-from training import flops, resident, token_flops, tower_flops
+from operations import flops, token_flops, tower_flops
+from training import resident
 from transformers.utils import logging
 
 from visrl.config import read_config

@@ -3,9 +3,9 @@ with `--family qwen3_5` on a random Qwen3.5, most of whose layers are recurrent.
 
 The reference layout computes every sequence by itself (box and answer, chosen and rejected, policy and reference,
 every step) with logits over the whole vocabulary at every token. TRL gets the same rows as box pairs and answer pairs.
-Ours computes reference log-probabilities once and is charged a fifth of that pass (5 epochs). All train in fp32, all
-weights, with AdamW, on pictures not seen before; steps of the three alternate, so that a busy machine is as busy for
-each.
+Ours computes reference log-probabilities once and is charged a fifth of that pass (5 epochs); so is, with `--plain`,
+the plain form of the same trainer (`layout: plain`). All train in fp32, all weights, with AdamW, on pictures not seen
+before; steps of all alternate, so that a busy machine is as busy for each.
 
     python benchmarks/training.py --shapes small,large_vocab,long,many --repeats 5 --json training.json
 
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from layouts import PATCHES, SHAPES, Ours, ReferenceLayout, Shape, Trl, make_items, make_model, stage2_loss
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from layouts import EPOCHS, PATCHES, SHAPES, Ours, ReferenceLayout, Shape, Trl, make_items, make_model, stage2_loss
+from operations import compare_flops
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from visrl.models.parts import recurrent_layers
-from visrl.packing.pack import PackedBatch
-from visrl.train.items import Item, TrainingBatch
-
-EPOCHS = 5  # over which ours spreads its one reference pass
-
+from visrl.train.items import Item
 
 # --- measures ---------------------------------------------------------------------------------------------------------
 
@@ -86,71 +79,9 @@ def step_seconds(trainer: Trainer, rows_per_step: int) -> Seconds:
     return step[0] + reading[0], step[1] + reading[1]
 
 
-def flops(work: Callable[[], Any]) -> float:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return float(counter.get_total_flops())
-
-
-def floor_flops(ours: Ours, batch: TrainingBatch) -> float:
-    """Each distinct token forward and backward once, and a fifth of a forward pass for the reference."""
-    forward, (looked, seen) = token_flops(ours.model, batch.packed), tower_flops(ours.model, batch.packed)
-    return (3 + 1 / EPOCHS) * forward + seen + looked / EPOCHS
-
-
-def token_flops(model: nn.Module, packed: PackedBatch) -> float:
-    """Each distinct token of a batch through the decoder once; a backward pass costs twice as much. Attention is
-    counted between tokens and their ancestors only."""
-    call, text = packed.calls[0], model.config.text_config
-    layers = [m for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
-    linear = 2 * sum(layer.weight.numel() for layer in layers) * packed.tokens
-    padding = packed.padded_tokens - packed.tokens
-    masks = call.inputs["attention_mask"]
-    pairs = int((masks["full_attention"] if isinstance(masks, dict) else masks).sum()) - padding
-    recurrent = recurrent_layers(model)
-    attention = 4 * pairs * text.hidden_size * (text.num_hidden_layers - len(recurrent))
-    states = sum(6 * layer.num_v_heads * layer.head_k_dim * layer.head_v_dim for layer in recurrent) * packed.tokens
-    return linear + attention + states + 2 * len(call.keep) * text.hidden_size * text.vocab_size
-
-
-def tower_flops(model: nn.Module, packed: PackedBatch) -> tuple[float, float]:
-    """Each distinct image of a batch through the vision tower: forward, and forward and backward."""
-    call, tower = packed.calls[0], model.model.visual
-    pixels, grids = call.inputs["pixel_values"], call.inputs["image_grid_thw"]
-    seen = flops(lambda: tower(pixels, grid_thw=grids).pooler_output.sum().backward())
-    with torch.no_grad():
-        looked = flops(lambda: tower(pixels, grid_thw=grids))
-    model.zero_grad()
-    return looked, seen
-
-
-def trl_flops(trl: Trl, rows: int) -> float:
-    """A step of TRL's own loss over the first `rows` rows, the reference's pass included."""
-    inputs = trl.trainer.data_collator([trl.trainer.train_dataset[n] for n in range(rows)])
-    inputs = trl.trainer._prepare_inputs(inputs)
-    counted = flops(lambda: trl.trainer.compute_loss(trl.trainer.model, inputs).backward())
-    trl.trainer.model.zero_grad()
-    return counted
-
-
-def compare_flops(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[str, float]:
-    mine, other = ours.batch(items), theirs.batch(items)
-    step = flops(lambda: ours.trainer.compute_loss(ours.model, mine).backward())
-    with torch.no_grad():
-        once = flops(lambda: ours.logps(mine))
-    reference = flops(lambda: theirs.loss(other, theirs.reference).backward())
-    ours.model.zero_grad()
-    theirs.model.zero_grad()
-    charged = step + once / EPOCHS
-    return {
-        "gflops": charged / 1e9,
-        "flops_ratio_reference": reference / charged,
-        "flops_over_floor": charged / floor_flops(ours, mine["batch"]),
-    }
-
-
 def errors(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[str, float]:
-    """Largest relative errors of log-probabilities, and of the gradient of the stage-2 loss over all weights."""
+    """Largest relative errors of log-probabilities, and of the gradient of the stage-2 loss over all weights, where a
+    weight's gradient counts as no smaller than a thousandth of all: smaller ones are rounding."""
     logps, grads = [], []
     for layout in (ours, theirs):
         sums = layout.logps(layout.batch(items))
@@ -159,7 +90,8 @@ def errors(ours: Ours, theirs: ReferenceLayout, items: Sequence[Item]) -> dict[s
         stage2_loss(sums, torch.linspace(-60, -40, len(sums))).backward()
         grads.append([weights.grad.clone() for weights in layout.model.parameters()])
         layout.model.zero_grad()
-    gaps = [(a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(*grads, strict=True)]
+    least = 1e-3 * torch.cat([gradient.flatten() for gradient in grads[1]]).norm()
+    gaps = [(a - b).norm() / b.norm().clamp(min=least) for a, b in zip(*grads, strict=True)]
     return {
         "logp_rel_error": float(((logps[0] - logps[1]) / logps[1]).abs().max()),
         "grad_rel_error": float(max(gaps)),
@@ -177,20 +109,25 @@ def reference_pass_seconds(ours: Ours, items: Sequence[Item]) -> Seconds:
 def compare_times(shape: Shape, repeats: int, layouts: dict[str, Any], steps: Sequence[Item]) -> dict[str, Any]:
     """Medians over `repeats` rounds in which the layouts take turns, and the ratios of every round."""
     per_step = shape.pictures * shape.questions
-    seconds: dict[str, list[Seconds]] = {name: [] for name in (*layouts, "ours_reference")}
+    ahead = [name for name in ("ours", "plain") if name in layouts]  # whose reference is computed beforehand
+    seconds: dict[str, list[Seconds]] = {name: [] for name in (*layouts, *(f"{name}_reference" for name in ahead))}
     for _ in range(repeats):
         for name, layout in layouts.items():
             seconds[name].append(step_seconds(layout.trainer, per_step * (2 if name == "trl" else 1)))
-        seconds["ours_reference"].append(reference_pass_seconds(layouts["ours"], steps[:per_step]))
+        for name in ahead:
+            seconds[f"{name}_reference"].append(reference_pass_seconds(layouts[name], steps[:per_step]))
     result: dict[str, Any] = {"repeats": repeats}
     for which, kind in enumerate(("time", "cpu")):
         taken = {name: [pair[which] for pair in pairs] for name, pairs in seconds.items()}
         median = {name: statistics.median(times) for name, times in taken.items()}
         result |= {f"{'seconds' if kind == 'time' else kind}_{name}": value for name, value in median.items()}
-        charged = [step + once / EPOCHS for step, once in zip(taken["ours"], taken["ours_reference"], strict=True)]
+        for name in ahead:
+            once = f"{name}_reference"
+            taken[name] = [step + part / EPOCHS for step, part in zip(taken[name], taken[once], strict=True)]
+            median[name] += median[once] / EPOCHS
         for name in layouts.keys() - {"ours"}:
-            result[f"{kind}_ratio_{name}"] = median[name] / (median["ours"] + median["ours_reference"] / EPOCHS)
-            result[f"{kind}_ratios_{name}"] = [round(a / b, 2) for a, b in zip(taken[name], charged, strict=True)]
+            result[f"{kind}_ratio_{name}"] = median[name] / median["ours"]
+            result[f"{kind}_ratios_{name}"] = [round(a / b, 2) for a, b in zip(taken[name], taken["ours"], strict=True)]
     return result
 
 
@@ -230,7 +167,7 @@ def measured_memory(layout: str, folder: Path, shape: Shape) -> int:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str, Any]:
+def measure(shape: Shape, repeats: int, *, trl: bool, plain: bool, memory: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder, scratch = Path(name, "model"), Path(name, "scratch")
         make_model(folder, shape)
@@ -246,11 +183,12 @@ def measure(shape: Shape, repeats: int, *, trl: bool, memory: bool) -> dict[str,
             "separate_tokens": packed.separate_tokens,
         }  # fmt: skip
         facts |= errors(ours, theirs, one_step)
-        facts |= compare_flops(ours, theirs, one_step)
         layouts: dict[str, Any] = {"ours": ours, "reference": theirs}
         if trl:
             layouts["trl"] = Trl(folder, scratch, items)
-            facts["flops_ratio_trl"] = trl_flops(layouts["trl"], 2 * len(one_step)) / (1e9 * facts["gflops"])
+        if plain:
+            layouts["plain"] = Ours(folder, scratch, items, "plain")
+        facts |= compare_flops(layouts, one_step)
         facts |= compare_times(shape, repeats, layouts, items)
         del ours, theirs, layouts
         if memory:
@@ -269,6 +207,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=3, help="per step, with all their questions (3: as released)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-trl", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="the plain form of our trainer, too")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--measure-memory", choices=("ours", "reference"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -284,8 +223,9 @@ def main() -> None:
             print(memory_of(options.measure_memory, options.model, Path(scratch), shapes[0]))
         return
     results = []
+    chosen = {"trl": not options.no_trl, "plain": options.plain, "memory": not options.no_memory}
     for shape in shapes:
-        results.append(measure(shape, options.repeats, trl=not options.no_trl, memory=not options.no_memory))
+        results.append(measure(shape, options.repeats, **chosen))
         print(table_row(results[-1]), flush=True)
     everything = {"torch": torch.__version__, "threads": torch.get_num_threads(), "shapes": results}
     if options.json:
@@ -296,7 +236,8 @@ def table_row(facts: dict[str, Any]) -> str:
     """One shape in a line: how many times ours is better, and how near the floor."""
     shown = {
         "FLOPs": "flops_ratio_reference", "FLOPs TRL": "flops_ratio_trl", "over floor": "flops_over_floor",
-        "time": "time_ratio_reference", "time TRL": "time_ratio_trl", "memory": "peak_memory_ratio_reference",
+        "FLOPs plain": "flops_ratio_plain", "time": "time_ratio_reference", "time TRL": "time_ratio_trl",
+        "time plain": "time_ratio_plain", "memory": "peak_memory_ratio_reference",
     }  # fmt: skip
     ratios = "  ".join(f"{name} {facts[key]:.2f}×" for name, key in shown.items() if key in facts)
     accuracy = f"logp error {facts['logp_rel_error']:.1e}  grad error {facts['grad_rel_error']:.1e}"

@@ -15,16 +15,18 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
 @pytest.mark.slow
 def test_the_training_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
     out = tmp_path / "training.json"
-    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--repeats", "1", "--pictures", "1", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(SCRIPT), "--shapes", "tiny", "--repeats", "1", "--pictures", "1", "--plain"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     (shape,) = json.loads(out.read_text())["shapes"]
     assert shape["logp_rel_error"] < 1e-5
     assert shape["grad_rel_error"] < 1e-4
     assert 1 <= shape["flops_over_floor"] < 1.2  # a tenth of so few tokens is padding
     assert shape["flops_ratio_reference"] > 2
+    assert shape["flops_ratio_trl"] > 2
+    assert 1.5 < shape["flops_ratio_plain"] < shape["flops_ratio_reference"]  # its reference is computed once, too
     assert shape["tokens"] < shape["separate_tokens"] / 2
-    measured = ("time_ratio_reference", "time_ratio_trl", "peak_memory_ratio_reference")
+    measured = ("time_ratio_reference", "time_ratio_trl", "time_ratio_plain", "peak_memory_ratio_reference")
     assert all(shape[name] > 0 for name in measured)
     assert "tiny" in done.stdout
 

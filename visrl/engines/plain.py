@@ -111,7 +111,7 @@ class _Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         rows = self.running()
-        tokens = torch.full(scores.shape[:1], self.batch.encoder.end_id, device=scores.device)
+        tokens = torch.full(scores.shape[:1], self.batch.encoder.tokenizer.pad_token_id, device=scores.device)
         if rows:
             numbers = [self.numbers[row] for row in rows]
             self.completions |= self.batch.sample(numbers, scores[rows])
