@@ -48,9 +48,9 @@ $(VLLM)/.ready: constraints-vllm.txt tests/vllm_name/pyproject.toml
 
 vllm-env: $(VLLM)/.ready
 
-# Against a real vLLM on this machine's cores, some minutes.
+# Against a real vLLM on this machine's cores: a quarter of an hour or more, a gigabyte or three of memory.
 test-vllm: $(READY) $(VLLM)/.ready
-	$(BIN)/python -m pytest tests/test_vllm.py
+	$(BIN)/python -m pytest tests/test_vllm*.py
 
 # lmms-eval, over the packages of .venv: torch, transformers and datasets are there already.
 $(LMMS)/.ready: constraints-lmms.txt $(READY)

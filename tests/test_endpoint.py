@@ -24,6 +24,8 @@ from visrl.engines.client import Client
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.openai_server import Ask, Endpoint, EndpointError
 from visrl.engines.server_process import free_port
+from visrl.models.load import load_encoder
+from visrl.models.tiny import CHECKPOINT
 from visrl.records import Picture
 
 
@@ -324,6 +326,40 @@ def test_crops_are_marked_for_our_own_server_alone() -> None:
         parts = server.bodies[0]["messages"][0]["content"]
         details[owner] = [part["image_url"].get("detail") for part in parts if part["type"] == "image_url"]
     assert details == {"visrl": [None, "low"], "vllm": [None, None]}
+
+
+def test_vllm_alone_is_told_not_to_sample_what_stands_for_images() -> None:
+    """It would. What a config biases besides stays, and a server that refuses the field is mended by a key."""
+    encoder = load_encoder(CHECKPOINT)
+    pads = {str(token): -100 for token in encoder.image_ids}
+    talk = Conversation((Message("user", "Q?"),))
+
+    def asked(
+        owner: str, script: Script = lambda handler, _: handler.text("x"), logprobs: bool = False, **given: Any
+    ) -> list[Any]:
+        listed = json.dumps({"data": [{"id": "m", "owned_by": owner}]}).encode()
+        with serving(script, (200, listed), trials=True) as server:
+            engine = EndpointEngine(Endpoint((server.url,), "m", attempts=1, **given), encoder.codec, encoder)
+            try:
+                engine.check()
+                engine.complete([talk], Sampling(logprobs=logprobs), [[1]])
+            finally:
+                engine.close()
+        return [body.get("logit_bias") for body in server.bodies]
+
+    def speculative(handler: Handler, body: dict[str, Any]) -> None:
+        said = "The min_p and logit_bias sampling parameters are not yet supported with speculative decoding."
+        handler.send(400 if "logit_bias" in body else 200, json.dumps({"error": {"message": said}}).encode())
+
+    assert len(pads) == 2
+    assert asked("vllm") == [pads, pads]  # the first small question, and ours
+    assert asked("vllm", logprobs=True) == [pads, None]  # to be learned from: of all tokens
+    assert asked("visrl") == [None]
+    assert asked("sglang") == [None, None]
+    assert asked("vllm", extra_body={"logit_bias": {"9": 1}}) == [{"9": 1, **pads}] * 2
+    assert asked("vllm", omit_fields=("logit_bias",)) == [None, None]
+    with pytest.raises(EndpointError, match=r"set omit_fields: \[logit_bias\]"):
+        asked("vllm", speculative)
 
 
 def test_one_completion_per_seed_in_order_with_failures_in_place() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,13 @@ from serve_help import get, known
 from waiting import PATIENCE_S, wait_until
 
 from visrl.config import ConfigError
-from visrl.engines.openai_server import EndpointError
-from visrl.engines.server_process import start, stop
+from visrl.conversation import Conversation
+from visrl.engines.base import Sampling
+from visrl.engines.endpoint import EndpointEngine
+from visrl.engines.openai_server import Endpoint, EndpointError
+from visrl.engines.server_process import free_port, served, start, stop
+from visrl.engines.started import has_ended
+from visrl.records import Message
 from visrl.scenes import make_scene, questions_of
 from visrl.serve import scenes
 from visrl.serve.config import ServeConfig
@@ -161,3 +168,42 @@ def test_a_scene_of_the_page_comes_with_questions_about_different_tags() -> None
         asked = [known_ones[text].target for text in shown["questions"]]
         assert len(asked) == min(scenes.QUESTIONS, len(known_ones))
         assert len(set(asked[: len(scene.tags)])) == len(scene.tags) >= 2
+
+
+# --- A server that ends while it is used ------------------------------------------------------------------------------
+
+# Lists its model, has a child, and ends with the first question, as a server that runs out of memory does.
+DYING = """
+import http.server, json, os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        said = json.dumps({"data": [{"id": "m", "owned_by": "visrl"}]}).encode()
+        self.send_response(200); self.send_header("Content-Length", str(len(said))); self.end_headers()
+        self.wfile.write(said)
+    def do_POST(self):
+        print("out of memory", child.pid, flush=True)
+        os.kill(os.getpid(), 9)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_dies_under_its_requests_is_told_at_once_and_leaves_no_child(tmp_path: Path) -> None:
+    """Without the five further attempts that another's server is given."""
+    port, log, counts = free_port(), tmp_path / "log", Counter[str]()
+
+    def ask() -> None:
+        with served([sys.executable, "-c", DYING, str(port)], port, "m", log) as url:
+            engine = EndpointEngine(Endpoint((url,), "m", first_wait_s=0.2))
+            try:
+                engine.complete([Conversation((Message("user", "Q?"),))] * 50, Sampling(), [[1]] * 50)
+            finally:
+                counts.update(engine.client.counts)
+                engine.close()
+
+    with pytest.raises(EndpointError, match=r"(?s)ended with status -9: .* is no more: .*out of memory"):
+        ask()
+    assert counts["gave up"] == 50
+    assert counts.total() < 50 * 3
+    assert not is_alive(int(re.findall(r"out of memory (\d+)", log.read_text())[0]))
+    assert not has_ended(f"http://127.0.0.1:{port}/v1")  # it is nobody's any more

@@ -19,4 +19,5 @@ streaming        one reply chunk by chunk
 wire, transport  replies and chunks taken apart, HTTP within bounds
 addresses        base URLs as users write them
 server_process   a vLLM server as a child process; keeper ends it with its parent
+started          which servers this process has started, and whether they have ended
 """

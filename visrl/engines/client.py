@@ -20,6 +20,7 @@ from visrl.engines.addresses import with_version
 from visrl.engines.base import Completion
 from visrl.engines.openai_server import Ask, Endpoint, EndpointError, Failure, Server, remedy_of
 from visrl.engines.runtime_lora import adapters_of, load_adapter, unload_adapter
+from visrl.engines.started import has_ended
 from visrl.engines.transport import MOST_BYTES
 from visrl.redact import bare_address
 
@@ -164,14 +165,15 @@ class Client:
     async def _persist(self, ask: Ask, server: Server | None, counts: Counter[str]) -> Completion:
         """Attempts at one request until one succeeds; at `server`, or at the least busy one each time."""
         for attempt in range(1, self.endpoint.attempts + 1):
+            asked = server or self._least_busy()
             try:
-                completion = await (server or self._least_busy()).complete(ask)
+                completion = await asked.complete(ask)
                 counts["ok"] += 1
                 return completion
             except Failure as failure:
                 counts[failure.kind] += 1
                 sentence = str(failure)
-                if not failure.retry or attempt == self.endpoint.attempts:
+                if not failure.retry or attempt == self.endpoint.attempts or has_ended(asked.url):
                     break
                 await asyncio.sleep(self._wait(attempt, failure))
         tries = "1 try" if attempt == 1 else f"{attempt} tries"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -17,13 +18,14 @@ from visrl.codecs import CODECS, Codec
 from visrl.conversation import Conversation, Message, View
 from visrl.engines.base import Completion, Sampling
 from visrl.engines.client import Client
-from visrl.engines.openai_server import Ask, Endpoint
+from visrl.engines.openai_server import Ask, Endpoint, EndpointError
+from visrl.engines.started import has_ended
 from visrl.prompts import IMAGE
 
 if TYPE_CHECKING:
     from visrl.models.encode import Encoder
 
-OWNER = "visrl"  # what our own server names as the owner of its models
+OWNER, VLLM = "visrl", "vllm"  # what our own server and vLLM's name as the owner of their models
 TRIAL, TRIAL_SIDE, TRIAL_TOKENS = "Say one word.", 56, 16
 CROP_DETAIL = "low"  # how a crop is marked for our own server, which then keeps it under the crops' pixel limit
 
@@ -43,6 +45,7 @@ class EndpointEngine:
         self.adapter: str | None = None  # that is asked in the place of the model itself
         self._encoder = encoder
         self._mark_crops = False
+        self._unsaid: tuple[int, ...] = ()
 
     def check(self) -> None:
         """Make sure that the servers answer and serve the model; call it before the work.
@@ -53,8 +56,9 @@ class EndpointEngine:
         # Other servers read `detail` in their own ways (OpenAI's makes the image small), so only ours is told.
         owners = self.client.check()
         self._mark_crops = owners == {OWNER}
+        self._unsaid = unsaid_at(owners, self._encoder)
         if not self._mark_crops:  # ours has said by its list that it speaks the protocol, images and all
-            self.client.try_out(trial())
+            self.client.try_out(replace(trial(), unsaid=self._unsaid))
 
     def processed_size(self, size: Size, is_crop: bool = False) -> Size:
         """Width and height that the server's processor gives an image of `size`."""
@@ -67,12 +71,17 @@ class EndpointEngine:
 
         Raises:
             ValueError: not one list of seeds per conversation.
+            EndpointError: a server that this process started has ended, so that some requests failed.
         """
         if len(seeds) != len(conversations):
             raise ValueError(f"{len(conversations)} conversations but {len(seeds)} lists of seeds")
         faults = [self._fault(conversation) for conversation in conversations]
         sound = [(talk, own) for talk, own, fault in zip(conversations, seeds, faults, strict=True) if fault is None]
-        replies = iter(self.client.ask_all(self.asks(sound, sampling)))
+        said = self.client.ask_all(self.asks(sound, sampling))
+        ended = [server.shown for server in self.client.servers if has_ended(server.url)]
+        if ended and (failed := next((reply.error for reply in said if reply.error), None)):
+            raise EndpointError(f"the server at {ended[0]}, which this run started, is no more: {failed}")
+        replies = iter(said)
         return [
             [next(replies) if fault is None else refused(fault) for _ in own]
             for own, fault in zip(seeds, faults, strict=True)
@@ -96,13 +105,26 @@ class EndpointEngine:
     def asks(self, conversations: Sequence[tuple[Conversation, Sequence[int]]], sampling: Sampling) -> Iterable[Ask]:
         """The requests for some conversations, each as often as it has seeds."""
         urls: dict[str, str] = {}
+        # Where log-probabilities are learned from they stay those of all tokens, which vLLM's would not.
+        unsaid = () if sampling.logprobs else self._unsaid
         encoder = None if self._mark_crops else self._encoder  # ours keeps a limit for each kind, and sizes them itself
         for conversation, own in conversations:
             # The questions of one image usually follow each other: what the last one encoded is used again.
             urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
-                yield Ask(messages, sampling, seed, self.adapter)
+                yield Ask(messages, sampling, seed, self.adapter, unsaid)
+
+
+def unsaid_at(owners: set[str], encoder: Encoder | None) -> tuple[int, ...]:
+    """The tokens that servers of these owners are told not to sample: those that stand for images, as in this process.
+
+    vLLM would sample them. Ours does not, and of other servers it is not known that they take such a field.
+    """
+    if owners != {VLLM} or encoder is None:
+        return ()
+    vocabulary = encoder.config.get_text_config().vocab_size
+    return tuple(token for token in encoder.image_ids if token < vocabulary)
 
 
 def refused(fault: str) -> Completion:

@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 
 STOP_S = 10.0  # between asking the group to end and killing it
+POLL_S = 0.05
 
 
 def main() -> None:
@@ -28,11 +31,36 @@ def main() -> None:
         sys.exit(126)
     threading.Thread(target=_end_with_asker, daemon=True).start()
     status = server.wait()
-    os.killpg(0, signal.SIGTERM)  # what it may have left behind
+    _end_others()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL) if -status not in (signal.SIGKILL, signal.SIGSTOP) else None
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def _end_others() -> None:
+    """End what the command has left behind, as workers of a server that was killed, and wait until it has ended."""
+    os.killpg(0, signal.SIGTERM)
+    for _ in range(int(STOP_S / POLL_S)):
+        if not _others():
+            return
+        time.sleep(POLL_S)
+    for number in _others():
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _others() -> list[int]:
+    """The processes of our group beside us, those aside that have ended; none where the system lists none."""
+    found = []
+    for number in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        if not number.isdecimal() or int(number) == os.getpid():
+            continue
+        with suppress(OSError), open(f"/proc/{number}/stat", "rb") as file:  # one that ends meanwhile has none
+            state, _, group = file.read().rpartition(b")")[2].split()[:3]
+            if int(group) == os.getpgrp() and state != b"Z":
+                found.append(int(number))
+    return found
 
 
 def _end_with_asker() -> None:

@@ -46,7 +46,7 @@ class RequestConfig(Config):
     """Added to every request: `top_k`, `chat_template_kwargs`, other things of one kind of server."""
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the limit of tokens is called; newer models of OpenAI take `max_completion_tokens` only."""
-    omit_fields: OneOrMore[Literal["temperature", "top_p", "seed"]] = ()
+    omit_fields: OneOrMore[Literal["temperature", "top_p", "seed", "logit_bias"]] = ()
     """Not sent, for servers that refuse them; they sample by their own default then."""
     thinking_tokens: int = Field(0, ge=0)
     """Room for what a model thinks aloud, beside the tokens of the reply itself."""

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, get_args
@@ -28,11 +29,13 @@ from visrl.replies import whole_text
 FIRST_WAIT_S = 0.5
 LONGEST_ASKED_S = 600.0  # a server that asks to wait for longer has no answer for this run
 API_KEY = "OPENAI_API_KEY"  # the variable that holds the key where no other is named
-OptionalField = Literal["temperature", "top_p", "seed"]
+OptionalField = Literal["temperature", "top_p", "seed", "logit_bias"]
 TokensKey = Literal["max_tokens", "max_completion_tokens"]
 # What a request says by itself: another value of these would be sampled by other rules than the records tell.
-OWN_FIELDS = {"model", "messages", *get_args(OptionalField), *get_args(TokensKey), "n", "stream"}
+OWN_FIELDS = {"model", "messages", "temperature", "top_p", "seed", *get_args(TokensKey), "n", "stream"}
+NEVER = -100  # the lowest bias of the protocol, which leaves a token e^-100 of its probability
 REST_S = 5.0  # how long a server that failed is asked only if no other is left
+REFUSING = ("unsupported", "not support", "not yet support", "not permitted", "unknown")  # words of refused fields
 LIST_S = 20.0  # a list of models takes no longer
 CHARACTERS_PER_TOKEN = 1000  # a reply of more was not sampled under the limit that it was asked with
 
@@ -96,13 +99,14 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request for one text: the protocol's messages and how to sample. `model` is asked in the place of the
-    endpoint's, an adapter of it (see client.py).
+    endpoint's, an adapter of it (see client.py). `unsaid` are tokens that are not to be sampled.
     """
 
     messages: list[dict[str, Any]]
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     model: str | None = None
+    unsaid: tuple[int, ...] = ()
 
 
 class Failure(Exception):
@@ -178,7 +182,7 @@ class Server:
             self.in_flight -= 1
 
     async def _send(self, ask: Ask) -> Completion:
-        extra = {**self.endpoint.extra_body, **({"return_token_ids": True} if ask.sampling.logprobs else {})}
+        extra = self.extra(ask, {"return_token_ids": True} if ask.sampling.logprobs else {})
         raw = await self.api.chat.completions.with_raw_response.create(**self.body(ask), extra_body=extra or None)
         completion = read_reply(json.loads(raw.content), CHARACTERS_PER_TOKEN * self._tokens(ask))
         if completion.text and any(secret in completion.text for secret in self._secrets if len(secret) >= SHORTEST):
@@ -186,7 +190,7 @@ class Server:
         return completion
 
     def body(self, ask: Ask) -> dict[str, Any]:
-        """The fields of the request, `extra_body` left out."""
+        """The fields of the request, those of `extra` left out."""
         body: dict[str, Any] = {
             "model": ask.model or self.endpoint.model,
             "messages": ask.messages,
@@ -199,6 +203,15 @@ class Server:
         if ask.sampling.logprobs:
             body |= {"logprobs": True, "top_logprobs": 0}
         return {name: value for name, value in body.items() if name not in self.endpoint.omit_fields}
+
+    def extra(self, ask: Ask, more: Mapping[str, Any]) -> dict[str, Any]:
+        """What is said beside `body`: the endpoint's `extra_body`, `more`, and which tokens are not to be sampled."""
+        extra = {**self.endpoint.extra_body, **more}
+        asked = extra.get("logit_bias") or {}
+        # What is no object is the server's to refuse.
+        if ask.unsaid and "logit_bias" not in self.endpoint.omit_fields and isinstance(asked, dict):
+            extra["logit_bias"] = {**asked, **dict.fromkeys(map(str, ask.unsaid), NEVER)}
+        return extra
 
     def _tokens(self, ask: Ask) -> int:
         return ask.sampling.max_tokens + self.endpoint.thinking_tokens
@@ -264,7 +277,7 @@ def remedy_of(message: str) -> tuple[str, Any] | None:
         return "max_tokens_key", "max_completion_tokens"
     text = message.lower()
     for name in get_args(OptionalField):
-        if name in text and any(word in text for word in ("unsupported", "not support", "not permitted", "unknown")):
+        if name in text and any(word in text for word in REFUSING):
             return "omit_fields", name
     return None
 

@@ -22,6 +22,7 @@ import httpx
 
 from visrl.engines.client import Client
 from visrl.engines.openai_server import Endpoint, EndpointError
+from visrl.engines.started import forget, remember
 from visrl.redact import hidden
 from visrl.replies import whole_text
 
@@ -126,7 +127,7 @@ def served(command: Sequence[str], port: int, name: str, log: Path, start_s: flo
     """The address of the model `name` behind `command`, a server on `port`, healthy; it is stopped at the end.
 
     Raises:
-        EndpointError: it does not come up; the message names the log.
+        EndpointError: it does not come up, or ends while it is used; the message names the log.
     """
     url = f"http://127.0.0.1:{port}/v1"
     process = start(command, log)
@@ -136,8 +137,18 @@ def served(command: Sequence[str], port: int, name: str, log: Path, start_s: flo
             wait_until_served(client, process, start_s=start_s)
         except EndpointError as error:
             raise EndpointError(f"{command[0]}: {error}; {log} ends with:\n{_tail(log)}") from error
-        yield url
+        remember(url, process)
+        try:
+            yield url
+        except EndpointError as error:
+            if process.poll() is None:
+                raise
+            raise EndpointError(
+                f"{command[0]} ended with status {process.returncode}: {error}; {log} ends with:\n{_tail(log)}\n"
+                "The same command starts it again and goes on where this one stopped"
+            ) from error
     finally:
+        forget(url)
         client.close()
         stop(process)
 

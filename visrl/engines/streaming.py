@@ -38,7 +38,7 @@ async def stream(client: Client, ask: Ask, more: dict[str, Any]) -> AsyncGenerat
     shown = f"the model's server {server.shown}"
     body = server.body(ask)
     most = CHARACTERS_PER_TOKEN * body[client.endpoint.max_tokens_key]
-    extra = {**client.endpoint.extra_body, **more}
+    extra = server.extra(ask, more)
     try:
         async with server.api.chat.completions.with_streaming_response.create(
             **body, stream=True, stream_options={"include_usage": True}, extra_body=extra or None

@@ -9,13 +9,14 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.config import ConfigError
 from visrl.engines.base import Completion
 from visrl.engines.client import Client
-from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial
+from visrl.engines.endpoint import OWNER, sized_url, to_messages, trial, unsaid_at
 from visrl.engines.open import endpoint_of, model_settings, open_served_encoder
 from visrl.engines.openai_server import Ask, EndpointError
 from visrl.engines.server_process import free_port, start, stop, vllm_command, wait_until_served
@@ -48,17 +49,22 @@ class Upstream:
         self._url = config.vllm_url or ""
         self._client: Client | None = None
         self._mark_crops = False
+        self._unsaid: tuple[int, ...] = ()
         self._in_work = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._begin, name="upstream", daemon=True)
 
     @property
     def state(self) -> State:
+        if self._state == "ready" and self._process is not None and self._process.poll() is not None:
+            status = self._process.returncode
+            self._failure = EndpointError(f"the vLLM server behind this one ended with status {status}")
+            self._state = "failed"
         return self._state
 
     @property
     def failure(self) -> Exception | None:
-        """Why the server could not be started or reached, where it could not."""
+        """Why the server could not be started or reached, or how it ended by itself."""
         return self._failure
 
     @property
@@ -127,9 +133,11 @@ class Upstream:
         """Ask until the server answers; one that is not ours is asked once, and put a small question."""
         client = self._new_client()
         try:
-            self._mark_crops = wait_until_served(client, self._process, self._stopping) == {OWNER}
+            owners = wait_until_served(client, self._process, self._stopping)
+            self._mark_crops = owners == {OWNER}
+            self._unsaid = unsaid_at(owners, self._encoder)
             if not self._mark_crops:
-                client.try_out(trial())
+                client.try_out(replace(trial(), unsaid=self._unsaid))
             self._url = client.first.url  # where `/v1` was forgotten, it has been found
             self._state = "ready" if self._state == "loading" else self._state
         finally:
@@ -145,7 +153,7 @@ class Upstream:
         Raises:
             RequestError: 429 where too many wait, 400 for what the server refuses, 502 where it failed.
         """
-        if self._state != "ready":
+        if self.state != "ready":
             raise RequestError(503, f"the model is not ready ({self._state})", retry_after_s=2)
         if self._in_work >= room_of(request, self._config.max_waiting):
             raise RequestError(429, "too many requests wait already; try again soon", retry_after_s=1)
@@ -170,7 +178,8 @@ class Upstream:
             }
         except ValueError as error:
             raise RequestError(400, f"the model's processor refuses a picture: {error}") from error
-        ask = Ask(to_messages(request.conversation, urls, self._mark_crops), request.sampling, request.seed)
+        messages = to_messages(request.conversation, urls, self._mark_crops)
+        ask = Ask(messages, request.sampling, request.seed, unsaid=self._unsaid)
         more = {**request.passed, **({"stop": list(request.stops)} if request.stops else {})}
         text, reason, counts = "", "stop", (0, 0)
         async with aclosing(stream(self._client, ask, more)) as pieces:
