@@ -154,7 +154,8 @@ def deepeyes(reply: str, options: dict[str, str], truth: str) -> float | None:
 
 def treebench(reply: str, options: dict[str, str], truth: str) -> float:
     tagged = inside_first(reply, "<answer>", "</answer>")
-    return 1.0 if (reply if tagged is None else tagged.strip().upper()) == truth else 0.0
+    said = reply if tagged is None else tagged.strip()
+    return 1.0 if said in (truth, truth.lower()) else 0.0
 
 
 def zoom_said(reply: str) -> str:
@@ -223,7 +224,8 @@ def test_a_published_rule_agrees_with_its_oracle_on_every_reply(name: str) -> No
         ("deepeyes", "B.", "B"),
         ("zoom-choice", "The (C) one", "C"),
         ("treebench", "<answer> c </answer>", "C"),
-        ("treebench", "c", None),
+        ("treebench", "c", "C"),
+        ("treebench", "C.", None),
     ],
 )  # fmt: skip
 def test_each_published_fault_is_kept(name: str, reply: str, read: str | None) -> None:

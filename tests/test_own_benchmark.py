@@ -66,7 +66,8 @@ def settings(benchmark: str, **given: object) -> EvalConfig:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("vstar", "there are samples, viscot, viscot-detection, refcoco, or one of your own as module:NAME"),
+        ("vbench", "there are samples, viscot, viscot-detection, refcoco, vstar, hrbench4k"),
+        ("vbench", "chartqa, or one of your own as module:NAME"),
         ("no_such_module:TAGS", "no module 'no_such_module'"),
         ("visrl.scenes:SIDE", "is a int, not a visrl.evaluate.benchmarks.Benchmark"),
     ],
@@ -77,14 +78,15 @@ def test_what_is_no_benchmark_is_refused_with_the_key(name: str, said: str) -> N
 
 
 def test_every_row_of_the_table_says_what_is_scored_and_how_it_may_be_asked() -> None:
-    scores = {name: benchmark.scores for name, benchmark in BENCHMARKS.items()}
-    assert scores == {"samples": "answers", "viscot": "answers", "viscot-detection": "boxes", "refcoco": "boxes"}
+    boxes = {name for name, benchmark in BENCHMARKS.items() if benchmark.scores == "boxes"}
+    assert boxes == {"viscot-detection", "refcoco"}
+    several = {"viscot": ["viscot", "visrl"], "viscot-detection": ["viscot-detection", "visrl"],
+               "refcoco": ["refcoco", "visrl"]}  # fmt: skip
     assert {name: list(benchmark.protocols) for name, benchmark in BENCHMARKS.items()} == {
-        "samples": ["visrl"],
-        "viscot": ["viscot", "visrl"],
-        "viscot-detection": ["viscot-detection", "visrl"],
-        "refcoco": ["refcoco", "visrl"],
+        name: several.get(name, ["visrl"]) for name in BENCHMARKS
     }
+    for name, benchmark in BENCHMARKS.items():  # what has several readings has ours, and says where it comes from
+        assert not benchmark.readings or ("ours" in benchmark.readings and benchmark.origin.startswith("http")), name
     for name, benchmark in BENCHMARKS.items():  # without an answer there is nothing to judge
         assert (benchmark.scores == "boxes") == all(one.answer is None for one in benchmark.protocols.values()), name
 

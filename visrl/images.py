@@ -16,6 +16,7 @@ from visrl.box import Box, CropRule, Size, crop_window
 from visrl.data_url import MAX_BYTES, DataUrlError, is_data_url, read_data_url
 from visrl.image_files import ImageError, without_metadata
 from visrl.image_modes import to_rgb
+from visrl.image_rows import is_row_ref, read_row_image
 
 MAX_PIXELS = 100_000_000  # an image larger than this is taken for a decompression bomb
 # Decoders that may see the bytes. Others are left out because nobody needs them here, and some start programs (EPS).
@@ -42,7 +43,8 @@ _DECODER_ERRORS = (
 def open_image(ref: str | bytes, root: str | Path | None = None, size: Size | None = None) -> Image.Image:
     """The image `ref` as RGB, the right way up.
 
-    `ref` is a path (relative ones under `root`), the file's bytes, a data URL, or `scene:POOL/INDEX`, which is drawn.
+    `ref` is a path (relative ones under `root`), the file's bytes, a data URL, a row of a table
+    (`visrl.image_rows`), or `scene:POOL/INDEX`, which is drawn.
     `size` is the annotated width and height: where given, it decides the orientation, else the EXIF tag does where it
     can be read. Of an animation or of several pages the first is the image.
 
@@ -107,8 +109,8 @@ def image_path(ref: str, root: str | Path | None = None) -> Path | None:
 
 
 def names_file(ref: str) -> bool:
-    """Whether `ref` is the path of an image, and not a scene to draw or the image itself."""
-    return not ref.startswith("scene:") and not is_data_url(ref)
+    """Whether `ref` is the path of an image, and not a scene to draw, the image itself or a row of a table."""
+    return not ref.startswith("scene:") and not is_data_url(ref) and not is_row_ref(ref)
 
 
 def crop(image: Image.Image, box: Box, rule: CropRule = "exact") -> Image.Image:
@@ -138,6 +140,8 @@ def _source(ref: str | bytes, root: str | Path | None) -> tuple[Path | BinaryIO,
             raise ImageError(f"the data URL {ref[:30]}… {error}") from error
     if ref.startswith(("http://", "https://")):
         raise ImageError(f"{ref[:200]} is not fetched: download the picture and give its path")
+    if is_row_ref(ref):
+        return io.BytesIO(read_row_image(ref)), ref[:200]
     path = image_path(ref, root)
     if path is None:
         raise ImageError(f"no picture at {Path(root or '.') / ref}")

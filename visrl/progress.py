@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Thing = TypeVar("Thing")
@@ -28,6 +28,22 @@ def progress(things: Sequence[Thing], what: str, *, units: str = "items") -> Ite
             print(f"{what}: {number} of {len(things)} {units}, about {left:.0f} s left", file=sys.stderr, flush=True)
             last = now
         yield thing
+
+
+def reading(what: str, total: int) -> Callable[[int], None]:
+    """A function that is told how many of `total` bytes are read, and says so in a line from time to time."""
+    started = last = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= LINE_EVERY:
+            left = (now - started) / done * (total - done) if done else 0
+            said = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB read, about {left:.0f} s left"
+            print(f"{what}: {said}", file=sys.stderr, flush=True)
+            last = now
+
+    return tell
 
 
 def next_command(purpose: str, *words: object) -> str:

@@ -6,7 +6,7 @@ Every interval is a function of its values and a seed alone, so that a table pri
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -51,11 +51,14 @@ def mean_interval(groups: Mapping[str, Values], seed: int = 0, level: float = 0.
     return {"mean": float(np.mean([data.mean() for data in checked])), "low": low, "high": high}
 
 
-def paired(a: Values, b: Values, seed: int = 0, level: float = 0.95) -> dict[str, float]:
+def paired(
+    a: Values, b: Values, seed: int = 0, level: float = 0.95, groups: Sequence[Hashable] | None = None
+) -> dict[str, float]:
     """What `b` is better than `a`, question by question: `{"difference", "low", "high"}`, b − a.
 
     The interval is the percentile bootstrap over questions. Where both hold 0 and 1 only, `p_mcnemar` is the exact
-    two-sided McNemar test on the questions that one of them alone gets right.
+    two-sided McNemar test on the questions that one of them alone gets right. `groups` names the question of each value
+    where one has several: whole questions are resampled then, and there is no test, for their values hang together.
 
     Raises:
         ValueError: the two differ in length, or `interval` would refuse one of them.
@@ -64,9 +67,12 @@ def paired(a: Values, b: Values, seed: int = 0, level: float = 0.95) -> dict[str
         raise ValueError(f"a paired comparison needs the same questions on both sides, not {len(a)} and {len(b)}")
     first, second = _checked(a, level), _checked(b, level)
     differences = second - first
-    low, high = _percentiles(_resampled_means(differences, np.random.default_rng(seed)), level)
+    rng = np.random.default_rng(seed)
+    alone = groups is None or len(set(groups)) == len(differences)
+    means = _resampled_means(differences, rng) if alone else _resampled_groups(differences, list(groups or ()), rng)
+    low, high = _percentiles(means, level)
     result = {"difference": float(differences.mean()), "low": low, "high": high}
-    if _all_binary(first) and _all_binary(second):
+    if alone and _all_binary(first) and _all_binary(second):
         result["p_mcnemar"] = mcnemar(int((differences < 0).sum()), int((differences > 0).sum()))
     return result
 
@@ -154,6 +160,20 @@ def _resampled_means(data: NDArray[np.float64], rng: np.random.Generator) -> NDA
     for start in range(0, RESAMPLES, rows):
         count = min(rows, RESAMPLES - start)
         means[start : start + count] = data[rng.integers(0, len(data), size=(count, len(data)))].mean(axis=1)
+    return means
+
+
+def _resampled_groups(
+    data: NDArray[np.float64], groups: Sequence[Hashable], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Means over all values of as many groups as there are, drawn with replacement."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    places = np.array([numbers[name] for name in groups])
+    sums, counts = np.bincount(places, data), np.bincount(places)
+    means = np.empty(RESAMPLES)
+    for draw in range(RESAMPLES):
+        drawn = rng.integers(0, len(sums), size=len(sums))
+        means[draw] = sums[drawn].sum() / counts[drawn].sum()
     return means
 
 

@@ -22,7 +22,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
         ("prompts", "replies", "sequences", "statistics", "progress", "codecs", "box", "records"),
         "boxes, records, box ↔ text",
     ),
-    (("data_url", "image_files", "image_modes", "scenes", "pages", "images"), "what is seen"),
+    (("data_url", "image_files", "image_modes", "image_rows", "scenes", "pages", "images"), "what is seen"),
     (("manifest", "conversation"), "what made a folder; what is said to a model"),
     (("data",), "one table of formats: rows → samples, preferences"),
     (("models",), "families, encoding, loading, adapters"),

@@ -11,7 +11,18 @@ from typing import Any
 
 from visrl.records import RecordError
 from visrl.rewards.crop_effects import gain_and_harm
-from visrl.rewards.results import READINGS, Reading, Row, columns_of, dataset_name, key_of, value_of
+from visrl.rewards.results import (
+    READINGS,
+    Group,
+    Reading,
+    Row,
+    columns_of,
+    dataset_name,
+    group_of,
+    key_of,
+    means_of_groups,
+    value_of,
+)
 from visrl.statistics import paired, paired_mean
 
 Pair = tuple[Row, Row]
@@ -59,13 +70,12 @@ def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]
 
 
 def _values(pairs: Sequence[Pair], column: str, reading: Reading) -> tuple[list[float], list[float]]:
-    first, second = [], []
+    both: list[tuple[Group | None, float, float]] = []
     for row_a, row_b in pairs:
         a, b = value_of(row_a, column, reading), value_of(row_b, column, reading)
         if a is not None and b is not None:
-            first.append(a)
-            second.append(b)
-    return first, second
+            both.append((group_of(row_b), a, b))
+    return means_of_groups((group, a) for group, a, _ in both), means_of_groups((group, b) for group, _, b in both)
 
 
 def _entry(a: Sequence[float], b: Sequence[float], seed: int) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,11 +32,23 @@ class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
     max_samples: int | None = Field(None, ge=1, serialization_alias="limit")
     """At most so many questions of each data set."""
 
+    reading: str | None = None
+    """How questions are worded, their options ordered and replies read: "published", "vlmevalkit", "lmms-eval" or
+    "ours", of those that the benchmark has; by default its first."""
+    option_order: Literal["rotations", "shuffle"] | None = None
+    """reading=ours: the options in every rotation (the default), or in one order a question, drawn by `seed`."""
     mode: Mode = "own"
     protocol: str | None = None
     """"visrl" or the published one; by default what was published for the benchmark, and "visrl" for samples."""
     crop_rule: CropRule | None = None
     """By default the protocol's, or else the checkpoint's."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Room for an answer, over the protocol's; raise it for a model that thinks aloud."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    num_generations: int = Field(1, ge=1)
+    """Replies to each question, sampled at `temperature`; a question counts as their mean (Avg@k)."""
     batch_size: int = Field(32, ge=1)
     """Questions asked together: the unit of resuming, and part of what makes a run repeatable."""
     seed: int = 0
@@ -46,9 +60,34 @@ class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
 
     @model_validator(mode="after")
     def _together(self) -> EvalConfig:
-        if find_benchmark(self.benchmark).scores == "boxes":
+        benchmark = find_benchmark(self.benchmark)
+        reading = benchmark.reading(self.reading)
+        if self.option_order and not (reading and reading.in_orders):
+            raise ValueError("option_order needs reading=ours: a published reading has the order of the file")
+        if self.num_generations > 1 and not self.temperature:
+            raise ValueError("num_generations above 1 needs a temperature above 0: greedy replies are all the same")
+        if self.temperature and "temperature" in self.omit_fields:
+            raise ValueError("temperature cannot be both set and among omit_fields")
+        if not self.temperature and self.top_p != 1:
+            raise ValueError("top_p needs a temperature above 0: a greedy reply is the likeliest in any case")
+        if benchmark.scores == "boxes":
             if self.mode != "own":
                 raise ValueError(f"{self.benchmark} scores the model's own boxes; mode={self.mode} has none")
             if self.judge_model_name_or_path is not None:
                 raise ValueError(f"{self.benchmark} has no answers for a judge")
         return self
+
+    def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
+        """As `Config.recorded`, keys that came later left out where they say what was so before they came."""
+        values = super().recorded(exclude)
+        return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
+
+
+_LATER = {
+    "reading": None,
+    "option_order": None,
+    "max_new_tokens": None,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "num_generations": 1,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visrl import manifest
@@ -44,7 +45,7 @@ def answer_questions(
     known = _known_rows(config)
     tally = Tally("questions", config.max_failed)
     tally.count(_failure(row, config) for row in known.values())
-    asked = with_surroundings([question.sample for question in questions], config.mode, config.seed)
+    asked = _surrounded(questions, config)
     parts = batched(list(zip(questions, asked, strict=True)), config.batch_size)
     waiting = [part for part in parts if not all(_key(question) in known for question, _ in part)]
     settings = model_settings(config)
@@ -102,6 +103,17 @@ def _key(question: BenchmarkQuestion) -> Key:
     return question.sample.source, question.sample.id, question.sample.repeat
 
 
+def _surrounded(questions: Sequence[BenchmarkQuestion], config: EvalConfig) -> list[Asked]:
+    """The questions with what surrounds them. What is asked more than once about a question is one question there: its
+    other orders and attempts are no other questions about the image."""
+    firsts = [question.sample for question in questions if question.is_first]
+    found = iter(with_surroundings(firsts, config.mode, config.seed))
+    asked: list[Asked] = []
+    for question in questions:
+        asked.append(replace(next(found) if question.is_first else asked[-1], sample=question.sample))
+    return asked
+
+
 def _ask(
     policy: Policy,
     part: Sequence[tuple[BenchmarkQuestion, Asked]],
@@ -119,5 +131,10 @@ def _ask(
         crop_rule=rule,
         root=config.image_root,
         seed=config.seed,
+        temperature=config.temperature,
+        top_p=config.top_p,
     )
-    return [benchmark.row_of(one, result, policy.codec) for (one, _), result in zip(part, results, strict=True)]
+    reading = benchmark.reading(config.reading)
+    return [
+        benchmark.row_of(one, result, policy.codec, reading) for (one, _), result in zip(part, results, strict=True)
+    ]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visrl.box import Corners
+from visrl.box import Box, Corners
 from visrl.data.check import ALL_PICTURES, ORIGINS
 from visrl.data.rows import read_rows
+from visrl.evaluate.choices import ChoiceQuestion
 from visrl.evaluate.published import VISCOT_QUESTIONS
-from visrl.images import image_path, names_file
+from visrl.images import ImageError, image_path, image_size, names_file
 from visrl.records import RecordError, Sample
+from visrl.rewards.detection import truth_box
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +26,35 @@ class BenchmarkQuestion:
     """A question, and where boxes are what is scored, its ground truth in pixels as published, be it a box or not.
 
     Within a data set `sample.id` is what names a question in prediction files too: its number (answers), or its line.
+    `choice` holds the options of a question of choice as they are shown; `text` is its wording as it is distributed,
+    where that is whole. `truths` are its true boxes in pixels as published, where there are several, `references` its
+    answers, `category` its part of a data set. Questions of one `group` are one, with the options in several orders;
+    `rotation` and `attempt` tell apart what is asked more than once.
     """
 
     sample: Sample
     truth: Corners | None = None
+    choice: ChoiceQuestion | None = None
+    text: str | None = None
+    truths: tuple[Corners, ...] = ()
+    references: tuple[str, ...] = ()
+    category: str = ""
+    group: str = ""
+    rotation: int = 0
+    attempt: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first of what is asked about its question."""
+        return not self.rotation and not self.attempt
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkFiles:
     """Where a benchmark is read from: the keys `dataset`, `dataset_dir`, `box_dir` and `image_root` of the config.
 
-    `names` are the data sets that are wanted: those of `datasets`, or all that were published.
+    `names` are the data sets that are wanted: those of `datasets`, or all that were published. `origin` says where the
+    files come from.
     """
 
     dataset: str
@@ -42,6 +62,40 @@ class BenchmarkFiles:
     dataset_dir: str = "data"
     box_dir: str | None = None
     image_root: str | None = None
+    origin: str = ""
+
+    def find(self, *names: str) -> Path:
+        """The file that `dataset` names, or the first of these names in the folder that it names.
+
+        Raises:
+            RecordError: there is none; where it comes from is said.
+        """
+        path = Path(self.dataset)
+        if path.is_file():
+            return path
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            whence = f"; it comes from {self.origin}" if self.origin else ""
+            raise RecordError(f"{path} holds no {' and no '.join(names)}{whence}")
+        return found
+
+    def shards(self, split: str) -> list[Path]:
+        """The file that `dataset` names, or the parquet files of a split in its folder or one level below.
+
+        Raises:
+            RecordError: there are none; where they come from is said.
+        """
+        path = Path(self.dataset)
+        if path.is_file():
+            return [path]
+        found = sorted({*path.glob(f"*{split}*.parquet"), *path.glob(f"*/*{split}*.parquet")})
+        if not found:
+            raise RecordError(f"{path} holds no *{split}*.parquet; it comes from {self.origin}")
+        return found
+
+    def picture(self, folder: Path, name: str) -> str:
+        """The reference of a picture that the file names from `folder`: under `image_root` where that is given."""
+        return name if self.image_root is not None else str(folder / name)
 
 
 def named_files(folder: str, names: Sequence[str], suffix: str) -> dict[str, Path]:
@@ -71,6 +125,19 @@ def read_whole(path: Path, parse: Callable[[Any, int], tuple[Sample]]) -> Iterat
         (sample,) = row.records
         assert isinstance(sample, Sample)
         yield sample
+
+
+def boxes_in(truths: Sequence[Corners], ref: str, root: str | None) -> list[Box]:
+    """Several true boxes in pixels as boxes of the picture; none where one is no box in it, or the picture, whose size
+    is looked for, cannot be read (that it is missing is said for all at once)."""
+    if not truths:
+        return []
+    try:
+        size = image_size(ref, root)
+    except ImageError:
+        return []
+    boxes = [truth_box(corners, size) for corners in truths]
+    return [box for box in boxes if box is not None] if all(boxes) else []
 
 
 def check_each_once(questions: Iterable[BenchmarkQuestion]) -> None:

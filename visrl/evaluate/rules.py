@@ -92,9 +92,9 @@ _FOUR = re.compile(r"\[(\d{1,15}),(\d{1,15}),(\d{1,15}),(\d{1,15})\]")  # publis
 
 
 def treebench(reply: str, options: Options, truth: str) -> float:
-    """TreeBench: what the first `<answer>` holds, in capitals, is the letter; without the tags, the whole reply is."""
+    """TreeBench: what the first `<answer>` holds is the letter, in either case; without it, the whole reply is."""
     found = _ANSWER.search(reply)
-    return float((found[1].strip().upper() if found else reply) == truth)
+    return float((found[1].strip() if found else reply).upper() == truth.upper())
 
 
 def treebench_boxes(reply: str) -> list[Corners]:

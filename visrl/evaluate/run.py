@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.inference import FAILED, JOURNAL, answer_questions
 from visrl.evaluate.judging import format_judged, judge_rows
 from visrl.evaluate.questions import BenchmarkQuestion, format_missing, missing_images
+from visrl.evaluate.readings import as_asked, with_circular
 from visrl.evaluate.results import NAME, SCORES
 from visrl.manifest import hash_checkpoint, hash_files, hold, is_complete, write_manifest
 from visrl.models.folder import check_folder
@@ -58,12 +60,12 @@ def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> P
 
 
 def _evaluate(config: EvalConfig) -> Path:
-    from visrl.evaluate.tables import quadrant_lines, summary_lines
+    from visrl.evaluate.tables import choice_lines, quadrant_lines, summary_lines
 
     started = time.monotonic()
-    questions = _checked_questions(config)
     benchmark = find_benchmark(config.benchmark)
     protocol = _protocol(config, benchmark)
+    questions = _in_orders(config, benchmark, _checked_questions(config))
     identity = _identity(config, protocol, questions)
     is_complete(config.output_dir, identity)  # another run's folder is refused before a model is loaded
     if config.judge_model_name_or_path and not config.judge_url:
@@ -72,7 +74,7 @@ def _evaluate(config: EvalConfig) -> Path:
         print("nothing was asked (dry_run)")
         return config.output_dir
     rows, rule = answer_questions(config, benchmark, protocol, questions, identity)
-    rows, judged = judge_rows(config, rows)
+    rows, judged = judge_rows(config, with_circular(rows, questions))
     write_records(config.output_dir / NAME, rows)
     for name in (JOURNAL, FAILED):
         (config.output_dir / name).unlink(missing_ok=True)
@@ -84,6 +86,7 @@ def _evaluate(config: EvalConfig) -> Path:
         "crop_rule": rule,
         "judge": config.judge_model_name_or_path,
         "limit": config.max_samples,
+        **_facts_of_reading(config, benchmark),
     }
     summary = {**summarise(rows, config.seed), **_quadrants(rows)}
     scores = {**facts, **(benchmark.figures(summary, rows) if benchmark.figures else summary)}
@@ -91,7 +94,8 @@ def _evaluate(config: EvalConfig) -> Path:
     write_manifest(
         config.output_dir, verb="eval", config=identity, parents={"model": identity["weights"]}, crop_rule=rule
     )
-    cells = ["", *quadrant_lines(scores["quadrants"])] if "quadrants" in scores else []
+    cells = ["", *choice_lines(scores)] if "overall" in scores else []
+    cells += ["", *quadrant_lines(scores["quadrants"])] if "quadrants" in scores else []
     print("\n".join([*summary_lines(scores), *cells, *_closing_lines(scores, judged)]))
     print(f"{time.monotonic() - started:.0f} s; results, scores: {config.output_dir}")
     return config.output_dir
@@ -130,6 +134,38 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
     return questions
 
 
+def _in_orders(
+    config: EvalConfig, benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]
+) -> list[BenchmarkQuestion]:
+    """The questions as they are asked, in the orders of their options and as often as replies are wanted."""
+    order = config.option_order or "rotations"
+    asked = list(as_asked(questions, benchmark.reading(config.reading), order, config.seed, config.num_generations))
+    if len(asked) != len(questions):
+        whole = sum(question.is_first for question in asked)
+        print(
+            f"asked {len(asked):,} times: {whole:,} questions, in the orders of their options and in several attempts"
+        )
+    fixed = sum(question.choice is not None and question.choice.is_fixed for question in asked)
+    reading = benchmark.reading(config.reading)
+    if fixed and reading is not None and reading.in_orders:
+        print(f"{fixed:,} keep the order of the file: their text holds the options")
+    return asked
+
+
+def _facts_of_reading(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """What `scores.json` says of the reading, and of sampling where there was any."""
+    reading = benchmark.reading(config.reading)
+    facts: dict[str, Any] = {}
+    if reading is not None:
+        facts |= {"reading": config.reading or next(iter(benchmark.readings)), "rule": reading.source}
+        if reading.in_orders:
+            facts["option_order"] = config.option_order or "rotations"
+    if config.temperature:
+        names = ("temperature", "top_p", "num_generations")
+        facts |= {name: getattr(config, name) for name in names}
+    return facts
+
+
 def _check_others(samples: Sequence[Sample], seed: int) -> None:
     """Refuse a run of mode "other_question" in which no question has another one; say how many have none."""
     without = other_questions(samples, seed).count(None)
@@ -146,7 +182,11 @@ def _protocol(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
     allowed = benchmark.protocols
     if config.protocol is not None and config.protocol not in allowed:
         raise ConfigError(f"protocol: {config.benchmark} is asked as {' or '.join(allowed)}, not {config.protocol!r}")
-    return allowed[config.protocol or benchmark.protocol.name]
+    reading = benchmark.reading(config.reading)
+    if reading is not None:
+        return reading.protocol(config.max_new_tokens)
+    protocol = allowed[config.protocol or benchmark.protocol.name]
+    return replace(protocol, answer_tokens=config.max_new_tokens) if config.max_new_tokens else protocol
 
 
 def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[BenchmarkQuestion]) -> dict[str, Any]:

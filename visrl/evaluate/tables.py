@@ -109,6 +109,22 @@ def quadrant_lines(cells: Mapping[str, int]) -> list[str]:
     return [*lines, f"left out: {cells['left_out']} of which that is not known"] if cells["left_out"] else lines
 
 
+def choice_lines(scores: Mapping[str, Any]) -> list[str]:
+    """What a benchmark with readings adds up to over all its questions, however they are spread over its parts."""
+    said = scores.get("reading", "")
+    lines = [f"over all questions, read as {said} ({scores.get('rule', '')}):"]
+    for column, entry in scores["overall"].items():
+        if entry["counted"]:
+            left_out = entry["left_out"]
+            other = f"; failures left out {format_percent(left_out)}" if left_out != entry["counted"] else ""
+            lines.append(f"  {column} {format_percent(entry['counted'])} of {entry['counted']['n']:,}{other}")
+    if "chance" in scores:
+        lines.append(f"  a letter drawn by lot gets {scores['chance']:.1%}")
+    if "unreadable" in scores:
+        lines.append(f"  {scores['unreadable']:,} replies name no option, and count as wrong")
+    return lines
+
+
 _NOTES = {
     "unparseable": "box texts that hold no box",
     "bad_truth": "with a ground truth that is no box",

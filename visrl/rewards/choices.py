@@ -67,9 +67,16 @@ def options_of(question: str, raw: Any = None) -> dict[str, str]:
     for listed in (row.get("options"), row.get("choices")):
         if isinstance(listed, list) and 1 < len(listed) <= 26 and all(isinstance(one, str) for one in listed):
             return {chr(65 + n): _bare(one) for n, one in enumerate(listed)}
-    lines = [(_group(one), one[3]) for one in _OPTION.finditer(question)]
+    return split_options(question)[1]
+
+
+def split_options(question: str) -> tuple[str, dict[str, str]]:
+    """What stands before the options that a question holds as lines `A. …` or `(A) …` from A on, and the options by
+    their letters; the whole question and none where it holds none."""
+    found = list(_OPTION.finditer(question))
+    lines = [(_group(one), one[3]) for one in found]
     in_order = [letter for letter, _ in lines] == [chr(65 + n) for n in range(len(lines))]
-    return dict(lines) if in_order and len(lines) > 1 else {}
+    return (question[: found[0].start()].rstrip(), dict(lines)) if in_order and len(lines) > 1 else (question, {})
 
 
 def _bare(option: str) -> str:

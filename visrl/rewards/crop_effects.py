@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from visrl.rewards.results import RIGHT_BY, Row, applies, is_right, key_of
+from visrl.rewards.results import RIGHT_BY, Row, applies, group_of, is_right, key_of
 from visrl.statistics import paired
 
 BASELINES = ("no_box", "no_crop")  # modes without a crop
@@ -45,7 +45,7 @@ def gain_and_harm(without: Iterable[Row], with_crop: Iterable[Row], seed: int = 
     `{"right_by", "n", "both", "gain", "harm", "neither", "with", "without", "difference", "low", "high", "p_mcnemar"}`:
     `gain` counts the questions right with the crop alone, `harm` those right without it alone, and
     `(gain − harm) / n` is the difference of the two accuracies, exactly. A question without a reply counts as wrong.
-    The interval is that of `statistics.paired`.
+    The interval is that of `statistics.paired`, over whole questions where one has several rows.
     """
     before = {key_of(row): row for row in without if not row.get("skipped")}
     pairs = [(before[key_of(row)], row) for row in with_crop if not row.get("skipped") and key_of(row) in before]
@@ -53,6 +53,7 @@ def gain_and_harm(without: Iterable[Row], with_crop: Iterable[Row], seed: int = 
     if right_by is None:
         return {}
     a, b = ([float(is_right(row, right_by)) for row in side] for side in zip(*pairs, strict=True))
+    groups = [group_of(row) or key_of(row) for _, row in pairs]
     cells = Counter(zip(a, b, strict=True))
     return {
         "right_by": right_by,
@@ -63,7 +64,7 @@ def gain_and_harm(without: Iterable[Row], with_crop: Iterable[Row], seed: int = 
         "neither": cells[0, 0],
         "without": sum(a) / len(a),
         "with": sum(b) / len(b),
-        **paired(a, b, seed),
+        **paired(a, b, seed, groups=groups),
     }
 
 

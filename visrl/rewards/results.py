@@ -11,12 +11,15 @@ a column:
 
 The truth lies between the two; where they differ by much, the failures are the finding.
 
+Rows with one `group` are one question, asked several times: they count as one value, their mean.
+
 What does not apply to a question is neither: a row that was `skipped` (a control that the question has not) counts in
 no column, and a row without one of `CONDITIONAL` not in that one; both are counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,20 +38,24 @@ from visrl.statistics import interval, mean_interval
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]  # data set, id, and how many rows before have both
+Group = tuple[str, str]  # data set, and what rows about one question share
 Reading = Literal["counted", "left_out"]
 Measure = Literal["answer_accuracy", "box_iou", "box_accuracy_50", "right_object"]
 
 READINGS: tuple[Reading, ...] = ("counted", "left_out")
-# Of the questions alone whose image has another known object, and of those whose evidence is known (see grounding.py).
-CONDITIONAL = ("right_object", "grounded")
-BOX_COLUMNS = ("hit_published", "hit", "iou", *CONDITIONAL)
-ANSWER_COLUMNS = ("judge_published", "judge", "correct_published", "correct", "exact", "relaxed", "anls", "vqa")
+# Of the questions alone whose image has another known object, of those whose evidence is known (see grounding.py), and
+# of one row alone of those that are asked in several orders of their options.
+CONDITIONAL = ("right_object", "grounded", "circular")
+BOX_COLUMNS = ("hit_published", "hit", "iou", "iou_published", "right_object", "grounded")
+ANSWER_COLUMNS = (
+    "judge_published", "judge", "correct_published", "correct", "circular", "exact", "relaxed", "anls", "vqa",
+)  # fmt: skip
 COLUMNS = (*ANSWER_COLUMNS, *BOX_COLUMNS)
 MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "box_accuracy_50", "right_object")
 NO_OTHER = "no other question on its image"  # why mode "other_question" skips a question
 KIND_MEASURES: tuple[Measure, ...] = ("answer_accuracy", "box_iou", "right_object")  # shown by kind of question
 # What says of an answer that it is right, the surest first; at 0.5 a judge finds it more right than wrong.
-RIGHT_BY = ("correct", "judge", "exact", "hit")
+RIGHT_BY = ("correct", "correct_published", "judge", "exact", "hit")
 
 
 # --- The row of a question --------------------------------------------------------------------------------------------
@@ -61,7 +68,8 @@ class Result:
     `box_text` is what stands for the box in the conversation (None: no box was asked for); in most controls nobody
     wrote it (see `written`). An `error` beside an empty text says that no reply came, unless it is of the box
     ("box: …"). `size` is that of the image as it was opened, in pixels; `others` are the known objects of the image
-    that are not asked about. `skipped` says why the mode does not apply to the question.
+    that are not asked about; `reply` is the answer with what was thought aloud. `skipped` says why the mode does not
+    apply to the question.
     """
 
     sample: Sample
@@ -74,6 +82,7 @@ class Result:
     crop_rule: CropRule = "exact"
     others: tuple[Box, ...] = ()
     skipped: str | None = None
+    reply: str | None = None
 
     @classmethod
     def of(
@@ -87,7 +96,8 @@ class Result:
         """The result of one rollout, or of a question that could not be asked."""
         if isinstance(look, Look):
             size = look.whole.size
-            return cls(sample, look.answer, look.text, look.box, look.error, mode, size, crop_rule, others)
+            reply = look.answer_completion.text if look.answer_completion else None
+            return cls(sample, look.answer, look.text, look.box, look.error, mode, size, crop_rule, others, reply=reply)
         return cls(sample, None, "", None, failure(look), mode, None, crop_rule, others)
 
     @property
@@ -231,8 +241,30 @@ def value_of(row: Row, column: str, reading: Reading) -> float | None:
 
 
 def values_of(rows: Iterable[Row], column: str, reading: Reading) -> list[float]:
-    """The values of a column under a reading."""
-    return [value for row in rows if (value := value_of(row, column, reading)) is not None]
+    """The values of a column under a reading, one for every question."""
+    return means_of_groups((group_of(row), value_of(row, column, reading)) for row in rows)
+
+
+def group_of(row: Row) -> Group | None:
+    """What names the question of a row that was asked several times; None of any other row."""
+    group = row.get("group")
+    return None if group is None else (dataset_name(row), str(group))
+
+
+def means_of_groups(values: Iterable[tuple[Group | None, float | None]]) -> list[float]:
+    """The values without None, those of one group as their mean, in the order in which each first comes."""
+    found: list[list[float]] = []
+    places: dict[Group, int] = {}
+    for group, value in values:
+        if value is None:
+            continue
+        if group is not None and group in places:
+            found[places[group]].append(value)
+            continue
+        if group is not None:
+            places[group] = len(found)
+        found.append([value])
+    return [own[0] if len(own) == 1 else math.fsum(own) / len(own) for own in found]
 
 
 def measure_of(row: Row, measure: Measure) -> float | None:

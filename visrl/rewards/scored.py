@@ -46,6 +46,8 @@ def greedy_results(
     crop_rule: CropRule = "exact",
     root: str | Path | None = None,
     seed: int = 0,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> list[Result]:
     """The results of a batch, in order. In mode "other_question" what has no other question is skipped, not asked."""
     askable = [one for one in batch if mode != "other_question" or one.other is not None]
@@ -59,6 +61,8 @@ def greedy_results(
             root=root,
             seed=seed,
             others=[one.other for one in askable if one.other is not None],
+            temperature=temperature,
+            top_p=top_p,
         )
     )
     return [

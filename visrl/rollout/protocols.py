@@ -7,17 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from visrl.box import CropRule
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
 from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt
+
+Plain = Callable[[str, View], Conversation]
+
+
+def plain_conversation(question: str, whole: View) -> Conversation:
+    """One turn, image and question, no box: what two steps are to be better than."""
+    return Conversation((Message("user", f"{IMAGE}\n{question}"),), (whole,))
+
+
+def instructed(system: str | None) -> Plain:
+    """One turn, the image right before the question, after a system message where there is one: how published
+    evaluations ask."""
+
+    def plain(question: str, whole: View) -> Conversation:
+        turns = (Message("user", f"{IMAGE}{question}"),)
+        return Conversation(((Message("system", system), *turns) if system else turns), (whole,))
+
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
 class LookProtocol:
     """Where to look (`focus`), then what is there (`answer`, of question, whole, box text and crop).
 
-    `crop_rule` None is the checkpoint's own rule. A protocol without `answer` asks for boxes only.
+    `crop_rule` None is the checkpoint's own rule. A protocol without `answer` asks for boxes only. `plain` asks in one
+    turn. Random and centre boxes are drawn as Visual-CoT's scripts do, or with the size of the true box ("matched"), or
+    so where there is a true box ("either").
     """
 
     name: str
@@ -26,11 +47,8 @@ class LookProtocol:
     box_tokens: int
     answer_tokens: int
     crop_rule: CropRule | None = None
-
-
-def plain_conversation(question: str, whole: View) -> Conversation:
-    """One turn, image and question, no box: what two steps are to be better than."""
-    return Conversation((Message("user", f"{IMAGE}\n{question}"),), (whole,))
+    plain: Plain = plain_conversation
+    controls: Literal["published", "matched", "either"] = "published"
 
 
 def _one_turn(prompt: Callable[[str], str]) -> Callable[[str, View], Conversation]:
@@ -52,8 +70,16 @@ def _single_turn(question: str, whole: View, box_text: str, detail: View) -> Con
     return answer_conversation(question, whole, detail)
 
 
-VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64)
-VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, box_tokens=64, answer_tokens=64)
+VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64, controls="matched")
+VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, box_tokens=64, answer_tokens=64, controls="matched")
+
+
+def as_published(system: str | None, answer_tokens: int) -> LookProtocol:
+    """The two steps of `visrl` around a benchmark's own wording; in one turn, exactly as it was published."""
+    plain = instructed(system)
+    return LookProtocol("visrl", focus_conversation, _single_turn, 64, answer_tokens, plain=plain, controls="either")
+
+
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.
 VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
 VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
