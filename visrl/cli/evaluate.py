@@ -183,17 +183,22 @@ def leaderboard(
     ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
     judge_name: Annotated[str, typer.Option("--judge", help="Who judged these results.")] = "not said",
+    benchmark: Annotated[str, typer.Option(help="What files are results of; folders say it.")] = "viscot",
+    picture_limit: Annotated[
+        str, typer.Option(help="How large images were shown, for files; folders say it.")
+    ] = "not said",
 ) -> None:
-    """Write one page with your results among the published ones."""
-    from visrl.evaluate.leaderboard import LeaderboardEntry, write_leaderboard
-    from visrl.evaluate.results import read_results
-    from visrl.rewards.results import summarise
+    """Write one page with your results among the published ones; only what came about alike is ranked together."""
+    from visrl.evaluate.leaderboard import read_entry, write_leaderboard
 
     entries = []
     for given in map(str, results):
         name, equals, path = given.partition("=")
-        rows = read_results(path if equals else given)
-        entries.append(LeaderboardEntry(name if equals else Path(given).stem, summarise(rows), judge_name))
+        entries.append(
+            read_entry(
+                name if equals else Path(given).stem, path if equals else given, judge_name, benchmark, picture_limit
+            )
+        )
     write_leaderboard(out, entries)
     typer.echo(f"leaderboard: {out}")
 

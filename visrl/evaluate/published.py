@@ -1,4 +1,4 @@
-"""What others published, as data: the benchmark's make-up and the scores that ours are shown beside.
+"""What others published of Visual-CoT and RefCOCO, as data: their make-up and the scores that ours are shown beside.
 
 Sources: VisRL (arXiv 2503.07523) and Visual-CoT (arXiv 2403.16999). Knows no files and computes nothing but the two
 ways to average over data sets.
@@ -34,51 +34,55 @@ REFCOCO_SPLITS: tuple[str, ...] = (
     "REC_refcocog_umd_test",
 )
 
-JUDGE = "gpt-3.5-turbo-1106"
-JUDGE_NOTE = (
-    "Published scores were given by gpt-3.5-turbo-1106. Scores of another judge are not on the same scale: "
-    "compare rows with one judge only, and see the agreement between judges before reading anything into a gap."
-)
+NOT_SAID = "not said"
+Figures = tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class PublishedScore:
-    """One cell of a published table: the unweighted mean over the 11 data sets, a fraction of 1."""
+class PublishedTable:
+    """Scores in percent, by model: the first of `columns` is the one that ranks, None is what the source lacks.
 
-    base: str
-    method: str
-    score: float
-    judge: str = JUDGE
-    source: str = "VisRL, arXiv 2503.07523"
+    `reading`, `judge` and `limit` (how large images were shown) say how they came about; `is_ranked` is false where the
+    rows of one table did not come about alike.
+    """
+
+    benchmark: str
+    source: str
+    columns: tuple[str, ...]
+    scores: Mapping[str, Figures]
+    reading: str = NOT_SAID
+    judge: str = NOT_SAID
+    limit: str = NOT_SAID
+    is_ranked: bool = True
 
 
-METHODS: tuple[str, ...] = ("base, no box", "SFT 30k", "RL stage 1", "RL stage 2")
+_VISRL = "VisRL, arXiv 2503.07523"
+_METHODS: tuple[str, ...] = ("base, no box", "SFT 30k", "RL stage 1", "RL stage 2")
 _VISCOT: dict[str, tuple[float, float, float, float]] = {
-    "LLaVA-1.5-7B": (0.444, 0.538, 0.568, 0.605),
-    "LLaVA-NeXT-7B": (0.459, 0.556, 0.593, 0.628),
-    "Llama-3.2-V-11B": (0.635, 0.724, 0.749, 0.786),
-    "MiniCPM-o-2.6": (0.428, 0.519, 0.544, 0.591),
-    "PaliGemma2-10B": (0.377, 0.479, 0.507, 0.562),
-    "Yi-VL-6B": (0.389, 0.492, 0.523, 0.573),
-    "Qwen2.5-VL-7B": (0.640, 0.730, 0.763, 0.796),
+    "LLaVA-1.5-7B": (44.4, 53.8, 56.8, 60.5),
+    "LLaVA-NeXT-7B": (45.9, 55.6, 59.3, 62.8),
+    "Llama-3.2-V-11B": (63.5, 72.4, 74.9, 78.6),
+    "MiniCPM-o-2.6": (42.8, 51.9, 54.4, 59.1),
+    "PaliGemma2-10B": (37.7, 47.9, 50.7, 56.2),
+    "Yi-VL-6B": (38.9, 49.2, 52.3, 57.3),
+    "Qwen2.5-VL-7B": (64.0, 73.0, 76.3, 79.6),
 }
-VISCOT_SCORES: tuple[PublishedScore, ...] = tuple(
-    PublishedScore(base, method, score)
-    for base, scores in _VISCOT.items()
-    for method, score in zip(METHODS, scores, strict=True)
+VISCOT_TABLE = PublishedTable(
+    "viscot",
+    _VISRL,
+    ("mean",),
+    {
+        f"{base}, {method}": (score,)
+        for base, scores in _VISCOT.items()
+        for method, score in zip(_METHODS, scores, strict=True)
+    },
+    reading="a failed or unread judgement counts 0",
+    judge="gpt-3.5-turbo-1106",
 )
-
-# Score after iterations 0 to 4 of generating anew and training again.
-ITERATIONS: dict[str, tuple[float, ...]] = {
-    "Qwen2.5-VL-7B": (0.796, 0.801, 0.808, 0.812, 0.815),
-    "LLaVA-1.5-7B": (0.605, 0.616, 0.625, 0.631, 0.635),
-}
-# RefCOCO accuracy at IoU > 0.5 of LLaVA-1.5 trained with VisRL, fractions of 1.
-REFCOCO_SCORES: dict[str, float] = {
-    "REC_refcoco_unc_val": 0.9272,
-    "REC_refcoco_unc_testA": 0.9618,
-    "REC_refcoco_unc_testB": 0.9021,
-}
+REFCOCO_TABLE = PublishedTable(
+    "refcoco", _VISRL, ("val", "testA", "testB"), {"LLaVA-1.5, VisRL": (92.72, 96.18, 90.21)},
+    reading="IoU above 0.5 by Visual-CoT's script", judge="none",
+)  # fmt: skip
 
 
 def missing_datasets(names: Collection[str]) -> list[str]:

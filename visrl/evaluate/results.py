@@ -39,20 +39,29 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def mode_of(path: str | os.PathLike[str]) -> str | None:
-    """The mode of a run of `visrl eval`, by the scores in its folder; None where there are none.
+def facts_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the scores in a folder of `visrl eval` say of the run beside its figures; nothing where there are none.
 
     Raises:
         RecordError: they are not JSON.
     """
     file = Path(path) / SCORES
     if not file.is_file():
-        return None
+        return {}
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordError(f"{file} is not JSON ({error}); run the evaluation that writes it again") from error
-    mode = scores.get("mode") if isinstance(scores, dict) else None
+    return scores if isinstance(scores, dict) else {}
+
+
+def mode_of(path: str | os.PathLike[str]) -> str | None:
+    """The mode of a run of `visrl eval`, by the scores in its folder; None where there are none.
+
+    Raises:
+        RecordError: they are not JSON.
+    """
+    mode = facts_of(path).get("mode")
     return mode if isinstance(mode, str) else None
 
 
