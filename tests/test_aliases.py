@@ -31,6 +31,7 @@ VALUES = {
     "cliprange": (0.2, 0.1),
     "response_length": (64, 65),
     "ppo_whiten_rewards": (False, True),
+    "moe_aux_loss_coef": (0.01, 0.0),
 }
 CASES = [
     (old, next(kind for kind in (EvolveConfig, EvalConfig, *KINDS) if new in kind.model_fields))

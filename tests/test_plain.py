@@ -3,6 +3,7 @@ log-probabilities, gradients and texts."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from visrl.engines.local import LocalEngine
 from visrl.models.attention import use_tree_attention
 from visrl.models.derive import found_family
 from visrl.models.encode import Encoder
+from visrl.models.load import load_encoder
 from visrl.models.parts import language_model
 from visrl.models.probe import prove
 from visrl.models.settings import ModelSettings
@@ -78,6 +80,20 @@ def test_log_probabilities_and_gradients_are_those_of_the_tree(name: str) -> Non
     whole = torch.cat([gradient.flatten() for gradient in other.values()]).norm()
     for key, gradient in other.items():
         assert (mine[key] - gradient).norm() < 1e-4 * max(gradient.norm(), 1e-3 * whole), key
+
+
+@pytest.mark.parametrize("name", ["glm4v"])
+def test_both_forms_of_a_checkpoint_show_and_end_the_same(name: str, tmp_path: Path) -> None:
+    """A processor whose sizes are numbers of pixels for every frame, and turns that the next one ends."""
+    model, processor = made(name)
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    tree, rows = (load_encoder(tmp_path, layout=layout) for layout in ("tree", "plain"))
+    assert (tree.end_of_turn, tree.codec, tree.max_tokens) == (rows.end_of_turn, rows.codec, rows.max_tokens)
+    assert rows.end_of_turn == "<|user|>"
+    for talk, responses in talks(1, 1):
+        for mine, other in zip(rows.encode(talk, responses), tree.encode(talk, responses), strict=True):
+            assert mine.ids.tolist() == other.ids.tolist()
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -26,6 +26,7 @@ ALIASES: dict[str, str] = RENAMED | {
     "cliprange": "epsilon",
     "response_length": "max_completion_length",
     "ppo_whiten_rewards": "whiten_rewards",
+    "moe_aux_loss_coef": "router_aux_loss_coef",
 }
 
 _NO_VIDEO, _NO_SOUND = "there are no videos", "there is no sound"
@@ -88,7 +89,6 @@ SWITCHED_OFF: dict[str, str] = {
     "shift_attn": "leave it out",
     "rope_scaling": "the checkpoint's own positions are used; leave it out",
     "mixture_of_depths": "leave it out",
-    "moe_aux_loss_coef": "leave it out",
     "upcast_layernorm": "weights that are trained are kept in fp32 under bf16 anyway; leave it out",
     "upcast_lmhead_output": "log-probabilities are computed in fp32 anyway; leave it out",
     "train_from_scratch": "name a checkpoint of random weights as model_name_or_path",

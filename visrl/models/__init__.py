@@ -15,6 +15,7 @@ load             model, processor and settings of a folder, with a clear sentenc
 adapters, chain  LoRA and its like: merging them, and which were trained on which
 folder           what must be true of a folder before a library reads it
 prompting        what a chat template must do; template_trial tries one in a process of its own
+router           router losses of mixtures of experts, over sequences that share tokens
 value_head       a scalar head on a model: of reward models, and of PPO
 settings         pixel limits, crop rule and box codec beside the weights
 modes, tokens    evaluation mode for a while; token counts for statistics

@@ -14,7 +14,7 @@ from PIL import Image
 from visrl.models.families import RECURRENT_KINDS, codec_of, is_windowed, kinds_of
 from visrl.models.family import Family, ImageInputs, Layout, join_images, joined
 from visrl.models.found import Axis, Found, Measured, Sight
-from visrl.models.pixels import PIXEL_LIMITS, limited_images, limited_size
+from visrl.models.pixels import PIXEL_LIMITS, has_limits, limited_images, limited_size
 from visrl.models.positions import depth_positions, mrope_positions
 from visrl.models.tree_runs import plan_runs
 
@@ -208,9 +208,7 @@ def takes_limits(processor: Any, clues: Clues) -> bool:
     """Whether the image processor takes a smallest and a largest number of pixels, and sizes images by them as
     `limited_size` does: some count an image's pixels once for every frame."""
     own = processor.image_processor
-    size = getattr(own, "size", None) or {}
-    rounds = all(getattr(own, name, None) for name in ("patch_size", "merge_size"))
-    if not (rounds and all(size.get(name) for name in PIXEL_LIMITS) and "image_grid_thw" in clues.together):
+    if not (has_limits(own) and "image_grid_thw" in clues.together):
         return False
     side = own.patch_size * own.merge_size
     large, limits = (8 * side, 8 * side), dict(zip(PIXEL_LIMITS, (side**2, 16 * side**2), strict=True))

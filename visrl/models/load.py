@@ -30,13 +30,14 @@ from visrl.conversation import View
 from visrl.models.calls import forward_arguments
 from visrl.models.derive import described
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, SUCCESSORS, family_of, layer_counts, other_program
+from visrl.models.families import FAMILIES, SUCCESSORS, layer_counts, other_program
 from visrl.models.family import Family
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
-from visrl.models.pixels import PIXEL_LIMITS
+from visrl.models.pixels import PIXEL_LIMITS, has_limits
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.probe import find_family
 from visrl.models.prompting import check_processor, check_prompts
+from visrl.models.router import switch_off_router_logits
 from visrl.models.settings import ModelSettings
 from visrl.models.tree_encoder import TreeEncoder
 from visrl.progress import note
@@ -74,8 +75,8 @@ def load_encoder(
     with reading(path, "no prompt can be made"):
         check_processor(processor, config)
         family = _family(path, processor, config, layout)
-        check_sizes(processor.image_processor.to_dict(), family.pixel_limits)
-        if family.found:
+        check_sizes(processor.image_processor.to_dict(), family.pixel_limits or has_limits(processor.image_processor))
+        if family.found and not family.plain:
             note(f"{path}: {described(family)}")
         kind = PlainEncoder if family.plain else TreeEncoder
         encoder: Encoder = kind(processor, config, settings, family)
@@ -91,7 +92,7 @@ def _family(path: str | Path, processor: Any, config: Any, layout: Layout) -> Fa
     Raises:
         CheckpointError: it is to be laid out as trees, and takes none.
     """
-    family = family_of(config) if layout == "plain" else find_family(processor, config)
+    family = find_family(processor, config)
     if layout == "tree" and family.plain:
         raise CheckpointError(f"layout: tree: it takes no prefix tree, because {family.plain}; leave the key out")
     if layout == "plain":
@@ -234,6 +235,7 @@ def load_model(
             **options,
         )
     model, found = loaded
+    switch_off_router_logits(model.config)
     _check_found(path, found)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes may hold only a part, or nothing yet
         check_finite(f"{path}: the weights", model.state_dict())

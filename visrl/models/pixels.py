@@ -16,6 +16,14 @@ PIXEL_LIMITS = ("shortest_edge", "longest_edge")  # as these processors call the
 THINNEST = 200  # the ratio of sides from which on they refuse an image
 
 
+def has_limits(image_processor: Any) -> bool:
+    """Whether the sizes that an image processor names are a smallest and a largest number of pixels: it has both, and
+    merges patches, as those that take none do not."""
+    size = getattr(image_processor, "size", None) or {}
+    rounds = all(getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
+    return rounds and all(size.get(name) for name in PIXEL_LIMITS)
+
+
 def limited_size(image_processor: Any, size: Size, limits: PixelRange) -> Size:
     """Width and height that the processor gives an image of `size`: whole merged patches, between the limits.
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from visrl.models.router import switch_off_router_logits
+
 LAYERS, KINDS = 2, 3
 WINDOW, CHUNK = 24, 32  # tokens, shorter than any prompt of a trial
 NARROW = 512  # wider models are made narrow, too
@@ -43,6 +45,7 @@ def small_model(config: Any, *, narrow: bool, numbers: torch.Tensor | None = Non
         _renumber(values, text, numbers)
     values.pop("quantization_config", None)
     made = type(config).from_dict(values)
+    switch_off_router_logits(made)
     return AutoModelForImageTextToText.from_config(made, dtype=torch.float32)
 
 

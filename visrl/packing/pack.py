@@ -27,10 +27,12 @@ ATTENTION_TOKENS = 600  # the bin length at which attention costs about as much 
 @dataclass(slots=True)
 class Call:
     """One call of a model's forward: tokens [rows, length] with masks and images, and the columns [K] whose logits are
-    needed. `views` are the images in the order in which they lie, until they are on their device."""
+    needed. `uses` [rows, length] says in how many paths each token lies, 0 for padding. `views` are the images in the
+    order in which they lie, until they are on their device."""
 
     inputs: dict[str, Any]
     keep: torch.Tensor
+    uses: torch.Tensor
     views: list[EncodedView]
 
 
@@ -68,7 +70,8 @@ def moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, RunPlan):
         return value.to(device)
     if isinstance(value, Call):
-        return Call(moved(value.inputs, device), value.keep.to(device, non_blocking=True), [])
+        keep, uses = (part.to(device, non_blocking=True) for part in (value.keep, value.uses))
+        return Call(moved(value.inputs, device), keep, uses, [])
     return value
 
 
@@ -142,11 +145,14 @@ def _pack_call(
         length, offsets, bins = _choose_bins([tree.size for tree in trees], bin_length, bucket)
     width = length if family.row_per_prompt else bins * length  # of a row of the model's input
     ids = np.full(bins * length, pad_id, dtype=np.int64)
+    uses = np.zeros_like(ids)
     positions = np.zeros((trees[0].positions[0].shape[0], bins * length), dtype=np.int64)
     predictors = []
     for tree, offset in zip(trees, offsets, strict=True):
         ids[offset : offset + tree.size] = np.concatenate(tree.ids)
         positions[:, offset : offset + tree.size] = np.concatenate(tree.positions, axis=1)
+        for places, _ in tree.paths:
+            uses[offset + places] += 1
         predictors += [offset + (places[-1:] if ends else places[path.start - 1 : -1]) for places, path in tree.paths]
     places = np.concatenate(predictors)
     keep, column = np.unique(places % width, return_inverse=True)
@@ -159,7 +165,8 @@ def _pack_call(
         **family.inputs(layout, family),
     }
     views = [view for tree in in_order for view in tree.views]
-    return Call(inputs, torch.from_numpy(keep), views), places // width * len(keep) + column
+    call = Call(inputs, torch.from_numpy(keep), torch.from_numpy(uses).view(-1, width), views)
+    return call, places // width * len(keep) + column
 
 
 def _layout(

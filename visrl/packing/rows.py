@@ -29,7 +29,8 @@ def pack_rows(paths: Sequence[TokenPath], encoder: PlainEncoder, *, ends: bool =
         predictors = [np.arange(len(path.ids))[start:] - (not ends) for start, path in zip(starts, own, strict=True)]
         keep, column = np.unique(np.concatenate(predictors), return_inverse=True)
         row = np.repeat(np.arange(len(own)), [len(places) for places in predictors])
-        calls.append(Call(inputs, torch.from_numpy(keep), []))
+        uses = np.arange(inputs["input_ids"].shape[1]) < np.array([[len(path.ids)] for path in own])
+        calls.append(Call(inputs, torch.from_numpy(keep), torch.from_numpy(uses.astype(np.int64)), []))
         rows.append(kept + row * len(keep) + column)
         targets += [path.ids[start:] for start, path in zip(starts, own, strict=True)]
         branches.append(np.array(members)[row])

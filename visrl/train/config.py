@@ -121,6 +121,7 @@ class TrainConfig(PPOFields, OnlineFields, TrainerFields, RewardConfig, SourceCo
     simpo_gamma: float = 0.5
     lambda_box: float = Field(0.5, ge=0)
     lambda_answer: float = Field(0.5, ge=0)
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None  # of a mixture of experts; None: as it asks
     center_rewards_coefficient: float = Field(0.01, ge=0)  # of stage rm: how firmly scores are held around 0
 
     dataset: Listed | None = None

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import transformers
 
 from visrl.config import ConfigError
 from visrl.models.adapters import load_merged, read_adapter
@@ -15,6 +16,7 @@ from visrl.models.chain import adapter_chain
 from visrl.models.family import Family
 from visrl.models.load import check_weights, load_config
 from visrl.models.parts import base_model, language_model, projector, switch_off_dropout, vision_names, vision_tower
+from visrl.models.router import experts_of_a_token, own_weight
 from visrl.train.config import TrainConfig
 
 
@@ -41,6 +43,22 @@ def check_layout(config: TrainConfig, family: Family) -> None:
     """
     if family.plain and (given := [key for key in OF_TREES if key in config.model_fields_set]):
         raise ConfigError(f"{given[0]}: it is about prefix trees, and {family.plain}; leave the key out")
+
+
+def router_weight(config: TrainConfig, known: Any) -> float:
+    """What the router loss of a mixture of experts weighs beside the loss of a stage, 0 where none is added: `known` is
+    the checkpoint's config, whose own wish holds where the key says nothing.
+
+    Raises:
+        ConfigError: a weight is given, and the model has no such loss.
+    """
+    given = config.router_aux_loss_coef
+    if given and experts_of_a_token(known) is None:
+        raise ConfigError(
+            f"router_aux_loss_coef: {known.model_type} gives no router logits in transformers "
+            f"{transformers.__version__}, so there is nothing to weigh; leave the key out"
+        )
+    return own_weight(known) if given is None else given
 
 
 def prepare_model(config: TrainConfig, *, plain: bool = False) -> torch.nn.Module:

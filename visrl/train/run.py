@@ -43,7 +43,7 @@ from visrl.train.features import open_features
 from visrl.train.identity import clear_folder, identity_of, parents_of, replaces_other_work
 from visrl.train.items import Collator
 from visrl.train.log import JsonLog, plot_loss
-from visrl.train.model import check_layout, check_policy, prepare_model
+from visrl.train.model import check_layout, check_policy, prepare_model, router_weight
 from visrl.train.online import OnlineTrainer
 from visrl.train.ppo import PPOTrainer
 from visrl.train.reference import hash_images, reference_key, reference_logps
@@ -105,6 +105,8 @@ def _train(config: TrainConfig, opened: ExitStack) -> None:
     settings = model_settings(config).with_given(crop_rule=config.crop_rule)
     encoder = open_encoder(config, settings)
     check_layout(config, encoder.family)
+    if weight := router_weight(config, encoder.config):
+        say(f"the loss of how evenly experts are used is added, with the weight {weight:g} (router_aux_loss_coef)")
     check_policy(config)
     load_parts(config.rewards)
     adapters = described(adapter_chain(config.model_name_or_path, config.adapter_name_or_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Trainer
 from visrl.models.encode import Encoder
 from visrl.models.load import load_model
 from visrl.models.modes import evaluating
+from visrl.models.router import Routed, experts_of_a_token, kept_router_logits, router_loss
 from visrl.packing.forward import branch_logps
 from visrl.records import RecordError, Sample
 from visrl.sequences import batched
@@ -25,7 +27,7 @@ from visrl.train.distributed import shard_batches, shards_weights
 from visrl.train.features import FeatureCache
 from visrl.train.items import Branch, TrainingBatch, select
 from visrl.train.log import RunningMeans
-from visrl.train.model import make_tied_embedding_sparse
+from visrl.train.model import make_tied_embedding_sparse, router_weight
 from visrl.train.sampler import EpochOrder, SameImageSampler
 
 
@@ -58,6 +60,8 @@ class VisrlTrainer(Trainer):
         self.features = features
         self.validation = validation
         self.rollouts = rollouts
+        self.router_weight = router_weight(visrl_config, encoder.config)
+        self._chosen = experts_of_a_token(encoder.config) or 0
         self._meters = RunningMeans()
         assert self.model is not None
         if self.reads_logits and self.args.world_size == 1 and not shards_weights(self.args):
@@ -124,15 +128,26 @@ class VisrlTrainer(Trainer):
             TrainingError: a row's loss is no number; the message names rows.
         """
         batch: TrainingBatch = inputs["batch"]
-        per_row = self._row_losses(model, batch)
+        with self._routed() as routed:
+            per_row = self._row_losses(model, batch)
         if not torch.isfinite(per_row).all():
             raise TrainingError(
                 f"the loss is no number any more at step {self.state.global_step + 1} (rows "
                 f"{', '.join(sorted({branch.row for branch in batch.branches})[:3])}); lower learning_rate, set "
                 "max_grad_norm, or look at the weights of the model; this training is not complete"
             )
-        loss = per_row.sum() / (num_items_in_batch if num_items_in_batch is not None else self._count(batch))
+        count = self._count(batch)
+        total = num_items_in_batch if num_items_in_batch is not None else count
+        loss = per_row.sum() / total
+        if self.router_weight:  # a mean over tokens: of several batches each counts by its share of the step
+            uneven = router_loss(routed, [call.uses for call in batch.packed.calls], self._chosen)
+            self._meters.add("aux_loss", uneven.detach())
+            loss = loss + self.router_weight * uneven * count / total
         return (loss, {}) if return_outputs else loss
+
+    def _routed(self) -> AbstractContextManager[list[Routed]]:
+        """What routers say within, where a loss reads it."""
+        return kept_router_logits(self.accelerator.unwrap_model(self.model)) if self.router_weight else nullcontext([])
 
     def _row_losses(self, model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
         """The weighted loss of every row, to be divided by what `_count` counts."""
