@@ -54,6 +54,19 @@ def test_mcnemar_of_many_questions_does_not_overflow():
     assert 0 < statistics.mcnemar(3900, 4100) < 0.03
 
 
+def test_values_of_one_question_are_resampled_together_and_are_no_test():
+    """Each question four times alike: the interval is that of the questions, not of four times as many."""
+    a, b = [0, 1, 0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0, 1, 1, 1]
+    once = statistics.paired(a, b)
+    four = statistics.paired(a * 4, b * 4, groups=[*range(8)] * 4)
+    assert four["difference"] == once["difference"] == 3 / 8
+    assert (four["low"], four["high"]) == pytest.approx((once["low"], once["high"]), abs=0.13)
+    apart = statistics.paired(a * 4, b * 4)
+    assert four["high"] - four["low"] > 1.6 * (apart["high"] - apart["low"])
+    assert ("p_mcnemar" in once, "p_mcnemar" in four) == (True, False)
+    assert statistics.paired(a, b, groups="abcdefgh") == once
+
+
 def test_paired_difference_is_of_b_over_a():
     a, b = [0, 0, 0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 1, 1, 0]
     result = statistics.paired(a, b)

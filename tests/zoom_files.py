@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ WIDTH = 336  # of a picture, and its height
 
 
 def drawn(count: int, first: int = 0) -> list[Sample]:
-    """Drawn questions with their true boxes."""
-    return scene_samples("test", 0, 4 * (first + count), with_box=True, kinds=("color", "shape"))[first : first + count]
+    """Drawn questions with their true boxes; each names itself, so that a scripted model can tell it."""
+    own = scene_samples("test", 0, 4 * (first + count), with_box=True, kinds=("color", "shape"))[first : first + count]
+    return [replace(one, question=f"Picture {first + number}: {one.question}") for number, one in enumerate(own)]
 
 
 @cache

@@ -38,8 +38,14 @@ def compare(a: Sequence[Row], b: Sequence[Row], seed: int = 0) -> dict[str, Any]
     questions). `right` says what b alone, and what a alone, has right (`rewards.crop_effects.gain_and_harm`).
 
     Raises:
-        RecordError: the two have no question or no column in common.
+        RecordError: the two have no question or no column in common, or were read in two ways.
     """
+    readings = [sorted({str(row["reading"]) for row in side if row.get("reading")}) for side in (a, b)]
+    if all(readings) and readings[0] != readings[1]:
+        raise RecordError(
+            f"A is read as {' and '.join(readings[0])}, B as {' and '.join(readings[1])}: scores of two readings are "
+            "not compared; run one of them again with the other's `reading`"
+        )
     right = {key_of(row): row for row in b}
     pairs = [(row, right[key_of(row)]) for row in a if key_of(row) in right]
     columns = [column for column in columns_of(a) if column in columns_of(b)]

@@ -166,12 +166,12 @@ def missing_images(questions: Iterable[BenchmarkQuestion], image_root: str | Non
     return missing
 
 
-def format_missing(missing: dict[str, list[str]], image_root: str | None) -> str:
-    """What is missing, where it belongs and where it comes from, in lines."""
+def format_missing(missing: dict[str, list[str]], image_root: str | None, origin: str = "") -> str:
+    """What is missing, where it belongs and where it comes from, in lines; `origin` is that of the whole benchmark."""
     lines = [f"{sum(map(len, missing.values())):,} pictures are missing under {image_root or '.'}:"]
     for name, refs in missing.items():
-        origin = ORIGINS.get("refcoco" if name.startswith("REC_") else name, "the place its data came from")
-        lines.append(f"  {name or 'pictures'}: {len(refs):,}, {refs[0]} the first; they come from {origin}")
+        whence = origin or ORIGINS.get("refcoco" if name.startswith("REC_") else name, "the place its data came from")
+        lines.append(f"  {name or 'pictures'}: {len(refs):,}, {refs[0]} the first; they come from {whence}")
     if any(name in VISCOT_QUESTIONS for name in missing):
         lines.append(f"  all of Visual-CoT's pictures in one place: {ALL_PICTURES}")
     return "\n".join(lines)

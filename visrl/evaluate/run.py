@@ -127,7 +127,7 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
         _check_others([question.sample for question in questions], config.seed)
     missing = missing_images(questions, config.image_root)
     if missing:
-        notice = format_missing(missing, config.image_root)
+        notice = format_missing(missing, config.image_root, find_benchmark(config.benchmark).origin)
         if not config.allow_missing_pictures:
             raise RecordError(f"{notice}\nset image_root, or allow_missing_pictures=true to count them as failed")
         print(f"{notice}\ntheir questions count as failed")

@@ -127,7 +127,7 @@ def _crop_effects(run: Run) -> list[tuple[str, JsonObject]]:
     same model and benchmark in a mode without one."""
     found = [(stage.title, stage.crop) for stage in run.checkpoints]
     for without, with_crop in product(run.evaluations, run.evaluations):
-        same = all(without.facts.get(key) == with_crop.facts.get(key) for key in ("model", "benchmark"))
+        same = all(without.facts.get(key) == with_crop.facts.get(key) for key in ("model", "benchmark", "reading"))
         if same and without.facts.get("mode") in BASELINES and with_crop.facts.get("mode") == "own":
             effect = gain_and_harm(without.rows.values(), with_crop.rows.values())
             found.append((f"{with_crop.title} over {without.title}", effect))
