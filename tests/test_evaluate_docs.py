@@ -11,6 +11,7 @@ import pytest
 from benchmark_files import write_benchmark
 from serve_help import known
 from typer.testing import CliRunner
+from zoom_files import write_treebench, write_vstar
 
 from visrl.cli import app
 from visrl.cli.evaluate import app as eval_app
@@ -48,6 +49,8 @@ def folder(tmp_path, tiny, monkeypatch) -> Path:
     (tmp_path / "texts" / "gqa.jsonl").write_text(
         "".join(json.dumps({"question_id": number, "text": "7"}) + "\n" for number in range(4))
     )
+    write_vstar(tmp_path / "data" / "vstar_bench", 2)
+    write_treebench(tmp_path / "data" / "TreeBench", 3)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     embedded = tmp_path / CHECKPOINT.relative_to(ROOT)
     embedded.parent.mkdir(parents=True)

@@ -9,9 +9,10 @@ import pytest
 from visrl.evaluate.vqa_rules import VQA_RULES
 
 WORDS = (
-    "two", "ten", "None", "the", "a", "red", "Red", "car's", "its", "dont", "don't", "hadnt've", "ow's'at", "12", "12.5",
-    "12,500", "5%", "0", "0%", "1e3", "nan", "inf", "1_000", "U.S.A.", "a.b", ".5", "5.", "?", "-", "x-ray", "a/b", "(b)",
-    '"q"', "¿", "naïve", "", "  ", "\n", "somebody'd", "y'alld've", "100", "105", "95.0", "-95", "+100", "one,two", "!",
+    "two", "ten", "None", "the", "a", "red", "Red", "car's", "its", "dont", "don't", "hadnt've", "ow's'at", "12",
+    "12.5", "12,500", "5%", "0", "0%", "1e3", "nan", "inf", "1_000", "U.S.A.", "a.b", ".5", "5.", "?", "-", "x-ray",
+    "a/b", "(b)", '"q"', "¿", "naïve", "", "  ", "\n", "somebody'd", "y'alld've", "100", "105", "95.0", "-95", "+100",
+    "one,two", "!",
 )  # fmt: skip
 
 

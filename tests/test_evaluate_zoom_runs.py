@@ -65,8 +65,8 @@ def test_always_the_first_letter_is_right_as_published_and_at_chance_in_ours(vst
 
 
 class Looks:
-    """A policy that writes the true box of every second question and none for the others; right where it saw a crop, and
-    without one where the question is about a square."""
+    """A policy that writes the true box where a diamond is asked about and no box elsewhere; right where it saw a crop,
+    and without one where the question is about a square."""
 
     def __init__(self) -> None:
         self.talks: list[Conversation] = []

@@ -109,8 +109,9 @@ class Benchmark:
                 own[name] = None
             elif result.unparseable and name in ANSWER_COLUMNS:
                 own[name] = 0.0
-        named = {"reading": name for name, one in self.readings.items() if one is reading}
-        row = {**result.eval_row(), **own, **named, **_told_apart(question), **_said(question, result, reading)}
+        row = {**result.eval_row(), **own, **_told_apart(question), **_said(question, result, reading)}
+        if reading is not None:
+            row["reading"] = next(name for name, one in self.readings.items() if one is reading)
         if result.mode != "no_box":  # the published boxes are those of a reply that was asked for in one turn
             row.pop("iou_published", None)
         for name, metric in METRICS.items():
