@@ -194,6 +194,60 @@ def test_mutated_rows_give_questions_or_a_sentence(root: Path, tmp_path: Path, n
         assert path.name in sentence or "is there twice" in sentence, sentence
 
 
+TABLES = {
+    "zoombench": "zoombench/data/test-00001-of-00002.parquet", "hrbench8k": "hrbench/hr_bench_8k.parquet",
+    "textvqa": "documents/text/data/validation-00000-of-00001.parquet",
+    "chartqa": "documents/chart/data/test-00000-of-00001.parquet",
+}  # fmt: skip
+VALUES = [
+    None,
+    "",
+    0,
+    -1,
+    1e300,
+    float("nan"),
+    "<image>",
+    True,
+    [1, 2],
+    [None],
+    ["a"],
+    [[1]],
+    b"\xff",
+    [3, 2, 1, 0],
+    "[1",
+]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", list(TABLES))
+def test_mutated_tables_give_questions_or_a_sentence(root: Path, tmp_path: Path, name: str, count: int) -> None:
+    """Values of other types in a column, columns that are gone, and bytes of the file that are others."""
+    import pyarrow.parquet as pq
+
+    rng = random.Random(name)
+    whole, path = (root / TABLES[name]).read_bytes(), tmp_path / "rows.parquet"
+    rows = pq.read_table(root / TABLES[name]).to_pylist()
+    said: list[str] = []
+    for number in range(count):
+        if number % 2:
+            data = bytearray(whole)
+            for _ in range(rng.randint(1, 3)):  # mostly in what says where everything lies
+                data[rng.randrange(max(0, len(data) - rng.choice((4000, len(data)))), len(data))] = rng.randrange(256)
+            path.write_bytes(data)
+        else:
+            key, value = rng.choice(list(rows[0])), rng.choice(VALUES)
+            kept = [{**row, key: value} for row in rows]
+            write_parquet(path, kept if rng.random() < 0.8 else [{k: row[k] for k in row if k != key} for row in kept])
+        try:
+            read_benchmark(name, str(path))
+        except RecordError as error:
+            said.append(str(error))
+    assert len(said) > count / 10
+    for sentence in said:
+        assert "\n" not in sentence
+        assert path.name in sentence or "is there twice" in sentence, sentence
+
+
 def test_a_broken_row_is_named_by_its_number(root: Path, tmp_path: Path) -> None:
     rows = hrbench_rows(2)
     for change, said in (

@@ -141,7 +141,7 @@ def _parquet_cell(path: str, row: int, column: str) -> Any:
     try:
         return _parquet_images(path, column, os.stat(path).st_mtime_ns).at(row)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"cannot be read: {str(error)[:200]}") from error
+        raise ValueError(f"cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 @lru_cache(maxsize=4)

@@ -192,4 +192,4 @@ def _parquet_rows(path: Path, pictures: Sequence[str]) -> Iterator[tuple[int, Ro
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"{path} is damaged: {str(error)[:200]}") from error
+        raise RecordError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
