@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from benchmark_files import SIDE, samples_of, true_text, write_benchmark
 from serve_help import NAME, known
+from zoom_files import write_vstar
 
 from visrl.box import Box
 from visrl.config import ConfigError, read_config
@@ -24,6 +25,7 @@ from visrl.evaluate.results import read_results
 from visrl.evaluate.run import evaluate
 from visrl.failures import FailedRun
 from visrl.manifest import ManifestError
+from visrl.models.tiny import CHECKPOINT
 from visrl.records import RecordError, write_records
 from visrl.serve.schemas import Limits
 
@@ -234,9 +236,16 @@ def test_a_run_of_which_everything_failed_is_asked_again_by_itself(data, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_in_the_same_file(data, tiny, tmp_path):
+@pytest.mark.parametrize("benchmark", ["samples", "vstar"])
+def test_a_run_killed_at_any_moment_ends_in_the_same_file(benchmark, data, tiny, tmp_path):
+    """Over drawn scenes, and over those in the form of V* with the embedded model, every question in several orders."""
+    told = [f"model_name_or_path={tiny}", "dataset=scenes:test/0+48"]
+    if benchmark == "vstar":
+        folder = write_vstar(tmp_path / "vstar", 8)
+        told = [f"model_name_or_path={CHECKPOINT}", f"dataset={folder}", "benchmark=vstar", "reading=ours"]
+
     def start(out: Path) -> subprocess.Popen[bytes]:
-        given = [f"model_name_or_path={tiny}", "dataset=scenes:test/0+48", "batch_size=4", f"output_dir={out}"]
+        given = [*told, "batch_size=4", f"output_dir={out}"]
         return subprocess.Popen([sys.executable, "-m", "visrl.cli", "eval", *given])
 
     assert start(tmp_path / "whole").wait(300) == 0

@@ -33,7 +33,7 @@ PARTS: dict[str, int | None] = {
 }  # fmt: skip
 READINGS: dict[str, BenchmarkReading] = {
     "published": ruled(wordings.mme_realworld, "mme-realworld"),
-    "vlmevalkit": ruled(wordings.mme_realworld, "vlmevalkit-letter"),
+    "vlmevalkit": ruled(wordings.vlmevalkit_mme_realworld, "vlmevalkit-letter"),
     "lmms-eval": ruled(wordings.lmms_mme_realworld, "lmms-eval-mme-realworld", tokens=16),
     "ours": OUR_CHOICE,
 }

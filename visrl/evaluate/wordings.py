@@ -29,8 +29,8 @@ _TREEBENCH_END = (
     "respond with only the letter of the correct option between <answer> and </answer>."
 )
 _MME = (
-    "{stem} The choices are listed below:\n{options}\nSelect the best answer to the above multiple-choice question "
-    "based on the image. Respond with only the letter (A, B, C, D, or E) of the correct option.{end}"
+    "{stem} The choices are listed below:{gap}\n{options}\nSelect the best answer to the above multiple-choice "
+    "question based on the image. Respond with only the letter (A, B, C, D, or E) of the correct option.{end}"
 )
 _SHORT_END = "\nAnswer the question using a single word or phrase."
 
@@ -77,15 +77,22 @@ def lmms_hrbench(question: BenchmarkQuestion) -> str:
 
 
 def mme_realworld(question: BenchmarkQuestion) -> str:
-    """MME-RealWorld as its authors ask, the options with their letters as they are distributed."""
-    options = _options(question, "({letter}) {option}")
-    return _MME.format(stem=_stem(question), options=options, end=" \nThe best answer is:")
+    """MME-RealWorld as its authors' script asks (evaluation/model_vqa_mme_real_world.py)."""
+    return _mme(question, gap=" ", end="\nThe best answer is:")
+
+
+def vlmevalkit_mme_realworld(question: BenchmarkQuestion) -> str:
+    """VLMEvalKit on MME-RealWorld: the spaces at the ends of two lines are elsewhere."""
+    return _mme(question, gap="", end=" \nThe best answer is:")
 
 
 def lmms_mme_realworld(question: BenchmarkQuestion) -> str:
-    """lmms-eval on MME-RealWorld: the spaces at the ends of two lines are elsewhere."""
-    options = _options(question, "({letter}) {option}")
-    return _MME.format(stem=_stem(question), options=options, end="\nThe best answer is: ")
+    """lmms-eval on MME-RealWorld: a space after the last colon."""
+    return _mme(question, gap="", end="\nThe best answer is: ")
+
+
+def _mme(question: BenchmarkQuestion, gap: str, end: str) -> str:
+    return _MME.format(stem=_stem(question), options=_options(question, "({letter}) {option}"), gap=gap, end=end)
 
 
 def treebench(question: BenchmarkQuestion) -> str:
