@@ -47,6 +47,10 @@ class Benchmark:
     its own for the result of a question, of those in `rewards.results.COLUMNS`: `correct` where a rule says what is
     right, `correct_published` where the published rule is another one; its `prediction` is None where there is no
     answer. `figures` adds to the summary what is computed over all rows.
+
+    `readings` are the ways in which its questions are worded and its replies read (readings.py), the default first; in
+    them `protocol` and `score` play no part. `metrics` are the string metrics that say anything of its answers, `whole`
+    its number of questions where that alone was published, `origin` where its files come from.
     """
 
     read: Callable[[BenchmarkFiles], Mapping[str, Iterable[BenchmarkQuestion]]]

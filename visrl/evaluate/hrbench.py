@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from visrl.evaluate import wordings
 from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion
-from visrl.evaluate.readings import OUR_CHOICE, BenchmarkReading, ruled
+from visrl.evaluate.readings import OUR_READING, BenchmarkReading, ruled
 from visrl.evaluate.row_files import Row, cell, lettered_choice, optional_cell, read_questions, require_columns
 from visrl.records import Sample
 
@@ -20,7 +20,7 @@ PARTS: dict[str, int | None] = {"single": 400, "cross": 400}
 READINGS: dict[str, BenchmarkReading] = {
     "published": ruled(wordings.vlmevalkit_choice, "vlmevalkit"),
     "lmms-eval": ruled(wordings.lmms_hrbench, "lmms-eval-hrbench"),
-    "ours": OUR_CHOICE,
+    "ours": OUR_READING,
 }
 
 

@@ -14,7 +14,7 @@ from visrl.data.rows import RowFault
 from visrl.evaluate import wordings
 from visrl.evaluate.choices import MAX_OPTIONS, ChoiceQuestion, letter_of
 from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion
-from visrl.evaluate.readings import OUR_CHOICE, BenchmarkReading, ruled
+from visrl.evaluate.readings import OUR_READING, BenchmarkReading, ruled
 from visrl.evaluate.row_files import Row, cell, lettered_choice, optional_cell, read_questions, require_columns
 from visrl.records import Sample
 
@@ -35,7 +35,7 @@ READINGS: dict[str, BenchmarkReading] = {
     "published": ruled(wordings.mme_realworld, "mme-realworld"),
     "vlmevalkit": ruled(wordings.vlmevalkit_mme_realworld, "vlmevalkit-letter"),
     "lmms-eval": ruled(wordings.lmms_mme_realworld, "lmms-eval-mme-realworld", tokens=16),
-    "ours": OUR_CHOICE,
+    "ours": OUR_READING,
 }
 _MARK = re.compile(r"\(([A-Z])\)\s*")
 

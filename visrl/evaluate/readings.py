@@ -16,10 +16,11 @@ from visrl.evaluate.questions import BenchmarkQuestion
 from visrl.evaluate.rules import RULES
 from visrl.evaluate.wordings import our_choice
 from visrl.records import place_name
+from visrl.replies import spoken
+from visrl.rewards.metrics import exact_match
 from visrl.rollout.protocols import LookProtocol, as_published
 
 Columns = Mapping[str, float | None]
-OURS = "ours"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,13 @@ def ruled(word: Callable[[BenchmarkQuestion], str], rule: str, **more: Any) -> B
 
 
 def _strictly(question: BenchmarkQuestion, reply: str) -> Columns:
-    return by_rule("strict", "correct")(question, reply) if question.choice else {}
+    """A letter plainly named; an open answer is right where it is a reference, in so many words."""
+    if question.choice is not None:
+        return by_rule("strict", "correct")(question, reply)
+    return {"correct": exact_match(spoken(reply), question.references or [question.sample.answer])}
 
 
-OUR_CHOICE = BenchmarkReading(our_choice, _strictly, RULES["strict"].source, in_orders=True)
+OUR_READING = BenchmarkReading(our_choice, _strictly, RULES["strict"].source, in_orders=True)
 
 
 def as_asked(

@@ -11,7 +11,7 @@ from visrl.data.rows import RowFault, four_numbers
 from visrl.evaluate import wordings
 from visrl.evaluate.choices import MAX_OPTIONS, ChoiceQuestion
 from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, boxes_in
-from visrl.evaluate.readings import OUR_CHOICE, BenchmarkReading, by_rule, ruled
+from visrl.evaluate.readings import OUR_READING, BenchmarkReading, by_rule, ruled
 from visrl.evaluate.row_files import Row, cell, lettered_choice, optional_cell, read_questions, require_columns
 from visrl.evaluate.rules import RULES, treebench_iou
 from visrl.records import Sample
@@ -43,7 +43,7 @@ READINGS: dict[str, BenchmarkReading] = {
         wordings.treebench, _score, RULES["treebench"].source, wordings.TREEBENCH_SYSTEM, tokens=1024
     ),
     "vlmevalkit": ruled(wordings.vlmevalkit_treebench, "vlmevalkit-letter"),
-    "ours": OUR_CHOICE,
+    "ours": OUR_READING,
 }
 _MAX_LITERAL = 10_000  # characters of a list of boxes
 

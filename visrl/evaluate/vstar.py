@@ -16,7 +16,7 @@ from visrl.data.rows import RowFault, four_numbers
 from visrl.evaluate import wordings
 from visrl.evaluate.choices import MAX_OPTIONS, ChoiceQuestion
 from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, boxes_in
-from visrl.evaluate.readings import OUR_CHOICE, BenchmarkReading, ruled
+from visrl.evaluate.readings import OUR_READING, BenchmarkReading, ruled
 from visrl.evaluate.row_files import Row, cell, read_object, read_questions, without_marks
 from visrl.images import image_path
 from visrl.records import RecordError, Sample
@@ -27,7 +27,7 @@ READINGS: dict[str, BenchmarkReading] = {
     "published": ruled(wordings.vstar, "deepeyes"),
     "vlmevalkit": ruled(wordings.vlmevalkit_choice, "vlmevalkit"),
     "lmms-eval": ruled(wordings.lmms_vstar, "lmms-eval-vstar", tokens=16),
-    "ours": OUR_CHOICE,
+    "ours": OUR_READING,
 }
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _OPTION = re.compile(r"^\(([A-F])\) ?(.*)$", re.M)

@@ -14,7 +14,7 @@ from visrl.data.rows import RowFault, four_numbers
 from visrl.evaluate import wordings
 from visrl.evaluate.choices import ChoiceQuestion
 from visrl.evaluate.questions import BenchmarkFiles, BenchmarkQuestion, boxes_in
-from visrl.evaluate.readings import BenchmarkReading, by_rule, ruled
+from visrl.evaluate.readings import OUR_READING, BenchmarkReading, ruled
 from visrl.evaluate.row_files import (
     Row,
     cell,
@@ -26,9 +26,7 @@ from visrl.evaluate.row_files import (
 from visrl.evaluate.rules import RULES
 from visrl.prompts import IMAGE
 from visrl.records import RecordError, Sample
-from visrl.replies import spoken
 from visrl.rewards.choices import read_choice, split_options
-from visrl.rewards.metrics import exact_match
 
 ORIGIN = "https://huggingface.co/datasets/inclusionAI/ZoomBench"
 PROBE_ORIGIN = "https://huggingface.co/Mini-o3"
@@ -41,22 +39,15 @@ def _zoom_rule(question: BenchmarkQuestion, reply: str) -> Mapping[str, float | 
     return {"correct_published": RULES["zoombench"].score(reply, {}, question.references[0])}
 
 
-def _exactly(question: BenchmarkQuestion, reply: str) -> Mapping[str, float | None]:
-    if question.choice is not None:
-        return by_rule("strict", "correct")(question, reply)
-    return {"correct": exact_match(spoken(reply), question.references)}
-
-
-_OURS = BenchmarkReading(wordings.our_choice, _exactly, RULES["strict"].source, in_orders=True)
 READINGS: dict[str, BenchmarkReading] = {
     "published": BenchmarkReading(
         wordings.as_distributed, _zoom_rule, RULES["zoombench"].source, wordings.ZOOMBENCH_SYSTEM, tokens=8192
     ),
-    "ours": _OURS,
+    "ours": OUR_READING,
 }
 PROBE_READINGS: dict[str, BenchmarkReading] = {
     "published": ruled(wordings.visualprobe, "visualprobe", tokens=4096),
-    "ours": _OURS,
+    "ours": OUR_READING,
 }
 
 
