@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_families import gradients, groups_of, packed_of
+from test_plain import opened
 from test_train import log, preferences
-from tiny_families import make
 from torch import Tensor, nn
 
 from visrl.models.attention import use_tree_attention
@@ -24,13 +24,14 @@ from visrl.train.features import FeatureCache, open_features
 
 CPU = torch.device("cpu")
 KEEPING = sorted(name for name, family in FAMILIES.items() if family.keeps_features)
+FOUND = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4", "glm4v", "mistral3", "qwen3_vl_moe")]
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 takes_features = pytest.mark.skipif(RELEASE < (5, 18), reason="takes no ready-made features before 5.18")
 
 
 def frozen(name: str) -> tuple[nn.Module, Any]:
     """A model of which the decoder alone is trained."""
-    model, encoder = make(name)
+    model, encoder = opened(name)
     use_tree_attention(model)
     model.requires_grad_(False)
     language_model(model).requires_grad_(True)
@@ -56,7 +57,7 @@ def assert_same_gradients(mine: dict[str, Tensor], native: dict[str, Tensor]) ->
 
 
 @takes_features
-@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("name", [*KEEPING, *FOUND])
 def test_kept_features_change_nothing(name: str) -> None:
     model, encoder = frozen(name)
     groups = groups_of(encoder)[0]
@@ -64,7 +65,7 @@ def test_kept_features_change_nothing(name: str) -> None:
     made: Any = base_model(model).model.get_image_features(**groups[0][0].views[0].inputs, return_dict=True)
     tower = Runs(vision_tower(model))
     cache = FeatureCache(model, encoder.family, limit=10**9)
-    assert FeatureCache.serves(model)
+    assert FeatureCache.serves(model, encoder.family)
     seen = 0
     for epoch in range(2):
         packed = packed_of(encoder, groups)
@@ -165,13 +166,13 @@ def test_memory_is_bounded_and_what_came_first_stays() -> None:
 def test_features_that_something_trains_are_not_kept(capsys: pytest.CaptureFixture[str]) -> None:
     model, encoder = frozen("qwen2_vl")
     vision_tower(model).requires_grad_(True)
-    assert not FeatureCache.serves(model)
+    assert not FeatureCache.serves(model, encoder.family)
     assert open_features(model, encoder.family, 10**9) is None
     model, encoder = frozen("llava_next")
     model.model.image_newline.requires_grad_(True)  # type: ignore[union-attr]
-    assert not FeatureCache.serves(model)
+    assert not FeatureCache.serves(model, encoder.family)
     assert open_features(model, encoder.family, 10**9) is None
     model, encoder = frozen("mllama")
-    assert not FeatureCache.serves(model)
+    assert not FeatureCache.serves(model, encoder.family)
     assert open_features(model, encoder.family, 10**9) is None
     assert not capsys.readouterr().out, "no library stands in the way here"

@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers.utils import ModelOutput
 
-from visrl.models.families import family_of
 from visrl.models.family import ImageInputs
 from visrl.models.parts import base_model
 
@@ -19,11 +18,6 @@ Features = ModelOutput
 # The fields of it that the language model reads, whatever else the tower says of itself.
 READ_FIELDS = ("pooler_output", "deepstack_features")
 FEATURES_ARGUMENT = "mm_encoder_outputs"  # of a forward that takes features in the place of images
-
-
-def keeps_features(model: torch.nn.Module) -> bool:
-    """Whether what the model's family makes of an image depends on nothing else, so that it can be kept."""
-    return family_of(base_model(model).config).keeps_features
 
 
 def takes_features(model: torch.nn.Module) -> bool:

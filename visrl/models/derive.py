@@ -42,7 +42,7 @@ def found_family(found: Found, config: Any) -> Family:
         chunk=getattr(text, "attention_chunk_size", None),
         layers=kinds_of(text),
         masks_window=True,
-        keeps_features=False,
+        keeps_features=found.features,
         found=found,
     )
 
@@ -186,6 +186,7 @@ def _combined(
         pixel_limits=takes_limits(processor, clues),
         alone_differs=alone_differs,
         cached=False,
+        features=False,
         end_of_turn=None,
         measured=NOTHING,
     )

@@ -40,6 +40,7 @@ class Found:
     pixel_limits: bool
     alone_differs: bool
     cached: bool  # whether a KV cache holds what comes before a token
+    features: bool  # whether what the vision tower makes of an image by itself may be given in its place
     end_of_turn: str | None
     measured: Measured
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from visrl.models.asked import SAID, taken, talks
 from visrl.models.attention import set_attention, use_tree_attention
-from visrl.models.calls import cache_argument
+from visrl.models.calls import cache_argument, takes_features
 from visrl.models.derive import cached_inputs, found_family
 from visrl.models.encode import EncodedView, TokenPath, common_prefix
 from visrl.models.family import Family, join_images
@@ -112,7 +112,20 @@ class Proof:
         if not wrong > MISSES:
             raise NoProof(f"the trial sees nothing: a plain causal mask gives the same ({wrong:.0e})")
         seconds = time.process_time() - started
-        return replace(found, cached=self._holds_cached(found), measured=Measured(error, off, wrong, seconds))
+        measured = Measured(error, off, wrong, seconds)
+        cached, features = self._holds_cached(found), self._holds_features(found)
+        return replace(found, cached=cached, features=features, measured=measured)
+
+    def _holds_features(self, found: Found) -> bool:
+        """Whether log-probabilities are those of its own calls where features of each image, made by themselves, are
+        given in the place of images."""
+        try:
+            with torch.no_grad(), foreign("no features"):
+                return (
+                    takes_features(self.model) and relative(self._packed(found, features=True), self.logps) < SAME_LOGPS
+                )
+        except NoProof:
+            return False
 
     def _holds_cached(self, found: Found) -> bool:
         """Whether the second prompt and its response, continued from a KV cache of what they share with the first, have
@@ -150,8 +163,8 @@ class Proof:
             **join_images(family, [view.inputs for view in views]),
         ).logits[0]
 
-    def _packed(self, found: Found, *, is_causal: bool = False) -> torch.Tensor:
-        """Summed log-probabilities of all responses, out of packed rows."""
+    def _packed(self, found: Found, *, is_causal: bool = False, features: bool = False) -> torch.Tensor:
+        """Summed log-probabilities of all responses, out of packed rows, `features` in the place of images."""
         family = found_family(found, self.model.config)
         trees = [[path for paths in self.groups for path in paths]] if found.shares == "all" else self.groups
         rows = [[tree] for tree in trees] if found.row_per_prompt else [trees]
@@ -161,7 +174,7 @@ class Proof:
             trial = lay_out(row, self.encoder.image_token_id)
             length = trial.layout.ids.shape[-1]
             mask = torch.ones(length, length, dtype=torch.bool).tril() if is_causal else None
-            sums.append(sums_of(self.model, family, trial, self._numbered, mask=mask))
+            sums.append(sums_of(self.model, family, trial, self._numbered, mask=mask, features=features))
         return torch.cat(sums)
 
     def _own(self, number: int) -> torch.Tensor:

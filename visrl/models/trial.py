@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from visrl.models.calls import features_input, image_features
 from visrl.models.encode import EncodedView, TokenPath
 from visrl.models.family import Family, Layout
 from visrl.models.tree_runs import Segment
@@ -105,10 +106,21 @@ Numbers = Callable[[torch.Tensor], torch.Tensor]  # what a model calls tokens
 
 
 def sums_of(
-    model: torch.nn.Module, family: Family, trial: Trial, numbers: Numbers, *, mask: torch.Tensor | None = None
+    model: torch.nn.Module,
+    family: Family,
+    trial: Trial,
+    numbers: Numbers,
+    *,
+    mask: torch.Tensor | None = None,
+    features: bool = False,
 ) -> torch.Tensor:
-    """Summed log-probability of every path's response, [paths]; with `mask` [n, n] under that one for all layers."""
+    """Summed log-probability of every path's response, [paths]; with `mask` [n, n] under that one for all layers, with
+    `features` from those of each image by itself."""
     inputs = family.inputs(trial.layout, family)
+    if features:
+        inputs = {name: value for name, value in inputs.items() if name not in family.takes}
+        images = [image for shown in trial.layout.images for image in shown]
+        inputs |= features_input([image_features(model, image) for image in images])
     if mask is not None:
         own = inputs["attention_mask"]
         plain = mask[None, None]

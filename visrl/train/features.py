@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from visrl.models.calls import Features, features_input, image_features, keeps_features, takes_features
+from visrl.models.calls import Features, features_input, image_features, takes_features
 from visrl.models.encode import EncodedView
 from visrl.models.family import Family
 from visrl.models.parts import trains_features
@@ -22,9 +22,9 @@ def open_features(model: nn.Module, family: Family, limit: int) -> FeatureCache 
 
     They are computed each time, then. Where nothing but the installed transformers stands in the way, a line says so.
     """
-    if FeatureCache.serves(model):
+    if FeatureCache.serves(model, family):
         return FeatureCache(model, family, limit)
-    if keeps_features(model) and not trains_features(model):
+    if family.keeps_features and not trains_features(model):
         say(
             f"features of pictures are computed in every step: {family.name} in transformers "
             f"{transformers.__version__} takes none that are ready-made"
@@ -47,9 +47,9 @@ class FeatureCache:
         self._kept: dict[str, Features] = {}
 
     @staticmethod
-    def serves(model: nn.Module) -> bool:
+    def serves(model: nn.Module, family: Family) -> bool:
         """Whether features may be kept: nothing that makes them is trained, and the model takes them ready-made."""
-        return keeps_features(model) and takes_features(model) and not trains_features(model)
+        return family.keeps_features and takes_features(model) and not trains_features(model)
 
     @torch.no_grad()
     def fill(self, packed: PackedBatch, device: torch.device) -> None:
