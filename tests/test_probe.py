@@ -25,7 +25,7 @@ from visrl.models.derive import described, found_family
 from visrl.models.encode import Encoder
 from visrl.models.families import FAMILIES
 from visrl.models.found import Found
-from visrl.models.parts import language_model
+from visrl.models.parts import language_model, switch_off_dropout
 from visrl.models.probe import NoProof, find_family, prove
 from visrl.models.settings import ModelSettings
 from visrl.models.small import small_copy, small_model
@@ -33,6 +33,9 @@ from visrl.models.tree_encoder import TreeEncoder
 from visrl.packing.forward import branch_logps
 
 FAST = ("ernie4_5_vl_moe",)
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+TABLE = (5, 24)  # the release that the table in the docs is of
+of_the_table = pytest.mark.skipif(RELEASE < TABLE, reason="older releases of transformers make other faults")
 # Families whose forward cannot be called as it is in this release: what a user is told.
 REFUSED = {"llama4": "its own calls cannot be made"}
 FOUND = [name for name in MORE if name not in REFUSED]
@@ -60,7 +63,13 @@ def opened(name: str) -> tuple[Any, Encoder]:
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(torch.randn_like(weights) * 0.07)
-    family = found_family(prove(processor, model.config), model.config)
+    switch_off_dropout(model)
+    try:
+        family = found_family(prove(processor, model.config), model.config)
+    except NoProof as error:
+        if RELEASE >= TABLE or not str(error).startswith("its own calls cannot be made"):
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
     return model.eval(), TreeEncoder(processor, model.config, ModelSettings(), family)
 
 
@@ -122,6 +131,7 @@ def test_the_entries_by_hand_are_found(name: str) -> None:
     assert {axis for _, axis in found.axes} == {entry.axis}
 
 
+@of_the_table
 @pytest.mark.parametrize("name", speeds(sorted(MADE), ("qwen3_vl_moe", "llama4")))
 def test_the_table_in_the_docs_is_what_is_found(name: str) -> None:
     text = (Path(__file__).parent.parent / "docs" / "FAMILIES.md").read_text(encoding="utf-8")
@@ -196,6 +206,7 @@ def test_a_blind_trial_is_no_proof() -> None:
         prove(processor, model.config, broken(blind))
 
 
+@of_the_table
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_be_called_is_told(name: str) -> None:
     model, processor = made(name)
@@ -262,6 +273,9 @@ LARGE = sorted(
 def test_a_small_copy_of_a_whole_config_is_small(name: str) -> None:
     """Configs of whole models, as their classes have them: the copy is of their kind, and costs little."""
     config = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]).config_class()
+    text = config.get_text_config()
+    if (text.pad_token_id or 0) >= text.vocab_size:
+        pytest.skip(f"the default config of {name} in this release pads with a token that it does not have")
     with torch.device("meta"):
         copy = small_model(config, narrow=True)
     weights = sum(weight.numel() for name, weight in copy.named_parameters() if "embed" not in name)

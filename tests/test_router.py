@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_table import MADE
 from PIL import Image
 from safetensors.torch import load_file
@@ -54,6 +55,8 @@ def loss_of(model: Any, encoder: Encoder, alike: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("name", MOE)
 def test_a_router_loss_is_the_models_own_over_separate_sequences(name: str) -> None:
     model, tree = opened(name)
+    if experts_of_a_token(model.config) is None:
+        pytest.skip(f"transformers {transformers.__version__} gives no router logits of {name}")
     rows = plain(model, tree)
     paths = [
         path

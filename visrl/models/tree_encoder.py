@@ -20,6 +20,8 @@ from visrl.models.family import Family, PixelRange
 from visrl.models.pixels import grid_of, limited_images
 from visrl.models.settings import ModelSettings
 
+MOVED = ("use_image_special_tokens",)  # options of images that processors had among those of texts
+
 
 @final
 class TreeEncoder(Encoder):
@@ -76,8 +78,12 @@ def image_options(processor: Any) -> dict[str, Any]:
     )  # fmt: skip
     parameters = inspect.signature(processor._process_images).parameters.values()
     # Some take more than an image's options.
-    wanted = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name in merged]
-    return {**merged["images_kwargs"], **{name: merged[name] for name in wanted}}
+    wanted = {
+        one.name: merged[one.name] for one in parameters if one.kind is not one.VAR_KEYWORD and one.name in merged
+    }
+    if not wanted:  # before 5.17 such an option stood among the text's
+        wanted = {name: merged["text_kwargs"][name] for name in MOVED if name in merged["text_kwargs"]}
+    return {**merged["images_kwargs"], **wanted}
 
 
 def _first_of(values: Any, images: int) -> torch.Tensor:
