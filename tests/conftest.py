@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "VISRL_CACHE" not in os.environ:  # what trials find is kept for one run of the tests, and in no folder of the user's
+    _cache = TemporaryDirectory(prefix="visrl-cache-")
+    os.environ["VISRL_CACHE"] = _cache.name
 
 import pytest
 

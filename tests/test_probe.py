@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from family_table import MADE, row_of
 from more_families import MORE, made
 from test_families import gradients, groups_of, native_inputs, packed_of, sayable, separate, talks
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from typer.testing import CliRunner
 
+from visrl.cli import app
 from visrl.engines.base import Request, Sampling
 from visrl.engines.local import LocalEngine
 from visrl.models import probe, proofs
@@ -23,8 +27,8 @@ from visrl.models.asked import taken
 from visrl.models.attention import use_tree_attention
 from visrl.models.derive import described, found_family
 from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES
-from visrl.models.found import Found
+from visrl.models.families import FAMILIES, family_of
+from visrl.models.found import Found, NotFound
 from visrl.models.parts import language_model, switch_off_dropout
 from visrl.models.probe import NoProof, find_family, prove
 from visrl.models.settings import ModelSettings
@@ -39,12 +43,9 @@ of_the_table = pytest.mark.skipif(RELEASE < TABLE, reason="older releases of tra
 # Families whose forward cannot be called as it is in this release: what a user is told.
 REFUSED = {"llama4": "its own calls cannot be made"}
 FOUND = [name for name in MORE if name not in REFUSED]
-# What no trial finds out of the entries by hand, and why not.
-BY_HAND = {
-    "llava_onevision": "its forward refuses a packed row",
-    "mllama": "its forward refuses a packed row",
-    "paligemma": "does not have a chat template",
-}
+# What no trial finds by itself: entries that are held as they are, and one that no trial can try, and why not.
+HELD = ("llava_onevision", "mllama")
+UNTRIED = {"paligemma": "its processor makes other tokens of a whole prompt than of its parts"}
 
 
 def speeds(names: list[str], fast: tuple[str, ...] = FAST) -> list[Any]:
@@ -114,19 +115,26 @@ def greedy(model: Any, encoder: Encoder, talk: Any) -> str:
 
 @pytest.mark.parametrize("name", speeds(sorted(FAMILIES), ("gemma3", "qwen2_5_vl")))
 def test_the_entries_by_hand_are_found(name: str) -> None:
-    """What a trial finds is the entry by hand, or it says why it finds none; codecs and ends of turns are by hand."""
+    """Loading takes what a trial finds, which is the entry by hand; or holds the entry, or says why it cannot. What no
+    trial sees is by hand: codecs, ends of turns, whether features of images can be kept."""
     torch.manual_seed(0)
     model, processor = tiny_families.MAKERS[name]()
-    if name in BY_HAND:
-        with pytest.raises(NoProof, match=BY_HAND[name]):
-            prove(processor, model.config)
+    entry, family = family_of(model.config), find_family(processor, model.config)
+    if name in UNTRIED:
+        assert family == replace(entry, untried=family.untried)
+        assert UNTRIED[name] in family.untried
         return
-    entry, family = FAMILIES[name], found_family(prove(processor, model.config), model.config)
-    for field in ("positions", "shares", "row_per_prompt", "pixel_limits", "alone_differs", "cacheable"):
-        assert getattr(family, field) == getattr(entry, field), field
-    assert set(family.takes) == set(entry.takes)
     found = family.found
     assert found is not None
+    assert found.by_hand == (name in HELD)
+    for field in (
+        "positions", "shares", "row_per_prompt", "pixel_limits", "alone_differs", "cacheable", "recurrent",
+        "codec", "end_of_turn", "chat_template", "keeps_features",
+    ):  # fmt: skip
+        assert getattr(family, field) == getattr(entry, field), field
+    assert set(family.takes) == set(entry.takes)
+    if name in HELD:
+        return
     assert found.sees == ("own image in the window" if name == "gemma3" else "ancestors")
     assert {axis for _, axis in found.axes} == {entry.axis}
 
@@ -212,7 +220,11 @@ def test_what_cannot_be_called_is_told(name: str) -> None:
     model, processor = made(name)
     family = find_family(processor, model.config)
     assert family.plain.startswith(REFUSED[name])
-    assert described(family) == f"{name} takes no prefix tree: {family.plain}"
+    assert family.end_of_turn
+    assert (
+        described(family, "visrl")
+        == f"{name} takes no prefix tree: {family.plain}; box codec visrl, turns end with {family.end_of_turn}"
+    )
 
 
 # --- What it costs ----------------------------------------------------------------------------------------------------
@@ -227,7 +239,7 @@ def test_what_was_found_is_kept(own_cache: Path, monkeypatch: pytest.MonkeyPatch
     longer = type(model.config).from_dict(model.config.to_dict())
     longer.text_config.sliding_window = 99
     assert proofs.key_of(processor, longer) != file.stem
-    proofs.keep(file.stem, "a reason")
+    proofs.keep(file.stem, NotFound("a reason", contradicted=False))
     assert find_family(processor, model.config).plain == "a reason"
     for damaged in ("", "[]", "{}", json.dumps({"found": {"takes": []}})):
         file.write_text(damaged)
@@ -281,3 +293,18 @@ def test_a_small_copy_of_a_whole_config_is_small(name: str) -> None:
     weights = sum(weight.numel() for name, weight in copy.named_parameters() if "embed" not in name)
     assert type(copy).__name__ == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]
     assert weights < 200_000_000
+
+
+def test_the_command_says_what_a_model_takes(tiny: Path, tmp_path: Path) -> None:
+    """`visrl env --model`: found, kept, and read from the cache; a folder that holds no model is a sentence."""
+    ran = CliRunner().invoke(app, ["env", "--model", str(tiny)])
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith(f"{tiny}: ")]
+    assert re.fullmatch(
+        r"qwen2_vl takes the prefix tree \(found by trial in \d+\.\d s, \de-\d\d in log-probabilities and \de-\d\d in "
+        r"gradients off its own calls, from which a causal mask is \de-\d\d off\): every branch shares, decodes shared "
+        r"prefixes; box codec visrl, turns end with <\|im_end\|>",
+        line.removeprefix(f"{tiny}: "),
+    )
+    assert line in CliRunner().invoke(app, ["env", "--model", str(tiny)]).stdout  # its seconds are those of the trial
+    refused = CliRunner().invoke(app, ["env", "--model", str(tmp_path)])
+    assert (refused.exit_code, refused.stderr) == (1, f"visrl: {tmp_path} is no model folder: it has no config.json\n")

@@ -49,20 +49,10 @@ def model_lines(path: str) -> list[str]:
     """
     from visrl.engines.open import ModelConfig, model_settings, open_encoder
     from visrl.models.derive import described
-    from visrl.models.probe import proved
 
     config = ModelConfig(model_name_or_path=path)
     encoder = open_encoder(config, model_settings(config))
-    family = encoder.family
-    lines = [f"{path}: {described(family)}"]
-    if family.found is None and not family.plain:
-        found = proved(encoder.processor, encoder.config)
-        said = f"a trial cannot find it: {found}" if isinstance(found, str) else (
-            f"a trial finds it: {found.measured.logps:.0e} in log-probabilities, {found.measured.gradients:.0e} in "
-            f"gradients, a causal mask {found.measured.causal:.0e}, {found.measured.seconds:.1f} s"
-        )  # fmt: skip
-        lines.append(f"{path}: {said}")
-    return lines
+    return [f"{path}: {described(encoder.family, encoder.codec.name)}"]
 
 
 def _version(name: str) -> str:

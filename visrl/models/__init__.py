@@ -1,12 +1,14 @@
 """Models: checkpoints, their families, and conversations as tokens and pixels.
 
 families         what differs between model families, in one table; family is what its entries are made of
-positions, masks what its entries name: where tokens stand, what they see; pixels: image processors with pixel limits
+positions, masks what its entries name: where tokens stand, what they see; pixels: image processors with pixel limits;
+                 own_positions: those that only a model's own method finds
 parts, calls     the parts of a model, and what its own forward takes
 encode           chat template, tokenizer and image processor: conversation → token ids and pixels; in prefix trees
                  (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
 probe            whether the model of a checkpoint takes a prefix tree, found by trial; asked: the trial's prompts
-derive, found    what processor, signature and config say of a model; what was found, as data
+candidates       what processor, signature and config say of a model; found is what was found of it, as data, derive
+                 makes a family of that
 proof, proofs    what it takes, held against its own calls; the cache of what was found
 small, trial     the small copy of a config; the tree of a trial
 attention        attention under ancestor masks: SDPA, blocks, FlexAttention

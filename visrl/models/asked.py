@@ -4,6 +4,7 @@ makes of them."""
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 from visrl.conversation import Conversation, View, answer_conversation, focus_conversation
-from visrl.models.derive import Clues
+from visrl.models.candidates import Clues
+from visrl.models.pixels import grid_of
 from visrl.models.tree_encoder import TreeEncoder, image_options
 
 SIDES = ((120, 80), (72, 60))  # width and height of the trial's image and of its crop
@@ -40,12 +42,33 @@ def clues_of(encoder: TreeEncoder) -> Clues:
     made = [processor._process_images([shown], **options) for shown in ([images[0]], [images[1]], images)]
     inputs = [{name: _tensor(value) for name, value in dict(one).items()} for one, _ in made]
     both = [{name: value for name, value in one.items() if value is not None} for one in inputs]
+    shown = tuple(made[2][1])
+    prompt = native(encoder, talks()[1], "")
     return Clues(
         alone=(both[0], both[1]),
         together=both[2],
-        placeholders=((made[0][1][0], made[1][1][0]), tuple(made[2][1])),
-        prompt=native(encoder, talks()[1], ""),
+        placeholders=((made[0][1][0], made[1][1][0]), shown),
+        prompt=prompt,
+        image_token=encoder.image_token_id,
+        grids=tuple(
+            grid_of(processor, one, text.count(encoder.image_token)) for one, text in zip(both, shown, strict=False)
+        ),
+        numbering=_numbering(encoder, prompt["input_ids"][0], shown),
     )
+
+
+def _numbering(encoder: TreeEncoder, ids: torch.Tensor, placeholders: tuple[str, ...]) -> tuple[str, str] | None:
+    """What the processor writes around the number of an image, before its placeholder; None where it numbers none."""
+    texts = encoder.render(talks()[1]).split(encoder.image_mark)
+    if len(texts) != 3 or len(placeholders) != 2:
+        return None
+    (before, between, after), (first, second) = map(re.escape, texts), map(re.escape, placeholders)
+    found = re.fullmatch(
+        f"{before}(.*?)0(.*?){first}{between}(.*?)1(.*?){second}{after}",
+        encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        flags=re.DOTALL,
+    )
+    return (found[1], found[2]) if found and (found[1], found[2]) == (found[3], found[4]) else None
 
 
 def _tensor(value: Any) -> torch.Tensor | None:

@@ -77,8 +77,8 @@ class Encoder(ABC):
         self.settings = settings
         self.family: Family = family
         self.codec: Codec = CODECS[settings.codec]
-        self.chat_template = _chat_template(processor) or self.family.chat_template
-        self.image_mark = processor.image_token  # what a rendered prompt holds in an image's place
+        self.chat_template = chat_template_of(processor) or self.family.chat_template
+        self.image_mark = str(processor.image_token)  # what a rendered prompt holds in an image's place
         self.image_token_id = image_token(processor, config, self.family)  # what one feature of an image replaces
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         named = (processor.image_token_ids, getattr(processor, "video_token_ids", ()), [self.image_token_id])
@@ -319,7 +319,7 @@ def _parts(said: str) -> list[dict[str, str]]:
     return parts
 
 
-def _chat_template(processor: Any) -> str | None:
+def chat_template_of(processor: Any) -> str | None:
     """The template of the processor or else of the tokenizer, where fine-tuned folders often keep it."""
     for owner in (processor, processor.tokenizer):
         template = getattr(owner, "chat_template", None)

@@ -75,7 +75,8 @@ class Family:
     masks_window: bool = False  # whether `inputs` masks what lies outside the window
     keeps_features: bool = True  # whether features of an image do not depend on what else is in its row
     note: str = ""
-    found: Found | None = None  # what a trial found out, where there is no entry (see derive.py)
+    found: Found | None = None  # what a trial found out (see probe.py)
+    untried: str = ""  # why no trial holds an entry, a sentence's end
     plain: str = ""  # why its models take no prefix tree, a sentence's end; empty where they take one
 
     @property

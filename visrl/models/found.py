@@ -26,22 +26,27 @@ class Measured:
 class Found:
     """What the models of a config take, as it was held against their own calls.
 
-    `types` are inputs that mark tokens, with the ids that they mark by 1; `counts` say how many images a prompt has.
+    `types` are inputs that mark tokens, with the ids that they mark by 1; `counts` say how many images a prompt has;
+    `image_ids` are what `mm_token_type_ids` marks, for positions of its own; `numbering` is what a processor writes
+    around the number of an image in its prompt, before it.
     """
 
     takes: tuple[str, ...]
     axes: tuple[tuple[str, Axis], ...]
-    positions: Literal["depth", "mrope"]
+    positions: Literal["depth", "mrope", "own"]  # "own": as only the model's own method finds them
     sees: Sight
     shares: Literal["all", "pairs"]
     row_per_prompt: bool
     types: tuple[tuple[str, tuple[int, ...]], ...]
     counts: tuple[str, ...]
+    image_ids: tuple[int, ...]
+    numbering: tuple[str, str] | None
     pixel_limits: bool
     alone_differs: bool
     cached: bool  # whether a KV cache holds what comes before a token
     features: bool  # whether what the vision tower makes of an image by itself may be given in its place
     end_of_turn: str | None
+    by_hand: bool  # whether it is an entry by hand that was held, masks and images its own
     measured: Measured
 
     def as_json(self) -> dict[str, Any]:
@@ -57,6 +62,15 @@ class Found:
         """
         named = {field.name: _frozen(values[field.name]) for field in fields(Found)}
         return Found(**{**named, "measured": Measured(**values["measured"])})
+
+
+@dataclass(frozen=True, slots=True)
+class NotFound:
+    """Why nothing was found, a sentence's end; and whether the model's own calls speak against all that was tried,
+    rather than that it could not be tried."""
+
+    reason: str
+    contradicted: bool
 
 
 def _frozen(value: Any) -> Any:

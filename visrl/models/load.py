@@ -29,14 +29,14 @@ from visrl.codecs import self_test
 from visrl.conversation import View
 from visrl.models.calls import forward_arguments
 from visrl.models.derive import described
-from visrl.models.encode import Encoder
-from visrl.models.families import FAMILIES, SUCCESSORS, layer_counts, other_program
+from visrl.models.encode import Encoder, chat_template_of
+from visrl.models.families import FAMILIES, SUCCESSORS, family_of, layer_counts, other_program
 from visrl.models.family import Family
 from visrl.models.folder import CheckpointError, check_folder, first_line, read_object, read_weights
 from visrl.models.pixels import PIXEL_LIMITS, has_limits
 from visrl.models.plain_encoder import PlainEncoder
 from visrl.models.probe import find_family
-from visrl.models.prompting import check_processor, check_prompts
+from visrl.models.prompting import check_processor, check_prompts, check_template
 from visrl.models.router import switch_off_router_logits
 from visrl.models.settings import ModelSettings
 from visrl.models.tree_encoder import TreeEncoder
@@ -74,10 +74,11 @@ def load_encoder(
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     with reading(path, "no prompt can be made"):
         check_processor(processor, config)
+        check_sizes(processor.image_processor.to_dict(), has_limits(processor.image_processor))
+        check_template(chat_template_of(processor) or family_of(config).chat_template)
         family = _family(path, processor, config, layout)
-        check_sizes(processor.image_processor.to_dict(), family.pixel_limits or has_limits(processor.image_processor))
-        if family.found and not family.plain:
-            note(f"{path}: {described(family)}")
+        if not family.plain and (family.untried or (family.found and family.name not in FAMILIES)):
+            note(f"{path}: {described(family, settings.codec)}")
         kind = PlainEncoder if family.plain else TreeEncoder
         encoder: Encoder = kind(processor, config, settings, family)
         check_prompts(encoder)

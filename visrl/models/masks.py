@@ -12,6 +12,11 @@ from visrl.models.family import Family, Layout, causal, join_images
 from visrl.models.tree_runs import plan_runs
 
 
+def marked(ids: torch.Tensor, chosen: tuple[int, ...]) -> torch.Tensor:
+    """1 where a token is one of `chosen`, else 0."""
+    return torch.isin(ids, torch.tensor(chosen, dtype=ids.dtype, device=ids.device)).long()
+
+
 def onevision(layout: Layout, family: Family) -> dict[str, Any]:
     """Its ancestors; the model takes the number of images of each prompt."""
     counts = [len(tree) for tree in layout.images if tree]

@@ -17,11 +17,10 @@ THINNEST = 200  # the ratio of sides from which on they refuse an image
 
 
 def has_limits(image_processor: Any) -> bool:
-    """Whether the sizes that an image processor names are a smallest and a largest number of pixels: it has both, and
-    merges patches, as those that take none do not."""
+    """Whether the limits of a processor's sizes are numbers of pixels: of those that cut images into merged patches."""
     size = getattr(image_processor, "size", None) or {}
-    rounds = all(getattr(image_processor, name, None) for name in ("patch_size", "merge_size"))
-    return rounds and all(size.get(name) for name in PIXEL_LIMITS)
+    patches = all(getattr(image_processor, name, None) is not None for name in ("patch_size", "merge_size"))
+    return patches and all(size.get(name) for name in PIXEL_LIMITS)
 
 
 def limited_size(image_processor: Any, size: Size, limits: PixelRange) -> Size:
@@ -52,18 +51,21 @@ def covering_limits(image_processor: Any, limits: Sequence[PixelRange]) -> Pixel
 
 
 def limited_images(
-    processor: Any, images: Sequence[Image.Image], limits: PixelRange
+    processor: Any, images: Sequence[Image.Image], limits: PixelRange, takes: Sequence[str]
 ) -> Iterator[tuple[ImageInputs, str, Grid, Size]]:
-    """Of each image, preprocessed in one batch: its inputs, the text that stands for it, its grid, and its size."""
+    """Of each image, preprocessed in one batch: what the model takes of it, the text that stands for it, its grid, and
+    its size."""
     image_processor = processor.image_processor
     processed, placeholders = processor._process_images(list(images), size=limits)
     grids = processed["image_grid_thw"]
     pixels = torch.split(processed["pixel_values"], grids.prod(-1).tolist())
     patch, merge = image_processor.patch_size, image_processor.merge_size
-    for grid, values, placeholder in zip(grids, pixels, placeholders, strict=True):
+    others = [name for name in takes if name != "pixel_values"]  # a row of each for an image
+    for number, (grid, values, placeholder) in enumerate(zip(grids, pixels, placeholders, strict=True)):
         time, height, width = grid.tolist()
         # Copies: a part of the batch's tensor would keep all of it in memory.
-        inputs = {"pixel_values": values.clone(), "image_grid_thw": grid[None].clone()}
+        rows = {name: torch.as_tensor(processed[name])[number : number + 1].clone() for name in others}
+        inputs = {"pixel_values": values.clone(), **rows}
         yield inputs, placeholder, (time, height // merge, width // merge), (width * patch, height * patch)
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from visrl.models.asked import SAID, clues_of, native, talks
-from visrl.models.derive import Clues, candidates, end_of_turn, found_family
-from visrl.models.families import family_of, plain_family
+from visrl.models.candidates import Clues, by_hand, candidates, end_of_turn, unknown_kinds
+from visrl.models.derive import found_family
+from visrl.models.encode import chat_template_of
+from visrl.models.families import FAMILIES, family_of
 from visrl.models.family import Family
-from visrl.models.found import Found
+from visrl.models.found import Found, NotFound
 from visrl.models.parts import switch_off_dropout
-from visrl.models.proof import SAME_LOGPS, NoProof, Proof, foreign
+from visrl.models.proof import SAME_LOGPS, Contradicted, NoProof, Proof, foreign
 from visrl.models.proofs import keep, kept, key_of
 from visrl.models.settings import ModelSettings
 from visrl.models.small import renumbered, small_copy
@@ -33,25 +35,32 @@ Build = Callable[[Any, torch.Tensor | None], torch.nn.Module]
 
 
 def find_family(processor: Any, config: Any) -> Family:
-    """The family of a processor and a config: as its entry says it, else as a trial finds it. `Family.plain` says why
-    its models take no prefix tree, where they take none: such a model trains and decodes in the plain form."""
-    family = family_of(config)
-    if not family.plain:
-        return family
+    """The family of a processor and a config, as a trial finds it. An entry that no trial can try is taken at its word
+    (`Family.untried` says why), unless the model's own calls speak against it. `Family.plain` says why models take no
+    prefix tree, where they take none: such a model trains and decodes in the plain form."""
+    entry = family_of(config)
     if not type(config).__module__.startswith("transformers."):
-        return plain_family(config.model_type, "its code came with the checkpoint")
+        return _ending(processor, replace(entry, plain="its code came with the checkpoint"))
     found = proved(processor, config)
     if isinstance(found, Found):
         return found_family(found, config)
+    if not entry.plain and not found.contradicted:
+        return replace(entry, untried=found.reason)
+    return _ending(processor, replace(entry, plain=found.reason))
+
+
+def _ending(processor: Any, family: Family) -> Family:
+    """A plain family whose turns end as its entry says, else as its chat template ends them."""
+    if family.end_of_turn is not None:
+        return family
     try:
         with foreign("no end of a turn"):
-            end = end_of_turn(processor, processor.chat_template)
+            return replace(family, end_of_turn=end_of_turn(processor, str(chat_template_of(processor))))
     except NoProof:  # a template that is no good is told when prompts are tried
-        end = None
-    return replace(plain_family(config.model_type, found), end_of_turn=end)
+        return family
 
 
-def proved(processor: Any, config: Any) -> Found | str:
+def proved(processor: Any, config: Any) -> Found | NotFound:
     """What `prove` finds, or why it finds nothing: out of the cache, where the same was tried before."""
     key = key_of(processor, config)
     known = kept(key)
@@ -59,7 +68,7 @@ def proved(processor: Any, config: Any) -> Found | str:
         try:
             known = prove(processor, config)
         except NoProof as error:
-            known = str(error)
+            known = NotFound(str(error), error.contradicted)
         keep(key, known)
     return known
 
@@ -71,6 +80,8 @@ def prove(processor: Any, config: Any, build: Build = small_copy) -> Found:
         NoProof: nothing of what they may take gives what their own calls give.
     """
     started = time.process_time()
+    if others := unknown_kinds(config):
+        raise NoProof(f"it has layers of a kind whose masks are not known ({', '.join(others)})")
     with foreign("its processor does not show images one by one"):
         encoder = TreeEncoder(processor, config, ModelSettings())
         ends = end_of_turn(processor, str(encoder.chat_template))
@@ -106,30 +117,42 @@ def _found(
         for weight in model.parameters():
             weight.data.add_(torch.randn_like(weight) * LOUD)
     switch_off_dropout(model)
-    with foreign("its inputs are not understood"):
-        tried = candidates(clues, model, encoder.processor)
-    if isinstance(tried, str):
-        raise NoProof(tried)
-    with foreign("its own calls cannot be made"):
-        proof = Proof(model, encoder, calls, numbers, replace(next(tried), end_of_turn=ends))
-    faults: list[str] = []
-    missed: list[str] = []
+    entry, refusals = FAMILIES.get(encoder.config.model_type), []
+    for by_entry in (False, True) if entry else (False,):
+        try:
+            with foreign("its inputs are not understood"):
+                tried = iter([by_hand(entry)]) if entry and by_entry else candidates(clues, model, encoder.processor)
+            if isinstance(tried, str):
+                raise NoProof(tried)
+            with foreign("its own calls cannot be made"):
+                proof = Proof(model, encoder, calls, numbers, replace(next(tried), end_of_turn=ends))
+            return _held(proof, tried, started)
+        except NoProof as refusal:
+            refusals.append(refusal)
+    raise next((one for one in refusals if one.contradicted), refusals[0])
+
+
+def _held(proof: Proof, tried: Iterator[Found], started: float) -> Found:
+    """The first way that the model's own calls bear out; see `prove`."""
+    faults: list[NoProof] = []
+    missed: list[NoProof] = []
     errors: list[float] = []
     for found in proof.ways(tried):
         try:
             with foreign("its forward refuses a packed row"):
-                errors.append(proof.error_of(found))
+                sums, error = proof.packed(found)
         except NoProof as refusal:
-            faults.append(str(refusal))
+            faults.append(refusal)
             continue
-        if errors[-1] < SAME_LOGPS:
+        errors.append(error)
+        if error < SAME_LOGPS:
             try:
-                return proof.hold(found, errors[-1], started)
+                return proof.hold(found, sums, error, started)
             except NoProof as refusal:
-                missed.append(str(refusal))
+                missed.append(refusal)
     if missed or not errors:
-        raise NoProof((missed or faults)[0])
-    raise NoProof(f"no mask gives what its own calls give (the nearest is {min(errors):.0e} off)")
+        raise (missed or faults)[0]
+    raise Contradicted(f"no mask gives what its own calls give (the nearest is {min(errors):.0e} off)")
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from visrl.conversation import View, answer_conversation, focus_conversation
+from visrl.conversation import Conversation, View, answer_conversation, focus_conversation
 from visrl.models import template_trial
+from visrl.models.candidates import TURNS
 from visrl.models.encode import Encoder, as_messages
 from visrl.models.families import FAMILIES, image_token_of
 from visrl.models.folder import CheckpointError
@@ -43,23 +44,30 @@ def check_processor(processor: Any, config: Any) -> None:
         )
 
 
-def check_prompts(encoder: Encoder) -> None:
-    """Render both steps of a question and see what must be in them.
+def check_template(template: str | None) -> None:
+    """Render whatever a template is given here in a process that is killed where it takes too long or too much: it
+    came with a checkpoint.
 
     Raises:
-        CheckpointError: no template, one that does not end, or one that leaves out an image or the question.
+        CheckpointError: no template, or one that does not end.
     """
-    if encoder.chat_template is None:
+    if template is None:
         raise CheckpointError(
             "there is no chat template: not in the processor, not in chat_template.jinja or chat_template.json, not in "
             "the tokenizer; copy one from the base model"
         )
+    try_template(template, json.dumps([*(as_messages(talk) for talk in _talks()), TURNS]))
+
+
+def check_prompts(encoder: Encoder) -> None:
+    """Render both steps of a question and see what must be in them.
+
+    Raises:
+        CheckpointError: a template that leaves out an image or the question, or no token that ends a turn.
+    """
     if not isinstance(encoder.end_id, int) or encoder.end_of_turn in (None, ""):
         raise CheckpointError(f"the tokenizer has no token that ends a turn ({encoder.end_of_turn!r})")
-    view = View("prompt test", Image.new("RGB", (64, 64)))
-    talks = (focus_conversation(QUESTION, view), answer_conversation(QUESTION, view, view))
-    try_template(encoder.chat_template, json.dumps([as_messages(talk) for talk in talks]))
-    for talk in talks:
+    for talk in _talks():
         text = encoder.render(talk)
         shown, wanted = text.count(encoder.image_mark), len(talk.views)
         if shown != wanted:
@@ -69,6 +77,11 @@ def check_prompts(encoder: Encoder) -> None:
             )
         if QUESTION not in text:
             raise CheckpointError("the chat template leaves out what the user says")
+
+
+def _talks() -> tuple[Conversation, Conversation]:
+    view = View("prompt test", Image.new("RGB", (64, 64)))
+    return focus_conversation(QUESTION, view), answer_conversation(QUESTION, view, view)
 
 
 @functools.lru_cache(maxsize=64)

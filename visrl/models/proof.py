@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,14 @@ MISSES = 1e-3  # what a plain causal mask must be wrong by
 
 class NoProof(ValueError):
     """Why a model is not proved to take a prefix tree: a sentence's end."""
+
+    contradicted = False
+
+
+class Contradicted(NoProof):
+    """What was tried does not give what the model's own calls give."""
+
+    contradicted = True
 
 
 @contextmanager
@@ -72,7 +80,7 @@ class Proof:
         self.calls = [taken(model, {**call, "input_ids": self._numbered(call["input_ids"])}) for call in calls]
         with own_attention(model):
             self.logps, self.gradients = self._differentiated(
-                lambda: torch.stack([self._own(number) for number in range(len(self.calls))])
+                torch.stack([self._own(number) for number in range(len(self.calls))])
             )
 
     def ways(self, others: Iterator[Found]) -> Iterator[Found]:
@@ -84,30 +92,30 @@ class Proof:
         """What the copy calls tokens."""
         return ids if self.numbers is None else self.numbers[ids]
 
-    def error_of(self, found: Found) -> float:
-        """The largest relative error of log-probabilities, without gradients."""
-        with torch.no_grad():
-            return relative(self._packed(found), self.logps)
+    def packed(self, found: Found) -> tuple[torch.Tensor, float]:
+        """Summed log-probabilities of all responses out of packed rows, [paths], and their largest relative error."""
+        self.model.train()  # some forwards take more then
+        sums = self._packed(found)
+        return sums, relative(sums, self.logps)
 
-    def hold(self, found: Found, error: float, started: float) -> Found:
-        """What was found, once its gradients are held, too, and a causal mask was seen to miss.
+    def hold(self, found: Found, sums: torch.Tensor, error: float, started: float) -> Found:
+        """What was found, once the gradients of what `packed` gave are held, too, and a causal mask was seen to miss.
 
         Raises:
             NoProof: they differ, or it does not.
         """
-        self.model.train()  # some forwards take more then
         with foreign("its forward refuses a packed row that is trained"):
-            _, gradients = self._differentiated(lambda: self._packed(found))
+            _, gradients = self._differentiated(sums)
         self.model.eval()
         whole = torch.cat([one.flatten() for one in self.gradients.values()]).norm()
         if gradients.keys() != self.gradients.keys():
-            raise NoProof("other weights have gradients in the tree than in its own calls")
+            raise Contradicted("other weights have gradients in the tree than in its own calls")
         off = max(
             float((gradients[name] - own).norm() / max(own.norm(), 1e-3 * whole))
             for name, own in self.gradients.items()
         )
         if not off < (RECURRENT_GRADIENTS if recurrent_layers(self.model) else SAME_GRADIENTS):
-            raise NoProof(f"the gradients of the tree differ from its own calls' by {off:.0e}")
+            raise Contradicted(f"the gradients of the tree differ from its own calls' by {off:.0e}")
         with torch.no_grad():
             wrong = relative(self._packed(found, is_causal=True), self.logps)
         if not wrong > MISSES:
@@ -183,9 +191,8 @@ class Proof:
         logits = self.model(**self.calls[number], use_cache=False).logits[0]
         return logps(logits[path.start - 1 : -1], self._numbered(torch.from_numpy(path.ids[path.start :])))
 
-    def _differentiated(self, sums_of_all: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _differentiated(self, sums: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.model.zero_grad()
-        sums = sums_of_all()
         (sums * torch.linspace(-1, 2, len(sums))).sum().backward()
         named = {name: weight.grad.clone() for name, weight in self.model.named_parameters() if weight.grad is not None}
         return sums.detach(), named

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from visrl import __version__
-from visrl.models.found import Found
+from visrl.models.found import Found, NotFound
 
 FOLDER = "VISRL_CACHE"  # the environment variable that says where the cache lies
 # What a config says of where it came from, and not of its model.
@@ -45,19 +46,18 @@ def _plain(values: Any) -> Any:
     return values
 
 
-def kept(key: str) -> Found | str | None:
+def kept(key: str) -> Found | NotFound | None:
     """What was found before, or why nothing was; None where it was not tried, or cannot be read."""
     try:
         values = json.loads(_file(key).read_text(encoding="utf-8"))
-        reason = values.get("reason")
-        return reason if isinstance(reason, str) else Found.of_json(values["found"])
+        return NotFound(**values["not_found"]) if "not_found" in values else Found.of_json(values["found"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep(key: str, found: Found | str) -> None:
+def keep(key: str, found: Found | NotFound) -> None:
     """Write down what was found, or why nothing was. Where no file can be written it is tried again next time."""
-    values = {"reason": found} if isinstance(found, str) else {"found": found.as_json()}
+    values = {"not_found": asdict(found)} if isinstance(found, NotFound) else {"found": found.as_json()}
     with suppress(OSError):
         path = _file(key)
         path.parent.mkdir(parents=True, exist_ok=True)

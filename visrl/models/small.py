@@ -23,7 +23,10 @@ HEADS, WIDE, EXPERTS, CHOSEN, RANK = 2, 64, 4, 2, 32
 _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "num_global_layers")
 _HEADS = ("num_attention_heads", "num_heads", "attention_heads", "n_heads")
 _OWN_WIDTHS = ("embed_dim", "hidden_size", "d_model", "width")  # the first that a part has is its own
-_WIDTHS = (*_OWN_WIDTHS, "out_hidden_size", "projection_dim", "output_dim", "text_hidden_size", "hidden_dim", "n_embd")
+_WIDTHS = (
+    *_OWN_WIDTHS, "out_hidden_size", "projection_dim", "output_dim", "text_hidden_size", "hidden_dim", "n_embd",
+    "adapter_in_dim", "adapter_out_dim",
+)  # fmt: skip
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_selected_experts")
 _TOKENS = ("token_id", "token_ids", "token_index", "patch_id")
@@ -168,6 +171,9 @@ def _make_narrow(values: Values) -> None:
             continue
         dim = part.get("head_dim") or part[width] // part[heads]
         widths.setdefault(part[width], HEADS * dim)
+        merged = part.get("merge_size")  # patches that are handed on side by side
+        if isinstance(merged, int):
+            widths.setdefault(part[width] * merged**2, HEADS * dim * merged**2)
         grouped = part.get("num_key_value_heads")
         if isinstance(grouped, int):
             part["num_key_value_heads"] = HEADS if grouped == part[heads] else 1

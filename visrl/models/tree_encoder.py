@@ -16,7 +16,8 @@ import torch
 from visrl.conversation import View
 from visrl.models.encode import EncodedView, Encoder, refusing
 from visrl.models.families import family_of
-from visrl.models.family import Family, PixelRange
+from visrl.models.family import Family, PixelRange, join_images
+from visrl.models.own_positions import found_by, method_without_weights
 from visrl.models.pixels import grid_of, limited_images
 from visrl.models.settings import ModelSettings
 
@@ -29,6 +30,8 @@ class TreeEncoder(Encoder):
 
     def __init__(self, processor: Any, config: Any, settings: ModelSettings, family: Family | None = None) -> None:
         super().__init__(processor, config, settings, family or family_of(config))
+        found = self.family.found
+        self._own_positions = method_without_weights(config) if found and found.positions == "own" else None
 
     def _prepare(self, views: dict[str, View], *, is_crop: bool, alone: bool) -> dict[str, EncodedView]:
         if self.family.pixel_limits:
@@ -37,7 +40,7 @@ class TreeEncoder(Encoder):
 
     def _prepare_together(self, views: dict[str, View], limits: PixelRange) -> dict[str, EncodedView]:
         """All images in one batch, for processors that take pixel limits."""
-        made = limited_images(self.processor, [view.image for view in views.values()], limits)
+        made = limited_images(self.processor, [view.image for view in views.values()], limits, self.family.takes)
         return {
             key: EncodedView(key, inputs, placeholder, math.prod(grid), grid, size)
             for key, (inputs, placeholder, grid, size) in zip(views, made, strict=True)
@@ -61,13 +64,21 @@ class TreeEncoder(Encoder):
         return encoded
 
     def _expand(self, parts: Sequence[str], views: Sequence[EncodedView]) -> str:
-        return parts[0] + "".join(view.placeholder + part for view, part in zip(views, parts[1:], strict=True))
+        begin, end = (self.family.found and self.family.found.numbering) or (None, None)
+        shown = [view.placeholder for view in views]
+        if begin is not None:
+            shown = [f"{begin}{number}{end}{placeholder}" for number, placeholder in enumerate(shown)]
+        return parts[0] + "".join(placeholder + part for placeholder, part in zip(shown, parts[1:], strict=True))
 
     def _tokenize(self, texts: Sequence[str], views: Sequence[EncodedView]) -> list[np.ndarray]:
         tokenised = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return [np.array(ids, dtype=np.int64) for ids in tokenised]
 
     def _positions(self, ids: np.ndarray, views: Sequence[EncodedView]) -> np.ndarray:
+        if self._own_positions is not None:
+            assert self.family.found is not None
+            images = join_images(self.family, [view.inputs for view in views])
+            return found_by(self._own_positions, ids, self.family.found.image_ids, images)
         return self.family.positions(ids, self.image_token_id, [view.grid for view in views])
 
 
