@@ -18,6 +18,7 @@ from serve_help import serving
 
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.run import evaluate
+from visrl.evaluate.toolkits import score_toolkit
 from visrl.models.tiny import CHECKPOINT
 from visrl.records import read_jsonl
 from visrl.serve.config import ServeConfig
@@ -68,7 +69,7 @@ def ask(folder: Path, server: str, model: str) -> tuple[float, list[dict[str, An
 
 @pytest.mark.parametrize("model", MODES)
 def test_the_score_and_every_text_are_those_of_our_own_evaluation(model, server, folder, tmp_path):
-    score, samples, _ = ask(folder, server, model)
+    score, samples, file = ask(folder, server, model)
     evaluate(EvalConfig(
         model_name_or_path=str(CHECKPOINT), dataset=SCENES, mode=MODES[model], output_dir=tmp_path / "eval",
     ))  # fmt: skip
@@ -76,3 +77,6 @@ def test_the_score_and_every_text_are_those_of_our_own_evaluation(model, server,
     assert len(samples) == len(rows) == 24
     assert [row["filtered_resps"] for row in samples] == [row["prediction"] for row in rows]
     assert score == pytest.approx(sum(row["exact"] for row in rows) / 24)
+    scored = score_toolkit(file, "lmms-eval")
+    assert [row["exact"] for row in scored.rows] == [row["exact"] for row in rows]
+    assert scored.logged["visrl_scenes"]["exact_match"] == {"n": 24, "mean": score}

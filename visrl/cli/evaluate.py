@@ -40,6 +40,15 @@ class ProtocolName(StrEnum):
     detection = "detection"
     refcoco = "refcoco"
     answers = "answers"
+    lmms_eval = "lmms-eval"
+    vlmevalkit = "vlmevalkit"
+
+
+class ToolkitName(StrEnum):
+    """Whose form results are exported in."""
+
+    lmms_eval = "lmms-eval"
+    vlmevalkit = "vlmevalkit"
 
 
 Predictions = Annotated[Path, typer.Option(help="Prediction file, or a folder of them by data set.")]
@@ -78,14 +87,39 @@ def score(
         str | None,
         typer.Option("--box-codec", "--codec", help="Boxes: the codec that our rule reads their text with."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="lmms-eval, VLMEvalKit: their name of the task, if the file's does not say it.")
+    ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="lmms-eval, VLMEvalKit: the published rule to score by, in place of theirs.")
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Score prediction files of other programs, by the published rule and by ours."""
+    _refuse_unused(protocol, truth=truth, judgements=judgements, box_codec=box_codec, task=task, rule=rule)
     if protocol is ProtocolName.answers:
         _score_answers(predictions, truth, judgements, out, as_json)
+    elif protocol in _TOOLKITS:
+        _score_toolkit(predictions, protocol, task, rule, out, as_json)
     else:
         _score_boxes(predictions, truth, box_codec, out, as_json)
+
+
+@app.command()
+def export(
+    results: Annotated[Path, typer.Argument(help="A result file, or a folder of `visrl eval`.")],
+    out: Annotated[Path, typer.Argument(help=".jsonl of lmms-eval; .xlsx, .tsv or .json of VLMEvalKit.")],
+    to: Annotated[ToolkitName, typer.Option(help="Whose form.")],
+) -> None:
+    """Write results as lmms-eval logs its samples or VLMEvalKit its predictions."""
+    from visrl.evaluate.results import read_results
+    from visrl.evaluate.toolkit_export import export_results
+
+    toolkit: Any = str(to)
+    counts = export_results(read_results(results), out, toolkit)
+    left_out = f", {counts['skipped']:,} left out that the mode did not apply to" if counts["skipped"] else ""
+    typer.echo(f"{counts['written']:,} rows{left_out}: {out}")
 
 
 @app.command()
@@ -204,6 +238,43 @@ def leaderboard(
 
 
 # --- Pieces -----------------------------------------------------------------------------------------------------------
+
+_TOOLKITS = (ProtocolName.lmms_eval, ProtocolName.vlmevalkit)
+_BOXES = (ProtocolName.detection, ProtocolName.refcoco)
+_USED_BY = {
+    "truth": (*_BOXES, ProtocolName.answers),
+    "judgements": (ProtocolName.answers,),
+    "box_codec": _BOXES,
+    "task": _TOOLKITS,
+    "rule": _TOOLKITS,
+}
+
+
+def _refuse_unused(protocol: ProtocolName, **given: Any) -> None:
+    """Refuse an option that this protocol has no use for."""
+    from visrl.errors import UserError
+
+    for name, value in given.items():
+        if value is not None and protocol not in _USED_BY[name]:
+            option, fitting = f"--{name.replace('_', '-')}", ", ".join(_USED_BY[name])
+            raise UserError(f"{option} has no use for --protocol {protocol}; it is for {fitting}")
+
+
+def _score_toolkit(
+    predictions: Path, protocol: ProtocolName, task: str | None, rule: str | None, out: Path | None, as_json: bool
+) -> None:
+    from visrl.evaluate.tables import choice_lines, logged_lines, summary_lines
+    from visrl.evaluate.toolkits import score_toolkit
+
+    toolkit: Any = str(protocol)
+    scores = score_toolkit(predictions, toolkit, task, rule)
+    _write(out, scores.rows, quiet=as_json)
+    summary = scores.summary()
+    if as_json:
+        typer.echo(json.dumps(summary, ensure_ascii=False))
+        return
+    told = {"reading": f"{toolkit} has it and as ours", "rule": "; ".join(filter(None, {*scores.rules.values()}))}
+    typer.echo("\n".join([*summary_lines(summary), "", *choice_lines({**summary, **told}), *logged_lines(summary)]))
 
 
 def _score_boxes(predictions: Path, truth: Path | None, codec: str | None, out: Path | None, as_json: bool) -> None:

@@ -19,6 +19,8 @@ choice_figures  what rows of a benchmark with readings add up to over all its qu
 compare         two checkpoints on the same questions: `visrl eval compare`
 tables          scores as text
 answers         scoring answer files of other programs, boxfiles their boxes, predictions reads both
+toolkits        scoring prediction files of lmms-eval and VLMEvalKit, toolkit_files their rows, toolkit_export ours as
+                theirs; spreadsheets are .xlsx
 published       what others published of Visual-CoT and RefCOCO; published_zoom of the other benchmarks
 leaderboard     our results among them, as a page
 ask             `visrl ask`

@@ -75,7 +75,9 @@ def questions(kind: DocumentFiles) -> Callable[[BenchmarkFiles], Mapping[str, It
 def _question(row: Row, number: int, kind: DocumentFiles) -> BenchmarkQuestion:
     text = "question" if "question" in row else "query"
     require_columns(row, ("image", text))
-    answers = _answers(next((row[key] for key in ("answers", "answer", "label") if row.get(key) is not None), None))
+    answers = reference_answers(
+        next((row[key] for key in ("answers", "answer", "label") if row.get(key) is not None), None)
+    )
     ids = (optional_cell(row, key) for key in ("questionId", "question_id", "index"))
     name = next((found for found in ids if found is not None), str(number))
     part = next(iter(kind.parts)) if len(kind.parts) == 1 else _part(row)
@@ -94,8 +96,12 @@ def _part(row: Row) -> str:
     raise RowFault("unparseable", f"neither human nor augmented: {said[:40]!r}")
 
 
-def _answers(value: object) -> tuple[str, ...]:
-    """The reference answers: a list, one as Python writes it in a cell, or a single text."""
+def reference_answers(value: object) -> tuple[str, ...]:
+    """The reference answers: a list, one as Python writes it in a cell, or a single text.
+
+    Raises:
+        RowFault: none, or what is no text.
+    """
     if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
         if len(value) > _MAX_LITERAL:
             raise RowFault("unparseable", f"the answers have more than {_MAX_LITERAL:,} characters")

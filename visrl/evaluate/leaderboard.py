@@ -7,7 +7,6 @@ Each published table is a group, in a colour of its own; ours joins it where all
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from visrl.evaluate.results import facts_of, read_results
 from visrl.manifest import read_manifest
 from visrl.pages.html import render_page
 from visrl.records import write_text
-from visrl.rewards.results import Row, columns_of, summarise
+from visrl.rewards.results import Row, by_dataset, columns_of, summarise
 
 TABLES: tuple[PublishedTable, ...] = (*PUBLISHED_TABLES, VISCOT_TABLE, REFCOCO_TABLE)
 TITLES = {
@@ -54,6 +53,7 @@ class LeaderboardEntry:
     benchmark: str = "viscot"
     reading: str = ""  # which published one, where there are several
     limit: str = NOT_SAID
+    is_whole: bool = False  # of a run that says that it left no question out; of others questions are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,8 @@ def read_entry(
         if facts.get("mode") not in (None, "own"):
             name = f"{name}, {facts['mode']}"
     judge = judge if judge != NOT_SAID else str(facts.get("judge") or NOT_SAID)
-    return LeaderboardEntry(name, rows, judge, benchmark, str(facts.get("reading") or ""), limit)
+    is_whole = bool(facts) and facts.get("limit", 0) is None
+    return LeaderboardEntry(name, rows, judge, benchmark, str(facts.get("reading") or ""), limit, is_whole)
 
 
 def leaderboard_groups(entries: Sequence[LeaderboardEntry]) -> list[LeaderboardGroup]:
@@ -136,16 +137,20 @@ def unranked(entry: LeaderboardEntry) -> str | None:
         names = " or ".join(f"`{name}`" for name in _ranking(entry.benchmark))
         return "no judge has scored it" if entry.benchmark == "viscot" else f"it has no column {names}"
     known = find_benchmark(entry.benchmark)
-    asked = Counter({name: len(keys) for name, keys in _questions(entry.rows).items()})
+    asked = by_dataset(entry.rows)
     missing = [name for name in known.datasets if name not in asked]
     if missing:
         return f"{len(missing)} of the {len(known.datasets)} data sets are missing: {', '.join(missing)}"
+    wholes = {name: whole for name, whole in known.datasets.items() if whole is not None}
+    groups = {name: asked[name] for name in wholes}
+    if known.whole is not None:
+        wholes, groups = {"it": known.whole}, {"it": list(entry.rows)}
     short = [
-        f"{name} has {asked[name]:,} of {whole:,}"
-        for name, whole in known.datasets.items()
-        if whole is not None and asked[name] != whole
+        f"{name} has {min(counts):,} of {wholes[name]:,}"
+        for name, rows in groups.items()
+        if wholes[name] not in (counts := _counts(rows))
     ]
-    return f"not the whole benchmark: {'; '.join(short)}" if short else None
+    return f"not the whole benchmark: {'; '.join(short)}" if short and not entry.is_whole else None
 
 
 def write_leaderboard(path: str | os.PathLike[str], entries: Sequence[LeaderboardEntry]) -> None:
@@ -231,9 +236,6 @@ def _figure(summary: Mapping[str, Any], column: str) -> Mapping[str, float] | No
     return entry["counted"] if entry else None
 
 
-def _questions(rows: Sequence[Row]) -> dict[str, set[str]]:
-    """The questions of each data set, one that was asked several times once."""
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(str(row.get("dataset") or ""), set()).add(str(row.get("group") or row["id"]))
-    return found
+def _counts(rows: Sequence[Row]) -> set[int]:
+    """How many questions rows are of: by their ids, and where a file has them in several orders, by its rows."""
+    return {len({str(row["id"]) for row in rows}), sum(not row.get("attempt") for row in rows)}

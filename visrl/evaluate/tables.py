@@ -125,6 +125,19 @@ def choice_lines(scores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def logged_lines(scores: Mapping[str, Any]) -> list[str]:
+    """What prediction files of toolkits say of themselves, and which of their tasks have no rule that is known."""
+    lines = []
+    for task, metrics in scores["logged"].items():
+        said = ", ".join(f"{name} {one['mean']:.1%} of {one['n']:,}" for name, one in metrics.items())
+        lines += [f"as the file of {task} itself has it: {said}"] if said else []
+    without = [task for task, rule in scores["rules"].items() if rule is None]
+    return [
+        *lines,
+        *([f"no published rule is known for {', '.join(without)}: name one with --rule"] if without else []),
+    ]
+
+
 _NOTES = {
     "unparseable": "box texts that hold no box",
     "bad_truth": "with a ground truth that is no box",
