@@ -92,7 +92,7 @@ def image_options(processor: Any) -> dict[str, Any]:
     wanted = {
         one.name: merged[one.name] for one in parameters if one.kind is not one.VAR_KEYWORD and one.name in merged
     }
-    if not wanted:  # before 5.17 such an option stood among the text's
+    if not wanted:  # older releases have it among the text's
         wanted = {name: merged["text_kwargs"][name] for name in MOVED if name in merged["text_kwargs"]}
     return {**merged["images_kwargs"], **wanted}
 
