@@ -3,11 +3,13 @@ state are told."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_families import groups_of, packed_of
 from tiny_families import make
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from visrl.models.folder import CheckpointError
 from visrl.models.parts import recurrent_layers
 from visrl.models.recurrent import TreeForward, hand_on_states
 from visrl.models.tree_runs import RunPlan, Segment, plan_runs
+from visrl.packing.forward import branch_logps
 
 
 def random_segments(seed: int, parts: int) -> tuple[list[Segment], int]:
@@ -112,6 +115,29 @@ def test_a_layer_that_loses_its_state_is_refused() -> None:
     layer.linear_attn = Forgetful(layer.linear_attn)
     with pytest.raises(CheckpointError, match="layers Forgetful of this transformers release do not hand on"):
         use_tree_attention(model)
+
+
+def test_runs_are_computed_by_the_kernel_that_the_layer_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in the place of the reference function, as an installed kernel does, is given every run, those behind
+    a fork with the state before it."""
+    model, encoder = make("qwen3_5")
+    module: Any = sys.modules[type(recurrent_layers(model)[0]).__module__]
+    if hasattr(recurrent_layers(model)[0], "chunk_gated_delta_rule"):
+        pytest.skip("this release of transformers hands layers their kernels when they are made")
+    own, starts = module.torch_chunk_gated_delta_rule, []
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        starts.append(kwargs["initial_state"])
+        return own(*args, **kwargs)
+
+    use_tree_attention(model)
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", kernel)
+    packed = packed_of(encoder, groups_of(encoder)[0])
+    branch_logps(model, packed)
+    (plan,) = [mask for mask in packed.calls[0].inputs["attention_mask"].values() if isinstance(mask, RunPlan)]
+    behind = [call.starts is not None for call in plan.calls]
+    assert [start is not None for start in starts] == behind * len(recurrent_layers(model))
+    assert any(behind)
 
 
 def test_a_layer_of_its_own_stays_what_it_is() -> None:
