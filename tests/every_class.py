@@ -209,9 +209,10 @@ def outcome(name: str, folder: Path) -> str:
         answers = engine.complete(talks(), Sampling(max_tokens=3), [[0], [0]])
     except UserError as error:
         return f"refused: {str(error).removeprefix(f'{folder}: ')}"
-    assert all(isinstance(answer[0].text, str) for answer in answers)
+    if errors := [answer[0].error for answer in answers if answer[0].error]:
+        return f"refused: {errors[0]}"
     family = engine.encoder.family
-    return f"plain form: {family.plain}" if family.plain else f"tree: {words_of(family)}"
+    return f"plain form: {family.plain}" if family.plain else f"tree: {words_of(family).replace(' | ', ', ')}"
 
 
 def apart(name: str, seconds: int = 240) -> str:

@@ -11,7 +11,7 @@ import more_families
 import tiny_families
 import torch
 
-from visrl.models.derive import found_family
+from visrl.models.derive import decoding, found_family
 from visrl.models.families import FAMILIES
 from visrl.models.probe import NoProof, prove
 
@@ -25,8 +25,7 @@ MADE = {**tiny_families.MAKERS, **more_families.MORE}
 def words_of(family: Any) -> str:
     """The columns that say what a family takes, which are the same in every run."""
     shares = "every branch" if family.shares == "all" else "chosen and rejected"
-    decodes = "shared prefixes" if family.cacheable else "everything again per token"
-    return f"{shares} | {decodes}"
+    return f"{shares} | {decoding(family)}"
 
 
 def row_of(name: str) -> str:
@@ -40,7 +39,8 @@ def row_of(name: str) -> str:
         if entry is None:
             return f"| {name} | – | – | no: {error} | – | – | – | – |"
         return f"| {name} | {words_of(entry)} | by hand | – | – | – | – |"
-    known = "by trial and by hand" if name in FAMILIES else "by trial"
+    known = "by trial, and by hand" if name in FAMILIES else "by trial"
+    known = "by hand, held by trial" if found.by_hand else known
     one = found.measured
     figures = f"{one.logps:.0e} | {one.gradients:.0e} | {one.causal:.0e} | {one.seconds:.1f}"
     return f"| {name} | {words_of(found_family(found, model.config))} | {known} | {figures} |"

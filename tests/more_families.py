@@ -410,12 +410,48 @@ def llama4() -> tuple[Any, Any]:
     return tf.Llama4ForConditionalGeneration(config), processor
 
 
+def _minicpm(kind: str) -> tuple[Any, Any]:
+    """A hybrid whose processor numbers the images of a prompt; 4.7 lays tiles on the canvas of their image."""
+    marks = {
+        "image_start": "<image>", "image_end": "</image>", "slice_start": "<slice>", "slice_end": "</slice>",
+        "image_id_start": "<image_id>", "image_id_end": "</image_id>",
+    }  # fmt: skip
+    words = tokenizer(
+        image_token="<|image_pad|>", video_token="<|video_pad|>", **{f"{key}_token": it for key, it in marks.items()}
+    )
+    text = _text(
+        words, model_type="qwen3_5_text", head_dim=16,
+        rope_parameters={**MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=8,
+    )  # fmt: skip
+    ids = {f"{key}_id": words.convert_tokens_to_ids(it) for key, it in list(marks.items())[:4]}
+    config = getattr(tf, f"{kind}Config")(
+        text_config=text, vision_config={**VISION, "image_size": 56, "patch_size": 14}, insert_layer_id=0,
+        image_token_id=words.image_token_id, video_token_id=words.video_token_id,
+        **(ids | {"newline_id": words("\n", add_special_tokens=False).input_ids[0]} if kind == "MiniCPMV4_7" else {}),
+    )  # fmt: skip
+    pictures = tf.MiniCPMV4_6ImageProcessor(patch_size=14, scale_resolution=56, max_slice_nums=4)
+    processor = getattr(tf, f"{kind}Processor")(
+        pictures, tf.MiniCPMV4_6VideoProcessor(), words, chat_template=template("<|image_pad|>")
+    )
+    return getattr(tf, f"{kind}ForConditionalGeneration")(config), processor
+
+
+def minicpmv4_6() -> tuple[Any, Any]:
+    return _minicpm("MiniCPMV4_6")
+
+
+def minicpmv4_7() -> tuple[Any, Any]:
+    return _minicpm("MiniCPMV4_7")
+
+
 MORE: dict[str, Callable[..., tuple[Any, Any]]] = {
     maker.__name__: maker
     for maker in (
         qwen3_vl_moe, glm4v, glm46v, glm4v_moe, mistral3, gemma4, gemma4_vision, gemma4_moe, gemma4_unified, molmo2,
         kimi_k25, ovis2, aya_vision, cohere2_vision, ernie4_5_vl_moe, llama4, granite4_vision, deepseek_vl, exaone4_5,
-        lighton_ocr, vipllava,
+        lighton_ocr, vipllava, minicpmv4_6, minicpmv4_7,
     )
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_WAIT_S = 10
 LARGEST_JSON = 64_000_000  # bytes; settings are a few thousand, the longest lists of added tokens some millions
 MOST_PARTS = 4096  # of anything that a config counts: layers, heads, experts, labels
-COUNTS = re.compile(r"depth|num_.*|n_.*|.*_layers|.*_depth")
+COUNTS = re.compile(r"depth|(?:num|n)_(?!.*(?:embeddings|tokens)$).*|.*_layers|.*_depth")  # entries of a table are none
 
 
 class CheckpointError(UserError, ValueError):
