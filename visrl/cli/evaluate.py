@@ -273,7 +273,8 @@ def _score_toolkit(
     if as_json:
         typer.echo(json.dumps(summary, ensure_ascii=False))
         return
-    told = {"reading": f"{toolkit} has it and as ours", "rule": "; ".join(filter(None, {*scores.rules.values()}))}
+    rules = dict.fromkeys(rule for rule in scores.rules.values() if rule)
+    told = {"reading": f"{toolkit} has it and as ours", "rule": "; ".join(rules) or "no rule of theirs is known"}
     typer.echo("\n".join([*summary_lines(summary), "", *choice_lines({**summary, **told}), *logged_lines(summary)]))
 
 
