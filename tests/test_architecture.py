@@ -15,7 +15,7 @@ ORDER = (
     "callable_package",
     "errors", "yaml_text", "redact", "foreign", "config", "plugins", "failures", "box", "prompts", "replies",
     "sequences", "statistics", "progress", "records", "codecs", "pages", "scenes", "data_url", "image_files",
-    "image_modes", "image_rows", "images", "manifest", "conversation", "data", "models", "packing", "engines",
+    "image_modes", "image_rows", "images", "manifest", "conversation", "zoom", "data", "models", "packing", "engines",
     "rollout", "rewards", "policy", "train", "evaluate", "report", "evolve", "serve", "environment", "cli",
 )  # fmt: skip
 

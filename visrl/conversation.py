@@ -33,7 +33,8 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages and their images, in the order of their `<image>` marks; the model speaks next.
+    """Messages and their images, in the order of their `<image>` marks; the model speaks next. `prefill` are the words
+    that its turn opens with already.
 
     Raises:
         PromptError: more or fewer marks than images, as where a question or a reply holds one.
@@ -41,6 +42,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     views: tuple[View, ...] = ()
+    prefill: str = ""
 
     def __post_init__(self) -> None:
         marks = sum(message.text.count(IMAGE) for message in self.messages)

@@ -163,6 +163,8 @@ def to_messages(conversation: Conversation, urls: dict[str, str], mark_crops: bo
             if text:
                 parts.append({"type": "text", "text": text})
         messages.append({"role": message.role, "content": parts})
+    if conversation.prefill:  # goes on where the model's turn stands: `openai_server` says so in the request
+        messages.append({"role": "assistant", "content": conversation.prefill})
     return messages
 
 

@@ -31,6 +31,7 @@ from visrl.models.pixels import PIXEL_LIMITS, covering_limits, limited_size
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE
 from visrl.replies import whole_text
+from visrl.zoom.calls import TAGS
 
 MAX_TOKENS = 32_768  # of a prompt in this process, where the model's context allows as many: its mask has their square
 LONGEST_TOKEN = 64  # characters a token stands for at most, on average over a long text
@@ -86,10 +87,12 @@ class Encoder(ABC):
         self.image_ids = sorted({token for ids in named for token in ids if isinstance(token, int)})
         self.end_of_turn = self.family.end_of_turn or self.tokenizer.eos_token
         self.end_id = self.tokenizer.convert_tokens_to_ids(self.end_of_turn)
-        # Tokens of box text may be said again, as the published protocol does; they can forge nothing.
+        # Tokens of box text and of calls may be said again, as published protocols do; they can forge nothing.
         own = self.tokenizer.get_added_vocab()
         self.max_tokens = min(context_of(config) or MAX_TOKENS, MAX_TOKENS)  # of a prompt that is to be answered
-        self._control = [token for token in own if token.startswith("<") and not self.codec.writes(token)]
+        self._control = [
+            token for token in own if token.startswith("<") and token not in TAGS and not self.codec.writes(token)
+        ]
         self.cache_bytes = CACHE_BYTES
         self._views: OrderedDict[str, EncodedView] = OrderedDict()
         self._kept_bytes = 0
@@ -219,13 +222,14 @@ class Encoder(ABC):
             # The mark of an image may itself be a token of the model; the text around it may hold none.
             for part in message.text.split(IMAGE):
                 self._check_text(part)
+        self._check_text(conversation.prefill)
         try:
             text = self.processor.apply_chat_template(
                 as_messages(conversation), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
-        return text if text.startswith(self._bos) else self._bos + text
+        return (text if text.startswith(self._bos) else self._bos + text) + conversation.prefill
 
     def _check_text(self, text: str) -> None:
         if any(token in text for token in self._control):

@@ -1,0 +1,151 @@
+"""The public protocols of several looks: transcripts to the letter, crops to the pixel, and replies that are garbage.
+
+zoom_transcripts.json was written from the protocols' published texts and not by the package: each row holds what a
+model says, turn by turn, the whole conversation as its chat template writes it, and for every crop its picture, window
+and size. The picture has 1000 × 800 pixels.
+"""
+
+import functools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visrl.conversation import View
+from visrl.prompts import IMAGE
+from visrl.zoom.episode import UNFINISHED, advance, begin
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
+
+SIZE = (1000, 800)
+TRANSCRIPTS = json.loads((Path(__file__).parent / "zoom_transcripts.json").read_text(encoding="utf-8"))
+PICTURE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@functools.cache
+def whole() -> View:
+    x, y = np.meshgrid(np.arange(SIZE[0]), np.arange(SIZE[1]))
+    pixels = np.stack([x % 256, y % 256, (x // 4 + y // 4) % 256], axis=-1).astype(np.uint8)
+    return View("picture", Image.fromarray(pixels))
+
+
+def played(name, replies, shown=SIZE, protocol=None):
+    """The episode after these replies, or as many of them as it takes to end."""
+    episode = begin(protocol or ZOOM_PROTOCOLS[name], TRANSCRIPTS[name]["question"], whole())
+    for reply in replies:
+        episode = advance(episode, reply, shown)
+        if episode.end is not None:
+            break
+    return episode
+
+
+def as_chatml(episode) -> str:
+    """The conversation in the form of Qwen's chat templates, the next turn opened where it is the model's."""
+    text = "".join(f"<|im_start|>{one.role}\n{one.text}<|im_end|>\n" for one in episode.messages)
+    return text.replace(IMAGE, PICTURE_TOKENS)
+
+
+@pytest.mark.parametrize("name", ZOOM_PROTOCOLS)
+def test_a_transcript_is_the_published_one_to_the_letter_and_its_crops_to_the_pixel(name):
+    wanted = TRANSCRIPTS[name]
+    episode = played(name, wanted["replies"])
+    assert as_chatml(episode) == wanted["text"]
+    assert (episode.end, episode.answer.strip(".")[-1]) == ("answered", "7")
+    assert [
+        (look.source, *look.window, *view.size) for look, view in zip(episode.looks, crops(episode), strict=False)
+    ] == [tuple(crop) for crop in wanted["crops"]]
+    for look, view in zip(episode.looks, crops(episode), strict=False):
+        cut = episode.pictures[look.source].image.crop(look.window)
+        assert np.array_equal(
+            np.asarray(view.image), np.asarray(cut if cut.size == view.size else resized(cut, view, name))
+        )
+
+
+def crops(episode) -> list[View]:
+    return [view for view in episode.views[1:] if view.is_crop]
+
+
+def resized(cut, view, name):
+    lanczos = name in ("mini_o3", "chain_of_focus", "vigorl")
+    return cut.resize(view.size, Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC)
+
+
+def test_boxes_that_are_spoken_of_are_looks_without_a_crop():
+    episode = played("treevgr", TRANSCRIPTS["treevgr"]["replies"], shown=(500, 400))
+    (look,) = episode.looks
+    assert look.box.as_list() == [0.2, 0.5, 0.8, 1.0]  # 600 of 400 px is clamped
+    assert len(episode.views) == 1
+
+
+def test_coordinates_of_a_shrunken_picture_are_mapped_unless_the_fault_is_asked_for():
+    """What scripts of the protocol forget: the model saw half the size and its crop was cut from the original."""
+    said = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 200, 400, 390]}}</tool_call>'
+    faulty = ZOOM_PROTOCOLS["deepeyes"].with_faults("unmapped_coordinates")
+    assert played("deepeyes", [said], shown=(500, 400)).looks[0].window == (200, 400, 800, 780)
+    assert played("deepeyes", [said], shown=(500, 400), protocol=faulty).looks[0].window == (100, 200, 400, 390)
+    with pytest.raises(ValueError, match="deepeyes has no fault 'labels_count_turns'; known are: unmapped_coordinates"):
+        ZOOM_PROTOCOLS["deepeyes"].with_faults("labels_count_turns")
+
+
+@pytest.mark.parametrize(
+    ("faults", "label", "followed"), [((), "Observation 1", True), (("labels_count_turns",), "Observation 2", False)]
+)
+def test_labels_of_observations_name_the_pictures_that_calls_can_reach(faults, label, followed):
+    protocol = ZOOM_PROTOCOLS["mini_o3"].with_faults(*faults)
+    call = '<grounding>{"bbox_2d": [0.1, 0.1, 0.9, 0.9], "source": "%s"}</grounding>'
+    episode = played("mini_o3", ["<grounding>nothing</grounding>", call % "original_image"], protocol=protocol)
+    assert "ERROR occurs during grounding" in episode.messages[3].text
+    assert f"({label})" in episode.messages[-1].text
+    episode = advance(episode, call % label.lower().replace(" ", "_"), SIZE)
+    assert (len(episode.looks) == 2) is followed
+
+
+def test_limits_end_an_episode_as_unfinished_and_a_last_turn_is_asked_where_the_protocol_has_words_for_it():
+    call = '<tool_call>{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 200, 400, 500]}}</tool_call>'
+    episode = played("deepeyes", [call] * 9)
+    assert (episode.end, len(episode.looks), episode.answer) == ("turns", 4, None)
+    assert episode.end in UNFINISHED
+    arguments = '{"bbox_2d": [1, 1, 500, 500], "label": "", "img_idx": 0}'
+    many = f'<tool_call>{{"name": "image_zoom_in_tool", "arguments": {arguments}}}</tool_call>'
+    assert played("qwen3vl", [many * 12]).end == "pictures"
+    assert advance(played("deepeyes", []), "<think>long", SIZE, cut_short=True).end == "tokens"
+    point = '<tool_call>{"name": "search_coordinate", "arguments": {"coordinate": [%d, 400]}}</tool_call>'
+    episode = played("vigorl", ["<think>hm</think>", *(point % x for x in (100, 300, 500, 700))])
+    assert episode.end is None
+    assert episode.conversation.prefill.endswith("</think>\n<answer>")
+    assert advance(episode, " 7 </answer>", SIZE).answer == "7"
+
+
+PIECES = (
+    "<image>", "<tool_call>", "</tool_call>", "{", "}", "]", "NaN", "1e999", '"bbox_2d"', "\ud800", "<answer>",
+    "9" * 400, "null", "<grounding>", "</grounding>", "[" * 3000, "\x00", ", ", '"source": "observation_3"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOOM_PROTOCOLS)
+def test_truncations_and_garbage_never_part_pictures_from_their_marks(name):
+    """Any text may come: then the next conversation can be built, which checks its marks, or the episode ends."""
+    draw = random.Random(7)
+    replies = TRANSCRIPTS[name]["replies"]
+    ends = set()
+    for _ in range(150):
+        episode = played(name, [])
+        for _ in range(14):
+            text = draw.choice(replies)
+            at = draw.randrange(len(text))
+            kind = draw.randrange(3)
+            if kind == 0:
+                text = text[:at]
+            elif kind == 1:
+                text = text[:at] + draw.choice(PIECES) + text[at + draw.randrange(20) :]
+            else:
+                text = "".join(draw.choice(PIECES) for _ in range(9))
+            episode = advance(episode, text, SIZE, cut_short=draw.random() < 0.05)
+            assert len(episode.conversation.views) == sum(one.text.count(IMAGE) for one in episode.messages)
+            assert len(episode.pictures) == len(episode.boxes)
+            if episode.end is not None:
+                break
+        ends.add(episode.end)
+    assert ends >= ({"answered"} if name in ("treevgr", "qwen3vl") else {"answered", "tokens"})

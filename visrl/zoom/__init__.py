@@ -1,0 +1,10 @@
+"""Several looks: how the public protocols ask for a crop, what they show of it, and when they end.
+
+calls       what one turn of a model asks for: calls, an answer, or a call that cannot be read
+windows     from the numbers of a call to pixels of a picture, and the size at which a crop is shown
+protocols   ZOOM_PROTOCOLS, one row each: prompts, coordinates, observations, errors, limits
+episode     an episode as a pure state: a turn goes in, the next conversation or the end comes out
+
+The texts in prompts.json are what public checkpoints were trained on, to the letter. Nothing here knows engines or
+scores.
+"""

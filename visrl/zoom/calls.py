@@ -1,0 +1,292 @@
+"""What a turn of a model asks for: to look somewhere, to answer, or neither. Text alone; no picture is known here.
+
+Each reader is one protocol's own rule, of which the first, the last or every call of a turn counts, and how much of
+broken JSON is forgiven.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from visrl.box import Corners
+
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_GROUNDING_BOX = '<grounding>{"bbox_2d": '
+_GROUNDING_SOURCE = re.compile('"source": [\',"]')
+_GROUNDING_END = re.compile("[',\"]}</grounding>")
+_BOX_TAG = re.compile(r"<box>\[(\d+),(\d+),(\d+),(\d+)\]")
+# Tokens of some models that mark calls and thoughts inside a turn: text to everybody, and never an end of a turn.
+TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+LONGEST_CALL = 10_000  # characters: more is no call of anybody's
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A wish to see a part: `numbers` as they were written (four of a box, two of a point), `source` the number of the
+    picture that they lie in (0 the whole one), `label` what is said to be there."""
+
+    numbers: tuple[float, ...]
+    source: int = 0
+    label: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadCall:
+    """A call that cannot be followed, in the words that the protocol replies with."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn asks for. With an `answer` the episode ends, whatever else the turn holds."""
+
+    calls: tuple[Call | BadCall, ...] = ()
+    answer: str | None = None
+
+
+class CallError(ValueError):
+    """A call whose JSON can be read, and whose meaning cannot; the message is what the protocol replies."""
+
+
+def answer_of(text: str) -> str | None:
+    """What stands in the first `<answer>` of a turn, or None."""
+    found = _ANSWER.search(text)
+    return found.group(1).strip() if found else None
+
+
+def boxes_in_text(text: str) -> list[Corners]:
+    """The boxes that TreeVGR writes as it thinks: whole numbers without spaces, corners in order."""
+    boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in _BOX_TAG.findall(text)]
+    return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
+
+
+# --- DeepEyes ---------------------------------------------------------------------------------------------------------
+
+
+def deepeyes_turn(text: str) -> Turn:
+    """The last call of a turn counts; an answer comes before any call."""
+    answer = answer_of(text)
+    found = _TOOL_CALL.findall(text)
+    if answer is not None or not found:
+        return Turn(answer=answer)
+    return Turn((_deepeyes_call(found[-1].strip()),))
+
+
+def _deepeyes_call(said: str) -> Call | BadCall:
+    try:
+        name, arguments = _named(_json(said))
+    except ValueError as error:
+        return BadCall(f"Error: Invalid tool call format: {said}. Error: {error}")
+    if name != "image_zoom_in_tool":
+        return BadCall(f"Error: Unknown tool name: {name}")
+    try:
+        return Call(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments))
+    except CallError:
+        return BadCall("Error: ZOOM IN ARGUMENTS ARE INVALID")
+
+
+# --- Mini-o3 ----------------------------------------------------------------------------------------------------------
+
+
+def mini_o3_turn(text: str) -> Turn:
+    """The last `<grounding>` of a turn counts; only a turn that ends with `</answer>` is an answer."""
+    stripped = text.strip()
+    answer = answer_of(stripped) if stripped.endswith("</answer>") else None
+    if answer is not None or "<grounding>" not in text:
+        return Turn(answer=answer)
+    try:
+        numbers, source = _grounding(text[-LONGEST_CALL:])
+        return Turn((Call(_numbers(_literal(numbers), 4), _mini_o3_source(source)),))
+    except ValueError as error:
+        return Turn((BadCall(str(error)),))
+
+
+def _grounding(text: str) -> tuple[str, str]:
+    """The text of the box and of the source in the last `<grounding>`: what its protocol's greedy pattern finds, by
+    looking from the end, which takes no longer on text that is made to be slow."""
+    ends = [found.start() for found in _GROUNDING_END.finditer(text)]
+    start = text.rfind(_GROUNDING_BOX)
+    while start >= 0 and ends:
+        begin = start + len(_GROUNDING_BOX)
+        sources = [found for found in _GROUNDING_SOURCE.finditer(text, begin) if found.end() <= ends[-1]]
+        comma = text.rfind(",", begin, sources[-1].start()) if sources else -1
+        if comma >= 0:
+            return text[begin:comma], text[sources[-1].end() : ends[-1]]
+        start = text.rfind(_GROUNDING_BOX, 0, start)
+    raise CallError("no box and source could be read between <grounding> and </grounding>")
+
+
+def _mini_o3_source(said: str) -> int:
+    if said == "original_image":
+        return 0
+    found = re.fullmatch(r"observation_([0-9]{1,4})", said)
+    if found is None:
+        raise CallError(f"source {said[:40]!r} is neither 'original_image' nor 'observation_i'")
+    return int(found.group(1))
+
+
+# --- Pixel-Reasoner ---------------------------------------------------------------------------------------------------
+
+
+def pixel_reasoner_turn(text: str) -> Turn:
+    r"""A turn that ends with `</tool_call>` asks, by its last call; every other one answers, in `\boxed{}`."""
+    if not text.rstrip().endswith("</tool_call>"):
+        return Turn(answer=_boxed(text))
+    found = _TOOL_CALL.findall(text)
+    if not found:
+        return Turn((BadCall("no <tool_call> before </tool_call>"),))
+    try:
+        name, arguments = _named(_json(found[-1].strip()))
+        if name not in ("crop_image_normalized", "crop_image"):  # the prompt says one name, the schema the other
+            raise CallError(f"unknown function {name}")
+        source = arguments.get("target_image", 1)
+        if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
+            raise CallError(f"target_image {source!r} is no number of a picture")
+        return Turn((Call(_numbers(arguments.get("bbox_2d"), 4), int(source) - 1),))
+    except ValueError as error:
+        return Turn((BadCall(str(error)),))
+
+
+def _boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{…}`, braces inside it counted, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 1, start + len("\\boxed{")
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[begin:place].strip()
+    return None
+
+
+# --- Chain-of-Focus, Qwen3-VL, TreeVGR, ViGoRL ------------------------------------------------------------------------
+
+
+def chain_of_focus_turn(text: str) -> Turn:
+    """The first call counts. What cannot be read is answered with the whole picture, so its words are never said."""
+    answer = answer_of(text)
+    found = _TOOL_CALL.search(text)
+    if answer is not None or found is None:
+        return Turn(answer=answer)
+    try:
+        name, arguments = _named(_json(found.group(1).strip()))
+        if name != "image_zoom_in_tool":
+            raise CallError(f"unknown function {name}")
+        return Turn((Call(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments)),))
+    except ValueError as error:
+        return Turn((BadCall(str(error)),))
+
+
+def qwen3vl_turn(text: str) -> Turn:
+    """Every call of a turn counts; a turn without one is the answer, in `<answer>` where it has such tags."""
+    found = _TOOL_CALL.findall(text)
+    if not found:
+        tagged = answer_of(text)
+        return Turn(answer=text.strip() if tagged is None else tagged)
+    return Turn(tuple(_qwen3vl_call(said.strip()) for said in found))
+
+
+def _qwen3vl_call(said: str) -> Call | BadCall:
+    try:
+        name, arguments = _named(_json_or_literal(said))
+        if name != "image_zoom_in_tool":
+            raise CallError(f"Tool {name} does not exists.")
+        missing = [key for key in ("bbox_2d", "label", "img_idx") if key not in arguments]
+        if missing:
+            raise CallError(f"{missing[0]!r} is a required property")
+        source = arguments["img_idx"]
+        if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
+            raise CallError(f"img_idx {source!r} is no number of a picture")
+        return Call(_numbers(arguments["bbox_2d"], 4), int(source), _label(arguments))
+    except ValueError as error:
+        return BadCall(f"Tool Execution Error {error}")
+
+
+def treevgr_turn(text: str) -> Turn:
+    """One turn: the answer is in its tags, or else all of it."""
+    tagged = answer_of(text)
+    return Turn(answer=text.strip() if tagged is None else tagged)
+
+
+def vigorl_turn(text: str) -> Turn:
+    """The last call of a turn counts; one that cannot be read counts for nothing, and the model goes on."""
+    answer = answer_of(text)
+    if answer is not None:
+        return Turn(answer=answer)
+    for said in reversed(_TOOL_CALL.findall(text)):
+        try:
+            name, arguments = _named(_json(said.strip()))
+            if name == "search_coordinate":
+                return Turn((Call(_numbers(arguments.get("coordinate"), 2)),))
+        except ValueError:
+            continue
+    return Turn()
+
+
+# --- What calls are written in ----------------------------------------------------------------------------------------
+
+
+def _json(said: str) -> Any:
+    return _read(said, json.loads)
+
+
+def _literal(said: str) -> Any:
+    """A Python literal, read and never run."""
+    return _read(said.strip(), ast.literal_eval)
+
+
+def _json_or_literal(said: str) -> Any:
+    """JSON, or the same with Python's quotes and commas."""
+    try:
+        return _json(said)
+    except CallError:
+        return _literal(said)
+
+
+def _read(said: str, read: Callable[[str], Any]) -> Any:
+    if len(said) > LONGEST_CALL:
+        raise CallError(f"a call of {len(said):,} characters")
+    try:
+        return read(said)
+    except (SyntaxError, ValueError) as error:
+        raise CallError(str(error)) from error
+    except (RecursionError, MemoryError, TypeError) as error:
+        raise CallError("nested too deep") from error
+
+
+def _named(call: Any) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of a call."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise CallError("a call is an object with 'name' and 'arguments'")
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise CallError("'arguments' is no object")
+    return call["name"], arguments
+
+
+def _numbers(value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or len(value) != count:
+        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in value):
+        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
+    try:
+        numbers = tuple(float(one) for one in value)
+    except OverflowError as error:
+        raise CallError("a number too large") from error
+    if not all(map(math.isfinite, numbers)):
+        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
+    return numbers
+
+
+def _label(arguments: dict[str, Any]) -> str | None:
+    label = arguments.get("label")
+    return label if isinstance(label, str) else None
