@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,63 @@ def test_focus_looks_where_the_local_engine_looks(server: tuple[str, Metrics], l
     assert reply.usage.completion_tokens > 0
 
 
+def test_a_model_that_looks_once_answers_as_with_one_look_where_it_may_look_three_times(
+    server: tuple[str, Metrics],
+) -> None:
+    for index in range(2):
+        once = post(server[0], scene_body(index, model="tiny:focus")).json()["choices"][0]
+        often = post(server[0], scene_body(index, model="tiny:focus", max_looks=3)).json()["choices"][0]
+        looks = often["message"]["focus"].pop("looks")
+        assert looks == [once["message"]["focus"]]
+        assert often == once
+    refused = post(server[0], scene_body(model="tiny", max_looks=3))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_looks")
+    assert post(server[0], scene_body(model="tiny:focus", max_looks=13)).status_code == 400
+
+
+def chunks_of(texts: list[str]) -> Callable[[Handler, dict[str, Any]], None]:
+    """A script that streams these texts, one a request."""
+
+    def stream(handler: Handler, asked: dict[str, Any]) -> None:
+        text = texts[len(handler.server.bodies) - 1]
+        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m",
+                 "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}  # fmt: skip
+        handler.send(200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode(), content_type="text/event-stream")
+
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("texts", "boxes", "answer"),
+    [
+        (["[0.100, 0.100, 0.900, 0.900]", "[0.200, 0.200, 0.400, 0.400]", "7", "7"], [True, True], "7"),
+        (["[0.100, 0.100, 0.900, 0.900]", "[0.9, 0.9, 0.1, 0.1]", "[0.100, 0.100, 0.900, 0.900]", "8"],
+         [True, False, True], "8"),
+        (["7", "7"], [], "7"),
+    ],
+)  # fmt: skip
+def test_several_looks_show_every_crop_and_are_all_listed(
+    checkpoint: Path, texts: list[str], boxes: list[bool], answer: str
+) -> None:
+    metrics = Metrics()
+    with scripted(chunks_of(texts)) as vllm:
+        config = ServeConfig(
+            model_name_or_path=str(checkpoint), infer_backend="vllm", vllm_url=vllm.url, vllm_model="m"
+        )
+        with serving(make_backend(config, metrics), metrics, name="front") as url:
+            streamed = post(url, scene_body(model="front:focus", max_looks=3, stream=True)).text
+            vllm.bodies.clear()
+            message = post(url, scene_body(model="front:focus", max_looks=3)).json()["choices"][0]["message"]
+    assert message["content"] == answer
+    assert [look["box"] is not None for look in message["focus"]["looks"]] == boxes
+    assert [look["error"] is None for look in message["focus"]["looks"]] == boxes
+    pictures = [sum(part["type"] == "image_url" for part in asked["messages"][0]["content"]) for asked in vllm.bodies]
+    assert pictures == [*range(1, len(boxes) + 2), *([len(boxes) + 1] if len(boxes) < 3 else [])]
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    sent = [delta["focus"] for event in events for delta in [event["choices"][0]["delta"]] if "focus" in delta]
+    assert sent == [look | {"look": n} for n, look in enumerate(message["focus"]["looks"])]
+
+
 def test_a_stream_of_the_model_is_its_text(server: tuple[str, Metrics]) -> None:
     whole = post(server[0], scene_body(max_tokens=20)).json()["choices"][0]["message"]["content"]
     client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0)
@@ -177,15 +234,9 @@ def test_a_server_behind_the_server_gives_the_same(server: tuple[str, Metrics], 
 
 
 def test_what_vllm_honours_reaches_it_and_the_box_is_not_drawn_by_the_answers_schema(checkpoint: Path) -> None:
-    def stream(handler: Handler, asked: dict[str, Any]) -> None:
-        text = "[0.100, 0.100, 0.900, 0.900]" if len(handler.server.bodies) == 1 else "yes"
-        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m",
-                 "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}  # fmt: skip
-        handler.send(200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode(), content_type="text/event-stream")
-
     given = {"top_k": 5, "repetition_penalty": 1.2, "structured_outputs": {"choice": ["yes", "no"]}, "min_tokens": 1}
     metrics = Metrics()
-    with scripted(stream) as vllm:
+    with scripted(chunks_of(["[0.100, 0.100, 0.900, 0.900]", "yes"])) as vllm:
         config = ServeConfig(
             model_name_or_path=str(checkpoint), infer_backend="vllm",
             vllm_url=vllm.url, vllm_model="m",

@@ -23,6 +23,10 @@ IDLE = "document.querySelectorAll('.busy').length === 0"
 def speak(conversation: Conversation) -> str:
     """A box that depends on the question, an answer with focus, and another without."""
     text = conversation.messages[0].text
+    if "three" in text and len(conversation.views) < 4:
+        return f"[0.{len(conversation.views)}00, 0.200, 0.500, 0.600]"
+    if "three" in text:
+        return "all three"
     if len(conversation.views) == 2:
         whole, detail = conversation.views
         return "perhaps nine" if detail.size == whole.size else "seven <b>&amp;</b>"
@@ -79,6 +83,21 @@ def test_a_question_shows_box_crop_and_both_answers(shown: tuple[Page, Path, str
         60,
     ]
     assert page.run("document.querySelector('.where').textContent") == "40, 60, 120, 120"
+
+
+def test_three_looks_are_drawn_in_order_and_clicked_through(shown: tuple[Page, Path, str]) -> None:
+    page, folder, _ = shown
+    add_picture(page, folder)
+    page.run("document.querySelector('details').open = true, document.querySelector('#looks').value = 3, 0")
+    ask(page, "What are all three?")
+    assert page.run("document.querySelector('.focus .answer').textContent") == "all three"
+    assert page.run("[...document.querySelectorAll('.look-number')].map(b => b.textContent)") == ["1", "2", "3"]
+    assert outlines(page) == [[40, 60, 160, 120], [80, 60, 120, 120], [120, 60, 80, 120]]  # the shown one last
+    page.run("document.querySelectorAll('.look-number')[0].click(), 0")
+    assert outlines(page)[-1] == [40, 60, 160, 120]
+    assert page.run("document.querySelector('.where').textContent") == "40, 60, 200, 180"
+    assert page.run("document.querySelector('[aria-pressed=true].look-number').textContent") == "1"
+    page.screenshot(folder / "looks.png")
 
 
 def test_several_questions_of_one_picture_are_picked_by_keyboard_alone(shown: tuple[Page, Path, str]) -> None:

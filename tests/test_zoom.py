@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visrl.conversation import View
+from visrl.box import Box
+from visrl.codecs import CODECS
+from visrl.conversation import View, answer_conversation, crop_view, focus_conversation
 from visrl.prompts import IMAGE
+from visrl.records import Picture
 from visrl.zoom.episode import UNFINISHED, advance, begin
-from visrl.zoom.protocols import ZOOM_PROTOCOLS
+from visrl.zoom.protocols import ZOOM_PROTOCOLS, visrl_looks
 
 SIZE = (1000, 800)
 TRANSCRIPTS = json.loads((Path(__file__).parent / "zoom_transcripts.json").read_text(encoding="utf-8"))
@@ -149,3 +152,40 @@ def test_truncations_and_garbage_never_part_pictures_from_their_marks(name):
                 break
         ends.add(episode.end)
     assert ends >= ({"answered"} if name in ("treevgr", "qwen3vl") else {"answered", "tokens"})
+
+
+# --- The two steps of visrl as 0 to k looks ---------------------------------------------------------------------------
+
+
+def visrl_episode(max_looks: int, *replies: str):
+    protocol = visrl_looks(CODECS["qwen2_5_vl"], SIZE, SIZE, "exact", max_looks)
+    episode = begin(protocol, "Which number?", whole())
+    for reply in replies:
+        episode = advance(episode, reply, SIZE)
+    return episode
+
+
+def test_one_look_of_visrl_is_its_two_steps():
+    box = Box(0.1, 0.2, 0.5, 0.6)
+    text = CODECS["qwen2_5_vl"].format(box, SIZE, SIZE)
+    first = visrl_episode(1)
+    assert first.conversation == focus_conversation("Which number?", whole())
+    second = visrl_episode(1, text)
+    detail = crop_view(whole(), Picture("picture", box), "exact")
+    assert second.conversation.messages == answer_conversation("Which number?", whole(), detail).messages
+    assert [(view.key, view.is_crop, view.size) for view in second.views] == [
+        ("picture", False, SIZE), (detail.key, True, detail.size)
+    ]  # fmt: skip
+    done = advance(second, text, SIZE)  # the last turn answers, whatever it holds
+    assert (done.end, done.answer, len(done.looks)) == ("answered", text, 1)
+
+
+def test_a_turn_of_visrl_without_a_box_answers_and_one_with_a_broken_box_ends():
+    text = CODECS["qwen2_5_vl"].format(Box(0.1, 0.2, 0.5, 0.6), SIZE, SIZE)
+    assert (visrl_episode(3, "7").answer, visrl_episode(3, "7").looks) == ("7", ())
+    later = visrl_episode(3, text, text.replace("100", "120"), "<think>so</think>8")
+    assert (later.end, later.answer, len(later.looks), later.conversation.messages[0].text.count(IMAGE)) == (
+        "answered", "8", 2, 3
+    )  # fmt: skip
+    broken = visrl_episode(3, text.replace("100", "9000"))
+    assert (broken.end, broken.answer, len(broken.errors)) == ("no_call", None, 1)

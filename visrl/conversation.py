@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visrl.box import CropRule, Size
+from visrl.box import Box, CropRule, Size
 from visrl.errors import UserError
 from visrl.images import crop, open_image
 from visrl.prompts import IMAGE, answer_prompt, focus_prompt
@@ -68,8 +68,13 @@ def crop_view(whole: View, picture: Picture, rule: CropRule = "exact") -> View:
     """The view of the crop that `picture` names, cut from the view of its whole."""
     if picture.crop is None:
         raise ValueError(f"{picture.ref} names no crop")
-    corners = ",".join(f"{value:.6f}" for value in picture.crop.as_list())
-    return View(f"{whole.key}#{rule}:{corners}", crop(whole.image, picture.crop, rule), is_crop=True)
+    key = f"{whole.key}#{crop_key(picture.crop, rule)}"
+    return View(key, crop(whole.image, picture.crop, rule), is_crop=True)
+
+
+def crop_key(box: Box, rule: CropRule) -> str:
+    """What tells the crop of a box from the other crops of its image."""
+    return f"{rule}:{','.join(f'{value:.6f}' for value in box.as_list())}"
 
 
 def focus_conversation(question: str, whole: View) -> Conversation:

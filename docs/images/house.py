@@ -24,6 +24,7 @@ ROOMS: list[tuple[tuple[str, ...], str]] = [
     ),
     (("data_url", "image_files", "image_modes", "image_rows", "scenes", "pages", "images"), "what is seen"),
     (("manifest", "conversation"), "what made a folder; what is said to a model"),
+    (("zoom",), "several looks: one table of protocols"),
     (("data",), "one table of formats: rows → samples, preferences"),
     (("models",), "families, encoding, loading, adapters"),
     (("packing",), "prefix trees as one packed sequence"),

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from visrl.serve.adapters import HeldAdapter, RuntimeAdapters, add_routes
 from visrl.serve.backend import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.errors import RequestError
-from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
+from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus, answer_with_looks
 from visrl.serve.images import Fetcher, Opener
 from visrl.serve.metrics import Metrics
 from visrl.serve.replies import ChatReply, Choice, ChoiceStream, Chunks, event, event_of, model_list, whole_reply
@@ -253,7 +254,8 @@ class _Server:
             choice = await answer_from_whole(self.backend, to_question(asked), views[0], queued)
         elif asked.suffix:
             question = to_question(asked)
-            choice = await answer_with_focus(self.backend, question, views[0], queued, send_focus)
+            answer = answer_with_focus if asked.max_looks is None else partial(answer_with_looks, most=asked.max_looks)
+            choice = await answer(self.backend, question, views[0], queued, on_look=send_focus)
             if chunks is not None:
                 choice = replace(choice, focus=None)  # it is sent, and kept no longer
         else:

@@ -30,6 +30,7 @@ from visrl.serve.errors import RequestError
 from visrl.serve.fields import passed_on
 
 FOCUS_SUFFIX = ":focus"
+MOST_LOOKS = 12  # of one choice: what the longest of public protocols allows
 WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole image in place of the crop
 
 
@@ -159,6 +160,7 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[bool, _or(False), Strict()] = False
     return_token_ids: Annotated[bool, _or(False), Strict()] = False
+    max_looks: int | None = Field(None, ge=1, le=MOST_LOOKS)
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
@@ -224,6 +226,8 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
         raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None) from error
     request._passed = passed_on(request.model_extra or {}, is_passed_on)
     request._check_tokens(is_passed_on)
+    if request.max_looks is not None and request.suffix != FOCUS_SUFFIX:
+        raise RequestError(400, f"max_looks is for models that end in {FOCUS_SUFFIX}", param="max_looks")
     (request.model_extra or {}).clear()  # what means nothing here is not kept either, however large
     _check_limits(request, limits)
     return request

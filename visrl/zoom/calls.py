@@ -28,7 +28,7 @@ LONGEST_CALL = 10_000  # characters: more is no call of anybody's
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ZoomCall:
     """A wish to see a part: `numbers` as they were written (four of a box, two of a point), `source` the number of the
     picture that they lie in (0 the whole one), `label` what is said to be there."""
 
@@ -45,10 +45,10 @@ class BadCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ZoomTurn:
     """What one turn asks for. With an `answer` the episode ends, whatever else the turn holds."""
 
-    calls: tuple[Call | BadCall, ...] = ()
+    calls: tuple[ZoomCall | BadCall, ...] = ()
     answer: str | None = None
 
 
@@ -71,16 +71,16 @@ def boxes_in_text(text: str) -> list[Corners]:
 # --- DeepEyes ---------------------------------------------------------------------------------------------------------
 
 
-def deepeyes_turn(text: str) -> Turn:
+def deepeyes_turn(text: str) -> ZoomTurn:
     """The last call of a turn counts; an answer comes before any call."""
     answer = answer_of(text)
     found = _TOOL_CALL.findall(text)
     if answer is not None or not found:
-        return Turn(answer=answer)
-    return Turn((_deepeyes_call(found[-1].strip()),))
+        return ZoomTurn(answer=answer)
+    return ZoomTurn((_deepeyes_call(found[-1].strip()),))
 
 
-def _deepeyes_call(said: str) -> Call | BadCall:
+def _deepeyes_call(said: str) -> ZoomCall | BadCall:
     try:
         name, arguments = _named(_json(said))
     except ValueError as error:
@@ -88,7 +88,7 @@ def _deepeyes_call(said: str) -> Call | BadCall:
     if name != "image_zoom_in_tool":
         return BadCall(f"Error: Unknown tool name: {name}")
     try:
-        return Call(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments))
+        return ZoomCall(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments))
     except CallError:
         return BadCall("Error: ZOOM IN ARGUMENTS ARE INVALID")
 
@@ -96,17 +96,17 @@ def _deepeyes_call(said: str) -> Call | BadCall:
 # --- Mini-o3 ----------------------------------------------------------------------------------------------------------
 
 
-def mini_o3_turn(text: str) -> Turn:
+def mini_o3_turn(text: str) -> ZoomTurn:
     """The last `<grounding>` of a turn counts; only a turn that ends with `</answer>` is an answer."""
     stripped = text.strip()
     answer = answer_of(stripped) if stripped.endswith("</answer>") else None
     if answer is not None or "<grounding>" not in text:
-        return Turn(answer=answer)
+        return ZoomTurn(answer=answer)
     try:
         numbers, source = _grounding(text[-LONGEST_CALL:])
-        return Turn((Call(_numbers(_literal(numbers), 4), _mini_o3_source(source)),))
+        return ZoomTurn((ZoomCall(_numbers(_literal(numbers), 4), _mini_o3_source(source)),))
     except ValueError as error:
-        return Turn((BadCall(str(error)),))
+        return ZoomTurn((BadCall(str(error)),))
 
 
 def _grounding(text: str) -> tuple[str, str]:
@@ -136,13 +136,13 @@ def _mini_o3_source(said: str) -> int:
 # --- Pixel-Reasoner ---------------------------------------------------------------------------------------------------
 
 
-def pixel_reasoner_turn(text: str) -> Turn:
+def pixel_reasoner_turn(text: str) -> ZoomTurn:
     r"""A turn that ends with `</tool_call>` asks, by its last call; every other one answers, in `\boxed{}`."""
     if not text.rstrip().endswith("</tool_call>"):
-        return Turn(answer=_boxed(text))
+        return ZoomTurn(answer=_boxed(text))
     found = _TOOL_CALL.findall(text)
     if not found:
-        return Turn((BadCall("no <tool_call> before </tool_call>"),))
+        return ZoomTurn((BadCall("no <tool_call> before </tool_call>"),))
     try:
         name, arguments = _named(_json(found[-1].strip()))
         if name not in ("crop_image_normalized", "crop_image"):  # the prompt says one name, the schema the other
@@ -150,9 +150,9 @@ def pixel_reasoner_turn(text: str) -> Turn:
         source = arguments.get("target_image", 1)
         if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
             raise CallError(f"target_image {source!r} is no number of a picture")
-        return Turn((Call(_numbers(arguments.get("bbox_2d"), 4), int(source) - 1),))
+        return ZoomTurn((ZoomCall(_numbers(arguments.get("bbox_2d"), 4), int(source) - 1),))
     except ValueError as error:
-        return Turn((BadCall(str(error)),))
+        return ZoomTurn((BadCall(str(error)),))
 
 
 def _boxed(text: str) -> str | None:
@@ -171,31 +171,31 @@ def _boxed(text: str) -> str | None:
 # --- Chain-of-Focus, Qwen3-VL, TreeVGR, ViGoRL ------------------------------------------------------------------------
 
 
-def chain_of_focus_turn(text: str) -> Turn:
+def chain_of_focus_turn(text: str) -> ZoomTurn:
     """The first call counts. What cannot be read is answered with the whole picture, so its words are never said."""
     answer = answer_of(text)
     found = _TOOL_CALL.search(text)
     if answer is not None or found is None:
-        return Turn(answer=answer)
+        return ZoomTurn(answer=answer)
     try:
         name, arguments = _named(_json(found.group(1).strip()))
         if name != "image_zoom_in_tool":
             raise CallError(f"unknown function {name}")
-        return Turn((Call(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments)),))
+        return ZoomTurn((ZoomCall(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments)),))
     except ValueError as error:
-        return Turn((BadCall(str(error)),))
+        return ZoomTurn((BadCall(str(error)),))
 
 
-def qwen3vl_turn(text: str) -> Turn:
+def qwen3vl_turn(text: str) -> ZoomTurn:
     """Every call of a turn counts; a turn without one is the answer, in `<answer>` where it has such tags."""
     found = _TOOL_CALL.findall(text)
     if not found:
         tagged = answer_of(text)
-        return Turn(answer=text.strip() if tagged is None else tagged)
-    return Turn(tuple(_qwen3vl_call(said.strip()) for said in found))
+        return ZoomTurn(answer=text.strip() if tagged is None else tagged)
+    return ZoomTurn(tuple(_qwen3vl_call(said.strip()) for said in found))
 
 
-def _qwen3vl_call(said: str) -> Call | BadCall:
+def _qwen3vl_call(said: str) -> ZoomCall | BadCall:
     try:
         name, arguments = _named(_json_or_literal(said))
         if name != "image_zoom_in_tool":
@@ -206,30 +206,30 @@ def _qwen3vl_call(said: str) -> Call | BadCall:
         source = arguments["img_idx"]
         if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
             raise CallError(f"img_idx {source!r} is no number of a picture")
-        return Call(_numbers(arguments["bbox_2d"], 4), int(source), _label(arguments))
+        return ZoomCall(_numbers(arguments["bbox_2d"], 4), int(source), _label(arguments))
     except ValueError as error:
         return BadCall(f"Tool Execution Error {error}")
 
 
-def treevgr_turn(text: str) -> Turn:
+def treevgr_turn(text: str) -> ZoomTurn:
     """One turn: the answer is in its tags, or else all of it."""
     tagged = answer_of(text)
-    return Turn(answer=text.strip() if tagged is None else tagged)
+    return ZoomTurn(answer=text.strip() if tagged is None else tagged)
 
 
-def vigorl_turn(text: str) -> Turn:
+def vigorl_turn(text: str) -> ZoomTurn:
     """The last call of a turn counts; one that cannot be read counts for nothing, and the model goes on."""
     answer = answer_of(text)
     if answer is not None:
-        return Turn(answer=answer)
+        return ZoomTurn(answer=answer)
     for said in reversed(_TOOL_CALL.findall(text)):
         try:
             name, arguments = _named(_json(said.strip()))
             if name == "search_coordinate":
-                return Turn((Call(_numbers(arguments.get("coordinate"), 2)),))
+                return ZoomTurn((ZoomCall(_numbers(arguments.get("coordinate"), 2)),))
         except ValueError:
             continue
-    return Turn()
+    return ZoomTurn()
 
 
 # --- What calls are written in ----------------------------------------------------------------------------------------

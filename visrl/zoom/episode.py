@@ -18,7 +18,8 @@ from visrl.box import Box, BoxError, Corners, Size, Window, clamp
 from visrl.conversation import Conversation, View
 from visrl.prompts import IMAGE
 from visrl.records import Message
-from visrl.zoom.calls import BadCall, Call
+from visrl.replies import spoken
+from visrl.zoom.calls import BadCall, ZoomCall
 from visrl.zoom.protocols import Crop, ZoomProtocol
 from visrl.zoom.windows import WindowError
 
@@ -30,10 +31,11 @@ UNFINISHED: tuple[End, ...] = ("turns", "pictures", "tokens")
 
 @dataclass(frozen=True, slots=True)
 class ZoomedLook:
-    """One look of an episode: the turn that asked for it, the picture it was cut from (0 the whole, n the n-th crop),
-    the window in that picture's pixels, and what of the whole image it shows."""
+    """One look of an episode: the turn that asked for it and its text, the picture it was cut from (0 the whole, n the
+    n-th crop), the window in that picture's pixels, and what of the whole image it shows."""
 
     turn: int
+    text: str
     source: int
     window: Window
     box: Box
@@ -85,22 +87,25 @@ def advance(episode: Episode, text: str, shown: Size, cut_short: bool = False) -
     said = episode.prefill + _until_stop(text, protocol.stop).replace(IMAGE, "")
     if episode.final:
         return replace(episode, end="answered", answer=said.rpartition("<answer>")[2].split("</answer>")[0].strip())
+    is_last = episode.turn + 1 >= protocol.max_turns
+    if protocol.last_answers and is_last:
+        return replace(_spoken(episode, said), end="answered", answer=spoken(said))
     turn = protocol.read(said)
     if protocol.boxes_in_text is not None:
-        episode = _with_mentions(episode, protocol.boxes_in_text(said), shown)
+        episode = _with_mentions(episode, said, protocol.boxes_in_text(said), shown)
     if turn.answer is not None:
         return replace(_spoken(episode, said), end="answered", answer=turn.answer)
     if cut_short:
         return replace(_spoken(episode, said), end="tokens")
     if not turn.calls and not protocol.goes_on:
         return replace(_spoken(episode, said), end="no_call")
-    if episode.turn + 1 >= protocol.max_turns:
+    if is_last:
         return _out_of_turns(episode, said)
     if not turn.calls:
         return replace(episode, prefill=said, turn=episode.turn + 1)
     if len(episode.views) + len(turn.calls) > protocol.max_pictures:
         return replace(_spoken(episode, said), end="pictures")
-    return _observed(_spoken(episode, said), turn.calls, shown)
+    return _observed(_spoken(episode, said), said, turn.calls, shown)
 
 
 def _until_stop(text: str, stops: tuple[str, ...]) -> str:
@@ -110,6 +115,8 @@ def _until_stop(text: str, stops: tuple[str, ...]) -> str:
 
 
 def _spoken(episode: Episode, said: str) -> Episode:
+    if not episode.protocol.keeps_turns:
+        return episode
     return replace(episode, messages=(*episode.messages, Message("assistant", said)), prefill="")
 
 
@@ -121,7 +128,7 @@ def _out_of_turns(episode: Episode, said: str) -> Episode:
     return replace(episode, prefill=said + opening, turn=episode.turn + 1, final=True)
 
 
-def _with_mentions(episode: Episode, corners: list[Corners], shown: Size) -> Episode:
+def _with_mentions(episode: Episode, text: str, corners: list[Corners], shown: Size) -> Episode:
     """`episode` with the boxes that a turn speaks of; nothing is cut for them."""
     looks = []
     width, height = shown
@@ -131,24 +138,28 @@ def _with_mentions(episode: Episode, corners: list[Corners], shown: Size) -> Epi
         except BoxError:
             continue
         left, top, right, bottom = map(round, inside.to_pixels(episode.views[0].size))
-        looks.append(ZoomedLook(episode.turn, 0, (left, top, right, bottom), inside))
+        looks.append(ZoomedLook(episode.turn, text, 0, (left, top, right, bottom), inside))
     return replace(episode, looks=(*episode.looks, *looks))
 
 
-def _observed(episode: Episode, asked: tuple[Call | BadCall, ...], shown: Size) -> Episode:
-    """`episode` with what its calls show, in one turn of the user."""
-    turn, texts = episode.turn, []
+def _observed(episode: Episode, said: str, asked: tuple[ZoomCall | BadCall, ...], shown: Size) -> Episode:
+    """`episode` with what the calls of the turn `said` show, in one turn of the user."""
+    turn, texts, protocol = episode.turn, [], episode.protocol
     for call in asked:
         try:
-            episode, text = _look(episode, call, shown)
+            episode, text = _look(episode, said, call, shown)
         except WindowError as failed:
-            episode, text = _failed(episode, str(failed))
+            if protocol.on_failure == "end":
+                return replace(episode, end="no_call", errors=(*episode.errors, str(failed)))
+            episode, text = _failed(episode, said, str(failed), shown)
         texts.append(text)
-    said = Message("user", episode.protocol.join(texts))
-    return replace(episode, messages=(*episode.messages, said), turn=turn + 1, prefill=episode.protocol.prefill)
+    *before, last = episode.messages
+    shown_in = Message("user", protocol.join(texts))
+    grown = (*before, last, shown_in) if protocol.keeps_turns else (*before, Message("user", last.text + shown_in.text))
+    return replace(episode, messages=grown, turn=turn + 1, prefill=protocol.prefill)
 
 
-def _look(episode: Episode, call: Call | BadCall, shown: Size) -> tuple[Episode, str]:
+def _look(episode: Episode, text: str, call: ZoomCall | BadCall, shown: Size) -> tuple[Episode, str]:
     """`episode` with the crop of a call, and the words it is shown in.
 
     Raises:
@@ -163,28 +174,33 @@ def _look(episode: Episode, call: Call | BadCall, shown: Size) -> tuple[Episode,
     picture = episode.pictures[source]
     mapped = source == 0 and "unmapped_coordinates" not in protocol.faults
     window = protocol.window(call.numbers, picture.size, shown if mapped else picture.size)
-    key = f"{picture.key}#{protocol.name}:{','.join(map(str, window))}"
+    name = protocol.crop_name(call, window) if protocol.crop_name else f"{protocol.name}:{','.join(map(str, window))}"
+    key = f"{picture.key}#{name}"
     crop = View(key, picture.image.crop(window), is_crop=True)
     resized = protocol.resize(crop.image)
     view = crop if resized is crop.image else View(f"{key}@{resized.width}x{resized.height}", resized, is_crop=True)
     number = episode.turn + 1 if "labels_count_turns" in protocol.faults else len(episode.pictures)
     box = _within(episode.boxes[source], Box.from_pixels(window, picture.size))
+    named = protocol.box_of(call) if protocol.box_of else box
     grown = replace(
         episode,
         views=(*episode.views, view),
         pictures=(*episode.pictures, view if protocol.crops_are_as_shown else crop),
         boxes=(*episode.boxes, box),
-        looks=(*episode.looks, ZoomedLook(episode.turn, source, window, box, call.label)),
+        looks=(*episode.looks, ZoomedLook(episode.turn, text, source, window, named, call.label)),
     )
     return grown, protocol.observe(Crop(view.size, episode.turn, number))
 
 
-def _failed(episode: Episode, error: str) -> tuple[Episode, str]:
+def _failed(episode: Episode, text: str, error: str, shown: Size) -> tuple[Episode, str]:
     """What a call gets that cannot be followed."""
-    protocol = episode.protocol
+    protocol, looks = episode.protocol, episode.looks
     grown = replace(episode, errors=(*episode.errors, error))
     if protocol.on_failure == "say":
         return grown, protocol.say_error(error)
+    if protocol.whole_call is not None:
+        grown, words = _look(grown, text, protocol.whole_call, shown)
+        return replace(grown, looks=looks), words
     whole = episode.views[0]
     grown = replace(
         grown, views=(*episode.views, whole), pictures=(*episode.pictures, whole),

@@ -16,12 +16,17 @@ from typing import Literal
 
 from PIL import Image
 
-from visrl.box import Corners, Size, Window
-from visrl.prompts import IMAGE
+from visrl.box import Box, BoxError, Corners, CropRule, Size, Window, crop_window
+from visrl.codecs import Codec
+from visrl.conversation import crop_key
+from visrl.prompts import IMAGE, focus_prompt
+from visrl.replies import spoken
 from visrl.zoom import calls, windows
 
+VISRL_TOKENS = 64  # of one turn: a box text, or an answer
 Fault = Literal["unmapped_coordinates", "labels_count_turns"]
-OnFailure = Literal["say", "show_whole"]  # what a call that cannot be followed gets: words, or the whole picture
+# What a call that cannot be followed gets: words, the whole picture, or nothing more.
+OnFailure = Literal["say", "show_whole", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +51,18 @@ class ZoomProtocol:
     `join` puts several observations of one turn together. `any_source`: crops of crops are allowed; else every crop is
     cut from the first picture; `no_source` are the words about a picture that is not there, given how many there are,
     and `crops_are_as_shown` cuts from crops after they were resized. `boxes_in_text` reads boxes that are spoken of and
-    never cut. `goes_on`: a turn without a call and without an answer is continued, not ended.
-    `faults` are those of the published code that are to be followed.
+    never cut. `goes_on`: a turn without a call and without an answer is continued, not ended. `keeps_turns`: what the
+    model said stays in the conversation, and an observation is a turn; else observations are added to the question.
+    `last_answers`: the last turn is the answer, whatever it holds. `crop_name` tells the crops of a picture apart,
+    `box_of` is the box that a call itself names, where that is not the one of its window, and `whole_call` is the crop
+    that "show_whole" shows, where it is not the picture itself once more. `faults` are those of the published code that
+    are to be followed.
     """
 
     name: str
     system: str | None
     ask: Callable[[str], str]
-    read: Callable[[str], calls.Turn]
+    read: Callable[[str], calls.ZoomTurn]
     window: Callable[..., Window]
     observe: Callable[[Crop], str]
     say_error: Callable[[str], str]
@@ -67,6 +76,11 @@ class ZoomProtocol:
     no_source: Callable[[int], str] = _out_of_range
     boxes_in_text: Callable[[str], list[Corners]] | None = None
     goes_on: bool = False
+    keeps_turns: bool = True
+    last_answers: bool = False
+    crop_name: Callable[[calls.ZoomCall, Window], str] | None = None
+    box_of: Callable[[calls.ZoomCall], Box] | None = None
+    whole_call: calls.ZoomCall | None = None
     join: Callable[[list[str]], str] = "".join
     stop: tuple[str, ...] = ()
     prefill: str = ""
@@ -102,6 +116,33 @@ def _mini_o3_observation(crop: Crop) -> str:
 
 def _pixel_reasoner_observation(crop: Crop) -> str:
     return _prompt("pixel_reasoner", "observation").format(w=crop.size[0], h=crop.size[1])
+
+
+def visrl_looks(codec: Codec, original: Size, shown: Size, crop_rule: CropRule, max_looks: int) -> ZoomProtocol:
+    """The `visrl` protocol with 0 to `max_looks` looks at an image of the size `original`, shown in the size `shown`:
+    a turn that holds a box looks there, every other one answers. The crops stand under the question, one line each, as
+    in the two steps of one look; what was written of a box is not shown again."""
+
+    def read(text: str) -> calls.ZoomTurn:
+        said = spoken(text)
+        try:
+            box = codec.parse(said, original, shown)
+        except BoxError as fault:
+            return (
+                calls.ZoomTurn(answer=said) if fault.fault == "no_box" else calls.ZoomTurn((calls.BadCall(str(fault)),))
+            )
+        return calls.ZoomTurn((calls.ZoomCall(tuple(box.as_list())),))
+
+    def crop_name(call: calls.ZoomCall, window: Window) -> str:
+        return crop_key(Box(*call.numbers), crop_rule)
+
+    return ZoomProtocol(
+        "visrl", None, focus_prompt, read,
+        lambda numbers, size, shown: crop_window(Box(*numbers), size, crop_rule), lambda crop: f"\n{IMAGE}", str,
+        max_turns=max_looks + 1, max_pictures=max_looks + 1, turn_tokens=VISRL_TOKENS, on_failure="end",
+        keeps_turns=False, last_answers=True, crop_name=crop_name,
+        box_of=lambda call: Box(*call.numbers), whole_call=calls.ZoomCall((0, 0, 1, 1)),
+    )  # fmt: skip
 
 
 def _table() -> dict[str, ZoomProtocol]:

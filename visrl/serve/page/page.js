@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 const state = {
   model: null, // the served name
   picture: null, // {canvas, url, name}
-  questions: [], // {number, text, focus, answers, card, stop}
+  questions: [], // {number, text, looks, focus (the look that is shown), answers, card, stop}
   picked: null,
 };
 
@@ -51,6 +51,8 @@ async function connect() {
   }
 }
 
+const looks = () => Math.min(12, Math.max(1, Math.round(Number($("looks").value)) || 1));
+
 // The events of one streamed completion, as parsed chunks.
 async function* completion(model, text, signal) {
   const content = [{ type: "image_url", image_url: { url: state.picture.url } }];
@@ -65,6 +67,7 @@ async function* completion(model, text, signal) {
       messages: [{ role: "user", content }],
       temperature: Number($("temperature").value) || 0,
       max_tokens: Number($("tokens").value) || 128,
+      ...(model.endsWith(":focus") && looks() > 1 ? { max_looks: looks() } : {}),
     }),
   });
   if (!reply.ok) throw await failure(reply);
@@ -166,6 +169,12 @@ function drawBoxes() {
     if (question === state.picked) {
       const hole = `M0 0H${width}V${height}H0Z M${x0} ${y0}V${y1}H${x1}V${y0}Z`;
       element("path", { class: "veil", d: hole, "fill-rule": "evenodd" }, group);
+      for (const { box } of question.looks.filter((look) => look.box && look !== question.focus)) {
+        const corners = { x: box[0], y: box[1], width: box[2] - box[0], height: box[3] - box[1] };
+        const other = element("g", { class: "other" }, group);
+        element("rect", { class: "halo", ...corners }, other);
+        element("rect", { class: "outline", ...corners }, other);
+      }
     }
     const corners = { x: x0, y: y0, width: x1 - x0, height: y1 - y0 };
     element("rect", { class: "halo", ...corners }, group);
@@ -190,7 +199,7 @@ async function ask(text) {
   if (!state.model) return notice("The model is not there yet.");
   notice(null);
   const card = $("card").content.cloneNode(true).firstElementChild;
-  const question = { number: state.questions.length + 1, text, focus: null, answers: {}, card, stop: new AbortController() };
+  const question = { number: state.questions.length + 1, text, looks: [], focus: null, answers: {}, card, stop: new AbortController() };
   state.questions.push(question);
   card.querySelector(".number").textContent = question.number;
   card.querySelector(".asked").textContent = text;
@@ -223,6 +232,7 @@ async function run(question, side, model) {
       answer.textContent = question.answers[side];
     }
     if (!question.answers[side]) answer.textContent = "(no words)";
+    if (side === "focus" && !question.focus) place.querySelector(".where").textContent = "answered without a look";
   } catch (error) {
     answer.classList.add("fault");
     answer.textContent = error.name === "AbortError" ? "stopped" : error.message;
@@ -231,12 +241,31 @@ async function run(question, side, model) {
 }
 
 function showFocus(question, focus) {
+  question.looks.push(focus);
+  const strip = question.card.querySelector(".looks");
+  const number = question.looks.length;
+  const button = document.createElement("button");
+  Object.assign(button, { type: "button", className: "look-number", textContent: number, ariaLabel: `Look ${number}` });
+  button.onclick = () => {
+    showLook(question, focus);
+    pick(question);
+  };
+  strip.append(button);
+  strip.hidden = number < 2;
+  showLook(question, focus);
+}
+
+function showLook(question, focus) {
   question.focus = focus;
   const where = question.card.querySelector(".where");
   const crop = question.card.querySelector(".crop");
+  const number = question.looks.indexOf(focus);
+  for (const [n, button] of [...question.card.querySelectorAll(".look-number")].entries()) {
+    button.setAttribute("aria-pressed", String(n === number));
+  }
   crop.onload = () => crop.classList.toggle("tiny-crop", Math.max(crop.naturalWidth, crop.naturalHeight) < 140);
   crop.src = focus.crop;
-  crop.alt = `The crop for question ${question.number}`;
+  crop.alt = `The crop of look ${number + 1} for question ${question.number}`;
   crop.hidden = !focus.box;
   where.textContent = focus.box ? focus.box.map(Math.round).join(", ") : focus.error;
   where.title = focus.box ? "left, top, right, bottom in pixels" : "";
@@ -263,8 +292,9 @@ function annotated() {
   pen.drawImage(canvas, 0, 0);
   const thick = Math.max(2, Math.round(size / 6));
   pen.font = `600 ${size}px system-ui, sans-serif`;
-  for (const { focus, number } of shown) {
-    const [x0, y0, x1, y1] = focus.box;
+  const marks = shown.flatMap(({ looks, number }) => looks.map((look, n) => [look.box, looks.length > 1 ? `${number}.${n + 1}` : number]));
+  for (const [box, number] of marks.filter(([box]) => box)) {
+    const [x0, y0, x1, y1] = box;
     for (const [colour, width] of [["#ffffff", thick * 2.5], ["#2563eb", thick]]) {
       Object.assign(pen, { strokeStyle: colour, lineWidth: width });
       pen.strokeRect(x0, y0, x1 - x0, y1 - y0);
