@@ -183,8 +183,6 @@ class Server:
 
     async def _send(self, ask: Ask) -> Completion:
         extra = self.extra(ask, {"return_token_ids": True} if ask.sampling.logprobs else {})
-        if ask.messages[-1]["role"] == "assistant":  # its words are to be gone on with; vLLM's and SGLang's fields
-            extra |= {"continue_final_message": True, "add_generation_prompt": False}
         raw = await self.api.chat.completions.with_raw_response.create(**self.body(ask), extra_body=extra or None)
         completion = read_reply(json.loads(raw.content), CHARACTERS_PER_TOKEN * self._tokens(ask))
         if completion.text and any(secret in completion.text for secret in self._secrets if len(secret) >= SHORTEST):
@@ -213,6 +211,8 @@ class Server:
         # What is no object is the server's to refuse.
         if ask.unsaid and "logit_bias" not in self.endpoint.omit_fields and isinstance(asked, dict):
             extra["logit_bias"] = {**asked, **dict.fromkeys(map(str, ask.unsaid), NEVER)}
+        if ask.messages[-1]["role"] == "assistant":  # its words are to be gone on with; vLLM's and SGLang's fields
+            extra |= {"continue_final_message": True, "add_generation_prompt": False}
         return extra
 
     def _tokens(self, ask: Ask) -> int:
