@@ -30,8 +30,9 @@ from visrl.plugins import plugin_file
 from visrl.records import RecordError, Sample, write_records, write_text
 from visrl.redact import without_secrets
 from visrl.rewards.crop_effects import quadrants
-from visrl.rewards.results import NO_OTHER, Row, by_dataset, right_column, summarise
+from visrl.rewards.results import NO_OTHER, Row, by_dataset, looks_taken, right_column, summarise
 from visrl.rollout.controls import other_questions
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 if TYPE_CHECKING:
     from visrl.rollout.protocols import LookProtocol
@@ -60,7 +61,7 @@ def evaluate(config: EvalConfig | str | Path | None = None, /, **keys: Any) -> P
 
 
 def _evaluate(config: EvalConfig) -> Path:
-    from visrl.evaluate.tables import choice_lines, quadrant_lines, summary_lines
+    from visrl.evaluate.tables import choice_lines, looks_line, quadrant_lines, summary_lines
 
     started = time.monotonic()
     benchmark = find_benchmark(config.benchmark)
@@ -88,13 +89,14 @@ def _evaluate(config: EvalConfig) -> Path:
         "limit": config.max_samples,
         **_facts_of_reading(config, benchmark),
     }
-    summary = {**summarise(rows, config.seed), **_quadrants(rows)}
+    summary = {**summarise(rows, config.seed), **_quadrants(rows), **looks_taken(rows)}
     scores = {**facts, **(benchmark.figures(summary, rows) if benchmark.figures else summary)}
     write_text(config.output_dir / SCORES, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     write_manifest(
         config.output_dir, verb="eval", config=identity, parents={"model": identity["weights"]}, crop_rule=rule
     )
     cells = ["", *choice_lines(scores)] if "overall" in scores else []
+    cells += [looks_line(scores["looks"])] if "looks" in scores else []
     cells += ["", *quadrant_lines(scores["quadrants"])] if "quadrants" in scores else []
     print("\n".join([*summary_lines(scores), *cells, *_closing_lines(scores, judged)]))
     print(f"{time.monotonic() - started:.0f} s; results, scores: {config.output_dir}")
@@ -180,6 +182,35 @@ def _check_others(samples: Sequence[Sample], seed: int) -> None:
 
 def _protocol(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
     allowed = benchmark.protocols
+    if config.protocol in ZOOM_PROTOCOLS:
+        return _public_zoom(config, benchmark)
+    from visrl.rollout.protocols import several_looks
+
+    protocol = _one_look(config, benchmark, allowed)
+    if config.max_looks is None:
+        return protocol
+    if protocol.name != "visrl" or benchmark.scores == "boxes":
+        raise ConfigError(f"max_looks: {config.benchmark} takes several looks with protocol=visrl and answers")
+    return several_looks(protocol, config.max_looks)
+
+
+def _public_zoom(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
+    """A public protocol of several looks, around the benchmark's wording of its questions."""
+    from visrl.rollout.protocols import public_zoom
+
+    assert config.protocol is not None
+    if benchmark.scores == "boxes":
+        raise ConfigError(f"protocol: {config.benchmark} scores one box; {config.protocol} looks several times")
+    reading = benchmark.reading(config.reading)
+    plain = reading.protocol().plain if reading else benchmark.protocol.plain
+    try:
+        protocol = public_zoom(config.protocol, plain, config.protocol_faults)
+    except ValueError as error:
+        raise ConfigError(f"protocol_faults: {error}") from error
+    return replace(protocol, answer_tokens=config.max_new_tokens or protocol.answer_tokens)
+
+
+def _one_look(config: EvalConfig, benchmark: Benchmark, allowed: dict[str, LookProtocol]) -> LookProtocol:
     if config.protocol is not None and config.protocol not in allowed:
         raise ConfigError(f"protocol: {config.benchmark} is asked as {' or '.join(allowed)}, not {config.protocol!r}")
     reading = benchmark.reading(config.reading)

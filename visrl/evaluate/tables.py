@@ -172,3 +172,9 @@ def _comparison_row(name: str, reading: str, entry: Mapping[str, Any] | None) ->
         f"[{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]",
         f"{entry['p_mcnemar']:.3g}" if "p_mcnemar" in entry else "–",
     ]
+
+
+def looks_line(looks: Mapping[str, Any]) -> str:
+    """How often was looked, and how the episodes ended."""
+    ends = ", ".join(f"{name} {count:,}" for name, count in looks["ends"].items())
+    return f"looks a question: {looks['mean']:.2f}; ends: {ends}"

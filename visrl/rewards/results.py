@@ -20,6 +20,7 @@ no column, and a row without one of `CONDITIONAL` not in that one; both are coun
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from visrl.rollout.greedy import WRITTEN_MODES, Mode
 from visrl.rollout.rollout import Refusal, failure
 from visrl.rollout.steps import Look
 from visrl.statistics import interval, mean_interval
+from visrl.zoom.episode import End, ZoomedLook
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]  # data set, id, and how many rows before have both
@@ -69,7 +71,8 @@ class Result:
     wrote it (see `written`). An `error` beside an empty text says that no reply came, unless it is of the box
     ("box: …"). `size` is that of the image as it was opened, in pixels; `others` are the known objects of the image
     that are not asked about; `reply` is the answer with what was thought aloud. `skipped` says why the mode does not
-    apply to the question.
+    apply to the question. Where a protocol looks several times, `looks` are all of them, `box` is the last, and `end`
+    says how the episode ended.
     """
 
     sample: Sample
@@ -83,6 +86,8 @@ class Result:
     others: tuple[Box, ...] = ()
     skipped: str | None = None
     reply: str | None = None
+    looks: tuple[ZoomedLook, ...] | None = None
+    end: End | None = None
 
     @classmethod
     def of(
@@ -97,7 +102,11 @@ class Result:
         if isinstance(look, Look):
             size = look.whole.size
             reply = look.answer_completion.text if look.answer_completion else None
-            return cls(sample, look.answer, look.text, look.box, look.error, mode, size, crop_rule, others, reply=reply)
+            text = None if look.looks == () and look.error is None else look.text
+            return cls(
+                sample, look.answer, text, look.box, look.error, mode, size, crop_rule, others, None, reply, look.looks,
+                look.end,
+            )  # fmt: skip
         return cls(sample, None, "", None, failure(look), mode, None, crop_rule, others)
 
     @property
@@ -153,6 +162,7 @@ class Result:
             "error": self.failure,
             **({"repeat": sample.repeat} if sample.repeat else {}),
             **({"skipped": self.skipped} if self.skipped else {}),
+            **({} if self.looks is None else {"looks": [one.box.as_list() for one in self.looks], "end": self.end}),
         }
         if sample.answer:
             row.update(string_scores(self.prediction, [sample.answer]))
@@ -318,6 +328,16 @@ def summarise_kinds(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
             if values := _measured(own, measure):
                 found[kind][measure] = sum(values) / len(values)
     return found
+
+
+def looks_taken(rows: Sequence[Row]) -> dict[str, Any]:
+    """`{"looks": {"mean", "ends"}}`: how often was looked on average, and how many episodes ended in which way; empty
+    where the protocol has one look."""
+    counts = [len(row["looks"]) for row in rows if "looks" in row]
+    if not counts:
+        return {}
+    ends = Counter(str(row["end"]) for row in rows if row.get("end"))
+    return {"looks": {"mean": sum(counts) / len(counts), "ends": dict(sorted(ends.items()))}}
 
 
 def training_measures(rows: Sequence[Row]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from visrl.conversation import PromptError, View
 from visrl.engines.base import Policy, Sampling, seed_of
 from visrl.records import Sample, place_name
 from visrl.rollout.controls import matched_control, published_control, require_box
+from visrl.rollout.episodes import zoomed_looks
 from visrl.rollout.protocols import VISRL, LookProtocol
 from visrl.rollout.rollout import OpenedQuestion, Refusal, answer_all, look_all, open_question
 from visrl.rollout.steps import WHOLE, Look, finish, with_box
@@ -57,7 +58,12 @@ def greedy_looks(
     ask = protocol.plain if mode == "no_box" else protocol.focus
     opened = [open_question(policy, sample, ask, root) for sample in samples]
     questions = [question for question in opened if isinstance(question, OpenedQuestion)]
-    if mode in ("own", "crop_alone"):
+    if mode == "own" and protocol.zoom is not None:
+        seeds = [draw.seed_of(question.sample, "box") for question in questions]
+        sampling = draw.sampling(protocol.answer_tokens)
+        groups = zoomed_looks(policy, questions, protocol.zoom, crop_rule, sampling, seeds)
+        looks = [look for (look,) in groups]
+    elif mode in ("own", "crop_alone"):
         seeds = [draw.seed_of(question.sample, "box") for question in questions]
         looks = [look for (look,) in look_all(policy, questions, draw.sampling(protocol.box_tokens), seeds)]
     elif mode == "no_box":
@@ -67,7 +73,7 @@ def greedy_looks(
         looks = _looks_of_others(policy, pairs, protocol, draw)
     else:
         looks = [_control_look(question, mode, protocol, policy.codec, seed) for question in questions]
-    if protocol.answer is not None and mode != "no_box":
+    if protocol.answer is not None and mode != "no_box" and not (mode == "own" and protocol.zoom):
         if temperature:
             pairs_of = zip(looks, questions, strict=True)
             looks = [replace(look, seed=draw.seed_of(one.sample, "answer")[0]) for look, one in pairs_of]

@@ -5,15 +5,19 @@ Conversations only, built from the prompts of prompts.py. Nothing here knows eng
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from visrl.box import CropRule
+from visrl.box import CropRule, Size
+from visrl.codecs import Codec
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
 from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt
+from visrl.zoom.episode import begin
+from visrl.zoom.protocols import ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
 
 Plain = Callable[[str, View], Conversation]
+Zoom = Callable[[Codec, Size, Size, CropRule], ZoomProtocol]
 
 
 def plain_conversation(question: str, whole: View) -> Conversation:
@@ -38,7 +42,8 @@ class LookProtocol:
 
     `crop_rule` None is the checkpoint's own rule. A protocol without `answer` asks for boxes only. `plain` asks in one
     turn. Random and centre boxes are drawn as Visual-CoT's scripts do, or with the size of the true box ("matched"), or
-    so where there is a true box ("either").
+    so where there is a true box ("either"). With `zoom` a model looks as often as it wants to, by the protocol that
+    `zoom` makes of the model's codec, the sizes of the image and of what is shown of it, and the crop rule.
     """
 
     name: str
@@ -49,6 +54,7 @@ class LookProtocol:
     crop_rule: CropRule | None = None
     plain: Plain = plain_conversation
     controls: Literal["published", "matched", "either"] = "published"
+    zoom: Zoom | None = None
 
 
 def _one_turn(prompt: Callable[[str], str]) -> Callable[[str, View], Conversation]:
@@ -78,6 +84,34 @@ def as_published(system: str | None, answer_tokens: int) -> LookProtocol:
     """The two steps of `visrl` around a benchmark's own wording; in one turn, exactly as it was published."""
     plain = instructed(system)
     return LookProtocol("visrl", focus_conversation, _single_turn, 64, answer_tokens, plain=plain, controls="either")
+
+
+def several_looks(protocol: LookProtocol, max_looks: int) -> LookProtocol:
+    """`protocol`, one of `visrl`, with 0 to `max_looks` looks in the place of one."""
+
+    def zoom(codec: Codec, original: Size, shown: Size, crop_rule: CropRule) -> ZoomProtocol:
+        return visrl_looks(codec, original, shown, crop_rule, max_looks)
+
+    return replace(protocol, zoom=zoom)
+
+
+def public_zoom(name: str, plain: Plain, faults: Sequence[Fault] = ()) -> LookProtocol:
+    """A row of `zoom.protocols.ZOOM_PROTOCOLS`, with these faults of its published code; in one turn as `plain` says.
+
+    Raises:
+        ValueError: it has no such fault.
+    """
+    row = ZOOM_PROTOCOLS[name].with_faults(*faults)
+    return LookProtocol(
+        name,
+        lambda question, whole: begin(row, question, whole).conversation,
+        _single_turn,
+        row.turn_tokens,
+        row.turn_tokens,
+        "exact",
+        plain,
+        zoom=lambda codec, original, shown, crop_rule: row,
+    )
 
 
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.

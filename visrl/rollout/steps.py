@@ -24,6 +24,7 @@ from visrl.engines.base import Completion
 from visrl.records import Origin, Picture
 from visrl.replies import spoken
 from visrl.rollout.protocols import VISRL, LookProtocol
+from visrl.zoom.episode import End, ZoomedLook
 
 WHOLE = Box(0, 0, 1, 1)
 
@@ -37,6 +38,9 @@ class Look:
     says what failed: `engine` (no text came), `prompt` (the model cannot be shown this), `box` (the text is no box),
     `no_room` (the diversity controller found no place) or `control` (there is no such box). An empty text is a reply:
     a wrong one.
+
+    Where a protocol looks several times, `looks` are all of them, and box, text and crop those of the last; `end` says
+    how the episode came to its end.
     """
 
     question: str
@@ -51,6 +55,8 @@ class Look:
     detail: View | None = field(default=None, repr=False)  # the crop, as a model is shown it
     box_completion: Completion | None = field(default=None, repr=False)
     answer_completion: Completion | None = field(default=None, repr=False)
+    looks: tuple[ZoomedLook, ...] | None = None
+    end: End | None = None
 
     @property
     def box_pixels(self) -> tuple[float, float, float, float] | None:

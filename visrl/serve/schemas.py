@@ -28,9 +28,9 @@ from visrl.engines.base import Sampling, seed_of
 from visrl.prompts import IMAGE
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import passed_on
+from visrl.zoom.protocols import MOST_LOOKS
 
 FOCUS_SUFFIX = ":focus"
-MOST_LOOKS = 12  # of one choice: what the longest of public protocols allows
 WHOLE_SUFFIX = ":whole"  # the control: the second step alone, with the whole image in place of the crop
 
 

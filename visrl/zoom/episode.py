@@ -86,7 +86,8 @@ def advance(episode: Episode, text: str, shown: Size, cut_short: bool = False) -
     protocol = episode.protocol
     said = episode.prefill + _until_stop(text, protocol.stop).replace(IMAGE, "")
     if episode.final:
-        return replace(episode, end="answered", answer=said.rpartition("<answer>")[2].split("</answer>")[0].strip())
+        answered = _spoken(episode, said)
+        return replace(answered, end="answered", answer=said.rpartition("<answer>")[2].split("</answer>")[0].strip())
     is_last = episode.turn + 1 >= protocol.max_turns
     if protocol.last_answers and is_last:
         return replace(_spoken(episode, said), end="answered", answer=spoken(said))

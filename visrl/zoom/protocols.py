@@ -23,6 +23,7 @@ from visrl.prompts import IMAGE, focus_prompt
 from visrl.replies import spoken
 from visrl.zoom import calls, windows
 
+MOST_LOOKS = 12  # what the longest of the public protocols allows
 VISRL_TOKENS = 64  # of one turn: a box text, or an answer
 Fault = Literal["unmapped_coordinates", "labels_count_turns"]
 # What a call that cannot be followed gets: words, the whole picture, or nothing more.
