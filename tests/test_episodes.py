@@ -94,7 +94,7 @@ def test_texts_after_six_looks_are_those_of_generate(engine):  # noqa: F811
 def test_eight_rollouts_of_four_looks_prefill_what_is_new_and_nothing_twice(tiny):
     """What a turn adds is computed once: image and question once for all, every crop once for its rollout. The image
     has 144 tokens, a crop 9, as an image of a usual size and its crops have in proportion."""
-    engine = LocalEngine.load(tiny, settings=ModelSettings(image_max_pixels=336 * 336, crop_max_pixels=84 * 84))
+    local = LocalEngine.load(tiny, settings=ModelSettings(image_max_pixels=336 * 336, crop_max_pixels=84 * 84))
     sample = scene_samples("validation", 0, 1)[0]
     view = image_view(Picture(sample.image), open_image(sample.image))
     at = [[Box(0.05 * k, 0.1 * n, 0.05 * k + 0.3, 0.1 * n + 0.3) for n in range(4)] for k in range(8)]
@@ -110,14 +110,14 @@ def test_eight_rollouts_of_four_looks_prefill_what_is_new_and_nothing_twice(tiny
     ]
 
     def prefilled(apart: bool) -> int:
-        engine.forget()
-        before = engine.prefilled_tokens
+        local.forget()
+        before = local.prefilled_tokens
         for turn in talks:
             for part in [[talk] for talk in turn] if apart else [turn]:
                 if apart:
-                    engine.forget()
-                engine.complete(part, Sampling(max_tokens=2), [[0]] * len(part))
-        return engine.prefilled_tokens - before
+                    local.forget()
+                local.complete(part, Sampling(max_tokens=2), [[0]] * len(part))
+        return local.prefilled_tokens - before
 
     assert prefilled(apart=True) > 5 * prefilled(apart=False)
 
