@@ -183,6 +183,9 @@ def _make_narrow(values: Values) -> None:
 
 
 def _narrow(part: Values, widths: Mapping[int, int]) -> None:
+    keys, values = part.get("linear_num_key_heads"), part.get("linear_num_value_heads")
+    if isinstance(keys, int) and isinstance(values, int) and keys > HEADS and values % keys == 0:  # of linear attention
+        part |= {"linear_num_key_heads": HEADS, "linear_num_value_heads": HEADS * (values // keys)}
     for key, value in part.items():
         if isinstance(value, bool) or not isinstance(value, int):
             if isinstance(value, list) and "intermediate" in key:
