@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -10,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from zoom_files import FOLDERS, WIDTH, drawn, hrbench_rows, pixels, write_all, write_parquet, write_tsv
+from zoom_files import FOLDERS, WIDTH, drawn, hrbench_rows, pixels, write_all, write_json, write_parquet, write_tsv
 
 from visrl.box import Box, enclosing
 from visrl.codecs import CODECS
 from visrl.config import ConfigError, build_config
-from visrl.evaluate.benchmarks import BENCHMARKS, incomplete, read_benchmark
+from visrl.evaluate.benchmarks import BENCHMARKS, incomplete, read_benchmark, unpublished
 from visrl.evaluate.choice_figures import choice_figures
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.questions import BenchmarkQuestion
@@ -260,6 +261,79 @@ def test_a_broken_row_is_named_by_its_number(root: Path, tmp_path: Path) -> None
         path = write_tsv(tmp_path / "hr_bench_4k.tsv", [*rows[:2], rows[2] | change, *rows[3:]])
         with pytest.raises(RecordError, match=re.escape(said)):
             read_benchmark("hrbench4k", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.tsv", b"", "its first line holds no names of columns"),
+        ("a.TSV", b"x", "its first line holds no names of columns"),
+        ("a.tsv.gz", b"\x1f\x8b", "rows are read from .tsv, .parquet, .json and .jsonl; unpack or convert"),
+        ("a.csv", b"a,b", "rows are read from .tsv, .parquet, .json and .jsonl; unpack or convert"),
+    ],
+)
+def test_files_of_no_form_are_refused_with_what_is_read(tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RecordError, match=re.escape(said)) as caught:
+        read_benchmark("hrbench4k", str(tmp_path / name))
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "said"),
+    [
+        ("vstar", "vstar/test_questions.jsonl", {"question_id": 0}, "q.jsonl: question 0 of direct_attributes is there "
+         "twice, as numbers 1 and 2 of those read"),
+        ("mme-realworld", "mme/MME_RealWorld.json", {"Image": "scene:test/1"}, "row 2: 'scene:test/1' is no name of a"),
+        ("mme-realworld", "mme/MME_RealWorld.json", {"Image": "tsv:/x#0+4"}, "row 2: 'tsv:/x#0+4' is no name of a"),
+        ("visualprobe", "visualprobe/VisualProbe_Hard/val.json", {"problem": "<image>\n"}, "row 2: 'problem' must be a "
+         "question with at most one <image> mark"),
+        ("visualprobe", "visualprobe/VisualProbe_Hard/val.json", {"problem": "<image><image>?"}, "row 2: 'problem'"),
+    ],
+)  # fmt: skip
+def test_rows_that_would_be_read_as_something_else_are_refused(
+    root: Path, tmp_path: Path, name: str, file: str, change: dict, said: str
+) -> None:
+    text = (root / file).read_text()
+    first, second, *others = json.loads(text) if text[0] == "[" else map(json.loads, text.splitlines())
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second | change, *others)))
+    with pytest.raises(RecordError, match=re.escape(said)):
+        read_benchmark(name, str(path))
+
+
+def test_what_looks_odd_but_is_sound_is_read(root: Path, tmp_path: Path) -> None:
+    """A picture named by a folder, a byte order mark before a note, an option that opens with another one's mark, and
+    a person among several who answered nothing."""
+    listed = [json.loads(line) for line in (root / "vstar" / "test_questions.jsonl").read_text().splitlines()]
+    write_json(tmp_path / "q.json", [listed[0] | {"image": "/"}])
+    (one,) = read_benchmark("vstar", str(tmp_path / "q.json"))
+    assert one.sample.box is None
+    shutil.copytree(root / "vstar", tmp_path / "vstar")
+    note = tmp_path / "vstar" / "direct_attributes" / "sa_0.json"
+    note.write_bytes(b"\xef\xbb\xbf" + note.read_bytes())
+    assert len(read_benchmark("vstar", str(tmp_path / "vstar"))) == 6
+    note.write_text(json.dumps(json.loads(note.read_text("utf-8-sig")) | {"bbox": {}}))
+    with pytest.raises(RecordError, match="'bbox' must be a list of boxes"):
+        read_benchmark("vstar", str(tmp_path / "vstar"))
+    row = {"index": 0, "image": "QUJD" * 30, "question": "Which?", "category": "Perception/Monitoring", "answer": "B"}
+    path = write_tsv(tmp_path / "a.tsv", [row | {"A": "(C) 2020", "B": "(B) none"}])
+    (one,) = read_benchmark("mme-realworld-lite", str(path))
+    assert one.choice
+    assert one.choice.options == ("(C) 2020", "none")
+    path = write_tsv(tmp_path / "b.tsv", [row | {"answer": "['', 'seven']"}])
+    (one,) = read_benchmark("docvqa", str(path))
+    assert (one.references, one.sample.answer) == (("", "seven"), "seven")
+    assert row_of("docvqa", "ours", one, "seven")["anls"] == 1.0
+
+
+def test_parts_that_are_not_there_or_not_published_are_counted(root: Path, tmp_path: Path) -> None:
+    rows = [row | {"category": "odd"} if row["category"] == "cross" else row for row in hrbench_rows(1)]
+    questions = read_benchmark("hrbench4k", str(write_tsv(tmp_path / "hr_bench_4k.tsv", rows)))
+    assert incomplete("hrbench4k", questions) == {"single": (4, 400), "cross": (0, 400)}
+    assert incomplete("hrbench4k", questions, ["single"]) == {"single": (4, 400)}
+    assert unpublished("hrbench4k", questions) == {"odd": 4}
+    assert unpublished("vstar", read(root, "vstar")) == {}
 
 
 def test_a_picture_in_a_table_that_cannot_be_read_says_where_it_lies(tmp_path: Path) -> None:

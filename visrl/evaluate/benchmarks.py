@@ -250,7 +250,7 @@ def read_benchmark(
         for one in some:
             sample = one.sample if one.sample.source else replace(one.sample, source=name)
             questions.append(replace(one, sample=sample))
-    check_each_once(questions)
+    check_each_once(questions, dataset)
     return questions
 
 
@@ -277,11 +277,22 @@ def _check_names(known: Benchmark, datasets: Sequence[str] | None) -> None:
         raise ConfigError(f"datasets: no {unknown[0]!r}; there are {', '.join(known.datasets) or 'no parts to name'}")
 
 
-def incomplete(benchmark: str, questions: Sequence[BenchmarkQuestion]) -> dict[str, tuple[int, int]]:
-    """Of the published data sets that are not asked in full: how many questions there are, of how many."""
+def incomplete(
+    benchmark: str, questions: Sequence[BenchmarkQuestion], datasets: Sequence[str] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Of the published data sets, or of `datasets`, those that are not asked in full: how many questions there are, of
+    how many."""
     known = find_benchmark(benchmark)
     counts = Counter(question.sample.source for question in questions)
     wholes = {name: whole for name, whole in known.datasets.items() if whole is not None}
     if known.whole is not None and len(questions) != known.whole:
         return {benchmark: (len(questions), known.whole)}
-    return {name: (count, wholes[name]) for name, count in counts.items() if count != wholes.get(name, count)}
+    wanted = [name for name in datasets or known.datasets if name in wholes]
+    return {name: (counts[name], wholes[name]) for name in wanted if counts[name] != wholes[name]}
+
+
+def unpublished(benchmark: str, questions: Sequence[BenchmarkQuestion]) -> dict[str, int]:
+    """The parts that the files of a benchmark name and its authors do not, with their number of questions."""
+    known = find_benchmark(benchmark).datasets
+    counts = Counter(question.sample.source for question in questions)
+    return {name: count for name, count in counts.items() if known and name not in known}

@@ -98,9 +98,11 @@ class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
         return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
 
 
-_LATER = {
+_LATER: dict[str, Any] = {
     "reading": None,
     "option_order": None,
+    "protocol_faults": [],
+    "max_looks": None,
     "max_new_tokens": None,
     "temperature": 0.0,
     "top_p": 1.0,

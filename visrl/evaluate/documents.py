@@ -82,7 +82,7 @@ def _question(row: Row, number: int, kind: DocumentFiles) -> BenchmarkQuestion:
     name = next((found for found in ids if found is not None), str(number))
     part = next(iter(kind.parts)) if len(kind.parts) == 1 else _part(row)
     return BenchmarkQuestion(
-        Sample(name, cell(row, "image"), cell(row, text), answers[0], None, part), references=answers
+        Sample(name, cell(row, "image"), cell(row, text), next(filter(None, answers)), None, part), references=answers
     )
 
 
@@ -110,6 +110,7 @@ def reference_answers(value: object) -> tuple[str, ...]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = [value]  # a single answer in brackets
     given = value if isinstance(value, list) else [value]
-    if not given:
+    answers = tuple("" if one == "" else cell({"answer": one}, "answer") for one in given)  # some said nothing
+    if not any(answers):
         raise RowFault("unparseable", "there are no answers")
-    return tuple(cell({"answer": one}, "answer") for one in given)
+    return answers

@@ -45,7 +45,7 @@ def questions(*names: str) -> Callable[[BenchmarkFiles], Mapping[str, Iterator[B
 
     def read(files: BenchmarkFiles) -> dict[str, Iterator[BenchmarkQuestion]]:
         path = files.find(*names)
-        parse = _from_table if path.suffix in (".tsv", ".parquet") else _from_json
+        parse = _from_table if path.suffix.lower() in (".tsv", ".parquet") else _from_json
         return {"": read_questions(path, lambda row, number: parse(row, path.parent, files))}
 
     return read
@@ -84,7 +84,7 @@ def _without_letter(text: str, number: int) -> str:
 def _from_table(row: Row, folder: Path, files: BenchmarkFiles) -> BenchmarkQuestion:
     require_columns(row, ("index", "image", "question", "answer", "category", "A", "B"))
     choice = lettered_choice(row, cell(row, "question"), cell(row, "answer"))
-    options = tuple(_MARK.sub("", option, count=1) if _MARK.match(option) else option for option in choice.options)
+    options = tuple(option.removeprefix(f"({letter})").lstrip() for letter, option in choice.letters.items())
     choice = ChoiceQuestion(choice.stem, options, choice.right)
     sample = Sample(cell(row, "index"), cell(row, "image"), choice.stem, choice.truth, None, cell(row, "category"))
     return BenchmarkQuestion(sample, choice=choice, category=optional_cell(row, "l2-category") or "")

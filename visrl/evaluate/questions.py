@@ -5,7 +5,6 @@ What is missing, data sets or images, is said at once and in full, before any mo
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from visrl.box import Box, Corners
 from visrl.data.check import ALL_PICTURES, ORIGINS
-from visrl.data.rows import read_rows
+from visrl.data.rows import RowFault, read_rows
 from visrl.evaluate.choices import ChoiceQuestion
 from visrl.evaluate.published import VISCOT_QUESTIONS
 from visrl.images import ImageError, image_path, image_size, names_file
@@ -94,7 +93,13 @@ class BenchmarkFiles:
         return found
 
     def picture(self, folder: Path, name: str) -> str:
-        """The reference of a picture that the file names from `folder`: under `image_root` where that is given."""
+        """The reference of a picture that the file names from `folder`: under `image_root` where that is given.
+
+        Raises:
+            RowFault: the name is no path but another kind of reference.
+        """
+        if not names_file(name):
+            raise RowFault("no_picture", f"{name[:60]!r} is no name of a picture's file")
         return name if self.image_root is not None else str(folder / name)
 
 
@@ -140,16 +145,21 @@ def boxes_in(truths: Sequence[Corners], ref: str, root: str | None) -> list[Box]
     return [box for box in boxes if box is not None] if all(boxes) else []
 
 
-def check_each_once(questions: Iterable[BenchmarkQuestion]) -> None:
-    """Refuse a question that is there twice: its answers could not be told apart.
+def check_each_once(questions: Iterable[BenchmarkQuestion], where: str) -> None:
+    """Refuse a question that is there twice: its answers could not be told apart. `where` is what they come from.
 
     Raises:
         RecordError: one is.
     """
-    counts = Counter((one.sample.source, one.sample.id, one.sample.repeat) for one in questions)
-    twice = next((name for name, count in counts.items() if count > 1), None)
-    if twice is not None:
-        raise RecordError(f"question {twice[1]} of {twice[0]} is there twice; one file must hold each once")
+    seen: dict[tuple[str, str, int], int] = {}
+    for number, one in enumerate(questions, start=1):
+        sample = one.sample
+        first = seen.setdefault((sample.source, sample.id, sample.repeat), number)
+        if first != number:
+            raise RecordError(
+                f"{where}: question {sample.id} of {sample.source or 'the file'} is there twice, as numbers {first:,} "
+                f"and {number:,} of those read; give each an id of its own, or take one out"
+            )
 
 
 def missing_images(questions: Iterable[BenchmarkQuestion], image_root: str | None) -> dict[str, list[str]]:

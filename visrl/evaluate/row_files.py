@@ -85,10 +85,13 @@ def table_rows(path: Path, pictures: Sequence[str] = ("image",)) -> Iterator[tup
     """
     if not path.is_file():
         raise RecordError(f"no file at {path}")
-    if path.suffix == ".tsv":
+    ending = path.suffix.lower()
+    if ending == ".tsv":
         yield from tsv_rows(path, pictures)
-    elif path.suffix == ".parquet":
+    elif ending == ".parquet":
         yield from _parquet_rows(path, pictures)
+    elif ending not in (".json", ".jsonl"):
+        raise RecordError(f"{path}: rows are read from .tsv, .parquet, .json and .jsonl; unpack or convert this file")
     else:
         for number, value in enumerate(json_items(path), start=1):
             if isinstance(value, BadLine):
@@ -107,7 +110,7 @@ def read_object(path: Path) -> Row:
     """
     try:
         data = path.read_bytes()[: MAX_NOTE + 1]
-        value = json_value(data.decode()) if len(data) <= MAX_NOTE else None
+        value = json_value(data.decode("utf-8-sig")) if len(data) <= MAX_NOTE else None
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from visrl.config import ConfigError, as_config
 from visrl.engines.open import PATIENCE
-from visrl.evaluate.benchmarks import Benchmark, find_benchmark, incomplete, read_benchmark
+from visrl.evaluate.benchmarks import Benchmark, find_benchmark, incomplete, read_benchmark, unpublished
 from visrl.evaluate.config import EvalConfig
 from visrl.evaluate.inference import FAILED, JOURNAL, answer_questions
 from visrl.evaluate.judging import format_judged, judge_rows
@@ -118,13 +118,16 @@ def _checked_questions(config: EvalConfig) -> list[BenchmarkQuestion]:
         limit=config.max_samples,
     )
     if not questions:
-        raise RecordError(f"{config.dataset} holds no questions")
+        which = f" of {', '.join(config.datasets)}" if config.datasets else ""
+        raise RecordError(f"{config.dataset} holds no questions{which}")
     sources = {question.sample.source for question in questions}
     without = sum(question.sample.box is None for question in questions)
     lacking = f", {without} of them without a true box" if without else ""
     print(f"{len(questions):,} questions of {len(sources)} data sets{lacking}")
-    for name, (count, whole) in incomplete(config.benchmark, questions).items():
+    for name, (count, whole) in incomplete(config.benchmark, questions, config.datasets).items():
         print(f"  {name}: {count:,} of its {whole:,} published questions")
+    for name, count in unpublished(config.benchmark, questions).items():
+        print(f"  {name}: {count:,} questions of a part that was not published")
     if config.mode == "other_question":
         _check_others([question.sample for question in questions], config.seed)
     missing = missing_images(questions, config.image_root)
@@ -229,7 +232,8 @@ def _identity(config: EvalConfig, protocol: LookProtocol, questions: Sequence[Be
         sample = question.sample
         box = sample.box.as_list() if sample.box else None
         parts = [sample.source, sample.id, sample.image, sample.question, sample.answer, box, question.truth]
-        digest.update(json.dumps(parts, ensure_ascii=True).encode())
+        more = [question.references, question.truths] if question.references or question.truths else []
+        digest.update(json.dumps([*parts, *more], ensure_ascii=True).encode())
     adapter = config.adapter_name_or_path
     own = plugin_file(config.benchmark)
     return {

@@ -35,7 +35,7 @@ def tsv_rows(path: Path, pictures: Sequence[str]) -> Iterator[tuple[int, Row | R
     with open(path, "rb", buffering=_BUFFER) as file:
         try:
             _, head, places = _record(file)
-            names = [_text(head, place) for place in places]
+            names = [_text(head, place) for place in places] or [""]  # an empty file
         except RowFault as fault:
             raise RecordError(f"{path}: no line of column names: {fault}") from fault
         names[0] = names[0].removeprefix("\ufeff")

@@ -85,7 +85,8 @@ def _from_list(row: Row, folder: Path, files: BenchmarkFiles) -> BenchmarkQuesti
         raise RowFault("unparseable", f"the label {letter[:20]!r} is none of its options {', '.join(letters)}")
     stem = text[: next(_OPTION.finditer(text)).start()].rstrip()
     ref = files.picture(folder, name)
-    note = image_path(str((folder / name).with_suffix(".json")))  # None, too, for a name that no file system takes
+    path = folder / name
+    note = image_path(str(path.parent / f"{path.stem}.json"))  # None, too, for a name that no file system takes
     truths = _corners(read_object(note)) if note else ()
     return BenchmarkQuestion(
         Sample(cell(row, "question_id"), ref, stem, letter, _box(truths, ref, files), cell(row, "category")),
@@ -97,7 +98,9 @@ def _from_list(row: Row, folder: Path, files: BenchmarkFiles) -> BenchmarkQuesti
 
 def _corners(row: Row) -> tuple[Corners, ...]:
     """The boxes of a note, which have left, top, width and height in pixels, as corners."""
-    given = row.get("bbox") or []
+    given = row.get("bbox")
+    if given is None:
+        return ()
     if not isinstance(given, list):
         raise RowFault("unparseable", f"'bbox' must be a list of boxes, it is {str(given)[:60]}")
     found = []

@@ -58,8 +58,8 @@ def questions(files: BenchmarkFiles) -> Mapping[str, Iterator[BenchmarkQuestion]
 
 def _question(row: Row, number: int) -> BenchmarkQuestion:
     require_columns(row, ("image", "prompt", "answer"))
-    text, answer, ref = _unmarked(cell(row, "prompt")), cell(row, "answer"), cell(row, "image")
-    truths = (four_numbers(row["bbox"], "bbox"),) if row.get("bbox") else ()
+    text, answer, ref = _unmarked(row, "prompt"), cell(row, "answer"), cell(row, "image")
+    truths = () if row.get("bbox") in (None, []) else (four_numbers(row["bbox"], "bbox"),)
     boxes = boxes_in(truths, ref, None)
     stem, options = split_options(text)
     letter = read_choice(answer, options) if options else None
@@ -69,8 +69,17 @@ def _question(row: Row, number: int) -> BenchmarkQuestion:
     return BenchmarkQuestion(sample, None, choice, text, truths, (answer,), category)
 
 
-def _unmarked(text: str) -> str:
-    return text.replace(IMAGE, "").strip()
+def _unmarked(row: Row, key: str) -> str:
+    """The question of a cell without the mark of its one picture.
+
+    Raises:
+        RowFault: it has several, or nothing beside it.
+    """
+    text = cell(row, key)
+    bare = text.replace(IMAGE, "").strip()
+    if not bare or text.count(IMAGE) > 1:
+        raise RowFault("unparseable", f"{key!r} must be a question with at most one {IMAGE} mark, it is {text[:60]!r}")
+    return bare
 
 
 # --- VisualProbe ------------------------------------------------------------------------------------------------------
@@ -104,5 +113,5 @@ def _probe(row: Row, number: int, folder: Path, files: BenchmarkFiles) -> Benchm
     name = optional_cell(row, "doc_id") or str(number)
     part = (optional_cell(row, "data_source") or "").removeprefix("visual_probe_")
     ref = files.picture(folder, cell({"images": images[0]}, "images"))
-    sample = Sample(name, ref, _unmarked(cell(row, "problem")), answer, None, part if part in PROBE_PARTS else "")
+    sample = Sample(name, ref, _unmarked(row, "problem"), answer, None, part if part in PROBE_PARTS else "")
     return BenchmarkQuestion(sample, references=(answer,))
