@@ -27,8 +27,9 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 demo: $(READY)
 	$(BIN)/visrl demo
 
+# Two workers of one thread each: half the time on two cores, and no more memory than a laptop has.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-full: $(READY)
 	$(BIN)/python -m pytest
