@@ -17,7 +17,7 @@ def test_every_file_and_every_target_that_the_guide_names_is_there() -> None:
     assert [path for path in named if not (ROOT / path).is_file()] == []
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^make ([\w-]+)", TEXT, flags=re.M)
-    assert targets == ["test", "test-full", "lint"]
+    assert targets == ["test", "test-full", "test-vllm", "test-lmms", "lint"]
     assert all(f"\n{target}: " in makefile for target in targets)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,7 @@ def test_a_training_that_cannot_start_says_why_and_claims_nothing(
     assert status == 1
     assert told in text.splitlines()[-1], text
     assert not (tmp_path / "out").exists()
+    assert not any(name.startswith("ACCELERATE_USE") for name in os.environ)  # the next training would obey it
 
 
 def test_once_corrected_the_same_command_runs(

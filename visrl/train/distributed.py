@@ -23,6 +23,7 @@ from visrl.errors import UserError
 Argument = TypeVar("Argument")
 HANDLED = "SIGTERM,SIGHUP,SIGQUIT"  # by torch's launcher; SIGINT by us
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 class ProcessError(UserError, RuntimeError):
@@ -36,8 +37,23 @@ def launched() -> bool:
 
 def shards_weights(arguments: TrainingArguments) -> bool:
     """Whether weights are split over the processes, so that no part of the model can be called by itself."""
-    by_launcher = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    by_launcher = any(os.environ.get(name) == "true" for name in SHARDING)
     return by_launcher or bool(arguments.fsdp or arguments.deepspeed)
+
+
+@contextmanager
+def sharding_forgotten() -> Iterator[None]:
+    """Leaves what is said of FSDP and DeepSpeed in the environment as it was: accelerate notes there what one training
+    asks for, and the next one in this process would take it for its launcher's."""
+    before = {name: os.environ.get(name) for name in SHARDING}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from visrl.train.checkpoints import MarkComplete, check_resume, checkpoint_to_re
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.data import SftSamples, build_data, read_questions, read_rollout_samples
-from visrl.train.distributed import launched, on_processes, processes_wanted, say, shards_weights
+from visrl.train.distributed import launched, on_processes, processes_wanted, say, sharding_forgotten, shards_weights
 from visrl.train.dry_run import DatasetScan, dry_run, peak_bytes, scan_dataset
 from visrl.train.features import open_features
 from visrl.train.identity import clear_folder, identity_of, parents_of, replaces_other_work
@@ -94,7 +94,7 @@ def train(config: TrainConfig | str | Path | None = None, /, **keys: Any) -> Pat
 
 def train_here(config: TrainConfig) -> None:
     """Train in this process, which may be one of several."""
-    with ExitStack() as opened:
+    with sharding_forgotten(), ExitStack() as opened:
         _train(config, opened)
 
 
