@@ -18,12 +18,17 @@ from visrl.engines.base import Sampling
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.local import LocalEngine
 from visrl.engines.openai_server import Endpoint
+from visrl.evaluate.benchmarks import find_benchmark
+from visrl.evaluate.choices import ChoiceQuestion
 from visrl.evaluate.config import EvalConfig
+from visrl.evaluate.questions import BenchmarkQuestion
+from visrl.evaluate.readings import OUR_READING
 from visrl.evaluate.run import evaluate
 from visrl.images import open_image
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE, focus_prompt
 from visrl.records import Message, Picture, Sample, read_jsonl
+from visrl.rewards.results import Result
 from visrl.rollout.episodes import zoomed_looks
 from visrl.rollout.protocols import VISRL, instructed, public_zoom, several_looks
 from visrl.rollout.rollout import OpenedQuestion
@@ -137,6 +142,19 @@ def test_an_evaluation_with_several_looks_lists_them_and_how_they_ended(tmp_path
         assert scores["looks"] == {"mean": 1.0, "ends": {"answered": len(rows)}}
     else:
         assert scores["looks"]["mean"] == 0
+
+
+def test_an_answer_in_tags_is_read_in_every_reading_and_a_limit_answers_nothing():
+    sample = Sample("1", "picture", "Which number?", "7")
+    assert OUR_READING.score(BenchmarkQuestion(sample), "<think>8</think> <answer>7</answer>") == {"correct": 1}
+    benchmark, codec = find_benchmark("mme-realworld-lite"), CODECS["qwen2_5_vl"]
+    choice = ChoiceQuestion("Which number?", ("7", "8"), 0)
+    question = BenchmarkQuestion(replace(sample, answer="A"), choice=choice)
+    done = Result(question.sample, "A", reply="<answer>A</answer>", looks=(), end="answered")
+    cut_short = replace(done, prediction="", reply="A <tool_call>", end="tokens")  # the published rule would read an A
+    reading = benchmark.reading("published")
+    rows = [benchmark.row_of(question, one, codec, reading) for one in (done, cut_short)]
+    assert [row["correct_published"] for row in rows] == [1, 0]
 
 
 @pytest.mark.parametrize(

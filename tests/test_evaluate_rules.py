@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from choice_replies import synthetic_replies
 
-from visrl.evaluate.rules import RULES, treebench_boxes, treebench_iou
+from visrl.evaluate.rules import RULES, treebench_iou
+from visrl.zoom.calls import boxes_in_text
 
 REPLIES = synthetic_replies(5000)
 ABC = {"A": "red", "B": "blue", "C": "green"}
@@ -249,9 +250,7 @@ def test_treebench_boxes_are_recalled_alone() -> None:
     assert treebench_iou(reply, truths) == pytest.approx(0.75)
     assert treebench_iou(reply + "<box>[0,0,900,900]</box>" * 9, truths) == pytest.approx(0.75)
     assert treebench_iou("<box>[0, 0, 10, 10]</box>", truths) == treebench_iou(reply, []) == 0.0
-    assert treebench_boxes(f"<box>[{'9' * 5000},1,2,3]</box><box>[4,5,3,9]</box><box>[1,2,3,4] </box>") == [
-        (1, 2, 3, 4)
-    ]
+    assert boxes_in_text(f"<box>[{'9' * 5000},1,2,3]</box><box>[4,5,3,9]</box><box>[1,2,3,4] </box>") == [(1, 2, 3, 4)]
 
 
 def test_treebench_iou_agrees_with_an_oracle_that_counts_pixels() -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from serve_help import body, get, post, serving
 from waiting import PATIENCE_S
 
+from visrl.codecs import CODECS
 from visrl.config import ConfigError
 from visrl.conversation import focus_conversation, image_view
 from visrl.engines.base import Sampling
@@ -39,6 +40,7 @@ from visrl.scenes import SIDE, draw_ref, scene_samples
 from visrl.serve.config import ServeConfig
 from visrl.serve.metrics import Metrics
 from visrl.serve.runner import make_backend, serve
+from visrl.serve.schemas import Limits
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +180,10 @@ def test_several_looks_show_every_crop_and_are_all_listed(
         )
         with serving(make_backend(config, metrics), metrics, name="front") as url:
             streamed = post(url, scene_body(model="front:focus", max_looks=3, stream=True)).text
+            refused = post(url, scene_body(model="front:focus", max_looks=8)).json()["error"]
             vllm.bodies.clear()
             message = post(url, scene_body(model="front:focus", max_looks=3)).json()["choices"][0]["message"]
+    assert refused["message"] == "max_looks: 8 shows up to 9 pictures, and vLLM takes 8 (max_images)"
     assert message["content"] == answer
     assert [look["box"] is not None for look in message["focus"]["looks"]] == boxes
     assert [look["error"] is None for look in message["focus"]["looks"]] == boxes
@@ -188,6 +192,28 @@ def test_several_looks_show_every_crop_and_are_all_listed(
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     sent = [delta["focus"] for event in events for delta in [event["choices"][0]["delta"]] if "focus" in delta]
     assert sent == [look | {"look": n} for n, look in enumerate(message["focus"]["looks"])]
+
+
+def test_crops_of_several_looks_count_as_pictures_that_are_held(checkpoint: Path) -> None:
+    metrics = Metrics()
+    with scripted(chunks_of(["[0.000, 0.000, 1.000, 1.000]"] * 9)) as vllm:
+        config = ServeConfig(
+            model_name_or_path=str(checkpoint), infer_backend="vllm", vllm_url=vllm.url, vllm_model="m"
+        )
+        limits = Limits(held_pixels=4 * SIDE * SIDE)
+        with serving(make_backend(config, metrics), metrics, name="front", limits=limits) as url:
+            taken, refused = (post(url, scene_body(model="front:focus", max_looks=looks)) for looks in (3, 5))
+    assert (taken.status_code, refused.status_code) == (200, 429)
+    assert "too many pictures" in refused.json()["error"]["message"]
+
+
+def test_a_turn_that_is_begun_is_refused_by_this_server_with_who_takes_one(server: tuple[str, Metrics]) -> None:
+    view = image_view(Picture("grey"), Image.new("RGB", (SIDE, SIDE), "grey"))
+    engine = EndpointEngine(Endpoint((f"{server[0]}/v1",), "tiny", attempts=1), CODECS["qwen2_5_vl"])
+    talk = replace(focus_conversation("Which number?", view), prefill="<think>")
+    ((completion,),) = engine.complete([talk], Sampling(max_tokens=4), [[0]])
+    engine.close()
+    assert "this server takes none that is begun: ask vLLM's own server" in (completion.error or "")
 
 
 def test_a_stream_of_the_model_is_its_text(server: tuple[str, Metrics]) -> None:

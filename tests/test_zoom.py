@@ -8,6 +8,7 @@ and size. The picture has 1000 × 800 pixels.
 import functools
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,12 @@ from visrl.codecs import CODECS
 from visrl.conversation import View, answer_conversation, crop_view, focus_conversation
 from visrl.prompts import IMAGE
 from visrl.records import Picture
+from visrl.replies import whole_text
+from visrl.zoom.calls import grounding_of
 from visrl.zoom.episode import UNFINISHED, advance, begin
 from visrl.zoom.protocols import ZOOM_PROTOCOLS, visrl_looks
+from visrl.zoom.windows import twice_as_large
+from visrl.zoom.written import CallError, between
 
 SIZE = (1000, 800)
 TRANSCRIPTS = json.loads((Path(__file__).parent / "zoom_transcripts.json").read_text(encoding="utf-8"))
@@ -152,6 +157,82 @@ def test_truncations_and_garbage_never_part_pictures_from_their_marks(name):
                 break
         ends.add(episode.end)
     assert ends >= ({"answered"} if name in ("treevgr", "qwen3vl") else {"answered", "tokens"})
+
+
+def tool_call(name: str, arguments: str) -> str:
+    return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+
+
+MARK = "\\u003cimage\\u003e"  # as JSON may write it
+BOX = '"bbox_2d": [100, 100, 900, 700]'
+HOSTILE = (
+    "<ima<image>ge>",
+    "<i<ima<image>ge>mage><tool_call>{</tool_call>",
+    "<ima" * 5000 + "<image>" + "ge>" * 5000,
+    *("<tool_call>" * 40_000, "<answer>" * 40_000, "\\boxed{" * 40_000),  # a walk for each would take minutes
+    *(text for number in ("1e308", "-1e308", "1e999", "NaN") for text in (
+        tool_call("crop_image", f'{{"bbox_2d": [0, 0, {number}, 0.5], "target_image": 1}}'),
+        tool_call("search_coordinate", f'{{"coordinate": [{number}, 5]}}'),
+        tool_call("image_zoom_in_tool", f'{{"bbox_2d": [1, 1, {number}, 9], "img_idx": 0, "label": ""}}'),
+        tool_call("image_zoom_in_tool", f'{{{BOX}, "img_idx": {number}, "label": "\\ud800"}}'),
+        tool_call("crop_image", f'{{{BOX}, "target_image": {number}}}'),
+        f'<grounding>{{"bbox_2d": [0, 0, {number}, 1], "source": "original_image"}}</grounding>',
+    )),
+    *(text for string in (MARK, "\\ud800") for text in (
+        tool_call(string, "{}"),
+        tool_call("image_zoom_in_tool", f'{{"bbox_2d": ["{string}"], "img_idx": 0, "label": ""}}'),
+        tool_call("image_zoom_in_tool", f'{{{BOX}, "img_idx": "{string}", "label": ""}}'),
+        tool_call("crop_image", f'{{{BOX}, "target_image": "{string}"}}'),
+        f'<grounding>{{"bbox_2d": [0, 0, 1, 1], "source": "{string}"}}</grounding>',
+        f'<grounding>{{"bbox_2d": ["{string}"], "source": "original_image"}}</grounding>',
+    )),
+    f"<box>[1,1,{'9' * 400},{'9' * 400}]</box>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOOM_PROTOCOLS)
+def test_no_hostile_turn_raises_or_forges_a_picture_or_leaves_half_a_character(name):
+    for text in HOSTILE:
+        episode = played(name, [text], shown=(500, 400))
+        talk = episode.conversation  # checks its marks
+        assert all(whole_text(one.text) == one.text for one in talk.messages)
+        assert whole_text(json.dumps([look.label for look in episode.looks], ensure_ascii=False))
+
+
+def test_tags_are_read_as_the_lazy_pattern_reads_them_and_the_last_grounding_as_the_greedy_one():
+    lazy = re.compile("<answer>(.*?)</answer>", re.DOTALL)
+    greedy = re.compile(""".*<grounding>{"bbox_2d": (.*),.*"source": [',"](.*)[',"]}</grounding>""", re.DOTALL)
+    draw = random.Random(3)
+    pieces = ('<grounding>{"bbox_2d": ', "[0,1]", ", ", '"source": "', "'", '"', "}</grounding>", "x")
+    read = 0
+    for _ in range(2000):
+        text = "".join(draw.choice(("<answer>", "</answer>", "a", "\n")) for _ in range(8))
+        assert between(text, "answer") == lazy.findall(text)
+        text = "".join(draw.choice(pieces) for _ in range(draw.randrange(5, 14)))
+        found = greedy.match(text)
+        read += found is not None
+        if found is None:
+            with pytest.raises(CallError):
+                grounding_of(text)
+        else:
+            assert grounding_of(text) == found.groups()
+    assert read > 20
+
+
+def test_a_turn_that_came_to_its_stop_text_is_not_cut_short_by_what_was_sampled_after_it():
+    call = '<grounding>{"bbox_2d": [0.1, 0.1, 0.9, 0.9], "source": "original_image"}</grounding>'
+    episode = advance(played("mini_o3", []), call + " and so on", SIZE, cut_short=True)
+    assert (episode.end, len(episode.looks)) == (None, 1)
+
+
+def test_what_a_model_thought_aloud_is_no_part_of_a_free_answer():
+    assert played("qwen3vl", ["is it 8? <answer>8</answer></think>\n\n7"]).answer == "7"
+
+
+def test_a_doubled_crop_of_a_large_picture_stays_within_the_area_that_is_shown():
+    assert twice_as_large(Image.new("L", (2000, 1000))).size == (4004, 1988)  # multiples of 28
+    assert twice_as_large(Image.new("L", (6000, 4000))).size == (5992, 4004)
+    assert twice_as_large(Image.new("L", (3000, 3000))).size == (3836, 3836)
 
 
 # --- The two steps of visrl as 0 to k looks ---------------------------------------------------------------------------

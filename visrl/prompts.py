@@ -7,6 +7,17 @@ from __future__ import annotations
 
 IMAGE = "<image>"
 
+
+def without_marks(text: str) -> str:
+    """`text`, which a model may have written, with a space for every mark of an image. Nothing in its place would let
+    what stands around it close up to another mark.
+
+    >>> without_marks("<ima<image>ge>")
+    '<ima ge>'
+    """
+    return text.replace(IMAGE, " ")
+
+
 # REFERENCE: the sentences of Visual-CoT (box only) and of VisRL (box, then the sub-image).
 BOX_SENTENCE = "Please provide the bounding box coordinate of the region that can help you answer the question better."
 FOCUS_SENTENCE = (

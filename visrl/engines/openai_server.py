@@ -289,6 +289,11 @@ def _hint(message: str, url: str) -> str:
     if remedy := remedy_of(message):
         name, value = remedy
         return f"; set {name}: {f'[{value}]' if name == 'omit_fields' else value}"
+    if "continue_final_message" in message:
+        return (
+            "; the protocol opens the model's turn, and this server takes none that is begun: ask vLLM's own server, "
+            "or the checkpoint in this process (no policy_url)"
+        )
     if "https" in message.lower() and url.startswith("http://"):
         return "; write https:// where http:// stands"
     return ""

@@ -35,6 +35,7 @@ from visrl.rewards.metrics import METRICS
 from visrl.rewards.reply_scores import is_score
 from visrl.rewards.results import ANSWER_COLUMNS, COLUMNS, Result, Row
 from visrl.rollout.protocols import REFCOCO, VISCOT, VISCOT_BOXES, VISRL, VISRL_BOXES, LookProtocol
+from visrl.zoom.episode import UNFINISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ class Benchmark:
     ) -> dict[str, Any]:
         """The row of a question, with the benchmark's own columns; `codec` is that of the policy that was asked.
 
-        Whatever `score` says: without a reply its columns are null, and a box text that holds no box answers nothing.
+        Whatever `score` says: without a reply its columns are null; a box text that holds no box answers nothing, nor
+        do several looks that came to a limit.
 
         Raises:
             ConfigError: `score` gives a column that no summary knows, or a value outside [0, 1].
@@ -111,7 +113,7 @@ class Benchmark:
                 raise ConfigError(f"the benchmark's score gives {name} = {value!r}; it must be None or lie in [0, 1]")
             if result.failure is not None or result.skipped:
                 own[name] = None
-            elif result.unparseable and name in ANSWER_COLUMNS:
+            elif (result.unparseable or result.end in UNFINISHED) and name in ANSWER_COLUMNS:
                 own[name] = 0.0
         row = {**result.eval_row(), **own, **_told_apart(question), **_said(question, result, reading)}
         if reading is not None:

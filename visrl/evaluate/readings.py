@@ -17,6 +17,7 @@ from visrl.evaluate.rules import RULES
 from visrl.evaluate.wordings import our_choice
 from visrl.records import place_name
 from visrl.replies import spoken
+from visrl.rewards.choices import unwrapped
 from visrl.rewards.metrics import exact_match
 from visrl.rollout.protocols import LookProtocol, as_published
 
@@ -61,10 +62,12 @@ def ruled(word: Callable[[BenchmarkQuestion], str], rule: str, **more: Any) -> B
 
 
 def _strictly(question: BenchmarkQuestion, reply: str) -> Columns:
-    """A letter plainly named; an open answer is right where it is a reference, in so many words."""
+    """A letter plainly named; an open answer is right where it is a reference, in so many words and in nothing but the
+    tags of an answer."""
     if question.choice is not None:
         return by_rule("strict", "correct")(question, reply)
-    return {"correct": exact_match(spoken(reply), question.references or [question.sample.answer])}
+    said = unwrapped(spoken(reply))
+    return {"correct": 0.0 if said is None else exact_match(said, question.references or [question.sample.answer])}
 
 
 OUR_READING = BenchmarkReading(our_choice, _strictly, RULES["strict"].source, in_orders=True)

@@ -17,6 +17,7 @@ from visrl.evaluate import toolkit_rules
 from visrl.replies import spoken
 from visrl.rewards.choices import read_choice
 from visrl.rewards.detection import corner_iou
+from visrl.zoom.calls import answer_of, boxes_in_text
 
 Options = Mapping[str, str]
 Score = Callable[[str, Options, str], float | None]
@@ -86,27 +87,10 @@ def mme_realworld(reply: str, options: Options, truth: str) -> float:
     return float(toolkit_rules.first_capital(reply, MME_PREFIXES, choices) == truth)
 
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
-_FOUR = re.compile(r"\[(\d{1,15}),(\d{1,15}),(\d{1,15}),(\d{1,15})\]")  # published without a bound, and stops at 4,301
-
-
 def treebench(reply: str, options: Options, truth: str) -> float:
     """TreeBench: what the first `<answer>` holds is the letter, in either case; without it, the whole reply is."""
-    found = _ANSWER.search(reply)
-    return float((found[1].strip() if found else reply).upper() == truth.upper())
-
-
-def treebench_boxes(reply: str) -> list[Corners]:
-    """The boxes in a reply that TreeBench's script reads: `<box>[x1,y1,x2,y2]</box>`, whole numbers, no spaces."""
-    boxes: list[Corners] = []
-    for written in _BOX.findall(reply):
-        four = _FOUR.match(written.strip())
-        if four:
-            x0, y0, x1, y1 = map(int, four.groups())
-            if x0 < x1 and y0 < y1:
-                boxes.append((x0, y0, x1, y1))
-    return boxes
+    said = answer_of(reply)
+    return float((reply if said is None else said).upper() == truth.upper())
 
 
 def treebench_iou(reply: str, truths: Sequence[Corners]) -> float:
@@ -115,7 +99,7 @@ def treebench_iou(reply: str, truths: Sequence[Corners]) -> float:
     Boxes too many cost nothing, and the reply's pixels, of the picture as the model saw it, are compared with those of
     the file as they are. 0 without true boxes.
     """
-    boxes = treebench_boxes(reply)
+    boxes = boxes_in_text(reply)
     if not truths:
         return 0.0
     return sum(max((corner_iou(box, truth) for box in boxes), default=0.0) for truth in truths) / len(truths)
@@ -162,7 +146,7 @@ def _same(said: str, truth: str) -> bool:
 
 def visualprobe(reply: str, options: Options, truth: str) -> float | None:
     """VisualProbe (Mini-o3): wrong without an `<answer>`, and whatever one holds goes to its judge."""
-    return None if _ANSWER.search(reply) else 0.0
+    return None if answer_of(reply) is not None else 0.0
 
 
 # --- The table --------------------------------------------------------------------------------------------------------

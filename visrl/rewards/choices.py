@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from visrl.rewards.metrics import exact_match
+from visrl.zoom.written import between
 
 _LETTER = r"(?:[(\[]\s*([A-Z])\s*[)\]]|([A-Z]))"  # B, (B), [B]
 _OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.):])[ \t]*(\S.*?)[ \t]*$", re.M)  # a line of a question
@@ -22,7 +23,6 @@ _SAID = re.compile(
     rf"{_LETTER}(?![\w'’-])(?=\s*(?:$|\n|[.,:;!)\]]|because\b|since\b))(?!\s*[,/]\s*[(\[]?[A-Z]\s*(?:$|[.,:;)\]\n]))"
 )
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}{1,2}")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.S)
 _MARKUP = str.maketrans(dict.fromkeys('*`"“”$', ""))
 
 
@@ -33,17 +33,29 @@ def read_choice(reply: str, options: Mapping[str, str] | None = None) -> str | N
     `<answer>` tags, and the very text of one of `options` (letter → text). Not read: `BECAUSE`, `A red car`, `A or B`,
     a letter that is no option.
     """
-    text = unicodedata.normalize("NFKC", reply).translate(_MARKUP).strip()
-    for wrapped in (_TAGGED, _BOXED):
-        inside = {one.strip() for one in wrapped.findall(text)}
-        if len(inside) > 1:
-            return None
-        text = inside.pop() if inside else text
+    text = unwrapped(unicodedata.normalize("NFKC", reply).translate(_MARKUP).strip())
+    if text is None:
+        return None
     letter = _letter_in(text)
     if letter is None and options:
         same = [key for key, option in options.items() if exact_match(text, [option])]
         letter = same[0] if len(same) == 1 else None
     return letter if letter is not None and (not options or letter in options) else None
+
+
+def unwrapped(text: str) -> str | None:
+    """What stands between `<answer>` tags, or in `\\boxed{}`; `text` itself without such, None where they hold several
+    things.
+
+    >>> unwrapped("so: <answer> 7 </answer>"), unwrapped("7"), unwrapped(r"\\boxed{7} or \\boxed{8}")
+    ('7', '7', None)
+    """
+    for find in (lambda said: between(said, "answer"), _BOXED.findall):
+        inside = {one.strip() for one in find(text)}
+        if len(inside) > 1:
+            return None
+        text = inside.pop() if inside else text
+    return text
 
 
 def _letter_in(text: str) -> str | None:

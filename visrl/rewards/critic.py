@@ -17,7 +17,7 @@ from visrl.box import Box, CropRule, Size, crop_window
 from visrl.conversation import Conversation, Message, PromptError, View, crop_view, open_view
 from visrl.engines.base import Engine, Sampling, seed_of
 from visrl.images import ImageError
-from visrl.prompts import IMAGE, critic_answer_prompt, critic_box_prompt
+from visrl.prompts import critic_answer_prompt, critic_box_prompt, without_marks
 from visrl.records import Picture, RecordError, Sample, Trajectory, Verdict
 from visrl.rewards.metrics import exact_match
 from visrl.rewards.reply_scores import read_score
@@ -176,8 +176,7 @@ class ModelCritic:
             part = crop_view(wholes[picture], Picture(sample.image, box), self.crop_rule)
             talks[keys[0]] = _about(critic_box_prompt(sample.question, sample.answer), part)
         if keys[1] not in talks:
-            # What a policy wrote may hold anything, the mark of an image too.
-            asked = critic_answer_prompt(sample.question, sample.answer, answer.replace(IMAGE, ""))
+            asked = critic_answer_prompt(sample.question, sample.answer, without_marks(answer))
             talks[keys[1]] = _about(asked, wholes[picture])
 
     def _ask(self, talks: dict[OpinionKey, Conversation]) -> dict[OpinionKey, Opinion]:

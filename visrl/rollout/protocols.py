@@ -12,7 +12,7 @@ from typing import Literal
 from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
-from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt
+from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt, without_marks
 from visrl.zoom.episode import begin
 from visrl.zoom.protocols import ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
 
@@ -65,7 +65,7 @@ def _three_turns(question: str, whole: View, box_text: str, detail: View) -> Con
     """Step 2 as published: the question, the box as the model's own turn, and the question again with the crop."""
     turns = (
         Message("user", f"{IMAGE}\n{question}"),
-        Message("assistant", box_text.replace(IMAGE, "")),  # a model may write anything, the mark of an image too
+        Message("assistant", without_marks(box_text)),  # a model may write anything
         Message("user", viscot_answer_prompt(question)),
     )
     return Conversation(turns, (whole, detail))

@@ -204,7 +204,8 @@ class _Server:
     async def _answer(self, asked: ChatRequest, chunks: Chunks | None, kept: Held) -> list[Choice]:
         """All choices of a request; their parts are put into `chunks` as they come.
 
-        `kept` counts the bytes of the body, until its images are open, and those of the crops until they are sent.
+        `kept` counts the bytes of the body, until its images are open, and those of the crops until they are sent; the
+        pixels of several looks are held beside the images'.
         """
         with ExitStack() as held:
             # Held as they are opened: eight at a time, and many requests side by side, are more than memory has.
@@ -212,7 +213,7 @@ class _Server:
             kept.free()
             conversation = to_conversation(asked, views)
             jobs = [
-                asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks, kept))
+                asyncio.ensure_future(self._choice(asked, conversation, views, index, seed, chunks, kept, held))
                 for index, seed in enumerate(asked.seeds())
             ]
             try:
@@ -233,11 +234,15 @@ class _Server:
         seed: int,
         chunks: Chunks | None,
         kept: Held,
+        held: ExitStack,
     ) -> Choice:
         stream = ChoiceStream(index, chunks)
 
         def send_focus(focus: dict[str, Any]) -> None:
             kept.add(len(focus["crop"]))
+            if asked.max_looks is not None:  # crops stay for the turns to come
+                left, top, right, bottom = focus["crop_window"]
+                held.enter_context(self.pixels.hold((right - left) * (bottom - top)))
             stream.put({"focus": focus})
 
         queued = QueuedRequest(

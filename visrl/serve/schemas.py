@@ -228,6 +228,10 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
     request._check_tokens(is_passed_on)
     if request.max_looks is not None and request.suffix != FOCUS_SUFFIX:
         raise RequestError(400, f"max_looks is for models that end in {FOCUS_SUFFIX}", param="max_looks")
+    looks = request.max_looks or 0
+    if is_passed_on and looks >= limits.images:
+        said = f"max_looks: {looks} shows up to {looks + 1} pictures, and vLLM takes {limits.images} (max_images)"
+        raise RequestError(400, said, param="max_looks")
     (request.model_extra or {}).clear()  # what means nothing here is not kept either, however large
     _check_limits(request, limits)
     return request

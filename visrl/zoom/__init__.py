@@ -1,5 +1,6 @@
 """Several looks: how the public protocols ask for a crop, what they show of it, and when they end.
 
+written     the tags, JSON and numbers that calls are written in
 calls       what one turn of a model asks for: calls, an answer, or a call that cannot be read
 windows     from the numbers of a call to pixels of a picture, and the size at which a crop is shown
 protocols   ZOOM_PROTOCOLS, one row each: prompts, coordinates, observations, errors, limits

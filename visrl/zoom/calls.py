@@ -6,25 +6,30 @@ broken JSON is forgiven.
 
 from __future__ import annotations
 
-import ast
-import json
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from visrl.box import Corners
+from visrl.replies import spoken
+from visrl.zoom.written import (
+    LONGEST_CALL,
+    CallError,
+    between,
+    json_of,
+    json_or_literal,
+    label_of,
+    literal_of,
+    named,
+    numbers_of,
+    picture_number,
+)
 
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _GROUNDING_BOX = '<grounding>{"bbox_2d": '
 _GROUNDING_SOURCE = re.compile('"source": [\',"]')
 _GROUNDING_END = re.compile("[',\"]}</grounding>")
-_BOX_TAG = re.compile(r"<box>\[(\d+),(\d+),(\d+),(\d+)\]")
+_FOUR = re.compile(r"\[(\d{1,15}),(\d{1,15}),(\d{1,15}),(\d{1,15})\]")  # published without a bound; stops at 4,301
 # Tokens of some models that mark calls and thoughts inside a turn: text to everybody, and never an end of a turn.
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-LONGEST_CALL = 10_000  # characters: more is no call of anybody's
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +57,22 @@ class ZoomTurn:
     answer: str | None = None
 
 
-class CallError(ValueError):
-    """A call whose JSON can be read, and whose meaning cannot; the message is what the protocol replies."""
-
-
 def answer_of(text: str) -> str | None:
     """What stands in the first `<answer>` of a turn, or None."""
-    found = _ANSWER.search(text)
-    return found.group(1).strip() if found else None
+    found = between(text, "answer")
+    return found[0].strip() if found else None
 
 
 def boxes_in_text(text: str) -> list[Corners]:
-    """The boxes that TreeVGR writes as it thinks: whole numbers without spaces, corners in order."""
-    boxes = [(float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in _BOX_TAG.findall(text)]
-    return [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
+    """The boxes that TreeVGR writes as it thinks, as TreeBench's script reads them: `<box>[x0,y0,x1,y1]</box>` of whole
+    numbers without spaces, corners in order."""
+    boxes: list[Corners] = []
+    for written in between(text, "box"):
+        if four := _FOUR.match(written.strip()):
+            x0, y0, x1, y1 = map(float, four.groups())
+            if x0 < x1 and y0 < y1:
+                boxes.append((x0, y0, x1, y1))
+    return boxes
 
 
 # --- DeepEyes ---------------------------------------------------------------------------------------------------------
@@ -74,7 +81,7 @@ def boxes_in_text(text: str) -> list[Corners]:
 def deepeyes_turn(text: str) -> ZoomTurn:
     """The last call of a turn counts; an answer comes before any call."""
     answer = answer_of(text)
-    found = _TOOL_CALL.findall(text)
+    found = between(text, "tool_call")
     if answer is not None or not found:
         return ZoomTurn(answer=answer)
     return ZoomTurn((_deepeyes_call(found[-1].strip()),))
@@ -82,13 +89,13 @@ def deepeyes_turn(text: str) -> ZoomTurn:
 
 def _deepeyes_call(said: str) -> ZoomCall | BadCall:
     try:
-        name, arguments = _named(_json(said))
+        name, arguments = named(json_of(said))
     except ValueError as error:
         return BadCall(f"Error: Invalid tool call format: {said}. Error: {error}")
     if name != "image_zoom_in_tool":
         return BadCall(f"Error: Unknown tool name: {name}")
     try:
-        return ZoomCall(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments))
+        return ZoomCall(numbers_of(arguments.get("bbox_2d"), 4), label=label_of(arguments))
     except CallError:
         return BadCall("Error: ZOOM IN ARGUMENTS ARE INVALID")
 
@@ -103,13 +110,13 @@ def mini_o3_turn(text: str) -> ZoomTurn:
     if answer is not None or "<grounding>" not in text:
         return ZoomTurn(answer=answer)
     try:
-        numbers, source = _grounding(text[-LONGEST_CALL:])
-        return ZoomTurn((ZoomCall(_numbers(_literal(numbers), 4), _mini_o3_source(source)),))
+        numbers, source = grounding_of(text[-LONGEST_CALL:])
+        return ZoomTurn((ZoomCall(numbers_of(literal_of(numbers), 4), _mini_o3_source(source)),))
     except ValueError as error:
         return ZoomTurn((BadCall(str(error)),))
 
 
-def _grounding(text: str) -> tuple[str, str]:
+def grounding_of(text: str) -> tuple[str, str]:
     """The text of the box and of the source in the last `<grounding>`: what its protocol's greedy pattern finds, by
     looking from the end, which takes no longer on text that is made to be slow."""
     ends = [found.start() for found in _GROUNDING_END.finditer(text)]
@@ -140,17 +147,15 @@ def pixel_reasoner_turn(text: str) -> ZoomTurn:
     r"""A turn that ends with `</tool_call>` asks, by its last call; every other one answers, in `\boxed{}`."""
     if not text.rstrip().endswith("</tool_call>"):
         return ZoomTurn(answer=_boxed(text))
-    found = _TOOL_CALL.findall(text)
+    found = between(text, "tool_call")
     if not found:
         return ZoomTurn((BadCall("no <tool_call> before </tool_call>"),))
     try:
-        name, arguments = _named(_json(found[-1].strip()))
+        name, arguments = named(json_of(found[-1].strip()))
         if name not in ("crop_image_normalized", "crop_image"):  # the prompt says one name, the schema the other
             raise CallError(f"unknown function {name}")
-        source = arguments.get("target_image", 1)
-        if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
-            raise CallError(f"target_image {source!r} is no number of a picture")
-        return ZoomTurn((ZoomCall(_numbers(arguments.get("bbox_2d"), 4), int(source) - 1),))
+        source = picture_number(arguments.get("target_image", 1), "target_image") - 1
+        return ZoomTurn((ZoomCall(numbers_of(arguments.get("bbox_2d"), 4), source),))
     except ValueError as error:
         return ZoomTurn((BadCall(str(error)),))
 
@@ -174,39 +179,39 @@ def _boxed(text: str) -> str | None:
 def chain_of_focus_turn(text: str) -> ZoomTurn:
     """The first call counts. What cannot be read is answered with the whole picture, so its words are never said."""
     answer = answer_of(text)
-    found = _TOOL_CALL.search(text)
-    if answer is not None or found is None:
+    found = between(text, "tool_call")
+    if answer is not None or not found:
         return ZoomTurn(answer=answer)
     try:
-        name, arguments = _named(_json(found.group(1).strip()))
+        name, arguments = named(json_of(found[0].strip()))
         if name != "image_zoom_in_tool":
             raise CallError(f"unknown function {name}")
-        return ZoomTurn((ZoomCall(_numbers(arguments.get("bbox_2d"), 4), label=_label(arguments)),))
+        return ZoomTurn((ZoomCall(numbers_of(arguments.get("bbox_2d"), 4), label=label_of(arguments)),))
     except ValueError as error:
         return ZoomTurn((BadCall(str(error)),))
 
 
 def qwen3vl_turn(text: str) -> ZoomTurn:
-    """Every call of a turn counts; a turn without one is the answer, in `<answer>` where it has such tags."""
-    found = _TOOL_CALL.findall(text)
+    """Every call of a turn counts; a turn without one is the answer, in `<answer>` where it has such tags. What is
+    thought aloud is neither."""
+    said = spoken(text)
+    found = between(said, "tool_call")
     if not found:
-        tagged = answer_of(text)
-        return ZoomTurn(answer=text.strip() if tagged is None else tagged)
+        tagged = answer_of(said)
+        return ZoomTurn(answer=said.strip() if tagged is None else tagged)
     return ZoomTurn(tuple(_qwen3vl_call(said.strip()) for said in found))
 
 
 def _qwen3vl_call(said: str) -> ZoomCall | BadCall:
     try:
-        name, arguments = _named(_json_or_literal(said))
+        name, arguments = named(json_or_literal(said))
         if name != "image_zoom_in_tool":
             raise CallError(f"Tool {name} does not exists.")
         missing = [key for key in ("bbox_2d", "label", "img_idx") if key not in arguments]
         if missing:
             raise CallError(f"{missing[0]!r} is a required property")
-        source = arguments["img_idx"]
-        if isinstance(source, bool) or not isinstance(source, int | float) or source != int(source):
-            raise CallError(f"img_idx {source!r} is no number of a picture")
-        return ZoomCall(_numbers(arguments["bbox_2d"], 4), int(source), _label(arguments))
+        source = picture_number(arguments["img_idx"], "img_idx")
+        return ZoomCall(numbers_of(arguments["bbox_2d"], 4), source, label_of(arguments))
     except ValueError as error:
         return BadCall(f"Tool Execution Error {error}")
 
@@ -222,71 +227,11 @@ def vigorl_turn(text: str) -> ZoomTurn:
     answer = answer_of(text)
     if answer is not None:
         return ZoomTurn(answer=answer)
-    for said in reversed(_TOOL_CALL.findall(text)):
+    for said in reversed(between(text, "tool_call")):
         try:
-            name, arguments = _named(_json(said.strip()))
+            name, arguments = named(json_of(said.strip()))
             if name == "search_coordinate":
-                return ZoomTurn((ZoomCall(_numbers(arguments.get("coordinate"), 2)),))
+                return ZoomTurn((ZoomCall(numbers_of(arguments.get("coordinate"), 2)),))
         except ValueError:
             continue
     return ZoomTurn()
-
-
-# --- What calls are written in ----------------------------------------------------------------------------------------
-
-
-def _json(said: str) -> Any:
-    return _read(said, json.loads)
-
-
-def _literal(said: str) -> Any:
-    """A Python literal, read and never run."""
-    return _read(said.strip(), ast.literal_eval)
-
-
-def _json_or_literal(said: str) -> Any:
-    """JSON, or the same with Python's quotes and commas."""
-    try:
-        return _json(said)
-    except CallError:
-        return _literal(said)
-
-
-def _read(said: str, read: Callable[[str], Any]) -> Any:
-    if len(said) > LONGEST_CALL:
-        raise CallError(f"a call of {len(said):,} characters")
-    try:
-        return read(said)
-    except (SyntaxError, ValueError) as error:
-        raise CallError(str(error)) from error
-    except (RecursionError, MemoryError, TypeError) as error:
-        raise CallError("nested too deep") from error
-
-
-def _named(call: Any) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of a call."""
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise CallError("a call is an object with 'name' and 'arguments'")
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, dict):
-        raise CallError("'arguments' is no object")
-    return call["name"], arguments
-
-
-def _numbers(value: Any, count: int) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or len(value) != count:
-        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
-    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in value):
-        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
-    try:
-        numbers = tuple(float(one) for one in value)
-    except OverflowError as error:
-        raise CallError("a number too large") from error
-    if not all(map(math.isfinite, numbers)):
-        raise CallError(f"{str(value)[:80]} is no list of {count} numbers")
-    return numbers
-
-
-def _label(arguments: dict[str, Any]) -> str | None:
-    label = arguments.get("label")
-    return label if isinstance(label, str) else None

@@ -16,9 +16,9 @@ from typing import Literal
 
 from visrl.box import Box, BoxError, Corners, Size, Window, clamp
 from visrl.conversation import Conversation, View
-from visrl.prompts import IMAGE
+from visrl.prompts import without_marks
 from visrl.records import Message
-from visrl.replies import spoken
+from visrl.replies import spoken, whole_text
 from visrl.zoom.calls import BadCall, ZoomCall
 from visrl.zoom.protocols import Crop, ZoomProtocol
 from visrl.zoom.windows import WindowError
@@ -82,9 +82,10 @@ def begin(protocol: ZoomProtocol, question: str, whole: View) -> Episode:
 
 def advance(episode: Episode, text: str, shown: Size, cut_short: bool = False) -> Episode:
     """`episode` after the model's turn `text`. `shown` is the size that the processor gives the whole image;
-    `cut_short` says that the turn ended for want of tokens."""
+    `cut_short` says that the turn ended for want of tokens; one that came to a stop text first did not."""
     protocol = episode.protocol
-    said = episode.prefill + _until_stop(text, protocol.stop).replace(IMAGE, "")
+    heard, stopped = _until_stop(text, protocol.stop)
+    said, cut_short = episode.prefill + without_marks(heard), cut_short and not stopped
     if episode.final:
         answered = _spoken(episode, said)
         return replace(answered, end="answered", answer=said.rpartition("<answer>")[2].split("</answer>")[0].strip())
@@ -109,10 +110,10 @@ def advance(episode: Episode, text: str, shown: Size, cut_short: bool = False) -
     return _observed(_spoken(episode, said), said, turn.calls, shown)
 
 
-def _until_stop(text: str, stops: tuple[str, ...]) -> str:
-    """`text` up to and with its first stop text."""
+def _until_stop(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """`text` up to and with its first stop text, and whether it has one."""
     ends = [place + len(stop) for stop in stops if (place := text.find(stop)) >= 0]
-    return text[: min(ends)] if ends else text
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _spoken(episode: Episode, said: str) -> Episode:
@@ -150,9 +151,11 @@ def _observed(episode: Episode, said: str, asked: tuple[ZoomCall | BadCall, ...]
         try:
             episode, text = _look(episode, said, call, shown)
         except WindowError as failed:
+            # Its words may quote the call, whose strings hold what escapes in JSON stand for: marks, half characters.
+            why = whole_text(without_marks(str(failed)))
             if protocol.on_failure == "end":
-                return replace(episode, end="no_call", errors=(*episode.errors, str(failed)))
-            episode, text = _failed(episode, said, str(failed), shown)
+                return replace(episode, end="no_call", errors=(*episode.errors, why))
+            episode, text = _failed(episode, said, why, shown)
         texts.append(text)
     *before, last = episode.messages
     shown_in = Message("user", protocol.join(texts))

@@ -61,9 +61,11 @@ def within_area(crop: Image.Image, low: int = 40_000, high: int = 2_000_000, sid
     return crop if crop.size == (width, height) else crop.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def twice_as_large(crop: Image.Image, factor: int = 28) -> Image.Image:
-    """Chain-of-Focus: both sides doubled, to multiples of `factor`."""
-    width, height = (max(factor, round(2 * length / factor) * factor) for length in crop.size)
+def twice_as_large(crop: Image.Image, factor: int = 28, high: int = 3840**2) -> Image.Image:
+    """Chain-of-Focus: both sides doubled, to multiples of `factor`; no further than the area up to which its scripts
+    show a picture, which is more than its model's processor takes."""
+    scale = min(2.0, max(1.0, math.sqrt(high / (crop.width * crop.height))))
+    width, height = (max(factor, round(scale * length / factor) * factor) for length in crop.size)
     return crop.resize((width, height), Image.Resampling.LANCZOS)
 
 
