@@ -21,9 +21,11 @@ from visrl.engines.openai_server import Endpoint
 from visrl.evaluate.benchmarks import find_benchmark
 from visrl.evaluate.choices import ChoiceQuestion
 from visrl.evaluate.config import EvalConfig
+from visrl.evaluate.leaderboard import read_entry
 from visrl.evaluate.questions import BenchmarkQuestion
 from visrl.evaluate.readings import OUR_READING
 from visrl.evaluate.run import evaluate
+from visrl.evaluate.toolkit_export import vlmevalkit_rows
 from visrl.images import open_image
 from visrl.models.settings import ModelSettings
 from visrl.prompts import IMAGE, focus_prompt
@@ -127,7 +129,9 @@ def test_eight_rollouts_of_four_looks_prefill_what_is_new_and_nothing_twice(tiny
     assert prefilled(apart=True) > 5 * prefilled(apart=False)
 
 
-@pytest.mark.parametrize("keys", [{"max_looks": 3}, {"protocol": "mini_o3", "max_new_tokens": 40}])
+@pytest.mark.parametrize(
+    "keys", [{"max_looks": 3}, {"protocol": "mini_o3", "protocol_faults": ["labels_count_turns"], "max_new_tokens": 40}]
+)
 def test_an_evaluation_with_several_looks_lists_them_and_how_they_ended(tmp_path: Path, keys, capsys):
     common = {"model_name_or_path": "visrl/models/tiny/checkpoint", "dataset": "scenes:test/0+3*2"}
     rows = list(read_jsonl(evaluate(**common, **keys, output_dir=tmp_path / "a") / "results.jsonl"))
@@ -135,6 +139,8 @@ def test_an_evaluation_with_several_looks_lists_them_and_how_they_ended(tmp_path
     scores = json.loads((tmp_path / "a" / "scores.json").read_text())
     assert sum(scores["looks"]["ends"].values()) == len(rows) == len(once)
     assert "looks a question: " in capsys.readouterr().out
+    asked = "up to 3 looks" if "max_looks" in keys else "mini_o3 with labels_count_turns"
+    assert read_entry("tiny", tmp_path / "a").name == f"tiny, {asked}"
     if "max_looks" in keys:  # the embedded model looks once and answers
         assert [(row["prediction"], row["box"], row["iou"]) for row in rows] == [
             (row["prediction"], row["box"], row["iou"]) for row in once
@@ -155,6 +161,7 @@ def test_an_answer_in_tags_is_read_in_every_reading_and_a_limit_answers_nothing(
     reading = benchmark.reading("published")
     rows = [benchmark.row_of(question, one, codec, reading) for one in (done, cut_short)]
     assert [row["correct_published"] for row in rows] == [1, 0]
+    assert [row["prediction"] for row in vlmevalkit_rows(rows)] == ["<answer>A</answer>", ""]
 
 
 @pytest.mark.parametrize(

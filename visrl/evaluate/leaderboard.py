@@ -106,9 +106,18 @@ def read_entry(
         limit = f"{pixels:,} px" if isinstance(pixels, int) else "the checkpoint's own"
         if facts.get("mode") not in (None, "own"):
             name = f"{name}, {facts['mode']}"
+        if "looks" in facts:
+            name = f"{name}, {_looked(facts)}"
     judge = judge if judge != NOT_SAID else str(facts.get("judge") or NOT_SAID)
     is_whole = bool(facts) and facts.get("limit", 0) is None
     return LeaderboardEntry(name, rows, judge, benchmark, str(facts.get("reading") or ""), limit, is_whole)
+
+
+def _looked(facts: Mapping[str, Any]) -> str:
+    """How often was looked, in the words of a line's name."""
+    if facts.get("max_looks"):
+        return f"up to {facts['max_looks']} looks"
+    return " with ".join([str(facts["protocol"]), *facts.get("protocol_faults", ())])
 
 
 def leaderboard_groups(entries: Sequence[LeaderboardEntry]) -> list[LeaderboardGroup]:

@@ -87,6 +87,7 @@ def _evaluate(config: EvalConfig) -> Path:
         "crop_rule": rule,
         "judge": config.judge_model_name_or_path,
         "limit": config.max_samples,
+        **_facts_of_looks(config),
         **_facts_of_reading(config, benchmark),
     }
     summary = {**summarise(rows, config.seed), **_quadrants(rows), **looks_taken(rows)}
@@ -169,6 +170,12 @@ def _facts_of_reading(config: EvalConfig, benchmark: Benchmark) -> dict[str, Any
         names = ("temperature", "top_p", "num_generations")
         facts |= {name: getattr(config, name) for name in names}
     return facts
+
+
+def _facts_of_looks(config: EvalConfig) -> dict[str, Any]:
+    """What `scores.json` says beside the protocol of how often was looked, and by which faults."""
+    faults = {"protocol_faults": sorted(config.protocol_faults)} if config.protocol_faults else {}
+    return faults if config.max_looks is None else {**faults, "max_looks": config.max_looks}
 
 
 def _check_others(samples: Sequence[Sample], seed: int) -> None:

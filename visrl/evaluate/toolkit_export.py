@@ -15,6 +15,7 @@ from visrl.evaluate.toolkit_files import LMMS_FAILED, VLMEVALKIT_ENDINGS, VLMEVA
 from visrl.evaluate.toolkits import Toolkit
 from visrl.records import RecordError, write_records, write_text
 from visrl.rewards.results import Row, right_column
+from visrl.zoom.episode import UNFINISHED
 
 
 def export_results(rows: Sequence[Row], out: str | Path, toolkit: Toolkit) -> dict[str, int]:
@@ -88,8 +89,9 @@ def vlmevalkit_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _reply(row: Row, failed: str) -> str:
-    """The whole reply, or the toolkit's words for none."""
-    said = row.get("reply", row["prediction"])
+    """The whole reply, or the toolkit's words for none. Several looks that came to a limit answered nothing, whatever
+    their last turn says."""
+    said = row["prediction"] if row.get("end") in UNFINISHED else row.get("reply", row["prediction"])
     return f"{failed}{row.get('error') or 'no answer'}" if said is None else said
 
 
