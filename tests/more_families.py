@@ -330,6 +330,33 @@ def gemma4_unified() -> tuple[Any, Any]:
     return tf.Gemma4UnifiedForConditionalGeneration(config), processor
 
 
+def gemma3n() -> tuple[Any, Any]:
+    """Its vision tower is one of timm's, which makes the smallest of its own test models here: 2 × 2 soft tokens."""
+    words = _gemma_words()
+    size = len(words)
+    text = _text(
+        words, head_dim=16, sliding_window=9, layer_types=["sliding_attention", "full_attention"] * 2,
+        intermediate_size=[64] * 4, activation_sparsity_pattern=[0.5, 0.0, 0.5, 0.0], laurel_rank=8,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=size,
+    )  # fmt: skip
+    vision = {"architecture": "test_efficientnet_gn", "hidden_size": 256, "vocab_offset": size, "vocab_size": 8}
+    audio = {
+        "hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "vocab_offset": size + 8,
+        "vocab_size": 8, "sscp_conv_channel_size": [8, 4],
+    }  # fmt: skip
+    config = tf.Gemma3nConfig(
+        text_config=text, vision_config=vision, audio_config=audio, vision_soft_tokens_per_image=4,
+        image_token_id=words.image_token_id, boi_token_id=words.boi_token_id, eoi_token_id=words.eoi_token_id,
+        audio_token_id=words.audio_token_id, boa_token_id=words.boa_token_id, eoa_token_id=words.eoa_token_id,
+    )  # fmt: skip
+    pictures = tf.SiglipImageProcessor(size={"height": 64, "width": 64})
+    processor = tf.Gemma3nProcessor(
+        tf.Gemma3nAudioFeatureExtractor(), pictures, words, chat_template=_end(words, "<|image|>", "<turn|>", "<bos>"),
+        image_seq_length=4,
+    )  # fmt: skip
+    return tf.Gemma3nForConditionalGeneration(config), processor
+
+
 def ernie4_5_vl_moe() -> tuple[Any, Any]:
     words = tokenizer(
         image_token="<|IMAGE_PLACEHOLDER|>", image_start_token="<|IMAGE_START|>", image_end_token="<|IMAGE_END|>",
@@ -449,9 +476,9 @@ def minicpmv4_7() -> tuple[Any, Any]:
 MORE: dict[str, Callable[..., tuple[Any, Any]]] = {
     maker.__name__: maker
     for maker in (
-        qwen3_vl_moe, glm4v, glm46v, glm4v_moe, mistral3, gemma4, gemma4_vision, gemma4_moe, gemma4_unified, molmo2,
-        kimi_k25, ovis2, aya_vision, cohere2_vision, ernie4_5_vl_moe, llama4, granite4_vision, deepseek_vl, exaone4_5,
-        lighton_ocr, vipllava, minicpmv4_6, minicpmv4_7,
+        qwen3_vl_moe, glm4v, glm46v, glm4v_moe, mistral3, gemma4, gemma4_vision, gemma4_moe, gemma4_unified,
+        gemma3n, molmo2, kimi_k25, ovis2, aya_vision, cohere2_vision, ernie4_5_vl_moe, llama4, granite4_vision,
+        deepseek_vl, exaone4_5, lighton_ocr, vipllava, minicpmv4_6, minicpmv4_7,
     )
 }  # fmt: skip
 
