@@ -9,11 +9,12 @@ import torch
 from http_server import serving
 from test_engine_local import engine, plain_generate  # noqa: F401 (a fixture)
 from test_zoom import SIZE, TRANSCRIPTS, whole
+from tiny_families import make, plain
 
 from visrl.box import Box
 from visrl.codecs import CODECS
 from visrl.config import ConfigError
-from visrl.conversation import Conversation, crop_view, image_view
+from visrl.conversation import Conversation, View, crop_view, image_view
 from visrl.engines.base import Sampling
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.local import LocalEngine
@@ -96,6 +97,25 @@ def test_texts_after_six_looks_are_those_of_generate(engine):  # noqa: F811
     ours = [texts[0].text for texts in engine.complete(asked, Sampling(max_tokens=8), [[0]] * 3)]
     assert ours == [plain_generate(engine, talk, 8) for talk in asked]
     assert len(set(ours)) == 3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "lfm2_vl"])
+def test_a_turn_that_is_opened_is_gone_on_with_in_every_form(family):
+    """Shared prefixes or states, and the plain form; a template that opens the thought itself opens it once."""
+    model, encoder = make(family)
+    view = View("picture", whole().image.resize((112, 112)))
+    talk = Conversation((Message("user", f"{IMAGE}Which number?"),), (view,), prefill="<think>")
+    said = []
+    for form in (encoder, plain(model, encoder)):
+        texts = LocalEngine(model, form).complete(
+            [talk, replace(talk, prefill="I see")], Sampling(max_tokens=6), [[0]] * 2
+        )
+        said.append([one.text for (one,) in texts])
+    assert said[0] == said[1]
+    assert said[0][0] != said[0][1]
+    closed = encoder.render(talk)
+    encoder.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    assert encoder.render(talk) == closed + "\n"
 
 
 def test_eight_rollouts_of_four_looks_prefill_what_is_new_and_nothing_twice(tiny):

@@ -229,7 +229,10 @@ class Encoder(ABC):
             )
         except TemplateError as error:
             raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
-        return (text if text.startswith(self._bos) else self._bos + text) + conversation.prefill
+        # Templates of models that always think open the thought themselves.
+        is_open = conversation.prefill in TAGS and text.rstrip().endswith(conversation.prefill)
+        opening = "" if is_open else conversation.prefill
+        return (text if text.startswith(self._bos) else self._bos + text) + opening
 
     def _check_text(self, text: str) -> None:
         if any(token in text for token in self._control):
