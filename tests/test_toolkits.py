@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from choice_replies import synthetic_replies
 from typer.testing import CliRunner
 
 from visrl.cli import app
+from visrl.codecs import CODECS
+from visrl.evaluate.benchmarks import BENCHMARKS
+from visrl.evaluate.questions import BenchmarkQuestion
 from visrl.evaluate.results import read_results
 from visrl.evaluate.rules import RULES
+from visrl.evaluate.toolkit_export import export_results
 from visrl.evaluate.toolkits import score_toolkit
-from visrl.records import RecordError, write_records
+from visrl.records import RecordError, Sample, write_records
+from visrl.rewards.results import Result
 
 COLOURS = ("red", "blue", "green", "a dark grey")
 VSTAR_INPUT = "What is the colour of the dog?\n{}\nAnswer with the option's letter from the given choices directly."
@@ -174,6 +180,21 @@ def test_what_is_exported_is_scored_alike_when_it_is_read_again(tmp_path, toolki
             "correct_published",
         ):
             assert [row.get(name) for row in again] == [row.get(name) for row in first], (ending, name)
+
+
+def test_several_answers_and_a_box_that_could_not_be_read_are_exported_as_what_they_were(tmp_path):
+    benchmark = BENCHMARKS["textvqa"]
+    asked = BenchmarkQuestion(Sample("1", "", "Which?", "7", None, "textvqa_val"), references=("7", "7", "?", "seven"))
+    replied = [Result(asked.sample, prediction="7", mode="no_box"), Result(replace(asked.sample, id="2"), box_text="x")]
+    first = [benchmark.row_of(asked, one, CODECS["visrl"], benchmark.reading(None)) for one in replied]
+    assert [row.get("unparseable") for row in first] == [None, True]
+    assert first[0]["vqa"] > 0.5 > first[1]["vqa"]
+    for toolkit, name in (("lmms-eval", "s.jsonl"), ("vlmevalkit", "s.tsv"), ("vlmevalkit", "s.json")):
+        export_results(first, tmp_path / name, toolkit)
+        again = score_toolkit(tmp_path / name, toolkit, task="textvqa_val").rows
+        for column in ("answer", "references", "exact", "vqa"):
+            assert [row[column] for row in again] == [row[column] for row in first], (name, column)
+        assert [row["error"] for row in again] == [None, None]
 
 
 def test_what_cannot_be_scored_or_written_is_said_in_a_sentence(tmp_path):

@@ -14,8 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from visrl.cli import app
 from visrl.cli.verbs import Verbs
-from visrl.config import ConfigError
+from visrl.config import ConfigError, split_arguments
 from visrl.errors import UserError
 from visrl.progress import next_command
 from visrl.records import VisrlWarning
@@ -99,3 +100,10 @@ def test_the_next_command_can_be_typed_as_it_is_printed():
     line = next_command("serve it", "visrl", "api", "model_name_or_path=my runs/merged")
     assert line == "next, serve it: visrl api 'model_name_or_path=my runs/merged'"
     assert shlex.split(line.partition(": ")[2]) == ["visrl", "api", "model_name_or_path=my runs/merged"]
+
+
+def test_the_first_argument_may_be_an_address_with_its_slashes() -> None:
+    assert split_arguments("policy_url=http://x/v1", ["a=1"]) == (None, ["policy_url=http://x/v1", "a=1"])
+    assert split_arguments("a.yaml", None) == (Path("a.yaml"), [])
+    said = CliRunner().invoke(app, ["eval", "policy_url=http://x/v1", "dataset=scenes:test/0+1"]).stderr
+    assert "does not say http://" not in said

@@ -159,12 +159,15 @@ def read_config(kind: type[AnyConfig], path: str | Path | None, overrides: Itera
     return build_config(kind, *_both(kind, path, given, "the command line"))
 
 
-def split_arguments(config: Path | None, overrides: Iterable[str] | None) -> tuple[Path | None, list[str]]:
-    """A verb's arguments: the config file may be left out, and then the first argument is an override already."""
+def split_arguments(config: str | Path | None, overrides: Iterable[str] | None) -> tuple[Path | None, list[str]]:
+    """A verb's arguments: the config file may be left out, and then the first argument is an override already. As a
+    text it keeps what a `Path` would not, such as the two slashes of an address."""
     extra = list(overrides or [])
-    if config is not None and "=" in str(config) and not _exists(config):
+    if config is None:
+        return None, extra
+    if "=" in str(config) and not _exists(Path(config)):
         return None, [str(config), *extra]
-    return config, extra
+    return Path(config), extra
 
 
 def _exists(path: Path) -> bool:

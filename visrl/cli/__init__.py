@@ -39,11 +39,11 @@ ELSEWHERE = {
     "rlhf": "visrl train CONFIG with stage: dpo",
 }
 
-ConfigFile = Annotated[Path | None, typer.Argument(help="a YAML file of flat `key: value` lines", show_default=False)]
+ConfigFile = Annotated[str | None, typer.Argument(help="a YAML file of flat `key: value` lines", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the file's", show_default=False)]
 
 
-def _given(config: Path | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
+def _given(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str]]:
     from visrl.config import split_arguments
 
     return split_arguments(config, overrides)

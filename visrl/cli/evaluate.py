@@ -59,7 +59,7 @@ Out = Annotated[Path | None, typer.Option(help="Write the result rows here, for 
 
 @app.command()
 def run(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file of flat `key: value` lines.")] = None,
+    config: Annotated[str | None, typer.Argument(help="A YAML file of flat `key: value` lines.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, over the file's.")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="The first N questions of each data set, as max_samples=N.", metavar="N")

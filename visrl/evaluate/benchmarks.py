@@ -136,8 +136,9 @@ def _told_apart(question: BenchmarkQuestion) -> dict[str, Any]:
 
 
 def _said(question: BenchmarkQuestion, result: Result, reading: BenchmarkReading | None) -> dict[str, Any]:
-    """The reply with what was thought aloud, the options as they were shown, and which of them we read."""
-    row: dict[str, Any] = {}
+    """The answers, where there are several, the reply with what was thought aloud, the options as they were shown, and
+    which of them we read."""
+    row: dict[str, Any] = {"references": list(question.references)} if len(question.references) > 1 else {}
     if reading is not None and result.reply is not None and result.reply != result.prediction:
         row["reply"] = result.reply
     if question.choice is not None:

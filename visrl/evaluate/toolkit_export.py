@@ -17,6 +17,8 @@ from visrl.records import RecordError, write_records, write_text
 from visrl.rewards.results import Row, right_column
 from visrl.zoom.episode import UNFINISHED
 
+NO_BOX = "no readable box"
+
 
 def export_results(rows: Sequence[Row], out: str | Path, toolkit: Toolkit) -> dict[str, int]:
     """Write result rows of answers as `toolkit` would have. How many were written, and how many were left out since
@@ -53,7 +55,7 @@ def lmms_samples(rows: Sequence[Row]) -> list[dict[str, Any]]:
         samples.append(
             {
                 "doc_id": number,
-                "target": str(row["answer"]),
+                "target": row.get("references") or str(row["answer"]),
                 "filtered_resps": _reply(row, f"{LMMS_FAILED[0]}] "),
                 "input": row.get("question") or "",
                 **({"doc": dict(row["options"])} if row.get("options") else {}),
@@ -79,7 +81,7 @@ def vlmevalkit_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "index": f"{part}/{_name(row)}" if several else _name(row),
                 "question": row.get("question") or "",
                 **{letter: options.get(letter) for letter in letters},
-                "answer": row["answer"],
+                "answer": str(row["references"]) if row.get("references") else row["answer"],
                 "category": part,
                 finer: category,
                 "prediction": _reply(row, f"{VLMEVALKIT_FAILED}. "),
@@ -90,8 +92,10 @@ def vlmevalkit_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _reply(row: Row, failed: str) -> str:
     """The whole reply, or the toolkit's words for none. Several looks that came to a limit answered nothing, whatever
-    their last turn says."""
+    their last turn says; where no box could be read, words that name no answer: that is wrong, and no failure."""
     said = row["prediction"] if row.get("end") in UNFINISHED else row.get("reply", row["prediction"])
+    if said is None and row.get("unparseable"):
+        return NO_BOX
     return f"{failed}{row.get('error') or 'no answer'}" if said is None else said
 
 

@@ -232,7 +232,7 @@ def _question(
         sample = Sample(name, "", text, letter[1], None, part)
         return BenchmarkQuestion(sample, choice=choice, category=category, group=group)
     answers = reference_answers(answer)
-    sample = Sample(name, "", text, answers[0], None, part)
+    sample = Sample(name, "", text, next(filter(None, answers)), None, part)
     return BenchmarkQuestion(sample, references=answers, category=category)
 
 
