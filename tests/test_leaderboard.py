@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from visrl.cli import app
 from visrl.errors import UserError
 from visrl.evaluate.leaderboard import (
     TABLES,
@@ -111,3 +113,15 @@ def test_published_tables_hold_figures_of_known_benchmarks() -> None:
             assert all(figure is None or 0 < figure < 100 for figure in figures), name
         leading = [figures[0] for figures in table.scores.values()]
         assert table.benchmark in ("viscot", "chartqa") or leading == sorted(leading, reverse=True), table.source
+
+
+def test_an_option_that_every_folder_answers_itself_is_refused(tmp_path) -> None:
+    row = {"id": "1", "dataset": "vstar", "correct": 1.0}
+    write_records(tmp_path / "run" / "results.jsonl", [row])
+    (tmp_path / "run" / "scores.json").write_text(json.dumps({"benchmark": "vstar", "mode": "own"}))
+    write_records(tmp_path / "rows.jsonl", [row])
+    board = ["eval", "leaderboard", "--out", str(tmp_path / "page.html"), str(tmp_path / "run")]
+    refused = CliRunner().invoke(app, [*board, "--benchmark", "treebench"])
+    assert (refused.exit_code, "--benchmark: for files alone" in refused.stderr) == (1, True)
+    for more in ([], [str(tmp_path / "rows.jsonl"), "--benchmark", "treebench"]):
+        assert CliRunner().invoke(app, [*board, *more]).exit_code == 0

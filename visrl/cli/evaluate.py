@@ -217,22 +217,26 @@ def leaderboard(
     ],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
     judge_name: Annotated[str, typer.Option("--judge", help="Who judged these results.")] = "not said",
-    benchmark: Annotated[str, typer.Option(help="What files are results of; folders say it.")] = "viscot",
+    benchmark: Annotated[
+        str | None, typer.Option(help="What files are results of (viscot, if left out); folders say it.")
+    ] = None,
     picture_limit: Annotated[
-        str, typer.Option(help="How large images were shown, for files; folders say it.")
-    ] = "not said",
+        str | None, typer.Option(help="How large images were shown, for files; folders say it.")
+    ] = None,
 ) -> None:
     """Write one page with your results among the published ones; only what came about alike is ranked together."""
+    from visrl.errors import UserError
     from visrl.evaluate.leaderboard import read_entry, write_leaderboard
+    from visrl.evaluate.results import facts_of
 
-    entries = []
-    for given in map(str, results):
-        name, equals, path = given.partition("=")
-        entries.append(
-            read_entry(
-                name if equals else Path(given).stem, path if equals else given, judge_name, benchmark, picture_limit
-            )
-        )
+    split = [str(given).partition("=") for given in results]
+    named = [(name, path) if equals else (Path(name).stem, name) for name, equals, path in split]
+    said = [option for option, value in (("--benchmark", benchmark), ("--picture-limit", picture_limit)) if value]
+    if said and all(facts_of(path) for _, path in named):
+        raise UserError(f"{' and '.join(said)}: for files alone; every folder here says it itself, so leave it out")
+    entries = [
+        read_entry(name, path, judge_name, benchmark or "viscot", picture_limit or "not said") for name, path in named
+    ]
     write_leaderboard(out, entries)
     typer.echo(f"leaderboard: {out}")
 
