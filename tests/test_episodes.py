@@ -99,6 +99,23 @@ def test_texts_after_six_looks_are_those_of_generate(engine):  # noqa: F811
     assert len(set(ours)) == 3
 
 
+def test_questions_that_go_on_keep_what_was_computed_when_others_have_ended(engine):  # noqa: F811
+    """In another order, and some of them: texts are those of each by itself, and nothing but the crops is computed."""
+    views = [View(str(n), whole().image.crop((90 * n, 0, 90 * n + 112, 112))) for n in range(4)]
+    crops = [View(f"{n}#crop", view.image.crop((0, 0, 56, 56)), is_crop=True) for n, view in enumerate(views)]
+    first = [Conversation((Message("user", f"{IMAGE}\nWhich number?"),), (view,)) for view in views]
+    later = [Conversation((Message("user", f"{IMAGE}\nWhich number?\n{IMAGE}"),), (views[n], crops[n])) for n in (3, 1)]
+    engine.forget()
+    engine.complete(first, Sampling(max_tokens=4), [[0]] * 4)
+    before = engine.prefilled_tokens
+    together = engine.complete(later, Sampling(max_tokens=8), [[0]] * 2)
+    fresh = engine.prefilled_tokens - before
+    engine.forget()
+    assert [one.text for (one,) in together] == [plain_generate(engine, talk, 8) for talk in later]
+    engine.complete(later, Sampling(max_tokens=8), [[0]] * 2)
+    assert fresh < 0.75 * (engine.prefilled_tokens - before - fresh)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "lfm2_vl"])
 def test_a_turn_that_is_opened_is_gone_on_with_in_every_form(family):
     """Shared prefixes or states, and the plain form; a template that opens the thought itself opens it once."""

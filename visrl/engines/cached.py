@@ -27,7 +27,8 @@ from visrl.packing.tree import group_by_image
 
 
 class CachedModel:
-    """A model with the prefix cache of the last batch: the same images asked about again prefill only what is new."""
+    """A model with the prefix cache of the last batch: the same images asked about again, or some of them, prefill only
+    what is new."""
 
     def __init__(self, model: torch.nn.Module, encoder: Encoder) -> None:
         self.model, self.encoder = model, encoder
@@ -42,8 +43,10 @@ class CachedModel:
         entries of its prompt and the logits [vocabulary] of its first token.
         """
         prefix = self.prefix
-        if prefix is None or list(prefix.trees) != list(groups):
+        if prefix is None or not groups.keys() <= prefix.trees.keys():
             prefix = PrefixCache.of(groups)
+        elif list(prefix.trees) != list(groups):
+            prefix = prefix.of_some(groups)  # the other questions are answered
         self.prefix = None  # a failure below must not leave half a cache behind
         before = [tree.size for tree in prefix.trees.values()]
         seen_views = [len(tree.views) for tree in prefix.trees.values()]

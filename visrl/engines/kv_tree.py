@@ -45,6 +45,14 @@ class PrefixCache:
         trees = {key: PrefixTree() for key in keys}
         return PrefixCache(trees, DynamicCache(), [np.empty(0, np.int64) for _ in trees])
 
+    def of_some(self, keys: Iterable[str]) -> PrefixCache:
+        """The trees of these names, in their order, with their rows of the cache; this one is of no more use then."""
+        rows = {key: row for row, key in enumerate(self.trees)}
+        chosen = {key: rows[key] for key in keys}
+        self.cache.batch_select_indices(torch.tensor(list(chosen.values())))
+        trees = {key: self.trees[key] for key in chosen}
+        return PrefixCache(trees, self.cache, [self.entries[row] for row in chosen.values()], self.length)
+
 
 @dataclass(slots=True)
 class Slots:
