@@ -136,8 +136,7 @@ def _told_apart(question: BenchmarkQuestion) -> dict[str, Any]:
 
 
 def _said(question: BenchmarkQuestion, result: Result, reading: BenchmarkReading | None) -> dict[str, Any]:
-    """The answers, where there are several, the reply with what was thought aloud, the options as they were shown, and
-    which of them we read."""
+    """Several answers, the reply with what was thought aloud, the options as shown, and which of them we read."""
     row: dict[str, Any] = {"references": list(question.references)} if len(question.references) > 1 else {}
     if reading is not None and result.reply is not None and result.reply != result.prediction:
         row["reply"] = result.reply
@@ -283,8 +282,7 @@ def _check_names(known: Benchmark, datasets: Sequence[str] | None) -> None:
 def incomplete(
     benchmark: str, questions: Sequence[BenchmarkQuestion], datasets: Sequence[str] | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Of the published data sets, or of `datasets`, those that are not asked in full: how many questions there are, of
-    how many."""
+    """Of the published data sets, or of `datasets`, those not asked in full: how many questions, of how many."""
     known = find_benchmark(benchmark)
     counts = Counter(question.sample.source for question in questions)
     wholes = {name: whole for name, whole in known.datasets.items() if whole is not None}
