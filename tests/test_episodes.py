@@ -65,6 +65,18 @@ def test_a_server_is_asked_turn_by_turn_and_the_last_look_is_the_answers(name):
     assert (look.detail is not None) == bool(TRANSCRIPTS[name]["crops"])
 
 
+def test_a_conversation_that_ends_with_the_models_turn_is_gone_on_with_only_where_that_is_opened():
+    with serving(lambda handler, body: handler.text("7")) as server:
+        policy = EndpointEngine(Endpoint((server.url,), "m", attempts=1), CODECS["qwen2_5_vl"])
+        talk = Conversation((Message("user", "So?"), Message("assistant", "I see")))
+        opened_turn = Conversation((Message("user", "So?"),), prefill="I see")
+        policy.complete([talk, opened_turn], Sampling(max_tokens=4), [[0], [0]])
+        policy.close()
+    told = sorted(body.get("continue_final_message", False) for body in server.bodies)
+    assert told == [False, True]
+    assert [body["messages"][-1] for body in server.bodies] == [{"role": "assistant", "content": "I see"}] * 2
+
+
 def test_a_tiny_model_that_says_anything_ends_under_every_protocol(engine):  # noqa: F811
     samples = scene_samples("validation", 0, 2)
     views = [image_view(Picture(one.image), open_image(one.image)) for one in samples]

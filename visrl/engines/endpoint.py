@@ -113,7 +113,7 @@ class EndpointEngine:
             urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
-                yield Ask(messages, sampling, seed, self.adapter, unsaid)
+                yield Ask(messages, sampling, seed, self.adapter, unsaid, bool(conversation.prefill))
 
 
 def unsaid_at(owners: set[str], encoder: Encoder | None) -> tuple[int, ...]:

@@ -99,7 +99,8 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request for one text: the protocol's messages and how to sample. `model` is asked in the place of the
-    endpoint's, an adapter of it (see client.py). `unsaid` are tokens that are not to be sampled.
+    endpoint's, an adapter of it (see client.py). `unsaid` are tokens that are not to be sampled. With `goes_on`
+    the reply goes on where the last message ends, which is the model's own.
     """
 
     messages: list[dict[str, Any]]
@@ -107,6 +108,7 @@ class Ask:
     seed: int | None = None
     model: str | None = None
     unsaid: tuple[int, ...] = ()
+    goes_on: bool = False
 
 
 class Failure(Exception):
@@ -211,7 +213,7 @@ class Server:
         # What is no object is the server's to refuse.
         if ask.unsaid and "logit_bias" not in self.endpoint.omit_fields and isinstance(asked, dict):
             extra["logit_bias"] = {**asked, **dict.fromkeys(map(str, ask.unsaid), NEVER)}
-        if ask.messages[-1]["role"] == "assistant":  # its words are to be gone on with; vLLM's and SGLang's fields
+        if ask.goes_on:  # in vLLM's and SGLang's fields
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
         return extra
 

@@ -179,7 +179,8 @@ class Upstream:
         except ValueError as error:
             raise RequestError(400, f"the model's processor refuses a picture: {error}") from error
         messages = to_messages(request.conversation, urls, self._mark_crops)
-        ask = Ask(messages, request.sampling, request.seed, unsaid=self._unsaid)
+        goes_on = bool(request.conversation.prefill)
+        ask = Ask(messages, request.sampling, request.seed, unsaid=self._unsaid, goes_on=goes_on)
         more = {**request.passed, **({"stop": list(request.stops)} if request.stops else {})}
         text, reason, counts = "", "stop", (0, 0)
         async with aclosing(stream(self._client, ask, more)) as pieces:
