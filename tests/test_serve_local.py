@@ -24,7 +24,7 @@ from waiting import PATIENCE_S
 
 from visrl.codecs import CODECS
 from visrl.config import ConfigError
-from visrl.conversation import focus_conversation, image_view
+from visrl.conversation import Conversation, Message, focus_conversation, image_view
 from visrl.engines.base import Sampling
 from visrl.engines.endpoint import EndpointEngine
 from visrl.engines.endpoint import data_url as picture_url
@@ -34,6 +34,7 @@ from visrl.engines.openai_server import Endpoint
 from visrl.engines.server_process import vllm_command
 from visrl.models.tiny import CHECKPOINT
 from visrl.models.tiny.make import make_tiny
+from visrl.prompts import IMAGE
 from visrl.records import Picture
 from visrl.rollout.rollout import RolloutSettings, roll_out
 from visrl.scenes import SIDE, draw_ref, scene_samples
@@ -149,6 +150,30 @@ def test_a_model_that_looks_once_answers_as_with_one_look_where_it_may_look_thre
     assert post(server[0], scene_body(model="tiny:focus", max_looks=13)).status_code == 400
 
 
+def test_a_turn_that_is_begun_is_gone_on_with(
+    server: tuple[str, Metrics], local: LocalEngine, checkpoint: Path
+) -> None:
+    asked = scene_body(max_tokens=8)
+    begun = asked["messages"] + [{"role": "assistant", "content": "The number"}]
+    given = {"continue_final_message": True, "add_generation_prompt": False, "messages": begun}
+    text = "\n".join(part["text"] for part in asked["messages"][0]["content"] if part["type"] == "text")
+    view = image_view(Picture("scene"), draw_ref("scene:test/0"))
+    talk = Conversation((Message("user", f"{IMAGE}{text}"),), (view,), "The number")
+    here = local.complete([talk], Sampling(max_tokens=8), [[0]])[0][0].text
+    there = post(server[0], asked | given).json()
+    assert there["choices"][0]["message"]["content"] == here
+    assert here != local.complete([replace(talk, prefill="")], Sampling(max_tokens=8), [[0]])[0][0].text
+    config = ServeConfig(
+        model_name_or_path=str(checkpoint), infer_backend="vllm", vllm_url=f"{server[0]}/v1", vllm_model="tiny"
+    )
+    metrics = Metrics()
+    with serving(make_backend(config, metrics), metrics, name="front") as url:
+        assert post(url, asked | given | {"model": "front"}).json()["choices"] == there["choices"]
+    for wrong in ({"add_generation_prompt": True}, {"messages": asked["messages"]}, {"model": "tiny:focus"}):
+        refused = post(server[0], asked | given | wrong)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "continue_final_message")
+
+
 def chunks_of(texts: list[str]) -> Callable[[Handler, dict[str, Any]], None]:
     """A script that streams these texts, one a request."""
 
@@ -207,13 +232,15 @@ def test_crops_of_several_looks_count_as_pictures_that_are_held(checkpoint: Path
     assert "too many pictures" in refused.json()["error"]["message"]
 
 
-def test_a_turn_that_is_begun_is_refused_by_this_server_with_who_takes_one(server: tuple[str, Metrics]) -> None:
+def test_where_a_server_takes_no_turn_that_is_begun_it_is_said_which_does() -> None:
     view = image_view(Picture("grey"), Image.new("RGB", (SIDE, SIDE), "grey"))
-    engine = EndpointEngine(Endpoint((f"{server[0]}/v1",), "tiny", attempts=1), CODECS["qwen2_5_vl"])
-    talk = replace(focus_conversation("Which number?", view), prefill="<think>")
-    ((completion,),) = engine.complete([talk], Sampling(max_tokens=4), [[0]])
-    engine.close()
-    assert "this server takes none that is begun: ask vLLM's own server" in (completion.error or "")
+    said = b'{"error": {"message": "unknown field continue_final_message"}}'
+    with scripted(lambda handler, asked: handler.send(400, said)) as other:
+        engine = EndpointEngine(Endpoint((other.url,), "m", attempts=1), CODECS["qwen2_5_vl"])
+        talk = replace(focus_conversation("Which number?", view), prefill="<think>")
+        ((completion,),) = engine.complete([talk], Sampling(max_tokens=4), [[0]])
+        engine.close()
+    assert "this server takes none that is begun: ask vLLM's or ours" in (completion.error or "")
 
 
 def test_a_stream_of_the_model_is_its_text(server: tuple[str, Metrics]) -> None:

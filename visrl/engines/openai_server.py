@@ -293,7 +293,7 @@ def _hint(message: str, url: str) -> str:
         return f"; set {name}: {f'[{value}]' if name == 'omit_fields' else value}"
     if "continue_final_message" in message:
         return (
-            "; the protocol opens the model's turn, and this server takes none that is begun: ask vLLM's own server, "
+            "; the protocol opens the model's turn, and this server takes none that is begun: ask vLLM's or ours, "
             "or the checkpoint in this process (no policy_url)"
         )
     if "https" in message.lower() and url.startswith("http://"):

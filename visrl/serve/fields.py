@@ -70,8 +70,6 @@ HONOURED_NOWHERE: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (None, False),
     "include_reasoning": (None, True),
     "echo": (None, False),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
     "add_special_tokens": (None, False),
     "chat_template": (None,),
     "documents": (None, []),
@@ -90,7 +88,6 @@ HONOURED_NOWHERE: dict[str, tuple[Any, ...]] = {
 }
 REMEDIES = {
     "best_of": "ask for several choices with n",
-    "add_generation_prompt": "the model speaks next, always",
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
          "guided_whitespace_pattern", "structural_tag"),

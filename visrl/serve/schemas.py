@@ -161,6 +161,8 @@ class ChatRequest(BaseModel):
     logprobs: Annotated[bool, _or(False), Strict()] = False
     return_token_ids: Annotated[bool, _or(False), Strict()] = False
     max_looks: int | None = Field(None, ge=1, le=MOST_LOOKS)
+    add_generation_prompt: Annotated[bool, _or(True), Strict()] = True
+    continue_final_message: Annotated[bool, _or(False), Strict()] = False
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
@@ -198,11 +200,25 @@ class ChatRequest(BaseModel):
             if not getattr(self, name):
                 continue
             if is_passed_on:
-                raise _refused_tokens(name, "ask the server behind this one, or serve with infer_backend: huggingface")
+                raise _refused(name, "ask the server behind this one, or serve with infer_backend: huggingface")
             if self.stream:
-                raise _refused_tokens(name, "a stream holds none; leave stream out")
+                raise _refused(name, "a stream holds none; leave stream out")
             if self.suffix == FOCUS_SUFFIX:
-                raise _refused_tokens(name, f"{FOCUS_SUFFIX} samples two texts; take the two steps by yourself")
+                raise _refused(name, f"{FOCUS_SUFFIX} samples two texts; take the two steps by yourself")
+
+    def _check_turn(self) -> None:
+        """Refuse what is neither a turn of the model's own nor one of its turns that is gone on with, as vLLM does."""
+        if not self.continue_final_message:
+            if not self.add_generation_prompt:
+                raise _refused("add_generation_prompt", "the model speaks next, always, or goes on with its turn")
+            return
+        if self.add_generation_prompt:
+            raise _refused("continue_final_message", "set add_generation_prompt to false beside it")
+        last = self.messages[-1]
+        if self.suffix or last.role != "assistant" or len(self.messages) < 2:
+            raise _refused("continue_final_message", "the last of several messages must be the model's own")
+        if any(part.type != "text" for part in last.content):
+            raise _refused("continue_final_message", "the model's turn holds a picture")
 
     def seeds(self) -> list[int]:
         """One seed per choice; the first is the caller's own, as an engine in this process would be given it."""
@@ -226,6 +242,7 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
         raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None) from error
     request._passed = passed_on(request.model_extra or {}, is_passed_on)
     request._check_tokens(is_passed_on)
+    request._check_turn()
     if request.max_looks is not None and request.suffix != FOCUS_SUFFIX:
         raise RequestError(400, f"max_looks is for models that end in {FOCUS_SUFFIX}", param="max_looks")
     looks = request.max_looks or 0
@@ -237,7 +254,7 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
     return request
 
 
-def _refused_tokens(name: str, remedy: str) -> RequestError:
+def _refused(name: str, remedy: str) -> RequestError:
     return RequestError(400, f"{name} is not supported by this request; {remedy}", "unsupported_parameter", param=name)
 
 
@@ -272,7 +289,8 @@ def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
         role: Any = "system" if message.role == "developer" else message.role
         text = "".join(IMAGE if part.type == "image_url" else part.text or "" for part in message.content)
         messages.append(Message(role, text))
-    return Conversation(tuple(messages), tuple(views))
+    prefill = messages.pop().text if request.continue_final_message else ""
+    return Conversation(tuple(messages), tuple(views), prefill)
 
 
 def to_question(request: ChatRequest) -> str:
