@@ -24,7 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def headed(tiny: Path) -> Any:
     """The tiny model with a random value head, its weights loud enough that texts and pictures make a difference."""
-    import torch
+    from loud import louder
 
     from visrl.models.attention import use_tree_attention
     from visrl.models.load import load_model
@@ -32,9 +32,6 @@ def headed(tiny: Path) -> Any:
 
     model = load_model(tiny)
     add_value_head(model)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(torch.randn_like(weights) * 0.05)
+    louder(model)
     use_tree_attention(model)
     return model

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loud import louder
 from online_runs import online_config, read_lines
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,10 +44,7 @@ LENGTH = 16
 def model(tiny: Path) -> nn.Module:
     """Random weights, loud enough that texts and pictures make a difference."""
     model = load_model(tiny)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(torch.randn_like(weights) * 0.05)
+    louder(model)
     use_tree_attention(model)
     return model
 

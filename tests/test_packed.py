@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loud import louder
 from PIL import Image
 from torch import Tensor, nn
 
@@ -40,10 +41,7 @@ from visrl.train.rows import sft_rows
 def model(tiny: Path) -> nn.Module:
     """Random weights, loud enough that texts and pictures make a difference."""
     model = load_model(tiny)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.add_(torch.randn_like(weights) * 0.05)
+    louder(model)
     use_tree_attention(model)
     return model
 

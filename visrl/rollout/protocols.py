@@ -14,7 +14,7 @@ from visrl.codecs import Codec
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
 from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt, without_marks
 from visrl.zoom.episode import begin
-from visrl.zoom.protocols import ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
+from visrl.zoom.protocols import VISRL_TOKENS, ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
 
 Plain = Callable[[str, View], Conversation]
 Zoom = Callable[[Codec, Size, Size, CropRule], ZoomProtocol]
@@ -76,14 +76,16 @@ def _single_turn(question: str, whole: View, box_text: str, detail: View) -> Con
     return answer_conversation(question, whole, detail)
 
 
-VISRL = LookProtocol("visrl", focus_conversation, _single_turn, box_tokens=64, answer_tokens=64, controls="matched")
-VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, box_tokens=64, answer_tokens=64, controls="matched")
+VISRL = LookProtocol("visrl", focus_conversation, _single_turn, VISRL_TOKENS, VISRL_TOKENS, controls="matched")
+VISRL_BOXES = LookProtocol("visrl", focus_conversation, None, VISRL_TOKENS, VISRL_TOKENS, controls="matched")
 
 
 def as_published(system: str | None, answer_tokens: int) -> LookProtocol:
     """The two steps of `visrl` around a benchmark's own wording; in one turn, exactly as it was published."""
     plain = instructed(system)
-    return LookProtocol("visrl", focus_conversation, _single_turn, 64, answer_tokens, plain=plain, controls="either")
+    return LookProtocol(
+        "visrl", focus_conversation, _single_turn, VISRL_TOKENS, answer_tokens, plain=plain, controls="either"
+    )
 
 
 def several_looks(protocol: LookProtocol, max_looks: int) -> LookProtocol:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from visrl.box import CropRule, crop_window
-from visrl.conversation import View
+from visrl.conversation import Conversation, View
 from visrl.engines.base import Completion, seed_of
 from visrl.engines.endpoint import data_url
 from visrl.replies import spoken
@@ -42,7 +42,7 @@ async def answer_with_focus(
     Raises:
         RequestError: what the backend raises, or 502 where it gave no text.
     """
-    first = await backend.submit(box_request(question, whole, request))
+    first = await backend.submit(look_request(VISRL.focus(question, whole), request))
     look = look_of(question, whole, first, backend.codec, backend.processed_size(whole.size))
     look = cut(look, backend.crop_rule)
     focus = await asyncio.to_thread(focus_field, look, backend.crop_rule)  # a PNG: not in the loop that serves everyone
@@ -78,7 +78,7 @@ async def answer_with_looks(
     episode, fields = begin(protocol, question, whole), list[dict[str, Any]]()
     prompt_tokens = completion_tokens = 0
     while episode.turn < most:
-        asked = look_request(episode, request)
+        asked = look_request(episode.conversation, request, episode.turn)
         completion = await backend.submit(asked)
         before, episode = episode, advance(episode, text_of(completion), shown)
         if episode.end is not None:  # it answered: the same again, under the caller's own limits
@@ -99,13 +99,11 @@ async def answer_with_looks(
     )
 
 
-def look_request(episode: Episode, answer: QueuedRequest) -> QueuedRequest:
-    """The next turn of an episode, sampled as its answer is but for the tokens allowed, with a seed of its own."""
+def look_request(talk: Conversation, answer: QueuedRequest, turn: int = 0) -> QueuedRequest:
+    """A turn that may look, sampled as the answer is but for the tokens allowed, with a seed of its own."""
     sampling = replace(answer.sampling, max_tokens=VISRL.box_tokens)
-    seed = seed_of(answer.seed, *(("box",) if episode.turn == 0 else ("look", episode.turn)))
-    return QueuedRequest(
-        episode.conversation, sampling, seed, passed=for_the_box(answer.passed), adapter=answer.adapter
-    )
+    seed = seed_of(answer.seed, *(("look", turn) if turn else ("box",)))
+    return QueuedRequest(talk, sampling, seed, passed=for_the_box(answer.passed), adapter=answer.adapter)
 
 
 def look_field(episode: Episode, before: Episode, text: str, crop_rule: CropRule) -> dict[str, Any]:
@@ -121,14 +119,6 @@ def no_look(whole: View) -> dict[str, Any]:
     """The extension field of an answer that was given at once."""
     nothing = dict.fromkeys(("box", "crop_window", "crop", "error"))
     return {"box_text": "", "image_size": list(whole.size), **nothing}
-
-
-def box_request(question: str, whole: View, answer: QueuedRequest) -> QueuedRequest:
-    """Step 1 of a request, sampled as its answer is but for the tokens allowed, with a seed of its own."""
-    sampling = replace(answer.sampling, max_tokens=VISRL.box_tokens)
-    passed = for_the_box(answer.passed)
-    talk, seed = VISRL.focus(question, whole), seed_of(answer.seed, "box")
-    return QueuedRequest(talk, sampling, seed, passed=passed, adapter=answer.adapter)
 
 
 def focus_field(look: Look, crop_rule: CropRule) -> dict[str, Any]:

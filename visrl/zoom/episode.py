@@ -3,7 +3,7 @@
     episode = begin(protocol, question, whole)
     while episode.end is None:
         text = …complete(episode.conversation)…
-        episode = advance(episode, text, processed_size)
+        episode = advance(episode, text, shown)
 
 Every state leaves the one before it as it was, so that one look may be continued in many ways. The pictures of a
 conversation and the marks in its texts are always as many: a turn gets whole observations or none.
