@@ -14,10 +14,10 @@ from visrl.engines.open import PolicyConfig
 from visrl.evaluate.benchmarks import find_benchmark
 from visrl.rewards.open_judge import JudgeKeys
 from visrl.rollout.greedy import Mode
-from visrl.zoom.protocols import MOST_LOOKS, ZOOM_PROTOCOLS, Fault
+from visrl.zoom.config import LooksConfig
 
 
-class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
+class EvalConfig(PolicyConfig, JudgeKeys, LooksConfig, SourceConfig):
     """What `visrl eval CONFIG` takes, besides what says which model is asked."""
 
     benchmark: str = "samples"
@@ -39,13 +39,6 @@ class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
     option_order: Literal["rotations", "shuffle"] | None = None
     """reading=ours: the options in every rotation (the default), or in one order a question, drawn by `seed`."""
     mode: Mode = "own"
-    protocol: str | None = None
-    """"visrl", the published one, or a public protocol of several looks (deepeyes, mini_o3, …); by default what was
-    published for the benchmark, and "visrl" for samples."""
-    protocol_faults: list[Fault] = Field(default_factory=list)
-    """Faults of a public protocol's own code that are to be followed, by name (docs/EVALUATION.md)."""
-    max_looks: int | None = Field(None, ge=1, le=MOST_LOOKS)
-    """protocol=visrl: as many looks as the model wants, up to so many; one look, always, if left out."""
     crop_rule: CropRule | None = None
     """By default the protocol's, or else the checkpoint's."""
     max_new_tokens: int | None = Field(None, ge=1)
@@ -68,15 +61,8 @@ class EvalConfig(PolicyConfig, JudgeKeys, SourceConfig):
     def _together(self) -> EvalConfig:
         benchmark = find_benchmark(self.benchmark)
         reading = benchmark.reading(self.reading)
-        several = self.protocol in ZOOM_PROTOCOLS or self.max_looks is not None
-        if several and self.mode not in ("own", "no_box"):
+        if self.looks_several_times and self.mode not in ("own", "no_box"):
             raise ValueError(f"mode={self.mode} puts one box in the model's place; several looks have own and no_box")
-        if self.max_looks is not None and self.protocol not in (None, "visrl"):
-            raise ValueError(f"max_looks is for protocol=visrl; {self.protocol} has its own limits")
-        if self.protocol in ZOOM_PROTOCOLS and self.crop_rule is not None:
-            raise ValueError(f"crop_rule: {self.protocol} says itself what is cropped")
-        if self.protocol_faults and self.protocol not in ZOOM_PROTOCOLS:
-            raise ValueError(f"protocol_faults needs one of the protocols {', '.join(ZOOM_PROTOCOLS)}")
         if self.option_order and not (reading and reading.in_orders):
             raise ValueError("option_order needs reading=ours: a published reading has the order of the file")
         if self.num_generations > 1 and not self.temperature:

@@ -115,7 +115,7 @@ def read_entry(
 
 def _looked(facts: Mapping[str, Any]) -> str:
     """How often was looked, in the words of a line's name."""
-    if facts.get("max_looks"):
+    if facts.get("max_looks") is not None:
         return f"up to {facts['max_looks']} looks"
     return " with ".join([str(facts["protocol"]), *facts.get("protocol_faults", ())])
 

@@ -213,10 +213,7 @@ def _public_zoom(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
         raise ConfigError(f"protocol: {config.benchmark} scores one box; {config.protocol} looks several times")
     reading = benchmark.reading(config.reading)
     plain = reading.protocol().plain if reading else benchmark.protocol.plain
-    try:
-        protocol = public_zoom(config.protocol, plain, config.protocol_faults)
-    except ValueError as error:
-        raise ConfigError(f"protocol_faults: {error}") from error
+    protocol = public_zoom(config.protocol, plain, config.protocol_faults)
     return replace(protocol, answer_tokens=config.max_new_tokens or protocol.answer_tokens)
 
 

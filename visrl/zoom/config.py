@@ -1,0 +1,60 @@
+"""The keys of several looks, which evaluation, generation and online reinforcement share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from visrl.config import Config
+from visrl.zoom.protocols import MOST_LOOKS, ZOOM_PROTOCOLS, Fault
+
+
+class LooksConfig(Config):
+    """How often a model may look, and by which protocol."""
+
+    protocol: str | None = None
+    """"visrl", the published one, or a public protocol of several looks (deepeyes, mini_o3, …)."""
+    protocol_faults: list[Fault] = Field(default_factory=list)
+    """Faults of a public protocol's own code that are to be followed, by name (docs/EVALUATION.md)."""
+    max_looks: int | None = Field(None, ge=0, le=MOST_LOOKS)
+    """protocol=visrl: as many looks as the model wants, up to so many; one look, always, if left out."""
+
+    @model_validator(mode="after")
+    def _looks_together(self) -> Self:
+        if self.max_looks is not None and self.protocol not in (None, "visrl"):
+            raise ValueError(f"max_looks is for protocol=visrl; {self.protocol} has its own limits")
+        if self.protocol not in ZOOM_PROTOCOLS:
+            if self.protocol_faults:
+                raise ValueError(f"protocol_faults needs one of the protocols {', '.join(ZOOM_PROTOCOLS)}")
+            return self
+        if getattr(self, "crop_rule", None) is not None:
+            raise ValueError(f"crop_rule: {self.protocol} says itself what is cropped")
+        try:
+            ZOOM_PROTOCOLS[self.protocol].with_faults(*self.protocol_faults)
+        except ValueError as error:
+            raise ValueError(f"protocol_faults: {error}") from error
+        return self
+
+    @property
+    def looks_several_times(self) -> bool:
+        """Whether the model says how often it looks, where one look was the rule."""
+        return self.max_looks is not None or self.protocol in ZOOM_PROTOCOLS
+
+
+class ForkedLooksConfig(LooksConfig):
+    """How looks are sampled to be compared: many first turns, several turns after each of the first looks, then one."""
+
+    num_forks: int = Field(1, ge=0, le=MOST_LOOKS)
+    """After so many looks, one after the other, several next turns are sampled; later ones go on once."""
+    look_price: float = Field(0.0, ge=0)
+    """Taken off the reward of an answer for every look that was taken for it."""
+
+    @model_validator(mode="after")
+    def _forks_together(self) -> Self:
+        if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
+            raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
+        for key in ("num_forks", "look_price"):
+            if not self.looks_several_times and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: one look is always taken; set max_looks or a protocol, or leave the key out")
+        return self
