@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from visrl.box import Box, CropRule, Size
 from visrl.errors import UserError
 from visrl.images import crop, open_image
-from visrl.prompts import IMAGE, answer_prompt, focus_prompt
+from visrl.prompts import IMAGE, looks_prompt
 from visrl.records import Message, Picture
 
 
@@ -79,9 +80,15 @@ def crop_key(box: Box, rule: CropRule) -> str:
 
 def focus_conversation(question: str, whole: View) -> Conversation:
     """Step 1 of the `visrl` protocol: where to look."""
-    return Conversation((Message("user", focus_prompt(question)),), (whole,))
+    return looks_conversation(question, whole, ())
 
 
 def answer_conversation(question: str, whole: View, detail: View) -> Conversation:
     """Step 2 of the `visrl` protocol: the answer, from image and crop in one user turn."""
-    return Conversation((Message("user", answer_prompt(question)),), (whole, detail))
+    return looks_conversation(question, whole, (detail,))
+
+
+def looks_conversation(question: str, whole: View, crops: Sequence[View]) -> Conversation:
+    """A turn of the `visrl` protocol after so many looks: another look or the answer, from image and crops in one user
+    turn. What was written of the boxes is not shown again."""
+    return Conversation((Message("user", looks_prompt(question, len(crops))),), (whole, *crops))

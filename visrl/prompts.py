@@ -33,7 +33,12 @@ def focus_prompt(question: str) -> str:
 
 def answer_prompt(question: str) -> str:
     """Step 2 of the `visrl` protocol: image and crop in one user turn, the model answers the question."""
-    return f"{focus_prompt(question)}\n{IMAGE}"
+    return looks_prompt(question, 1)
+
+
+def looks_prompt(question: str, crops: int) -> str:
+    """A turn of the `visrl` protocol after so many looks: the image, and after the question a line for each crop."""
+    return focus_prompt(question) + f"\n{IMAGE}" * crops
 
 
 # --- The critic of self-evolution: a model that knows the reference answer, never a true box --------------------------

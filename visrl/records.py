@@ -57,7 +57,8 @@ class Sample:
 
     `size` is the annotated width and height of the image, where known: boxes were annotated on the image that way up.
     An `id` is the user's, and may stand for several rows: `repeat` counts the rows of the data set before this one that
-    have the same, and both together (`place`) tell a sample from all others of its data set.
+    have the same, and both together (`place`) tell a sample from all others of its data set. `looks` are the true boxes
+    of all looks in their order, none where the question needs none; None says nothing but the `box`.
     """
 
     id: str
@@ -69,11 +70,18 @@ class Sample:
     raw: Any = None
     size: Size | None = None
     repeat: int = 0
+    looks: tuple[Box, ...] | None = None
 
     @property
     def place(self) -> Place:
         """What tells this sample from all others of its data set; the id alone where that is enough."""
         return place_of(self.id, self.repeat)
+
+    @property
+    def true_looks(self) -> tuple[Box, ...] | None:
+        """The true boxes in the order in which they are looked at: `looks`, or the one `box`; None where neither is
+        known."""
+        return (self.box,) if self.looks is None and self.box is not None else self.looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,10 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
     for name in _LEFT_OUT:
         if name in row and not row[name]:
             del row[name]
+    if isinstance(record, Sample) and record.looks is None:
+        del row["looks"]
+    elif isinstance(record, Sample) and record.looks is not None:
+        row["looks"] = [box.as_list() for box in record.looks]
     for name, value in row.items():
         if isinstance(value, Box):
             row[name] = value.as_list()

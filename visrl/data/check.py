@@ -118,7 +118,7 @@ def _find_duplicate(report: Report, row: DataRow, path: str, seen: set[int]) -> 
     for record in row.records:
         if not isinstance(record, Sample):
             continue
-        key = hash((record.image, record.question, record.answer, record.box))
+        key = hash((record.image, record.question, record.answer, record.box, record.looks))
         if key in seen:
             report.duplicates += 1
             report.note("duplicates", f"{path}, row {row.number}: the same picture, question, box and answer again")

@@ -83,6 +83,7 @@ class DataFormat:
     writer: type[Writer] | type[ParquetWriter] = Writer
     holds_pictures: bool = False  # as bytes in its rows, which become files where it is converted
     needs_boxes: bool = True
+    keeps_looks: bool = False  # its rows have room for the boxes of several looks, or for none being needed
     in_dataset_info: bool = False  # a written file is described in the dataset_info.json beside it
 
     @property
@@ -171,6 +172,7 @@ _TABLE = (
         write=lambda sample, number, writing: visrl_row(sample),
         write_preferences=lambda preferences: visrl_row(preferences[0]),
         called=("json", "jsonl"),
+        keeps_looks=True,
     ),
     DataFormat(
         name="hf",
@@ -262,7 +264,14 @@ def row_of(target: DataFormat, unit: Sequence[Sample | Preference], number: int,
     first = unit[0]
     if isinstance(first, Sample):
         assert target.write is not None
-        return first.raw if is_own_row(target, first.raw) else target.write(first, number, writing)
+        if is_own_row(target, first.raw):
+            return first.raw
+        if first.looks not in (None, (first.box,)) and not target.keeps_looks:
+            room = (
+                f"{target.name} has room for one box, and {first.id} says where to look {len(first.looks or ())} times"
+            )
+            raise RowFault("several_looks", f"{room}; write it as visrl")
+        return target.write(first, number, writing)
     if target.write_preferences is None:
         able = " and ".join(name for name, each in FORMATS.items() if each.write_preferences is not None)
         raise RowFault("preference", f"{first.id} is a preference; they go to {able} only")

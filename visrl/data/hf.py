@@ -23,7 +23,21 @@ from visrl.records import RecordError, json_value
 BATCH = 1000  # rows written at a time
 
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*": "tiff"}
-_KEYS = ("id", "image", "question", "answer", "box", "bbox", "width", "height", "size", "source", "split", "raw")
+_KEYS = (
+    "id",
+    "image",
+    "question",
+    "answer",
+    "box",
+    "bbox",
+    "looks",
+    "width",
+    "height",
+    "size",
+    "source",
+    "split",
+    "raw",
+)
 # What the columns that a row cannot be without are commonly called, in the order they are looked for.
 _CALLED = {
     "image": ("image", "images"),

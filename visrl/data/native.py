@@ -1,8 +1,9 @@
 """Our own JSONL: records as they flow between steps, and the short form of samples that users write by hand.
 
 The one typed reader of it, whatever verb asks. The short form needs `image`, `question` and `answer`; `id`, `box` (four
-fractions of the image), `bbox` (four pixels, with `width` and `height`) and `source` are optional. A number stands for
-its text, an `id` may be any JSON value, and keys of a row's own are kept in `raw`. Knows no other format.
+fractions of the image), `looks` (a list of such boxes), `bbox` (four pixels, with `width` and `height`) and `source`
+are optional. A number stands for its text, an `id` may be any JSON value, and keys of a row's own are kept in `raw`.
+Knows no other format.
 """
 
 from __future__ import annotations
@@ -147,11 +148,8 @@ def visrl_row(record: Sample | Preference) -> dict[str, Any]:
 
 
 def pool_row(sample: Sample) -> dict[str, Any]:
-    """The row of the pool that preferences are made from: no box, and no raw row that could hold one."""
-    row = visrl_row(sample)
-    row.pop("box", None)
-    row.pop("raw", None)
-    return row
+    """The row of the pool that preferences are made from: no boxes, and no raw row that could hold one."""
+    return {key: value for key, value in visrl_row(sample).items() if key not in ("box", "looks", "raw")}
 
 
 def parse_picture(value: Any, size: Size | None = None) -> Picture:
@@ -272,7 +270,26 @@ def _sample(raw: dict[str, Any], number: int) -> Sample:
         size = get_size(raw)
     if raw.get("bbox") is not None:
         box = _from_pixels(raw["bbox"], size)
-    return Sample(row_name(raw, f"row-{number}"), image, question, answer, box, source, _own_keys(raw), size)
+    name, looks = row_name(raw, f"row-{number}"), _looks(raw.get("looks"), box)
+    return Sample(name, image, question, answer, box, source, _own_keys(raw), size, looks=looks)
+
+
+def _looks(values: Any, box: Box | None) -> tuple[Box, ...] | None:
+    """The true boxes of all looks of a row, whose one box, where it has that too, is among them.
+
+    Raises:
+        RowFault, BoxError: they are no list of boxes, or without the row's box.
+    """
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise RowFault(
+            "unparseable", f"'looks' must be a list of boxes, empty where none is needed, not {values!r:.60}"
+        )
+    looks = tuple(Box(*four_numbers(value, f"looks[{place}]")) for place, value in enumerate(values))
+    if box is not None and box not in looks:
+        raise RowFault("unparseable", "'box' is none of 'looks': leave it out, or make it one of them")
+    return looks
 
 
 def without_mark(question: str) -> str:

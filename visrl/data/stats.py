@@ -149,10 +149,10 @@ def _add(found: Statistics, sample: Sample, reading: Reading) -> None:
     if size is not None and first:
         found.picture_aspect.append(size[0] / size[1])
         found.picture_megapixels.append(size[0] * size[1] / 1e6)
-    if sample.box is not None:
-        found.box_area.append(sample.box.area)
+    for box in sample.true_looks or ():
+        found.box_area.append(box.area)
         if size is not None:
-            found.box_aspect.append(sample.box.width * size[0] / (sample.box.height * size[1]))
+            found.box_aspect.append(box.width * size[0] / (box.height * size[1]))
 
 
 def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, tokens: TokenCounter) -> None:
@@ -163,8 +163,8 @@ def _add_tokens(found: Statistics, samples: list[Sample], reading: Reading, toke
         if size is None:
             continue
         found.refused += not _add_count(found.picture_tokens, tokens.picture(size, is_crop=False))
-        if sample.box is not None:
-            left, top, right, bottom = crop_window(sample.box, size, tokens.crop_rule)
+        for box in sample.true_looks or ():
+            left, top, right, bottom = crop_window(box, size, tokens.crop_rule)
             found.refused += not _add_count(
                 found.crop_tokens, tokens.picture((right - left, bottom - top), is_crop=True)
             )

@@ -58,14 +58,14 @@ class Curriculum(Dataset[Item]):
     def _rows(self, phase: Phase, index: int, samples: Sequence[Sample]) -> list[TrainingRow]:
         rows: list[TrainingRow] = []
         for sample in samples:
-            detail = None
+            details = None
             chance = np.random.default_rng(seed_of(index, sample.id))
             if phase.loose and sample.box is not None:
-                detail = with_sides_moved(sample.box, *chance.uniform(-phase.loose, phase.loose, size=4))
+                details = [with_sides_moved(sample.box, *chance.uniform(-phase.loose, phase.loose, size=4))]
             if phase.margin and sample.box is not None:
-                detail = detail or sample.box
+                details = details or [sample.box]
                 sample = replace(sample, box=with_sides_moved(sample.box, *chance.uniform(0.0, phase.margin, size=4)))
             labelled = sample.source.removeprefix("scenes-") in phase.boxes
             tasks = phase.tasks if labelled else [task for task in phase.tasks if task == "read"]
-            rows += sft_rows(self.encoder, sample, tasks, detail=detail)
+            rows += sft_rows(self.encoder, sample, tasks, details=details)
         return rows

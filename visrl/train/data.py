@@ -43,8 +43,8 @@ class SftSamples(Dataset[Item]):
         return [image for image, _ in self.groups]
 
     def without_box(self) -> int:
-        """How many samples have no box: they are trained as answers alone."""
-        return sum(sample.box is None for _, samples in self.groups for sample in samples)
+        """Of how many samples nothing says where to look: they are trained as answers alone."""
+        return sum(sample.true_looks is None for _, samples in self.groups for sample in samples)
 
     def __getitem__(self, index: int) -> Item:
         return self.item(index, self.groups[index][1])

@@ -12,9 +12,8 @@ from visrl.conversation import (
     Message,
     PromptError,
     View,
-    answer_conversation,
     crop_view,
-    focus_conversation,
+    looks_conversation,
     open_view,
 )
 from visrl.models.encode import Encoder
@@ -33,37 +32,39 @@ def sft_rows(
     tasks: Sequence[Task] = ("locate", "read"),
     *,
     root: str | Path | None = None,
-    detail: Box | None = None,
+    details: Sequence[Box] | None = None,
 ) -> list[TrainingRow]:
-    """The rows that a sample with a true box gives: (image, question → box) and (image, question, crop → answer). One
-    without a box gives (image, question → answer), asked in the one turn of the evaluation's mode `no_box`: the prompts
-    of the two steps ask for a box first, and what answers them without one would unlearn to look.
+    """The rows of a sample whose true looks are known (`Sample.true_looks`): (image, question, crops of the looks
+    before → box) for each look, and (image, question, all crops → answer), which with no look is the answer at once.
+    One of which nothing says where to look gives (image, question → answer), asked in the one turn of the evaluation's
+    mode `no_box`: prompts of the looks ask for boxes first, and what answers them without one would unlearn to look.
 
-    The crop is that of the box as its text says it, so that warm-up and rollout see the same windows; `detail` puts
-    another box in its place (a curriculum's, which is a little off).
+    A crop is that of its box as the box's text says it, so that warm-up and rollout see the same windows; `details`
+    puts other boxes in their place (a curriculum's, which are a little off).
 
     Raises:
         ImageError, PromptError: the image cannot be opened, or the row not be shown to the model.
     """
-    name = sample.id
-    if sample.box is None and not sample.answer:
+    name, looks = sample.id, sample.true_looks
+    if not looks and not sample.answer:
         raise PromptError(f"row {name} has neither a box nor an answer: there is nothing to learn from it")
     whole = open_view(Picture(sample.image, size=sample.size), root)
-    if sample.box is None:
+    if looks is None:
         talk = plain_conversation(sample.question, whole)
         return [TrainingRow(f"{name}/answer", "answer", talk, (("target", sample.answer),))] if "read" in tasks else []
     try:
         processed = encoder.processed_size(whole.size)
     except PromptError as error:
         raise PromptError(f"row {name}, {sample.image[:80]}: {error}") from error
-    text = encoder.codec.format(sample.box, whole.size, processed)
-    said = encoder.codec.parse(text, whole.size, processed)
+    texts = [encoder.codec.format(box, whole.size, processed) for box in looks]
+    said = [encoder.codec.parse(text, whole.size, processed) for text in texts]
+    crops = [crop_of(whole, box, encoder) for box in (said if details is None else details)]
     rows = []
-    if "locate" in tasks:
-        talk = focus_conversation(sample.question, whole)
-        rows.append(TrainingRow(f"{name}/box", "box", talk, (("target", text),)))
+    for place, text in enumerate(texts if "locate" in tasks else ()):
+        talk = looks_conversation(sample.question, whole, crops[:place])
+        rows.append(TrainingRow(f"{name}/box{place + 1 if place else ''}", "box", talk, (("target", text),)))
     if "read" in tasks and sample.answer:
-        talk = answer_conversation(sample.question, whole, crop_of(whole, detail or said, encoder))
+        talk = looks_conversation(sample.question, whole, crops)
         rows.append(TrainingRow(f"{name}/answer", "answer", talk, (("target", sample.answer),)))
     return rows
 
