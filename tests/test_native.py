@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from contextlib import suppress
 
 import pytest
 
@@ -20,6 +22,7 @@ from visrl.records import (
     RecordError,
     Sample,
     Trajectory,
+    TrajectoryLook,
     belongs_to,
     json_line,
     read_jsonl,
@@ -186,6 +189,10 @@ def test_a_step_of_an_item_follows_it_with_its_id_and_picture():
     assert not belongs_to([box], box)
     assert not belongs_to([box, answer], answer)
     assert not belongs_to([box], elsewhere)
+    crops = [{"ref": "a.png", "crop": [0, 0, 0.5, 0.1 * n]} for n in (5, 6)]
+    later = parse_visrl(PREFERENCE | {"images": ["a.png", *crops], "prompt": "<image>\nWhat?" + "\n<image>" * 2}, 4)[0]
+    assert belongs_to([box, answer], later)
+    assert not belongs_to([box, later], later)
 
 
 # --- What is written can be read back ---------------------------------------------------------------------------------
@@ -217,6 +224,33 @@ def test_a_record_of_ours_with_a_value_of_another_type_is_refused(tmp_path):
     for wrong in ({"sample_id": 5}, {"round": "0"}, {"error": 1}, {"box": "abc"}, {"seed": True}, {"repeat": None}):
         with pytest.raises(RecordError, match="not a Trajectory"):
             from_json(Trajectory, good | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"looks": [["[0]", [0, 0, 1, 1]]]}, "'looks' must hold objects of text and box"),
+        ({"looks": [{"text": 7, "box": [0, 0, 1, 1]}]}, "the text of a look cannot be 7"),
+        ({"looks": [{"text": "[0]", "box": [0, 0, 1]}]}, "box"),
+        ({"end": "tired"}, '\'end\' cannot be "tired"; it is one of "answered"'),
+        ({"end": None}, "there is no 'end'"),
+        ({"end": "tokens"}, "'answer' and 'end' do not go together: it ended 'tokens'"),
+        ({"answer": None}, "'answer' and 'end' do not go together"),
+        ({"answers": ["7", "8"]}, "each answer is a trajectory of its own"),
+        ({"leaf": 0.5}, "'leaf' cannot be 0.5"),
+    ],
+)
+def test_several_looks_that_do_not_go_together_are_refused(wrong, why):
+    looks = (TrajectoryLook("[0]", Box(0, 0, 1, 1)),)
+    tried = Trajectory("a", 0, 0, "[0]", Box(0, 0, 1, 1), "sampled", "7", "x", 1, looks=looks, end="answered")
+    good = json.loads(json_line(tried))
+    assert from_json(Trajectory, good) == tried
+    with pytest.raises(RecordError, match=f"not a Trajectory: .*{re.escape(why)}"):
+        from_json(Trajectory, good | wrong)
+    for key in good:  # and any value at all in any place: a record or a sentence
+        for value in VALUES:
+            with suppress(RecordError):
+                from_json(Trajectory, good | {key: value})
 
 
 # --- Any row at all ---------------------------------------------------------------------------------------------------

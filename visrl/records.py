@@ -20,6 +20,10 @@ from visrl.errors import UserError
 
 Step = Literal["box", "answer"]
 Origin = Literal["sampled", "random"]
+# How several looks came to their end: "answered"; neither call nor answer came ("no_call"); it still called at its last
+# turn ("turns"); it was shown as many pictures as it may ("pictures"); a turn was cut short ("tokens"); no turn came
+# ("failed").
+End = Literal["answered", "no_call", "turns", "pictures", "tokens", "failed"]
 Place = tuple[str] | tuple[str, int]  # an id, and how many rows before have it where any has
 
 MAX_ROW = 1 << 24  # bytes: a row longer than this is taken for damage, not read into memory
@@ -85,11 +89,23 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class TrajectoryLook:
+    """One of several looks: what the policy wrote, and the box that it meant."""
+
+    text: str
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One rollout of a question: a box, and the answer given from its crop. A failed one is a record with its `error`.
 
     `box_text` is what the policy wrote, or the codec's text where the diversity controller put a random box. `answers`
     holds all that were sampled from the crop, `answer` first; it is empty where there is no more than the one.
+
+    Where the policy looks as often as it wants to, `end` says how it came to an end (None: one look is the rule),
+    `looks` are all that it took, of which `box_text` and `box` are the last, and `leaf` is its number among those that
+    go on from one first turn. Only one that ended "answered" has an answer.
     """
 
     sample_id: str
@@ -104,11 +120,19 @@ class Trajectory:
     error: str | None = None
     repeat: int = 0  # of the sample
     answers: tuple[str, ...] = ()
+    looks: tuple[TrajectoryLook, ...] = ()
+    end: End | None = None
+    leaf: int = 0
 
     @property
     def place(self) -> Place:
         """The `place` of its sample."""
         return place_of(self.sample_id, self.repeat)
+
+    @property
+    def can_be_judged(self) -> bool:
+        """Whether there is something to score: an answer, and where one look is the rule the box that it is from."""
+        return self.answer is not None and (self.box is not None or self.end is not None)
 
     @property
     def all_answers(self) -> tuple[str, ...]:
@@ -131,6 +155,7 @@ class Verdict:
     raw: str = ""
     repeat: int = 0  # of the sample
     answer_scores: tuple[float | None, ...] = ()
+    leaf: int = 0  # of the trajectory
 
     @property
     def place(self) -> Place:
@@ -155,6 +180,9 @@ class Message:
 class Preference:
     """A preference at one step of an item. A box and an answer preference that belong together (`belongs_to`) are one
     item: they share images and a training step.
+
+    `images` are the whole picture and the crops that the policy was shown before. After several looks the step is "box"
+    where either side is one more look, and "answer" where both answer.
 
     `context` is the conversation before the prompt, where there is one: a system message, then turns of user and
     assistant. Pictures are in the order of their marks in context and prompt.
@@ -185,10 +213,10 @@ def place_name(place: Place) -> str:
 
 def belongs_to(item: Sequence[Preference], preference: Preference) -> bool:
     """Whether `preference`, the next in its file, is one more step of the last `item`: the same id and picture, and a
-    step that the item lacks. Ids may repeat: whatever else has the same one is another item."""
+    step after so many crops as the item lacks. Ids may repeat: whatever else has the same one is another item."""
     if not item or item[-1].id != preference.id or item[-1].images[:1] != preference.images[:1]:
         return False
-    return all(one.step != preference.step for one in item)
+    return all((one.step, len(one.images)) != (preference.step, len(preference.images)) for one in item)
 
 
 def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any]:
@@ -197,10 +225,10 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
     for name in _LEFT_OUT:
         if name in row and not row[name]:
             del row[name]
-    if isinstance(record, Sample) and record.looks is None:
-        del row["looks"]
-    elif isinstance(record, Sample) and record.looks is not None:
-        row["looks"] = [box.as_list() for box in record.looks]
+    if isinstance(record, Sample | Trajectory):
+        row["looks"] = _looks_json(record)
+        if row["looks"] is None:
+            del row["looks"]
     for name, value in row.items():
         if isinstance(value, Box):
             row[name] = value.as_list()
@@ -209,6 +237,13 @@ def to_json(record: Sample | Trajectory | Verdict | Preference) -> dict[str, Any
     if context := row.pop("context", ()):
         row["context"] = [{"role": message.role, "text": message.text} for message in context]
     return row
+
+
+def _looks_json(record: Sample | Trajectory) -> list[Any] | None:
+    """The looks of a sample or of a trajectory as its row holds them; None where it says nothing of them."""
+    if isinstance(record, Sample):
+        return None if record.looks is None else [box.as_list() for box in record.looks]
+    return [{"text": look.text, "box": look.box.as_list()} for look in record.looks] or None
 
 
 def picture_json(picture: Picture) -> str | dict[str, Any]:
@@ -224,7 +259,8 @@ def picture_json(picture: Picture) -> str | dict[str, Any]:
 
 
 _KINDS = (Sample, Trajectory, Verdict, Preference)
-_LEFT_OUT = ("repeat", "answers", "answer_scores")  # of a row, where there is nothing to say
+_LEFT_OUT = ("repeat", "answers", "answer_scores", "end", "leaf")  # of a row, where there is nothing to say
+
 # --- JSON by lines ----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from visrl.box import Box, BoxError, Size, corner_fault
 from visrl.data.rows import SAME, Parsed, RowFault, check_text, four_numbers, get_size, get_text
@@ -29,6 +29,7 @@ from visrl.records import (
     RecordError,
     Sample,
     Trajectory,
+    TrajectoryLook,
     Verdict,
     read_jsonl,
     to_json,
@@ -333,9 +334,12 @@ def _from_pixels(pixels: Any, size: Size | None) -> Box:
 # --- What policy and critic gave, which only `to_json` writes ---------------------------------------------------------
 
 
+_UNIONS = (UnionType, Union)  # of classes, and with a Literal among them
+
+
 def _types(hint: Any) -> tuple[type, ...]:
     """The types that a field may hold by its annotation."""
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in _UNIONS:
         return tuple(one for part in get_args(hint) for one in _types(part))
     if get_origin(hint) is Literal:
         return (str,)
@@ -344,14 +348,29 @@ def _types(hint: Any) -> tuple[type, ...]:
     return (int, float) if hint is float else (hint,)
 
 
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words that a field may hold by its annotation, where those are all."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(word for part in get_args(hint) for word in _words(part)) if get_origin(hint) in _UNIONS else ()
+
+
 _HINTS = {kind: get_type_hints(kind) for kind in (Trajectory, Verdict)}
 _FIELDS: dict[type[Any], dict[str, tuple[type, ...]]] = {
     kind: {name: _types(hint) for name, hint in hints.items()} for kind, hints in _HINTS.items()
 }
 _LISTS: dict[type[Any], dict[str, tuple[type, ...]]] = {  # what the lists among them hold
-    kind: {name: _types(get_args(hint)[0]) for name, hint in hints.items() if get_origin(hint) is tuple}
+    kind: {
+        name: _types(get_args(hint)[0])
+        for name, hint in hints.items()
+        if get_origin(hint) is tuple and get_args(hint)[0] is not TrajectoryLook
+    }
     for kind, hints in _HINTS.items()
 }
+_WORDS: dict[type[Any], dict[str, tuple[str, ...]]] = {
+    kind: {name: _words(hint) for name, hint in hints.items()} for kind, hints in _HINTS.items()
+}
+_LOOK_KEYS = {field.name for field in fields(TrajectoryLook)}
 
 
 def _typed(kind: type[Record], row: Any) -> Record:
@@ -366,14 +385,51 @@ def _typed(kind: type[Record], row: Any) -> Record:
     if row.get("box") is not None:
         row = row | {"box": Box(*four_numbers(row["box"], "box"))}
     for name, value in row.items():
-        if name in allowed and type(value) not in allowed[name]:
-            raise RowFault("unparseable", f"{name!r} cannot be {json.dumps(value, default=str)[:60]}")
+        words: tuple[str, ...] = _WORDS[kind].get(name, ())
+        if name in allowed and (type(value) not in allowed[name] or (words and value not in (*words, None))):
+            known = f"; it is one of {', '.join(map(json.dumps, words))}" if words else ""
+            raise RowFault("unparseable", f"{name!r} cannot be {json.dumps(value, default=str)[:60]}{known}")
     for name, held in _LISTS[kind].items():
         if name in row:
             if any(type(value) not in held for value in row[name]):
                 raise RowFault("unparseable", f"{name!r} cannot hold {json.dumps(row[name], default=str)[:60]}")
             row = row | {name: tuple(row[name])}
+    if kind is Trajectory:
+        row = row | {"looks": tuple(map(_look, row.get("looks", ())))}
     try:
-        return kind(**row)
+        record = kind(**row)
     except TypeError as error:  # a field too many or too few
         raise RowFault("unparseable", str(error)) from error
+    if isinstance(record, Trajectory):
+        _check_end(record)
+    return record
+
+
+def _look(value: Any) -> TrajectoryLook:
+    """One of the looks of a trajectory.
+
+    Raises:
+        RowFault, BoxError: it is none.
+    """
+    if not isinstance(value, dict) or value.keys() != _LOOK_KEYS:
+        raise RowFault("unparseable", f"'looks' must hold objects of text and box, not {json.dumps(value)[:60]}")
+    text = value["text"]
+    if type(text) is not str:
+        raise RowFault("unparseable", f"the text of a look cannot be {json.dumps(text)[:60]}")
+    return TrajectoryLook(text, Box(*four_numbers(value["box"], "box")))
+
+
+def _check_end(tried: Trajectory) -> None:
+    """That what a trajectory says of several looks goes together.
+
+    Raises:
+        RowFault: it does not.
+    """
+    if tried.end is None:
+        if tried.looks or tried.leaf:
+            raise RowFault("unparseable", "'looks' and 'leaf' are of several looks, and there is no 'end'")
+        return
+    if (tried.end == "answered") != (tried.answer is not None):
+        raise RowFault("unparseable", f"'answer' and 'end' do not go together: it ended {tried.end!r}")
+    if tried.answers:
+        raise RowFault("unparseable", "'answers' are of one look: after several each answer is a trajectory of its own")

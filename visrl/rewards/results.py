@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from visrl.box import Box, CropRule, Size, iou
-from visrl.records import Sample
+from visrl.records import End, Sample
 from visrl.rewards.detection import is_hit
 from visrl.rewards.grounding import evidence_of, is_grounded, is_on_right_object
 from visrl.rewards.metrics import METRICS, exact_match, string_scores
@@ -36,7 +36,7 @@ from visrl.rollout.greedy import WRITTEN_MODES, Mode
 from visrl.rollout.rollout import Refusal, failure
 from visrl.rollout.steps import Look
 from visrl.statistics import interval, mean_interval
-from visrl.zoom.episode import End, ZoomedLook
+from visrl.zoom.episode import ZoomedLook
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int]  # data set, id, and how many rows before have both

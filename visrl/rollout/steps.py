@@ -21,10 +21,10 @@ from visrl.box import Box, BoxError, CropRule, Size
 from visrl.codecs import Codec
 from visrl.conversation import Conversation, View, crop_view
 from visrl.engines.base import Completion
-from visrl.records import Origin, Picture
+from visrl.records import End, Origin, Picture
 from visrl.replies import spoken
 from visrl.rollout.protocols import VISRL, LookProtocol
-from visrl.zoom.episode import End, ZoomedLook
+from visrl.zoom.episode import ZoomedLook
 
 WHOLE = Box(0, 0, 1, 1)
 

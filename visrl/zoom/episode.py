@@ -12,20 +12,16 @@ conversation and the marks in its texts are always as many: a turn gets whole ob
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from visrl.box import Box, BoxError, Corners, Size, Window, clamp
 from visrl.conversation import Conversation, View
 from visrl.prompts import without_marks
-from visrl.records import Message
+from visrl.records import End, Message
 from visrl.replies import spoken, whole_text
 from visrl.zoom.calls import BadCall, ZoomCall
 from visrl.zoom.protocols import Crop, ZoomProtocol
 from visrl.zoom.windows import WindowError
 
-# "answered"; neither call nor answer came ("no_call"); it still called at its last turn ("turns"); it was shown as many
-# pictures as it may ("pictures"); a turn was cut short ("tokens"); no turn came ("failed", see `Episode.error`).
-End = Literal["answered", "no_call", "turns", "pictures", "tokens", "failed"]
 UNFINISHED: tuple[End, ...] = ("turns", "pictures", "tokens")
 
 
