@@ -14,6 +14,7 @@ from waiting import wait_until
 
 from visrl.conversation import Conversation
 from visrl.scenes import SIDE
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +99,46 @@ def test_three_looks_are_drawn_in_order_and_clicked_through(shown: tuple[Page, P
     assert page.run("document.querySelector('.where').textContent") == "40, 60, 200, 180"
     assert page.run("document.querySelector('[aria-pressed=true].look-number').textContent") == "1"
     page.screenshot(folder / "looks.png")
+
+
+def zoom(conversation: Conversation) -> str:
+    """A checkpoint of DeepEyes: a call, one that cannot be followed, another one, and the answer, or calls alone."""
+    if len(conversation.messages) == 1:
+        return "perhaps nine"
+    turn = sum(message.role == "assistant" for message in conversation.messages)
+    calls = ["[40, 60, 200, 180]", "[40, 60, 41, 180]", "[80, 60, 200, 180]"]
+    if turn == 3 and "endless" not in conversation.messages[1].text:
+        return "<think>Clear.</think> <answer>7</answer>"
+    said = f'{{"name": "image_zoom_in_tool", "arguments": {{"bbox_2d": {calls[turn % 3]}}}}}'
+    return f"<think>Small.</think> <tool_call>{said}</tool_call>"
+
+
+def test_a_checkpoint_of_a_public_protocol_shows_its_looks_and_what_could_not_be_followed(tmp_path: Path) -> None:
+    served = known(zoom, protocol=ZOOM_PROTOCOLS["deepeyes"])
+    with served as (url, _, _), browser(tmp_path) as page:
+        page.resize(1280, 800)
+        page.goto(url)
+        page.wait("document.querySelector('#status').dataset.state === 'ok'")
+        assert page.run("document.querySelector('#status').textContent") == "known (deepeyes)"
+        assert page.run("[document.querySelector('#looks').value, document.querySelector('#tokens').value]") == [
+            "5",
+            "4096",
+        ]
+        add_picture(page, tmp_path)
+        ask(page, "Which number?")
+        assert page.run("document.querySelector('.focus .answer').textContent") == "7"
+        assert page.run("document.querySelector('.plain .answer').textContent") == "perhaps nine"
+        assert outlines(page) == [[40, 60, 160, 120], [80, 60, 120, 120]]
+        page.run("document.querySelectorAll('.look-number')[1].click(), 0")
+        assert "ARGUMENTS ARE INVALID" in page.run("document.querySelector('.where').textContent")
+        assert page.run("document.querySelector('.crop').hidden") is True
+        page.run("document.querySelectorAll('.look-number')[0].click(), 0")
+        assert page.run("document.querySelector('.where').textContent") == "40, 60, 200, 180"
+        ask(page, "What is endless?")
+        said = page.run("document.querySelector('.card .focus .answer').textContent")
+        assert said == "no answer: it still looked at its last turn"
+        page.screenshot(tmp_path / "protocol.png")
+        assert page.problems == []
 
 
 def test_several_questions_of_one_picture_are_picked_by_keyboard_alone(shown: tuple[Page, Path, str]) -> None:

@@ -11,7 +11,8 @@ backend         what the application asks of whoever computes
 batching        the backend in this process; admission decides who waits and who joins, decode_loop decodes
 requests        one text asked of it
 upstream        the backend in front of vLLM
-focus           `MODEL:focus`: the two steps of one request
+ways            in which way a request is answered
+focus, looks    `MODEL:focus`: the two steps of one request; several looks, by `visrl` or by a public protocol
 
 safety          who may ask, from where, how much; connections says whose turn it is
 images          images of strangers; image_decoders opens them in processes, image_decoder is such a process

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from visrl.serve.adapters import HeldAdapter, RuntimeAdapters, add_routes
 from visrl.serve.backend import Backend
 from visrl.serve.connections import RESERVE, Held
 from visrl.serve.errors import RequestError
-from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus, answer_with_looks
 from visrl.serve.images import Fetcher, Opener
 from visrl.serve.metrics import Metrics
 from visrl.serve.replies import ChatReply, Choice, ChoiceStream, Chunks, event, event_of, model_list, whole_reply
@@ -37,8 +35,9 @@ from visrl.serve.schemas import (
     Limits,
     read_request,
     to_conversation,
-    to_question,
 )
+from visrl.serve.ways import Ways
+from visrl.zoom.protocols import ZoomProtocol
 
 PAGE = Path(__file__).parent / "page"
 SMALL_PIXELS = 4_000_000  # of an image: it may use the part of the budget that is closed to larger ones
@@ -65,6 +64,8 @@ class Settings:
     only_local_names: bool = True
     created: int = 0
     adapters: RuntimeAdapters | None = None
+    protocol: ZoomProtocol | None = None  # a public one, of the checkpoint; `visrl` otherwise
+    max_looks: int | None = None  # of requests that say nothing; one look, always, if left out
 
 
 def create_app(backend: Backend, settings: Settings, metrics: Metrics, opener: Opener | None = None) -> Gate:
@@ -117,6 +118,7 @@ class _Server:
         most = settings.limits.held_pixels
         self.pixels = Budget(most, "pictures", spare=most // RESERVE, small=SMALL_PIXELS)
         self.scenes = Scenes()
+        self.ways = Ways(settings.protocol, settings.max_looks, settings.limits)
 
     async def health(self) -> Response:
         state = self.backend.state
@@ -126,7 +128,7 @@ class _Server:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> Response:
-        return JSONResponse(model_list(self.settings.name, self.settings.created, self._adapters))
+        return JSONResponse(model_list(self.settings.name, self.settings.created, self._adapters, self.ways.told()))
 
     @property
     def _adapters(self) -> dict[str, HeldAdapter]:
@@ -152,8 +154,7 @@ class _Server:
         self._adapter_of(asked)  # refused before any work is done
         if self.backend.state != "ready":
             raise RequestError(503, f"the model is not ready ({self.backend.state}); try again soon", retry_after_s=2)
-        if asked.suffix:
-            to_question(asked)  # refused before any work is done
+        self.ways.check(asked, self.backend.is_passed_on)  # refused before any work is done
         if asked.stream:
             return await self._begin_stream(asked, request)
         choices = await self._timely(self._answer(asked, None, request.scope[HELD]), request)
@@ -238,16 +239,14 @@ class _Server:
     ) -> Choice:
         stream = ChoiceStream(index, chunks)
 
-        def send_focus(focus: dict[str, Any]) -> None:
-            kept.add(len(focus["crop"]))
-            if asked.max_looks is not None:  # crops stay for the turns to come
-                left, top, right, bottom = focus["crop_window"]
-                held.enter_context(self.pixels.hold((right - left) * (bottom - top)))
-            stream.put({"focus": focus})
+        def keep(look: dict[str, Any], pixels: int) -> None:
+            kept.add(len(look["crop"] or ""))
+            if pixels:  # crops stay for the turns to come
+                held.enter_context(self.pixels.hold(pixels))
 
         queued = QueuedRequest(
             conversation,
-            asked.sampling(self.settings.sampling),
+            asked.sampling(self.ways.sampling(asked, self.settings.sampling)),
             seed,
             asked.stops,
             on_text=None if chunks is None else stream.put_text,
@@ -255,19 +254,7 @@ class _Server:
             index=index,
             adapter=self._adapter_of(asked),
         )
-        if asked.suffix == WHOLE_SUFFIX:
-            choice = await answer_from_whole(self.backend, to_question(asked), views[0], queued)
-        elif asked.suffix:
-            question = to_question(asked)
-            answer = answer_with_focus if asked.max_looks is None else partial(answer_with_looks, most=asked.max_looks)
-            choice = await answer(self.backend, question, views[0], queued, on_look=send_focus)
-            if chunks is not None:
-                choice = replace(choice, focus=None)  # it is sent, and kept no longer
-        else:
-            choice = await answer_plainly(self.backend, queued)
-        stream.put_text(choice.text)
-        stream.put({}, choice.finish_reason)
-        return choice
+        return await self.ways.answer(self.backend, asked, views, queued, stream, keep)
 
     async def _begin_stream(self, asked: ChatRequest, request: Request) -> Response:
         """The streamed reply, begun with its first event, so that what is refused still gets its own status."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from visrl.config import ConfigError
 from visrl.engines.open import ModelConfig, RequestConfig, ServerUrl
+from visrl.zoom.config import LooksConfig
+from visrl.zoom.protocols import ZOOM_PROTOCOLS, ZoomProtocol
 
 if TYPE_CHECKING:
     from visrl.serve.schemas import Limits
@@ -17,10 +19,11 @@ if TYPE_CHECKING:
 ENVIRONMENT = {"API_HOST": "host", "API_PORT": "port", "API_KEY": "api_key", "API_MODEL_NAME": "served_model_name"}
 
 
-class ServeConfig(ModelConfig, RequestConfig):
+class ServeConfig(ModelConfig, RequestConfig, LooksConfig):
     """What `visrl api` takes; the variables API_HOST, API_PORT, API_KEY and API_MODEL_NAME win over the file.
 
-    The keys of requests (`extra_body` and its like) are of those to the server behind this one.
+    The keys of requests (`extra_body` and its like) are of those to the server behind this one. Those of looks say how
+    `:focus` answers: by `protocol`, with up to `max_looks` where a request does not say.
     """
 
     infer_backend: Literal["huggingface", "vllm"] = "huggingface"
@@ -63,6 +66,25 @@ class ServeConfig(ModelConfig, RequestConfig):
     max_connections: int = Field(512, ge=1)
     """Beyond these the connection that keeps the server waiting longest makes room."""
     request_timeout_s: float = Field(120.0, gt=0)
+
+    @model_validator(mode="after")
+    def _shows_enough(self) -> Self:
+        if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
+            raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
+        pictures = self.zoom_protocol.max_pictures if self.zoom_protocol else (self.max_looks or 0) + 1
+        if self.infer_backend == "vllm" and pictures > self.max_images:
+            named = f"protocol={self.protocol}" if self.zoom_protocol else f"max_looks={self.max_looks}"
+            raise ValueError(
+                f"{named} shows up to {pictures} pictures, and vLLM takes {self.max_images} of a request; "
+                f"set max_images={pictures}"
+            )
+        return self
+
+    @property
+    def zoom_protocol(self) -> ZoomProtocol | None:
+        """The public protocol of the checkpoint, with its faults that are to be followed; None for `visrl`."""
+        row = ZOOM_PROTOCOLS.get(self.protocol or "")
+        return row and row.with_faults(*self.protocol_faults)
 
     def with_environment(self, environment: Mapping[str, str]) -> ServeConfig:
         """This config with what the environment says in place.

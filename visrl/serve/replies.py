@@ -107,11 +107,13 @@ def usage(choices: list[Choice]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def model_list(name: str, created: int, adapters: Mapping[str, HeldAdapter]) -> dict[str, Any]:
-    """The served names in the protocol's form; an adapter names its folder and the model it is put on, as with vLLM."""
-    listed: list[dict[str, Any]] = [
-        _model(id, created) for id in (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)
-    ]  # fmt: skip
+def model_list(
+    name: str, created: int, adapters: Mapping[str, HeldAdapter], of_focus: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The served names in the protocol's form; an adapter names its folder and the model it is put on, as with vLLM.
+    `of_focus` is what is told of `:focus`."""
+    listed = [_model(id, created) for id in (name, name + FOCUS_SUFFIX, name + WHOLE_SUFFIX)]
+    listed[1].update(of_focus)
     for id, held in adapters.items():
         listed.append(_model(id, held.created) | {"root": str(held.adapter.folder), "parent": name})
     return {"object": "list", "data": listed}
@@ -134,6 +136,11 @@ class ChoiceStream:
         self._index, self._chunks = index, chunks
         self._first: dict[str, Any] = {"role": "assistant"}
         self._sent = 0  # characters of the text
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody follows it."""
+        return self._chunks is not None
 
     def put(self, delta: dict[str, Any], finish_reason: str | None = None) -> None:
         if self._chunks is not None:

@@ -93,6 +93,8 @@ def _serve_on(sockets: list[socket.socket], config: ServeConfig) -> None:
         only_local_names=is_local_name(config.host),
         created=int(time.time()),
         adapters=runtime_adapters(config),
+        protocol=config.zoom_protocol,
+        max_looks=config.max_looks,
     )
     if not settings.only_local_names and config.api_key is None:
         print(f"Warning: {config.host} is reachable from elsewhere and no API_KEY is set.", file=sys.stderr)
@@ -222,7 +224,8 @@ async def _tidy(metrics: Metrics) -> None:
 
 def _announce(port: int, config: ServeConfig) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"Serving {config.name} and {config.name}:focus at http://{host}:{port} (page) and /v1 (API)", flush=True)
+    focus = f"{config.name}:focus ({config.protocol})" if config.zoom_protocol else f"{config.name}:focus"
+    print(f"Serving {config.name} and {focus} at http://{host}:{port} (page) and /v1 (API)", flush=True)
 
 
 def load_local(config: ServeConfig) -> Loaded:

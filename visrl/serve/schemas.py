@@ -160,7 +160,7 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[bool, _or(False), Strict()] = False
     return_token_ids: Annotated[bool, _or(False), Strict()] = False
-    max_looks: int | None = Field(None, ge=1, le=MOST_LOOKS)
+    max_looks: int | None = Field(None, ge=0, le=MOST_LOOKS)
     add_generation_prompt: Annotated[bool, _or(True), Strict()] = True
     continue_final_message: Annotated[bool, _or(False), Strict()] = False
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -245,10 +245,6 @@ def read_request(body: bytes, limits: Limits, is_passed_on: bool = False) -> Cha
     request._check_turn()
     if request.max_looks is not None and request.suffix != FOCUS_SUFFIX:
         raise RequestError(400, f"max_looks is for models that end in {FOCUS_SUFFIX}", param="max_looks")
-    looks = request.max_looks or 0
-    if is_passed_on and looks >= limits.images:
-        said = f"max_looks: {looks} shows up to {looks + 1} pictures, and vLLM takes {limits.images} (max_images)"
-        raise RequestError(400, said, param="max_looks")
     (request.model_extra or {}).clear()  # what means nothing here is not kept either, however large
     _check_limits(request, limits)
     return request

@@ -4,8 +4,16 @@ const LONGEST = 2048; // px: a larger picture is scaled down before it is sent
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 
+// Why several looks may end without an answer.
+const LIMITS = {
+  turns: "no answer: it still looked at its last turn",
+  pictures: "no answer: it was shown as many pictures as it may",
+  tokens: "no answer: a turn came to its limit of tokens",
+};
+
 const state = {
   model: null, // the served name
+  several: false, // whether :focus looks as often as the model wants, without being told to
   picture: null, // {canvas, url, name}
   questions: [], // {number, text, looks, focus (the look that is shown), answers, card, stop}
   picked: null,
@@ -41,9 +49,11 @@ async function connect() {
       return;
     }
     if (!reply.ok) throw await failure(reply);
-    state.model = (await reply.json()).data[0].id;
+    const { data } = await reply.json();
+    if (!state.model) takeDefaults(data.find(({ id }) => id === `${data[0].id}:focus`) ?? {});
+    state.model = data[0].id;
     status.dataset.state = "ok";
-    status.textContent = state.model;
+    status.textContent = state.protocol ? `${state.model} (${state.protocol})` : state.model;
   } catch (error) {
     status.dataset.state = "gone";
     status.textContent = "no connection";
@@ -51,7 +61,17 @@ async function connect() {
   }
 }
 
-const looks = () => Math.min(12, Math.max(1, Math.round(Number($("looks").value)) || 1));
+// What the server says of its :focus: the protocol of the checkpoint, its looks, and the length of its turns.
+function takeDefaults({ protocol, max_looks: most, turn_tokens: tokens }) {
+  Object.assign(state, { protocol, several: most !== undefined });
+  if (state.several) Object.assign($("looks"), { value: most, min: 0, max: protocol ? most : 12 });
+  if (tokens) $("tokens").value = tokens;
+}
+
+function looks() {
+  const { value, min, max } = $("looks");
+  return Math.min(Number(max), Math.max(Number(min), Math.round(Number(value)) || 0));
+}
 
 // The events of one streamed completion, as parsed chunks.
 async function* completion(model, text, signal) {
@@ -67,7 +87,7 @@ async function* completion(model, text, signal) {
       messages: [{ role: "user", content }],
       temperature: Number($("temperature").value) || 0,
       max_tokens: Number($("tokens").value) || 128,
-      ...(model.endsWith(":focus") && looks() > 1 ? { max_looks: looks() } : {}),
+      ...(model.endsWith(":focus") && (state.several || looks() > 1) ? { max_looks: looks() } : {}),
     }),
   });
   if (!reply.ok) throw await failure(reply);
@@ -227,11 +247,12 @@ async function run(question, side, model) {
   question.answers[side] = "";
   try {
     for await (const { delta } of completion(model, question.text, question.stop.signal)) {
-      if (delta.focus) showFocus(question, delta.focus);
+      if (delta.focus?.end) question.end = delta.focus.end;
+      else if (delta.focus) showFocus(question, delta.focus);
       question.answers[side] += delta.content ?? "";
       answer.textContent = question.answers[side];
     }
-    if (!question.answers[side]) answer.textContent = "(no words)";
+    if (!question.answers[side]) answer.textContent = (side === "focus" && LIMITS[question.end]) || "(no words)";
     if (side === "focus" && !question.focus) place.querySelector(".where").textContent = "answered without a look";
   } catch (error) {
     answer.classList.add("fault");
@@ -264,9 +285,11 @@ function showLook(question, focus) {
     button.setAttribute("aria-pressed", String(n === number));
   }
   crop.onload = () => crop.classList.toggle("tiny-crop", Math.max(crop.naturalWidth, crop.naturalHeight) < 140);
-  crop.src = focus.crop;
+  if (focus.crop) crop.src = focus.crop;
+  else crop.removeAttribute("src");
   crop.alt = `The crop of look ${number + 1} for question ${question.number}`;
-  crop.hidden = !focus.box;
+  crop.hidden = !focus.box || !focus.crop;
+  crop.title = state.protocol ? focus.box_text : "";
   where.textContent = focus.box ? focus.box.map(Math.round).join(", ") : focus.error;
   where.title = focus.box ? "left, top, right, bottom in pixels" : "";
   where.classList.toggle("fault", !focus.box);
