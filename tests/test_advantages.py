@@ -9,9 +9,33 @@ from math import sqrt
 import pytest
 import torch
 
-from visrl.rewards.advantages import Reward, best_of, box_reward, deviation, grpo, mean, reinforce, rloo, two_levels
+from visrl.rewards.advantages import (
+    Fork,
+    GroupAdvantages,
+    Reward,
+    best_of,
+    box_reward,
+    credit_at_forks,
+    deviation,
+    grpo,
+    mean,
+    reinforce,
+    rewards_alone,
+    rloo,
+    value_of,
+    with_price,
+)
 
 GROUPS: list[list[Reward]] = [[1.0, 0.0, 0.0, 1.0], [0.5, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+
+
+def two_levels(boxes, answers, estimate):
+    """One look: the advantages of boxes within their question, and of answers within their crop; an answer by itself is
+    compared with nothing."""
+    questions = zip(boxes, answers, strict=True)
+    outcomes = [tuple(tuple(crop) or reward for reward, crop in zip(*one, strict=True)) for one in questions]
+    forks, nothing = credit_at_forks(outcomes, estimate, lone_inherits=False), GroupAdvantages((), True)
+    return [fork.group for fork in forks], [[one.group if one else nothing for one in fork.after] for fork in forks]
 
 
 def values(groups) -> list[list[float | None]]:
@@ -157,3 +181,61 @@ def test_equal_to_trl(ours, theirs) -> None:
     found = torch.tensor([[v or 0.0 for v in group.values] for group in ours(groups)], dtype=torch.float64)
     assert sum(r is None for group in groups for r in group) > 2
     torch.testing.assert_close(found, theirs(tensor), rtol=1e-6, atol=1e-9)
+
+
+# --- credit at every fork ---------------------------------------------------------------------------------------------
+
+
+def advantages(fork: Fork) -> list[object]:
+    """The advantages of a fork, each with those after it where there are any."""
+    return [
+        value if after is None else (value, advantages(after))
+        for value, after in zip(fork.group.values, fork.after, strict=True)
+    ]
+
+
+def test_three_levels_by_hand() -> None:
+    """After the first of two turns come an answer worth 1 and a second look, whose answers are worth 1 and 0: ¾ in the
+    mean over its forks. The second turn's one look is answered wrong: alone, it goes on with what its turn has."""
+    (fork,) = credit_at_forks([((1.0, (1.0, 0.0)), ((0.0,),))], partial(grpo, scale="none"))
+    assert advantages(fork) == [(0.375, [0.25, (-0.25, [0.5, -0.5])]), (-0.375, [(-0.375, [-0.375])])]
+    second = rloo([[0.75, 0.0]])[0].values
+    (fork,) = credit_at_forks([((1.0, (1.0, 0.0)), 0.0)], rloo)
+    assert advantages(fork) == [(second[0], [0.5, (-0.5, [1.0, -1.0])]), second[1]]
+    (fork,) = credit_at_forks([((1.0, (1.0, 0.0)), 0.0)], rewards_alone)  # what PPO is given
+    assert advantages(fork) == [(0.75, [1.0, (0.5, [1.0, 0.0])]), 0.0]
+
+
+def test_what_came_to_no_end_is_in_no_mean() -> None:
+    """Of the first turn's two looks one has no reward: the turn is worth the other's. A turn of which nothing is known
+    has no advantage, and neither has what came after it."""
+    assert value_of((None, (1.0, None))) == 1
+    assert value_of((None, (None, None))) is None
+    (fork,) = credit_at_forks([((None, (1.0, None)), 0.0, (None,))], partial(grpo, scale="none"))
+    assert advantages(fork) == [(0.5, [None, (0.0, [0.0, None])]), -0.5, (None, [None])]
+
+
+@pytest.mark.parametrize(
+    "estimate", [grpo, partial(grpo, scale="batch"), partial(rloo, normalize=True), reinforce, best_of, rewards_alone]
+)
+def test_one_look_is_the_case_of_two_levels_to_the_last_bit(estimate) -> None:
+    """The advantages of boxes and answers, estimated apart as they were before there were more levels."""
+    chance = random.Random(3)
+    answers = [[[chance.random() for _ in range(chance.choice([0, 3]))] for _ in range(4)] for _ in range(5)]
+    boxes = [[box_reward(crop) if crop else 0.0 for crop in question] for question in answers]
+    found = two_levels(boxes, answers, estimate)
+    assert found[0] == estimate(boxes)
+    theirs = iter(estimate([crop for own in answers for crop in own if crop]))
+    assert all(crop == next(theirs) for own in found[1] for crop in own if crop.values)
+    trees = [tuple(tuple(crop) or 0.0 for crop in question) for question in answers]
+    forks = credit_at_forks(trees, estimate)
+    assert [fork.group for fork in forks] == found[0]
+    assert [[one.group.values for one in fork.after if one] for fork in forks] == [
+        [crop.values for crop in own if crop.values] for own in found[1]
+    ]
+
+
+def test_a_price_is_taken_off_for_every_look() -> None:
+    assert with_price(1.0, 3, 0.25) == 0.25
+    assert with_price(0.5, 0, 0.25) == 0.5
+    assert with_price(None, 2, 0.25) is None

@@ -24,7 +24,10 @@ from visrl.redact import hidden, without_secrets
 from visrl.yaml_text import YamlError, parse_yaml
 
 # Keys that came after manifests of work that may still go on, with the value that it was begun under.
-LATER = {"layout": "auto", "router_aux_loss_coef": None}
+LATER: dict[str, Any] = {
+    "layout": "auto", "router_aux_loss_coef": None, "protocol_faults": [], "max_looks": None, "num_forks": 1,
+    "look_price": 0.0, "punish_unfinished": False,
+}  # fmt: skip
 LARGEST = 2**63 - 1  # what a whole number of torch and numpy holds
 MAX_BYTES = 1_000_000  # of a config file
 # The configs that come with visrl: data of the package where it is installed, beside it in the source (see setup.py).

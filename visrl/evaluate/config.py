@@ -87,8 +87,6 @@ class EvalConfig(PolicyConfig, JudgeKeys, LooksConfig, SourceConfig):
 _LATER: dict[str, Any] = {
     "reading": None,
     "option_order": None,
-    "protocol_faults": [],
-    "max_looks": None,
     "max_new_tokens": None,
     "temperature": 0.0,
     "top_p": 1.0,

@@ -9,7 +9,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from visrl.box import Box
 from visrl.errors import UserError
@@ -173,8 +182,28 @@ class RolledBoxShape(Shape):
     parts: dict[str, list[FiniteFloat | None]]
 
 
+class RolledTurnShape(Shape):
+    """A turn in a line of `rollouts.jsonl`, with those after it, or with how it ended."""
+
+    text: str
+    looks: list[BoxList]
+    value: FiniteFloat | None
+    advantage: FiniteFloat | None
+    turns: list[RolledTurnShape] | None = None
+    end: str = ""
+    answer: str | None = None
+    reward: FiniteFloat | None = None
+    parts: dict[str, FiniteFloat | None] = {}
+
+    @model_validator(mode="after")
+    def _ends_or_goes_on(self) -> RolledTurnShape:
+        if (self.turns is None) != bool(self.end):
+            raise ValueError("a turn has either an end or turns after it")
+        return self
+
+
 class RolloutShape(Shape):
-    """A line of `rollouts.jsonl`, which an online training writes."""
+    """A line of `rollouts.jsonl`, which an online training writes: boxes with their answers, or turns."""
 
     step: NonNegativeInt
     id: str | int
@@ -182,8 +211,16 @@ class RolloutShape(Shape):
     question: str
     answer: str
     true_box: BoxList | None = None
+    true_looks: list[BoxList] | None = None
     repeat: NonNegativeInt = 0
-    boxes: list[RolledBoxShape]
+    boxes: list[RolledBoxShape] | None = None
+    turns: list[RolledTurnShape] | None = None
+
+    @model_validator(mode="after")
+    def _boxes_or_turns(self) -> RolloutShape:
+        if (self.boxes is None) == (self.turns is None):
+            raise ValueError("a row of rollouts has boxes, or turns where the model looks several times")
+        return self
 
 
 class LogShape(Shape):

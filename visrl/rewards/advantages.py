@@ -1,8 +1,9 @@
 """Advantages: how much better a response is than the others it is compared with. Pure arithmetic on rewards.
 
-Credit has two levels. A box is compared with the other boxes of its question, by the mean reward of its answers; an
-answer is compared with the other answers from its crop. A reward of None could not be told (an unread judge, say): it
-is in no mean, and its response has no advantage.
+Credit is given at every fork: a turn is compared with those that were sampled beside it, by the mean reward of what
+came after it. Of one look that is two levels: a box is compared with the other boxes of its question, by the mean
+reward of its answers, and an answer with the other answers from its crop. A reward of None could not be told (an unread
+judge, say): it is in no mean, and its response has no advantage.
 """
 
 from __future__ import annotations
@@ -120,7 +121,70 @@ def whiten(values: Sequence[float], *, shift_mean: bool = True) -> list[float]:
     return [(value - middle) / spread + (0.0 if shift_mean else middle) for value in values]
 
 
-# --- The two levels ---------------------------------------------------------------------------------------------------
+# --- Forks ------------------------------------------------------------------------------------------------------------
+
+Outcome = Reward | tuple["Outcome", ...]
+"""What came of a turn: the reward where it was the last one, else the outcomes of the turns sampled after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The advantages of turns that were sampled side by side, and for each the fork after it, None at an end."""
+
+    group: GroupAdvantages
+    after: tuple[Fork | None, ...]
+
+
+def value_of(outcome: Outcome) -> Reward:
+    """What a turn is worth: its reward, or the mean of what the turns after it are worth; None where none is known.
+
+    The mean is taken fork by fork, so that it is what can be expected after the turn: an end under a fork that was
+    sampled more often weighs no more than one that was reached at once.
+    """
+    return box_reward([value_of(one) for one in outcome]) if isinstance(outcome, tuple) else outcome
+
+
+def credit_at_forks(
+    questions: Sequence[tuple[Outcome, ...]], estimate: Estimator, *, lone_inherits: bool = True
+) -> list[Fork]:
+    """The advantages of all turns at some questions: each within its fork, by what it is worth (see `value_of`).
+
+    A turn that was sampled alone has nothing to be compared with, and goes on with the advantage of the turn before it
+    (`lone_inherits`). Statistics of a batch are those of one depth: of all first turns, of all second ones.
+
+    Boxes of which both answers, one, and none are right, ((1, 1), (1, 0), (0, 0)), are worth 1, 0.5 and 0: against
+    their mean +0.5, 0 and −0.5. The right answer of the second is +0.5 against its crop's mean, the wrong one −0.5; the
+    others 0, for what all answers from a crop have in common is the box's merit or fault. With a second look in the
+    place of one of the answers, (1, (1, 0)) is worth ¾: +¼ for the answer, −¼ for the look, ±½ for what came of that.
+    """
+    return _credit([(question, None) for question in questions], estimate, lone_inherits)
+
+
+Origin = GroupAdvantages | None  # the advantage of the turn before a fork, a group of one; None before a first turn
+
+
+def _credit(
+    forks: Sequence[tuple[tuple[Outcome, ...], Origin]], estimate: Estimator, lone_inherits: bool
+) -> list[Fork]:
+    """The forks of one depth and all below them."""
+    goes_on = [lone_inherits and before is not None and len(turns) == 1 for turns, before in forks]
+    compared = [list(map(value_of, turns)) for (turns, _), known in zip(forks, goes_on, strict=True) if not known]
+    estimated = iter(estimate(compared) if compared else ())
+    groups = [
+        before if known and before is not None else next(estimated)
+        for (_, before), known in zip(forks, goes_on, strict=True)
+    ]
+    further = [
+        (turn, GroupAdvantages((advantage,), True))
+        for (turns, _), group in zip(forks, groups, strict=True)
+        for turn, advantage in zip(turns, group.values, strict=True)
+        if isinstance(turn, tuple)
+    ]
+    below = iter(_credit(further, estimate, lone_inherits) if further else ())
+    return [
+        Fork(group, tuple(next(below) if isinstance(turn, tuple) else None for turn in turns))
+        for (turns, _), group in zip(forks, groups, strict=True)
+    ]
 
 
 def box_reward(answers: Rewards) -> Reward:
@@ -128,18 +192,9 @@ def box_reward(answers: Rewards) -> Reward:
     return mean(answers) if any(reward is not None for reward in answers) else None
 
 
-def two_levels(
-    boxes: Sequence[Rewards], answers: Sequence[Sequence[Rewards]], estimate: Estimator
-) -> tuple[list[GroupAdvantages], list[list[GroupAdvantages]]]:
-    """The advantages of boxes within their question, and of answers within their crop.
-
-    `boxes[q][b]` is the reward of a box (see `box_reward`), `answers[q][b]` those of the answers from its crop: none
-    where the box cannot be read. Boxes of which both answers, one, and none are right are worth 1, 0.5 and 0: against
-    their mean +0.5, 0 and −0.5. The right answer of the second is +0.5 against its crop's mean, the wrong one −0.5; the
-    others 0, for what all answers from a crop have in common is the box's merit or fault.
-    """
-    of_answers = iter(estimate([crop for question in answers for crop in question]))
-    return estimate(boxes), [[next(of_answers) for _ in question] for question in answers]
+def with_price(reward: Reward, looks: int, price: float) -> Reward:
+    """The reward of an answer for which so many looks were taken, each at `price`: looking is learned where it pays."""
+    return None if reward is None else reward - price * looks
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------

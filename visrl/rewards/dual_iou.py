@@ -38,7 +38,7 @@ def dual_iou(predicted: Sequence[Box], truths: Sequence[Box]) -> float:
 
 def true_boxes(sample: Sample, size: Size) -> list[Box]:
     """The true boxes of a sample, in an image of `size` where it does not say its own: the several of its row
-    (`IN_PIXELS`, each a box or an object with `bbox`), else the one that it has, else none.
+    (`IN_PIXELS`, each a box or an object with `bbox`), else its true looks or the one box that it has, else none.
 
     Raises:
         RecordError: the row holds something else under one of these keys.
@@ -46,7 +46,7 @@ def true_boxes(sample: Sample, size: Size) -> list[Box]:
     row: dict[str, Any] = sample.raw if isinstance(sample.raw, dict) else {}
     key = next((key for key in IN_PIXELS if row.get(key)), None)
     if key is None:
-        return [] if sample.box is None else [sample.box]
+        return list(sample.true_looks or ())
     given = row[key]
     if not isinstance(given, list):
         raise RecordError(f"sample {sample.id!r}: {key!r} must be a list of boxes in pixels; it is {str(given)[:60]}")

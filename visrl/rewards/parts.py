@@ -1,7 +1,8 @@
 """The reward of an attempt as a weighted sum of named parts, and `PARTS`, the table of those that `rewards` names.
 
-An attempt is one box of a question with the answers from its crop; every answer gets a reward of its own. None says
-that a score could not be told: it is never 0. What cannot be blamed on the policy (a prompt that it cannot be shown) is
+An attempt is one box of a question with the answers from its crop, or where the policy looks several times one first
+turn with all ends after it; every answer gets a reward of its own. None says that a score could not be told: it is
+never 0. What cannot be blamed on the policy (a prompt that it cannot be shown) is
 None in every part; a box that cannot be read is the policy's own failure, and 0. Parts that need a model, a server or a
 function of the user's own are opened once for a run, in open_parts.py. Imports no torch.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from visrl.box import iou
+from visrl.box import Box, iou
 from visrl.plugins import is_plugin
 from visrl.records import Sample
 from visrl.rewards.choices import choice_score, options_of
@@ -33,8 +34,9 @@ RIGHT = 0.5  # from this score on, an answer is more right than wrong: what `whe
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One box of a question: a look for each answer from its crop, or a single one without an answer. `without` is the
-    greedy answer to the same question from the whole image in place of a crop, where a part asks for it."""
+    """One box of a question: a look for each answer from its crop, or a single one without an answer; of several looks
+    (`Look.looks`) one for every end after a first turn. `without` is the greedy answer to the same question from the
+    whole image in place of a crop, where a part asks for it."""
 
     sample: Sample
     looks: tuple[Look, ...]
@@ -42,7 +44,8 @@ class Attempt:
 
 
 def is_failed(look: Look) -> bool:
-    """Whether something else than the policy failed: the engine, or a prompt that the model cannot be shown."""
+    """Whether something else than the policy failed: the engine, or a prompt that the model cannot be shown; or the
+    policy was not left to come to its end."""
     return look.error is not None and not look.error.startswith("box: ")
 
 
@@ -111,13 +114,15 @@ def check_parts(parts: Sequence[RewardPart]) -> Sequence[RewardPart]:
 @dataclass(frozen=True, slots=True)
 class PartKind:
     """A row of the table: the scores of an attempt's looks by a metric, in order, each in [0, 1]. One of which `score`
-    is None is opened once for a run: it has a row in `open_parts.OPENERS`, too."""
+    is None is opened once for a run: it has a row in `open_parts.OPENERS`, too. `about_several` says what it is of an
+    answer after several looks, where that is more than one look says; "" where it can be asked about one look alone."""
 
     score: Callable[[Attempt, Metric], Scores] | None
     about: str
     argument: str = ""  # what must stand after a colon in its name, as "PATH"
     compares: bool = False  # whether the metric says anything
     without_crop: bool = False  # whether it reads `Attempt.without`
+    about_several: str = "the same"
 
 
 def _right(answer: str | None, sample: Sample, metric: Metric) -> float | None:
@@ -140,22 +145,38 @@ def _outcome(attempt: Attempt, metric: Metric) -> Scores:
     return [math.fsum(scores) / len(scores) if scores else None] * len(attempt.looks)
 
 
+def _boxes(look: Look) -> list[Box]:
+    """The boxes of all looks that were taken for an answer, in their order."""
+    if look.looks is not None:
+        return [one.box for one in look.looks]
+    return [] if look.box is None else [look.box]
+
+
 def _crop_gain(attempt: Attempt, metric: Metric) -> Scores:
     before = _right(attempt.without, attempt.sample, metric)
     return [
-        None if score is None or before is None else score * (1 - before) for score in _answer(attempt, metric)
-    ]  # fmt: skip
+        None if score is None or before is None else score * (1 - before) if _gains(look) else 0.0
+        for look, score in zip(attempt.looks, _answer(attempt, metric), strict=True)
+    ]
+
+
+def _gains(look: Look) -> bool:
+    return look.looks is None or bool(look.looks)
 
 
 def _format(attempt: Attempt, metric: Metric) -> Scores:
-    return [float(look.box is not None) for look in attempt.looks]
+    return [float(look.box is not None if look.looks is None else look.end == "answered") for look in attempt.looks]
 
 
 def _iou(attempt: Attempt, metric: Metric) -> Scores:
-    truth = attempt.sample.box
-    if truth is None:
+    truths = [attempt.sample.box] if attempt.looks[0].looks is None else attempt.sample.true_looks or ()
+    known = [truth for truth in truths if truth is not None]
+    if not known:
         return [None] * len(attempt.looks)
-    return [0.0 if look.box is None else iou(look.box, truth) for look in attempt.looks]
+    return [
+        math.fsum(max((iou(box, truth) for box in _boxes(look)), default=0.0) for truth in known) / len(known)
+        for look in attempt.looks
+    ]
 
 
 def _dual_iou(attempt: Attempt, metric: Metric) -> Scores:
@@ -164,28 +185,52 @@ def _dual_iou(attempt: Attempt, metric: Metric) -> Scores:
     truths = true_boxes(attempt.sample, attempt.looks[0].whole.size)
     if not truths:
         return [None] * len(attempt.looks)
-    return [dual_iou([look.box] if look.box else [], truths) for look in attempt.looks]
+    return [dual_iou(_boxes(look), truths) for look in attempt.looks]
 
 
 def _area(attempt: Attempt, metric: Metric) -> Scores:
-    return [0.0 if look.box is None else 1.0 - look.box.area for look in attempt.looks]
+    return [
+        0.0 if _is_unread(look) else 1.0 - max((box.area for box in _boxes(look)), default=0.0)
+        for look in attempt.looks
+    ]
+
+
+def _is_unread(look: Look) -> bool:
+    """Whether a box was written that cannot be read."""
+    return look.box is None and (look.looks is None or look.error is not None)
 
 
 PARTS: dict[str, PartKind] = {
     "answer": PartKind(_answer, "the answer is right", compares=True),
-    "outcome": PartKind(_outcome, "share of the crop's answers that are right, the same for each", compares=True),
-    "crop_gain": PartKind(
-        _crop_gain, "right with the crop and wrong without it", compares=True, without_crop=True
+    "outcome": PartKind(
+        _outcome, "share of the crop's answers that are right, the same for each", compares=True,
+        about_several="share of all answers after the first turn that are right",
     ),
-    "format": PartKind(_format, "the box can be read"),
-    "iou": PartKind(_iou, "IoU with the true box; None without one"),
-    "dual_iou": PartKind(_dual_iou, "recall and precision with several true boxes; None without one"),
+    "crop_gain": PartKind(
+        _crop_gain, "right with the crop and wrong without it", compares=True, without_crop=True,
+        about_several="right after a look or more and wrong without a crop; 0 without a look",
+    ),
+    "format": PartKind(
+        _format, "the box can be read", about_several="it came to an answer in the protocol's form",
+    ),
+    "iou": PartKind(
+        _iou, "IoU with the true box; None without one",
+        about_several="mean over the true looks of the best IoU that a look has with each; None where there are none",
+    ),
+    "dual_iou": PartKind(
+        _dual_iou, "recall and precision with several true boxes; None without one",
+        about_several="recall and precision of all looks",
+    ),
     "judge": PartKind(None, "a model finds the answer right, beside the true one"),
-    "critic": PartKind(None, "mean of the critic's scores of box and answer"),
-    "critic_box": PartKind(None, "the critic's score of the box"),
-    "critic_answer": PartKind(None, "the critic's score of the answer"),
-    "area": PartKind(_area, "1 − the box's share of the image"),
-    "model": PartKind(None, "what a reward model of stage: rm says of box and answer", argument="PATH"),
+    "critic": PartKind(None, "mean of the critic's scores of box and answer", about_several=""),
+    "critic_box": PartKind(None, "the critic's score of the box", about_several=""),
+    "critic_answer": PartKind(None, "the critic's score of the answer", about_several=""),
+    "area": PartKind(
+        _area, "1 − the box's share of the image", about_several="1 − the share of the largest look; 1 without a look"
+    ),
+    "model": PartKind(
+        None, "what a reward model of stage: rm says of box and answer", argument="PATH", about_several=""
+    ),
 }  # fmt: skip
 
 

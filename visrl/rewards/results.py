@@ -162,7 +162,7 @@ class Result:
             "error": self.failure,
             **({"repeat": sample.repeat} if sample.repeat else {}),
             **({"skipped": self.skipped} if self.skipped else {}),
-            **({} if self.looks is None else {"looks": [one.box.as_list() for one in self.looks], "end": self.end}),
+            **self._looked(),
         }
         if sample.answer:
             row.update(string_scores(self.prediction, [sample.answer]))
@@ -203,7 +203,12 @@ class Result:
             "error": self.error,
             **({"repeat": sample.repeat} if sample.repeat else {}),
             **({"skipped": self.skipped} if self.skipped else {}),
+            **self._looked(),
         }
+
+    def _looked(self) -> dict[str, Any]:
+        """All looks and how they came to an end, where the model said how often it looks."""
+        return {} if self.looks is None else {"looks": [one.box.as_list() for one in self.looks], "end": self.end}
 
     def _is_exact(self) -> bool:
         return self.prediction is not None and exact_match(self.prediction, [self.sample.answer]) == 1.0
@@ -345,10 +350,14 @@ def training_measures(rows: Sequence[Row]) -> dict[str, float]:
     share on the right object where images have several, and `score`, the mean of accuracy and IoU.
 
     Accuracy, IoU and right object have their 95 % intervals beside them (`iou_low`, `iou_high`); `n` is how many rows
-    there are.
+    there are. Where the model says how often it looks, there are the mean number of looks and the share without one,
+    and what is parsed is all but a box that cannot be read.
     """
     found = _with_interval("accuracy", _measured(rows, "answer_accuracy"))
-    found["parse_rate"] = _mean([float(row["box"] is not None) for row in rows])
+    found["parse_rate"] = _mean([float(_is_read(row)) for row in rows])
+    if looked := [row for row in rows if "looks" in row]:
+        found["looks_mean"] = _mean([len(row["looks"]) for row in looked])
+        found["no_look"] = _mean([float(not row["looks"] and row["error"] is None) for row in looked])
     if overlaps := _measured(rows, "box_iou"):
         found |= _with_interval("iou", overlaps)
         found["iou_50"] = _mean(_measured(rows, "box_accuracy_50"))
@@ -357,6 +366,10 @@ def training_measures(rows: Sequence[Row]) -> dict[str, float]:
     found["score"] = (found["accuracy"] + found.get("iou", found["accuracy"])) / 2
     found["n"] = len(rows)
     return found
+
+
+def _is_read(row: Row) -> bool:
+    return row["box"] is not None or (row.get("looks") == [] and row["error"] is None)
 
 
 def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:

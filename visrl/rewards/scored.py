@@ -78,6 +78,7 @@ def evaluate_samples(
     samples: Sequence[Sample],
     *,
     mode: Mode = "own",
+    protocol: LookProtocol = VISRL,
     crop_rule: CropRule = "exact",
     root: str | Path | None = None,
     seed: int = 0,
@@ -89,6 +90,6 @@ def evaluate_samples(
     """
     rows: list[dict[str, Any]] = []
     for batch in batched(with_surroundings(samples, mode, seed)[part], BATCH):
-        results = greedy_results(policy, batch, mode=mode, crop_rule=crop_rule, root=root, seed=seed)
+        results = greedy_results(policy, batch, mode=mode, protocol=protocol, crop_rule=crop_rule, root=root, seed=seed)
         rows += [result.loop_row() for result in results]
     return rows

@@ -43,12 +43,14 @@ def sampled_turns(
     sampling: Sampling,
     widths: Sequence[int],
     seeds: Sequence[SeedOf],
+    longest: int | None = None,
 ) -> list[list[SampledTurn]]:
     """The first turns of every question, each with all that was sampled after it.
 
     `widths` (N, M, …) says how many turns are sampled at each depth: N first ones, M after each of those, and one where
     it says no more. `sampling.max_tokens` bounds each turn. `seeds` holds one function for each question, so that its
-    turns depend on nothing but itself and their paths.
+    turns depend on nothing but itself and their paths. An episode of more than `longest` tokens, as far as the engine
+    tells them, has come to its end as "tokens".
     """
     starts = [
         begin(zoom(policy.codec, one.whole.size, one.processed, crop_rule), one.sample.question, one.whole)
@@ -66,7 +68,7 @@ def sampled_turns(
         replies = policy.complete([episode.conversation for _, episode, _, _ in waiting], sampling, asked)
         for (n, episode, _, turns), own_seeds, own in zip(waiting, asked, replies, strict=True):
             turns += [
-                SampledTurn(episode, reply, _after(episode, reply, questions[n].processed), seed)
+                SampledTurn(episode, reply, _after(episode, reply, questions[n].processed, longest), seed)
                 for seed, reply in zip(own_seeds, own, strict=True)
             ]
         waiting = [
@@ -105,9 +107,11 @@ def zoomed_looks(
     return [[look_at_end(chain) for first in own for chain in leaves(first)] for own in firsts]
 
 
-def _after(episode: Episode, reply: Completion, shown: Size) -> Episode:
+def _after(episode: Episode, reply: Completion, shown: Size, longest: int | None) -> Episode:
     if reply.text is None:
         return replace(episode, end="failed", error=no_text(reply))
+    if longest is not None and reply.prompt_tokens + len(reply.ids) > longest:
+        return replace(episode, end="tokens")
     return advance(episode, reply.text, shown, cut_short=reply.finish_reason == "length")
 
 

@@ -13,6 +13,7 @@ from visrl.box import CropRule, Size
 from visrl.codecs import Codec
 from visrl.conversation import Conversation, Message, View, answer_conversation, focus_conversation
 from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt, without_marks
+from visrl.zoom.config import LooksConfig
 from visrl.zoom.episode import begin
 from visrl.zoom.protocols import VISRL_TOKENS, ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
 
@@ -114,6 +115,13 @@ def public_zoom(name: str, plain: Plain, faults: Sequence[Fault] = ()) -> LookPr
         plain,
         zoom=lambda codec, original, shown, crop_rule: row,
     )
+
+
+def protocol_of(config: LooksConfig) -> LookProtocol:
+    """The protocol that a config's keys of several looks name: one look by `visrl` where there is none of them."""
+    if config.protocol in ZOOM_PROTOCOLS:
+        return public_zoom(config.protocol, instructed(None), config.protocol_faults)
+    return VISRL if config.max_looks is None else several_looks(VISRL, config.max_looks)
 
 
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.

@@ -11,9 +11,11 @@ value_head      what trainers need whose model has a value head
 online          online reinforcement: the same trainer, whose batches are sampled from its live weights
 online_config   its keys
 online_rollouts what a step samples: rollouts, rewards, advantages, packed
+online_turns    the same where the model looks several times: a tree of turns for every question
+responses       a sampled text with its prompt and its advantage
 online_losses   its losses
 rollout_servers servers that sample in its place, and get its adapter; importance weighs what they sampled
-online_watch    what people watch of a step: its measures, and the row of the journal
+online_watch    what people watch of a step: its measures, and the row of the journal; turn_watch of several looks
 show_rollouts   the last step's rollouts as a page and a table; rollout_cards draws and crops
 ppo, ppo_config the same with a value head, and its keys
 

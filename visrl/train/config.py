@@ -19,6 +19,7 @@ from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
 from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, check_servers, given_keys
 from visrl.train.ppo_config import PPOFields, check_ppo
+from visrl.zoom.config import LooksConfig
 
 Stage = Literal["sft", "dpo", "rm", "grpo", "rloo", "reinforce++", "ppo", "raft"]
 Task = Literal["read", "locate"]
@@ -176,9 +177,14 @@ class TrainConfig(PPOFields, OnlineFields, TrainerFields, RewardConfig, SourceCo
             check_online(self, self.stage, self.save_steps)
             check_ppo(self, self.stage)
             check_servers(self, self.stage, self.finetuning_type == "lora", self.save_strategy, self.save_steps)
-        elif unread := given_keys(self, {**OnlineFields.model_fields, **PPOFields.model_fields}):
+        elif unread := given_keys(self, self._online_keys()):
             raise ValueError(f"{unread[0]}: stage: {self.stage} samples nothing; set stage: grpo, or leave the key out")
         return self
+
+    def _online_keys(self) -> set[str]:
+        """Keys that mean something to online reinforcement alone; how often is looked, to held-out rollouts too."""
+        keys = OnlineFields.model_fields.keys() | PPOFields.model_fields.keys()
+        return keys - LooksConfig.model_fields.keys() if self.rollout_samples else keys
 
     @property
     def is_online(self) -> bool:

@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from visrl.config import ConfigError
-from visrl.conversation import PromptError, focus_conversation, open_view
+from visrl.conversation import PromptError, open_view
 from visrl.data.sources import read_preferences, read_samples
 from visrl.images import ImageError
 from visrl.models.encode import Encoder
 from visrl.records import Picture, Preference, RecordError, Sample, belongs_to
+from visrl.rollout.protocols import protocol_of
 from visrl.train.config import TrainConfig
 from visrl.train.curriculum import Curriculum
 from visrl.train.items import Collator, Item, TooLong, TrainingRow
@@ -176,11 +177,11 @@ def read_questions(config: TrainConfig, collator: Collator) -> tuple[Questions, 
     samples = read_samples(
         config.dataset, with_box=True, dataset_dir=config.dataset_dir, image_root=config.image_root
     )[: config.max_samples]  # fmt: skip
-    usable, reasons = [], []
+    usable, reasons, protocol = [], [], protocol_of(config)
     for sample in samples if config.drop_unusable else ():
         try:
             whole = open_view(Picture(sample.image, size=sample.size), config.image_root)
-            (prompt,) = collator.encoder.encode(focus_conversation(sample.question, whole), [None])
+            (prompt,) = collator.encoder.encode(protocol.focus(sample.question, whole), [None])
             collator.check_length(prompt, sample.id)
             usable.append(sample)
         except (ImageError, PromptError, TooLong) as error:

@@ -21,6 +21,7 @@ from visrl.train.distributed import say
 from visrl.train.fields import TrainerFields
 from visrl.train.online_config import CRITIC_KEYS, JUDGE_KEYS, ROLLOUT_KEYS, OnlineFields, asked_by
 from visrl.train.ppo_config import PPOFields
+from visrl.zoom.config import LooksConfig
 
 # Keys that change neither what is learned nor what is written beside it.
 NOT_IDENTITY = {
@@ -47,8 +48,9 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     unsaid |= set() if "judge" in asked else JUDGE_KEYS
     unsaid |= set() if "critic" in asked else CRITIC_KEYS
     unsaid |= {key for key, value in LATER.items() if values[key] == value}
+    unsaid |= {"protocol"} if config.protocol is None else set()
     if not config.is_online:
-        unsaid |= OnlineFields.model_fields.keys()
+        unsaid |= OnlineFields.model_fields.keys() - LooksConfig.model_fields.keys()
     elif not config.rollout_url:
         unsaid |= ROLLOUT_KEYS
     if config.stage != "ppo":

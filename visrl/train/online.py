@@ -22,7 +22,7 @@ from visrl.engines.base import Policy
 from visrl.engines.local import LocalEngine
 from visrl.packing.forward import token_logps, token_logps_and_entropies
 from visrl.records import Journal, Sample
-from visrl.rewards.advantages import two_levels
+from visrl.rewards.advantages import credit_at_forks
 from visrl.rewards.grounding import boxes_by_image, other_objects
 from visrl.rewards.parts import Scorer
 from visrl.sequences import batched
@@ -33,7 +33,6 @@ from visrl.train.items import Collator, TrainingBatch
 from visrl.train.online_rollouts import (
     OnlineBatch,
     QuestionRollouts,
-    Response,
     estimator_of,
     pack_responses,
     responses_of,
@@ -41,6 +40,7 @@ from visrl.train.online_rollouts import (
     score_rollouts,
 )
 from visrl.train.online_watch import Objects, journal_row, measures_of
+from visrl.train.responses import Response
 from visrl.train.rollout_cards import JOURNAL
 from visrl.train.rollout_servers import RolloutServers
 from visrl.train.sampler import RepeatedSteps
@@ -119,7 +119,8 @@ class OnlineTrainer(VisrlTrainer):
         self._give_credit(rollouts)
         responses = [responses_of(one, self.collator) for one in rollouts]
         objects = self._objects_of(rollouts)
-        for name, value in measures_of(rollouts, [one for own in responses for one in own], objects):
+        flat, marks = [one for own in responses for one in own], self.encoder.image_ids
+        for name, value in measures_of(rollouts, flat, objects, marks):
             self._add(name, value)
         self._write_journal(rollouts, step, objects)
         ends = [sum(map(len, questions[: n + 1])) for n in range(len(questions))]
@@ -181,16 +182,15 @@ class OnlineTrainer(VisrlTrainer):
 
     def _give_credit(self, rollouts: Sequence[QuestionRollouts]) -> None:
         """Set the advantages of all rollouts of a step: those of the other processes count in a batch's statistics."""
-        boxes = gather_object([[one.box_rewards for one in rollouts]])
-        answers = gather_object([[one.answer_rewards for one in rollouts]])
-        credit = two_levels(
-            [rewards for part in boxes for rewards in part],
-            [rewards for part in answers for rewards in part],
+        everyone = gather_object([[one.outcomes for one in rollouts]])
+        forks = credit_at_forks(
+            [outcomes for own in everyone for outcomes in own],
             estimator_of(self.visrl_config),
+            lone_inherits=self.visrl_config.looks_several_times,
         )
-        before = sum(map(len, boxes[: self.args.process_index]))
+        before = sum(map(len, everyone[: self.args.process_index]))
         for number, one in enumerate(rollouts, start=before):
-            one.boxes, one.answers = credit[0][number], credit[1][number]
+            one.fork = forks[number]
 
     # --- the loss
 

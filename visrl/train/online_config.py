@@ -11,10 +11,12 @@ from visrl.config import Config
 from visrl.engines.open import PatienceConfig, ServerUrls
 from visrl.rewards.open import CriticKeys
 from visrl.rewards.open_judge import JudgeKeys
-from visrl.rewards.parts import Part, RewardPart, check_parts
+from visrl.rewards.parts import Part, RewardPart, check_parts, kind_of
 from visrl.train.fields import NotNegative, Positive
 from visrl.train.importance import Mode
 from visrl.train.online_losses import ONLINE_LOSSES, OnlineLoss
+from visrl.zoom.config import ForkedLooksConfig
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 ONLINE_STAGES = ("grpo", "rloo", "reinforce++", "ppo", "raft")
 
@@ -35,7 +37,7 @@ def _known_loss(name: str) -> str:
     return name
 
 
-class OnlineFields(CriticKeys, JudgeKeys):
+class OnlineFields(CriticKeys, JudgeKeys, ForkedLooksConfig):
     """What `visrl train` takes where it samples what it learns from."""
 
     num_generations: int = Field(8, ge=2)  # boxes sampled for a question
@@ -44,6 +46,7 @@ class OnlineFields(CriticKeys, JudgeKeys):
     top_p: float = Field(1.0, gt=0, le=1)
     max_completion_length: int = Field(64, ge=1)  # tokens of a box text, and of an answer
     mask_truncated_completions: bool = False  # responses that were cut at that length teach nothing
+    punish_unfinished: bool = False  # several looks: an end at a limit is a wrong answer, where it else teaches nothing
 
     rewards: Annotated[
         list[Part],
@@ -146,6 +149,7 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
     """
     name, loss = config.online_loss
     check_reward_keys(config)
+    check_looks(config)
     if stage != "grpo" and config.scale_rewards != "group":
         raise ValueError(f"scale_rewards: {stage} has an estimate of its own; set stage: grpo, or leave the key out")
     if stage != "rloo" and config.normalize_advantages:
@@ -175,6 +179,34 @@ def check_online(config: OnlineFields, stage: str, save_steps: float | None) -> 
             f"save_steps: {save_steps:g} would save between two updates from the same rollouts; give a multiple of "
             f"num_iterations={config.num_iterations}"
         )
+
+
+def check_looks(config: OnlineFields) -> None:
+    """Refuse keys of several looks that do not go together, and parts of a reward that are about one look alone.
+
+    Raises:
+        ValueError: so it is; the message names the key.
+    """
+    if not config.looks_several_times:
+        if config.punish_unfinished:
+            raise ValueError("punish_unfinished: one look always comes to an answer; set max_looks, or leave it out")
+        return
+    row = ZOOM_PROTOCOLS.get(config.protocol or "")
+    most = row.max_turns - 1 if row else config.max_looks or 0
+    if config.num_forks > most and config.num_forks != type(config).model_fields["num_forks"].default:
+        raise ValueError(f"num_forks: there are at most {most} turns after the first; give no more")
+    if not min(config.num_forks, most) and given_keys(config, {"num_answers"}):
+        raise ValueError("num_answers: no look is gone on from several times; raise num_forks, or leave the key out")
+    for part in config.rewards:
+        kind = kind_of(part.name)
+        if kind is not None and not kind.about_several:
+            raise ValueError(
+                f"rewards: {part.name} is asked about one box and its answers; leave it out of several looks"
+            )
+        if kind is not None and kind.without_crop and row:
+            raise ValueError(
+                f"rewards: {part.name} compares with an answer as visrl asks for it, not {row.name}; leave it out"
+            )
 
 
 def check_servers(

@@ -1,26 +1,28 @@
 """What a step of online reinforcement samples: questions → boxes → answers → rewards → advantages → a packed batch.
 
-Token ids go from the engine to the batch as they were sampled. Knows no loss.
+Token ids go from the engine to the batch as they were sampled. Where a model looks several times, online_turns.py has
+its turns. Knows no loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from visrl.box import CropRule
-from visrl.engines.base import Completion, Policy, Sampling, seed_of
-from visrl.models.encode import TokenPath
+from visrl.engines.base import Policy, Sampling, seed_of
 from visrl.packing.pack import PackedBatch
-from visrl.records import Sample, Step
+from visrl.records import Sample
 from visrl.rewards.advantages import (
     FLAT,
     Estimator,
+    Fork,
     GroupAdvantages,
+    Outcome,
     best_of,
     box_reward,
     deviation,
@@ -28,31 +30,48 @@ from visrl.rewards.advantages import (
     reinforce,
     rewards_alone,
     rloo,
+    with_price,
 )
 from visrl.rewards.parts import Attempt, Scored, Scorer, score_attempts, wants_answer_without_crop
+from visrl.rollout.episodes import SampledTurn
 from visrl.rollout.greedy import greedy_looks
-from visrl.rollout.protocols import VISRL
+from visrl.rollout.protocols import LookProtocol, protocol_of
 from visrl.rollout.rollout import OpenedQuestion, answers_all, failure, look_all, open_question
 from visrl.rollout.steps import Look, answer_request
 from visrl.train.checkpoints import TrainingError
 from visrl.train.config import TrainConfig
 from visrl.train.items import Branch, Collator, TrainingBatch
+from visrl.train.online_turns import ends_of, fork_values, outcomes_of, sample_turns, turn_responses
+from visrl.train.responses import Response, check_prompt
 
 NO_ADVANTAGES = GroupAdvantages((), True)
+NO_CREDIT = Fork(NO_ADVANTAGES, ())
+Rolled = tuple[OpenedQuestion, tuple[Attempt, ...], tuple[SampledTurn, ...]]  # a question, its attempts, its turns
 
 
 @dataclass(slots=True)
 class QuestionRollouts:
     """The attempts at a question with what they are worth; the advantages come once the whole step is known.
 
-    `boxes` are the advantages of the boxes, `answers` of the answers from the crop of each.
+    An attempt is a box with the answers from its crop. Where the model looks several times it is a first turn with all
+    ends after it, and `turns` are the first turns.
     """
 
     question: OpenedQuestion
     attempts: tuple[Attempt, ...]
     scored: Scored
-    boxes: GroupAdvantages = NO_ADVANTAGES
-    answers: list[GroupAdvantages] = field(default_factory=list)
+    turns: tuple[SampledTurn, ...] = ()
+    fork: Fork = NO_CREDIT
+
+    @property
+    def boxes(self) -> GroupAdvantages:
+        """The advantages of the boxes, or first turns."""
+        return self.fork.group
+
+    @property
+    def answers(self) -> list[GroupAdvantages]:
+        """The advantages of the answers from the crop of each box, or of the turns after each first one."""
+        return [NO_ADVANTAGES if after is None else after.group for after in self.fork.after]
 
     @property
     def box_rewards(self) -> list[float | None]:
@@ -60,28 +79,24 @@ class QuestionRollouts:
         return [box_reward(rewards) for rewards in self.scored.rewards]
 
     @property
-    def flat(self) -> bool:
-        """Whether all boxes are worth the same, and all answers from each crop: nothing to learn from a comparison."""
-        return all(deviation(group) <= FLAT for group in (self.box_rewards, *self.answer_rewards))
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """The rewards as a tree: what credit is given by."""
+        if self.turns:
+            return outcomes_of(self.turns, iter([reward for own in self.scored.rewards for reward in own]))
+        return tuple(
+            tuple(rewards) if attempt.looks[0].answer_completion is not None else rewards[0]
+            for attempt, rewards in zip(self.attempts, self.scored.rewards, strict=True)
+        )
 
     @property
-    def answer_rewards(self) -> list[list[float | None]]:
-        """The rewards of the answers from the crop of each box; none where there is no answer."""
-        return [
-            rewards if attempt.looks[0].answer_completion is not None else []
-            for attempt, rewards in zip(self.attempts, self.scored.rewards, strict=True)
-        ]
+    def ends(self) -> list[Attempt]:
+        """Every answer as an attempt by itself."""
+        return [replace(attempt, looks=(look,)) for attempt in self.attempts for look in attempt.looks]
 
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """A sampled box text or answer, and the advantage that it has; None where its reward could not be told."""
-
-    row: str
-    step: Step
-    completion: Completion
-    prompt: TokenPath
-    advantage: float | None
+    @property
+    def flat(self) -> bool:
+        """Whether all that was sampled side by side is worth the same: nothing to learn from a comparison."""
+        return all(deviation(group) <= FLAT for group in fork_values(self.outcomes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +153,9 @@ def sample_rollouts(
     seed: int,
     step: int,
     again: int = 0,
-) -> list[tuple[OpenedQuestion, tuple[Attempt, ...]]]:
-    """The attempts at every question: `num_generations` boxes, `num_answers` answers from the crop of each.
+) -> list[Rolled]:
+    """The attempts at every question: `num_generations` boxes, `num_answers` answers from the crop of each; or the
+    turns of several looks (see online_turns.py).
 
     Every completion has a seed of its own, named by step, question, box and answer, and by how often the question was
     sampled before in this step (`again`): a step that a resumed run samples once more comes out the same.
@@ -147,28 +163,48 @@ def sample_rollouts(
     Raises:
         TrainingError: a question cannot be asked at all.
     """
-    plain = _plain_answers(policy, samples, config, crop_rule)
+    plain, protocol = _plain_answers(policy, samples, config, crop_rule), protocol_of(config)
     policy.forget()  # the weights have changed
-    questions = [_opened(policy, sample, config.image_root) for sample in samples]
+    questions = [_opened(policy, sample, protocol, config.image_root) for sample in samples]
+    run = (seed, step, *([again] if again else []))
+    if protocol.zoom is None:
+        rolled = _one_look(policy, questions, plain, config, crop_rule, run)
+    else:
+        turns = sample_turns(policy, questions, protocol, config, crop_rule, run)
+        rolled = [_rolled(*one, config) for one in zip(questions, turns, plain, strict=True)]
+    policy.forget()  # memory is wanted for the update
+    return rolled
+
+
+def _one_look(
+    policy: Policy, questions: Sequence[OpenedQuestion], plain: Sequence[str | None], config: TrainConfig,
+    crop_rule: CropRule, run: Sequence[int],
+) -> list[Rolled]:  # fmt: skip
+    """A box first, then answers from its crop."""
     sampling = Sampling(config.temperature, config.top_p, config.max_completion_length, logprobs=True)
-    boxes, run = range(config.num_generations), (step, *([again] if again else []))
-    seeds = [[seed_of(seed, *run, *sample.place, b, "box") for b in boxes] for sample in samples]
+    boxes, places = range(config.num_generations), [question.sample.place for question in questions]
+    run_seed, *named = run
+    seeds = [[seed_of(run_seed, *named, *place, b, "box") for b in boxes] for place in places]
     looks = [look for own in look_all(policy, questions, sampling, seeds) for look in own]
     seeds = [
-        [seed_of(seed, *run, *sample.place, b, m, "answer") for m in range(config.num_answers)]
-        for sample in samples
+        [seed_of(run_seed, *named, *place, b, m, "answer") for m in range(config.num_answers)]
+        for place in places
         for b in boxes
     ]
     answered = iter(answers_all(policy, looks, sampling, crop_rule, seeds))
-    policy.forget()  # memory is wanted for the update
     return [
-        (question, tuple(Attempt(question.sample, _told(next(answered)), without) for _ in boxes))
+        (question, tuple(Attempt(question.sample, _told(next(answered)), without) for _ in boxes), ())
         for question, without in zip(questions, plain, strict=True)
     ]
 
 
-def _opened(policy: Policy, sample: Sample, root: str | Path | None) -> OpenedQuestion:
-    question = open_question(policy, sample, VISRL.focus, root)
+def _rolled(question: OpenedQuestion, turns: Sequence[SampledTurn], without: str | None, config: TrainConfig) -> Rolled:
+    ends = [ends_of(first, punish_unfinished=config.punish_unfinished) for first in turns]
+    return question, tuple(Attempt(question.sample, own, without) for own in ends), tuple(turns)
+
+
+def _opened(policy: Policy, sample: Sample, protocol: LookProtocol, root: str | Path | None) -> OpenedQuestion:
+    question = open_question(policy, sample, protocol.focus, root)
     if not isinstance(question, OpenedQuestion):
         raise TrainingError(
             f"row {sample.id}: {failure(question)}; take the row out of the data, or leave out all such rows with "
@@ -193,17 +229,26 @@ def _plain_answers(
 
 
 def score_rollouts(
-    rollouts: Sequence[tuple[OpenedQuestion, tuple[Attempt, ...]]],
-    config: TrainConfig,
-    scorers: Mapping[str, Scorer],
+    rollouts: Sequence[Rolled], config: TrainConfig, scorers: Mapping[str, Scorer]
 ) -> list[QuestionRollouts]:
-    """The rollouts with their rewards, by the parts' scorers.
+    """The rollouts with their rewards, by the parts' scorers; less the price of the looks that were taken.
 
     Raises:
         RewardError: a function of the user's own gave no scores.
     """
-    scored = score_attempts(config.rewards, scorers, [attempts for _, attempts in rollouts])
-    return [QuestionRollouts(*one, rewards) for one, rewards in zip(rollouts, scored, strict=True)]
+    scored = score_attempts(config.rewards, scorers, [attempts for _, attempts, _ in rollouts])
+    return [
+        QuestionRollouts(question, attempts, _priced(rewards, attempts, config.look_price) if turns else rewards, turns)
+        for (question, attempts, turns), rewards in zip(rollouts, scored, strict=True)
+    ]
+
+
+def _priced(scored: Scored, attempts: Sequence[Attempt], price: float) -> Scored:
+    rewards = [
+        [with_price(reward, len(look.looks or ()), price) for look, reward in zip(one.looks, own, strict=True)]
+        for one, own in zip(attempts, scored.rewards, strict=True)
+    ]
+    return replace(scored, rewards=rewards)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -212,8 +257,10 @@ def score_rollouts(
 def responses_of(one: QuestionRollouts, collator: Collator) -> list[Response]:
     """Every sampled response to a question, boxes first."""
     encoder, name = collator.encoder, "/".join(map(str, one.question.sample.place))
+    if one.turns:
+        return turn_responses(name, one.turns, one.fork, collator)
     prompt = encoder.encode(one.question.talk, [None])[0]
-    _check_prompt(name, prompt, [attempt.looks[0].box_completion for attempt in one.attempts])
+    check_prompt(name, prompt, [attempt.looks[0].box_completion for attempt in one.attempts])
     boxes, answers = [], []
     for b, (attempt, advantage) in enumerate(zip(one.attempts, one.boxes.values, strict=True)):
         first = attempt.looks[0]
@@ -223,23 +270,11 @@ def responses_of(one: QuestionRollouts, collator: Collator) -> list[Response]:
         if not any(completion.ids for completion in told):
             continue
         shown = encoder.encode(answer_request(first), [None])[0]
-        _check_prompt(f"{name}/box {b}", shown, told)
+        check_prompt(f"{name}/box {b}", shown, told)
         for m, (completion, worth) in enumerate(zip(told, one.answers[b].values, strict=True)):
             if completion.ids:
                 answers.append(Response(f"{name}/box {b}/answer {m}", "answer", completion, shown, worth))
     return [*boxes, *answers]
-
-
-def _check_prompt(name: str, prompt: TokenPath, completions: Sequence[Completion | None]) -> None:
-    """Refuse what was sampled from a prompt of another length than is learned from: a server that sizes images, or
-    writes prompts, in its own way."""
-    for one in completions:
-        if one is not None and one.prompt_tokens not in (0, len(prompt.ids)):
-            raise TrainingError(
-                f"row {name}: the server showed {one.prompt_tokens} tokens where the prompt has {len(prompt.ids)}; "
-                "serve the same checkpoint with its chat template and picture sizes, and let no limit of the server's "
-                "own come between"
-            )
 
 
 def pack_responses(

@@ -10,23 +10,27 @@ from typing import Any
 
 from visrl.box import Box
 from visrl.records import Place
-from visrl.rewards.advantages import deviation, mean
+from visrl.rewards.advantages import deviation, mean, value_of
 from visrl.rewards.grounding import is_on_right_object
 from visrl.rewards.parts import Attempt, is_failed
-from visrl.train.online_rollouts import QuestionRollouts, Response
+from visrl.train.online_rollouts import QuestionRollouts
+from visrl.train.responses import Response
+from visrl.train.turn_watch import turn_measures, turn_rows
 
 Objects = Mapping[Place, Sequence[Box]]  # of each question, the known objects of its image that it does not ask about
 
 
 def measures_of(
-    rollouts: Sequence[QuestionRollouts], responses: Sequence[Response], objects: Objects
+    rollouts: Sequence[QuestionRollouts], responses: Sequence[Response], objects: Objects, image_ids: Sequence[int] = ()
 ) -> Iterator[tuple[str, float]]:
     """What the rollouts of a step are like, by the names of `log.jsonl`; what does not apply is left out.
 
-    A spread (`…_std`, `…/std`) is the unbiased deviation over all responses of the step, in the unit of its mean.
+    A spread (`…_std`, `…/std`) is the unbiased deviation over all responses of the step, in the unit of its mean. Where
+    the model looks several times, the mean reward is that of the first turns' values: what the policy can expect.
     """
     rewards = [reward for one in rollouts for rewards in one.scored.rewards for reward in rewards]
-    yield "reward", mean(rewards)
+    several = bool(rollouts[0].turns)
+    yield "reward", mean([value_of(turn) for one in rollouts for turn in one.outcomes] if several else rewards)
     yield "reward_std", deviation(rewards)
     for label in rollouts[0].scored.parts:
         scores = [score for one in rollouts for own in one.scored.parts[label] for score in own]
@@ -36,8 +40,14 @@ def measures_of(
             yield f"rewards/{label}/std", deviation(scores)
     yield "left_out", _share([reward is None for reward in rewards])
     yield "frac_reward_zero_std", _share([one.boxes.flat for one in rollouts])
-    yield from _shares({"frac_reward_zero_std/answer": [g.flat for one in rollouts for g in one.answers if g.values]})
-    yield from _box_measures(rollouts, objects)
+    if several:
+        yield from turn_measures(rollouts, image_ids)
+        known = [right_object(end, objects) for one in rollouts for end in one.ends]
+        yield from _shares({"box/right_object": [right for right in known if right is not None]})
+    else:
+        flat = [group.flat for one in rollouts for group in one.answers if group.values]
+        yield from _shares({"frac_reward_zero_std/answer": flat})
+        yield from _box_measures(rollouts, objects)
     for kind in ("box", "answer"):
         own = [one.completion for one in responses if one.step == kind]
         if own:
@@ -58,13 +68,15 @@ def _box_measures(rollouts: Sequence[QuestionRollouts], objects: Objects) -> Ite
 
 
 def right_object(attempt: Attempt, objects: Objects) -> bool | None:
-    """Whether the box of an attempt is on the object that was asked about; None where that cannot be told: no true box
-    or no other object is known, or something else than the policy failed."""
-    sample = attempt.sample
+    """Whether the box of an attempt, or one of the several that were looked at for its first answer, is on the object
+    that was asked about; None where that cannot be told: no true box or no other object is known, or something else
+    than the policy failed."""
+    sample, look, truth = attempt.sample, attempt.looks[0], attempt.sample.box
     others = objects.get(sample.place, ())
-    if sample.box is None or not others or is_failed(attempt.looks[0]):
+    if truth is None or not others or is_failed(look):
         return None
-    return is_on_right_object(attempt.looks[0].box, sample.box, others)
+    boxes = [look.box] if look.looks is None else [one.box for one in look.looks]
+    return any(is_on_right_object(box, truth, others) for box in boxes)
 
 
 def _share(values: Sequence[bool]) -> float:
@@ -77,8 +89,8 @@ def _shares(named: Mapping[str, Sequence[bool]]) -> Iterator[tuple[str, float]]:
 
 
 def journal_row(one: QuestionRollouts, step: int, objects: Objects) -> dict[str, Any]:
-    """The row of `rollouts.jsonl` for one question: every box with its answers, rewards and advantages; where they are
-    known, the true box and whether a box is on the right object."""
+    """The row of `rollouts.jsonl` for one question: every box with its answers, rewards and advantages, or the tree of
+    turns; where they are known, the true box, or looks, and whether a box is on the right object."""
     sample = one.question.sample
     return {
         "step": step,
@@ -88,7 +100,12 @@ def journal_row(one: QuestionRollouts, step: int, objects: Objects) -> dict[str,
         "question": sample.question,
         "answer": sample.answer,
         **({"true_box": sample.box.as_list()} if sample.box else {}),
-        "boxes": [_box_row(one, number, objects) for number in range(len(one.attempts))],
+        **({} if sample.looks is None else {"true_looks": [box.as_list() for box in sample.looks]}),
+        **(
+            {"turns": turn_rows(one)}
+            if one.turns
+            else {"boxes": [_box_row(one, number, objects) for number in range(len(one.attempts))]}
+        ),
     }
 
 

@@ -1,11 +1,14 @@
 """Rollouts as pictures: rows of `rollouts.jsonl` → cards with boxes, crops, answers, rewards and advantages, and the
 page of a step. Draws and crops; imports no torch, so that a report can show the same.
+
+A row has `boxes`, each with its answers; or, where the model looks several times, `turns`, each with those after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +58,30 @@ class BoxCard:
 
 
 @dataclass(frozen=True, slots=True)
+class EndCard:
+    """One way to an answer: the crops that were looked at, in their order, each with the number of its look in the
+    image and as a data URI; and what came of it."""
+
+    crops: list[tuple[str, str]]
+    answer: AnswerCard
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartCard:
+    """A first turn with all ends after it, and how it compares with the other first turns."""
+
+    number: int
+    reward: float | None
+    advantage: float | None
+    standing: str
+    ends: list[EndCard]
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutCard:
-    """The rollouts of one question: its image with all boxes drawn, as a data URI, or why there is none."""
+    """The rollouts of one question: its image with all boxes drawn, as a data URI, or why there is none. `starts` are
+    first turns, where the model looks several times, in the place of `boxes`."""
 
     id: str
     step: int
@@ -66,11 +91,13 @@ class RolloutCard:
     alt: str
     problem: str
     boxes: list[BoxCard]
+    starts: list[StartCard] = field(default_factory=list)
 
     @property
     def flat(self) -> bool:
-        """Whether no box is better than another."""
-        return all(box.standing == "same" for box in self.boxes)
+        """Whether no box, or first turn, is better than another."""
+        standings = [box.standing for box in self.boxes] + [start.standing for start in self.starts]
+        return all(standing == "same" for standing in standings)
 
 
 def rollout_cards(rows: Sequence[Row], rule: CropRule, root: str | Path | None = None) -> list[RolloutCard]:
@@ -79,17 +106,46 @@ def rollout_cards(rows: Sequence[Row], rule: CropRule, root: str | Path | None =
 
 
 def draw_rollouts(row: Row, image: Image.Image) -> Image.Image:
-    """The image of a question with the true box, where it is known, and every sampled one drawn: blue where it has a
-    positive advantage, amber where it has a negative one, grey otherwise. Equal boxes share an outline."""
-    marks: list[Mark] = [(Box(*row["true_box"]), TRUE_COLOUR, "true")] if row.get("true_box") else []
-    found: dict[tuple[float, ...], list[int]] = {}
-    for place, box in enumerate(row["boxes"]):
-        if box["box"]:
-            found.setdefault(tuple(box["box"]), []).append(place)
-    for corners, places in found.items():
-        standing = standing_of(row["boxes"][places[0]]["advantage"])
-        marks.append((Box(*corners), COLOURS[standing], ", ".join(str(place + 1) for place in places)))
+    """The image of a question with the true boxes, where they are known, and every sampled one drawn: blue where it has
+    a positive advantage, amber where it has a negative one, grey otherwise. Equal boxes share an outline. Of several
+    looks 2.1 is the first that was sampled after the second first turn."""
+    truths = row.get("true_looks") or ([row["true_box"]] if row.get("true_box") else [])
+    names = ["true"] if len(truths) == 1 else [f"true {place + 1}" for place in range(len(truths))]
+    marks: list[Mark] = [(Box(*one), TRUE_COLOUR, name) for one, name in zip(truths, names, strict=True)]
+    found: dict[tuple[float, ...], list[tuple[str, float | None]]] = {}
+    for corners, name, advantage in _drawn(row):
+        found.setdefault(tuple(corners), []).append((name, advantage))
+    for corners, own in found.items():
+        marks.append((Box(*corners), COLOURS[standing_of(own[0][1])], ", ".join(name for name, _ in own)))
     return annotate(shrink(image, LONGEST_SIDE), marks)
+
+
+def _drawn(row: Row) -> Iterator[tuple[Sequence[float], str, float | None]]:
+    """Every box of a row with its number and its advantage."""
+    for place, box in enumerate(row.get("boxes", ())):
+        if box["box"]:
+            yield box["box"], str(place + 1), box["advantage"]
+    yield from _drawn_turns(row.get("turns", ()))
+
+
+def _drawn_turns(turns: Sequence[Row], before: str = "") -> Iterator[tuple[Sequence[float], str, float | None]]:
+    for place, turn in enumerate(turns):
+        number_of_turn = f"{before}{place + 1}"
+        yield from ((corners, number_of_turn, turn["advantage"]) for corners in turn["looks"])
+        yield from _drawn_turns(turn.get("turns", ()), f"{number_of_turn}.")
+
+
+def episodes_of(
+    turns: Sequence[Row], before: tuple[tuple[str, Row], ...] = ()
+) -> Iterator[tuple[tuple[str, Row], ...]]:
+    """The turns of a row up to every end, each with its number as it is drawn."""
+    for place, turn in enumerate(turns):
+        name = ".".join(filter(None, (before[-1][0] if before else "", str(place + 1))))
+        episode = (*before, (name, turn))
+        if "turns" in turn:
+            yield from episodes_of(turn["turns"], episode)
+        else:
+            yield episode
 
 
 def standing_of(advantage: float | None) -> str:
@@ -113,8 +169,11 @@ def _card(row: Row, rule: CropRule, root: str | Path | None) -> RolloutCard:
         image = open_image(row["image"], root)
     except ImageError as error:
         problem = str(error)  # shown in the image's place: its rollouts are told all the same
-    boxes = [_box_card(row, place, image, rule) for place in range(len(row["boxes"]))]
-    said = "; ".join(f"box {one.number}: reward {number(one.reward)}" for one in boxes)
+    boxes = [_box_card(row, place, image, rule) for place in range(len(row.get("boxes", ())))]
+    starts = list(_start_cards(row, image, rule))
+    rewards = [(f"box {one.number}", one.reward) for one in boxes]
+    rewards += [(f"first turn {one.number}", one.reward) for one in starts]
+    said = "; ".join(f"{name}: reward {number(reward)}" for name, reward in rewards)
     return RolloutCard(
         id=str(row["id"]),
         step=row["step"],
@@ -124,6 +183,7 @@ def _card(row: Row, rule: CropRule, root: str | Path | None) -> RolloutCard:
         alt=f"Picture of the question “{row['question']}” with the boxes drawn: {said}",
         problem=problem,
         boxes=boxes,
+        starts=starts,
     )
 
 
@@ -148,8 +208,38 @@ def _box_card(row: Row, place: int, image: Image.Image | None, rule: CropRule) -
     )
 
 
+def _start_cards(row: Row, image: Image.Image | None, rule: CropRule) -> Iterator[StartCard]:
+    """A card for every first turn of a row."""
+    for name, own in groupby(episodes_of(row.get("turns", ())), key=lambda episode: episode[0][0]):
+        episodes = list(own)
+        turn = episodes[0][0][1]
+        ends = [_end_card(episode, image, rule) for episode in episodes]
+        yield StartCard(int(name), turn["value"], turn["advantage"], standing_of(turn["advantage"]), ends)
+
+
+def _end_card(episode: Sequence[tuple[str, Row]], image: Image.Image | None, rule: CropRule) -> EndCard:
+    looks = [(name, Box(*corners)) for name, turn in episode for corners in turn["looks"]]
+    crops = [
+        (name, data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image else "")
+        for name, box in looks
+    ]
+    end = episode[-1][1]
+    answer = AnswerCard(end["answer"] or "(no answer)", _is_right(end), end["reward"], end["advantage"])
+    return EndCard(crops, answer, end.get("error") or end["end"])
+
+
+def _is_right(end: Row) -> bool | None:
+    label = _answer_part(end["parts"])
+    score = end["parts"][label] if label else None
+    return None if score is None else bool(score >= RIGHT)
+
+
 def _right(tried: Row) -> list[bool | None]:
     """Whether each answer of a box is right, by the first part of the reward that compares answers."""
-    named = next((label for label in tried["parts"] if label == "answer" or label.startswith("answer_")), None)
+    named = _answer_part(tried["parts"])
     scores = tried["parts"][named] if named else [None] * len(tried["rewards"])
     return [None if score is None else score >= RIGHT for score in scores]
+
+
+def _answer_part(parts: Mapping[str, Any]) -> str | None:
+    return next((label for label in parts if label == "answer" or label.startswith("answer_")), None)

@@ -6,7 +6,7 @@ trackio and tensorboard. What a card shows is rollout_cards.py's matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from visrl.images import ImageError, open_image
 from visrl.pages.wording import number, plus
 from visrl.train.checkpoints import writing
 from visrl.train.config import TrainConfig
-from visrl.train.rollout_cards import Row, draw_rollouts, write_rollout_page
+from visrl.train.rollout_cards import Row, draw_rollouts, episodes_of, write_rollout_page
 
 TRACKED_IMAGES = 4  # questions whose images a tracker gets at every log
 
@@ -100,24 +100,40 @@ class ShowRollouts(TrainerCallback):
 
 
 def completion_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row for every answer of these rollouts, and one for every box without any; columns have TRL's names."""
-    return [
-        {
+    """A row for every answer of these rollouts, and one for every box without any; columns have TRL's names. Of several
+    looks the box is what was said before the answer, turn after turn."""
+    return [one for row in rows for one in (_turn_rows(row) if "turns" in row else _box_rows(row))]
+
+
+def _box_rows(row: Row) -> Iterator[dict[str, Any]]:
+    for box in row["boxes"]:
+        answered = zip(box["answers"], box["advantages"], strict=True) if box["answers"] else [(None, None)]
+        for n, (answer, advantage) in enumerate(answered):
+            yield {
+                "step": row["step"],
+                "prompt": row["question"],
+                "box": box["text"],
+                "completion": answer,
+                **{label: scores[n] for label, scores in box["parts"].items()},
+                "reward": box["rewards"][n],
+                "box_advantage": box["advantage"],
+                "advantage": advantage,
+            }
+
+
+def _turn_rows(row: Row) -> Iterator[dict[str, Any]]:
+    for episode in episodes_of(row["turns"]):
+        (_, first), (_, end) = episode[0], episode[-1]
+        yield {
             "step": row["step"],
             "prompt": row["question"],
-            "box": box["text"],
-            "completion": answer,
-            **{label: scores[n] for label, scores in box["parts"].items()},
-            "reward": box["rewards"][n],
-            "box_advantage": box["advantage"],
-            "advantage": advantage,
+            "box": " → ".join(turn["text"] for _, turn in episode[:-1]),
+            "completion": end["answer"],
+            **end["parts"],
+            "reward": end["reward"],
+            "box_advantage": first["advantage"],
+            "advantage": end["advantage"],
         }
-        for row in rows
-        for box in row["boxes"]
-        for n, (answer, advantage) in enumerate(
-            zip(box["answers"], box["advantages"], strict=True) if box["answers"] else [(None, None)]
-        )
-    ]
 
 
 def print_completions(table: Sequence[dict[str, Any]], count: int | None, console: Console | None = None) -> None:

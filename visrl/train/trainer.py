@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +246,17 @@ class VisrlTrainer(Trainer):
         from visrl.engines.local import LocalEngine
         from visrl.rewards.results import training_measures
         from visrl.rewards.scored import evaluate_samples
+        from visrl.rollout.protocols import VISRL, protocol_of
 
         policy = self.accelerator.unwrap_model(self.model)
         engine = LocalEngine(policy, self.encoder)
         rule, root = self.encoder.settings.crop_rule, self.visrl_config.image_root
         alone = shards_weights(self.args)
         part = slice(None) if alone else slice(self.args.process_index, None, self.args.world_size)
-        rows = evaluate_samples(engine, self.rollouts, crop_rule=rule, root=root, part=part)
+        asked = protocol_of(self.visrl_config)
+        if asked.name != VISRL.name and self.visrl_config.is_online:
+            asked = replace(asked, answer_tokens=self.visrl_config.max_completion_length)
+        rows = evaluate_samples(engine, self.rollouts, protocol=asked, crop_rule=rule, root=root, part=part)
         rows = rows if alone else gather_object(rows)
         return {f"eval_rollout/{name}": value for name, value in training_measures(rows).items()}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Iterable
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -58,3 +59,7 @@ class ForkedLooksConfig(LooksConfig):
             if not self.looks_several_times and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: one look is always taken; set max_looks or a protocol, or leave the key out")
         return self
+
+    def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
+        """As `Config.recorded`; manifests from before there were several looks name no protocol."""
+        return super().recorded({*exclude, "protocol"} if self.protocol is None else exclude)
