@@ -237,12 +237,15 @@ def test_a_record_of_ours_with_a_value_of_another_type_is_refused(tmp_path):
         ({"end": "tokens"}, "'answer' and 'end' do not go together: it ended 'tokens'"),
         ({"answer": None}, "'answer' and 'end' do not go together"),
         ({"answers": ["7", "8"]}, "each answer is a trajectory of its own"),
-        ({"leaf": 0.5}, "'leaf' cannot be 0.5"),
+        ({"path": [0.5]}, "'path' cannot hold [0.5]"),
+        ({"path": [0, 1]}, "'path' must hold a place for the turn after each look"),
     ],
 )
 def test_several_looks_that_do_not_go_together_are_refused(wrong, why):
     looks = (TrajectoryLook("[0]", Box(0, 0, 1, 1)),)
-    tried = Trajectory("a", 0, 0, "[0]", Box(0, 0, 1, 1), "sampled", "7", "x", 1, looks=looks, end="answered")
+    tried = Trajectory(
+        "a", 0, 0, "[0]", Box(0, 0, 1, 1), "sampled", "7", "x", 1, looks=looks, end="answered", path=(1,)
+    )
     good = json.loads(json_line(tried))
     assert from_json(Trajectory, good) == tried
     with pytest.raises(RecordError, match=f"not a Trajectory: .*{re.escape(why)}"):

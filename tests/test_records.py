@@ -30,10 +30,10 @@ RECORDS = [
         "a", "answer", "<image>\nWhat?\n<image>", (Picture("a.png"), Picture("a.png", Box(0, 0, 1, 1))), "x", "y"
     ),
     Trajectory(
-        "a", 0, 1, "[0, 0, 1, 1]", Box(0, 0, 1, 1), "sampled", "7", "local", 7, leaf=2, end="answered",
+        "a", 0, 1, "[0, 0, 1, 1]", Box(0, 0, 1, 1), "sampled", "7", "local", 7, path=(2, 0), end="answered",
         looks=(TrajectoryLook("there", Box(0.1, 0.2, 0.3, 0.4)), TrajectoryLook("[0, 0, 1, 1]", Box(0, 0, 1, 1))),
     ),
-    Verdict("a", 0, 1, None, 1.0, leaf=2),
+    Verdict("a", 0, 1, None, 1.0, path=(2, 0)),
 ]  # fmt: skip
 
 

@@ -104,8 +104,8 @@ class Trajectory:
     holds all that were sampled from the crop, `answer` first; it is empty where there is no more than the one.
 
     Where the policy looks as often as it wants to, `end` says how it came to an end (None: one look is the rule),
-    `looks` are all that it took, of which `box_text` and `box` are the last, and `leaf` is its number among those that
-    go on from one first turn. Only one that ended "answered" has an answer.
+    `looks` are all that it took, of which `box_text` and `box` are the last, and `path` is the place of each turn after
+    the first among those that were sampled beside it. Only one that ended "answered" has an answer.
     """
 
     sample_id: str
@@ -122,7 +122,7 @@ class Trajectory:
     answers: tuple[str, ...] = ()
     looks: tuple[TrajectoryLook, ...] = ()
     end: End | None = None
-    leaf: int = 0
+    path: tuple[int, ...] = ()
 
     @property
     def place(self) -> Place:
@@ -155,7 +155,7 @@ class Verdict:
     raw: str = ""
     repeat: int = 0  # of the sample
     answer_scores: tuple[float | None, ...] = ()
-    leaf: int = 0  # of the trajectory
+    path: tuple[int, ...] = ()  # of the trajectory
 
     @property
     def place(self) -> Place:
@@ -259,7 +259,7 @@ def picture_json(picture: Picture) -> str | dict[str, Any]:
 
 
 _KINDS = (Sample, Trajectory, Verdict, Preference)
-_LEFT_OUT = ("repeat", "answers", "answer_scores", "end", "leaf")  # of a row, where there is nothing to say
+_LEFT_OUT = ("repeat", "answers", "answer_scores", "end", "path")  # of a row, where there is nothing to say
 
 # --- JSON by lines ----------------------------------------------------------------------------------------------------
 

@@ -426,10 +426,14 @@ def _check_end(tried: Trajectory) -> None:
         RowFault: it does not.
     """
     if tried.end is None:
-        if tried.looks or tried.leaf:
-            raise RowFault("unparseable", "'looks' and 'leaf' are of several looks, and there is no 'end'")
+        if tried.looks or tried.path:
+            raise RowFault("unparseable", "'looks' and 'path' are of several looks, and there is no 'end'")
         return
     if (tried.end == "answered") != (tried.answer is not None):
         raise RowFault("unparseable", f"'answer' and 'end' do not go together: it ended {tried.end!r}")
+    if len(tried.path) != len(tried.looks):
+        raise RowFault(
+            "unparseable", "'path' must hold a place for the turn after each look, and 'looks' as many looks"
+        )
     if tried.answers:
         raise RowFault("unparseable", "'answers' are of one look: after several each answer is a trajectory of its own")

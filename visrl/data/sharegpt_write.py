@@ -48,12 +48,14 @@ def ranking_row(preferences: Sequence[Preference]) -> dict[str, Any]:
     """The ranking row of one item: its box preference, its answer preference, or both.
 
     Raises:
-        RowFault: more than one preference of a step; a row has room for one.
+        RowFault: more than one preference of a step, or of another look after a crop; a row has room for neither.
     """
     steps = {preference.step: preference for preference in preferences}
-    if len(steps) != len(preferences):
-        raise RowFault("duplicate", f"{preferences[0].id} has two preferences of one step; a ranking row holds one")
     first = steps.get("box") or preferences[0]
+    if any(one.step == "box" and len(one.images) > 1 for one in preferences):
+        raise RowFault("several_looks", f"{first.id} looks again after a crop; a ranking row has room for one box")
+    if len(steps) != len(preferences):
+        raise RowFault("duplicate", f"{first.id} has two preferences of one step; a ranking row holds one")
     row: dict[str, Any] = {
         "id": first.id,
         "images": [picture_json(replace(picture, size=None)) for picture in first.images],

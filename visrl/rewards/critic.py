@@ -30,7 +30,8 @@ RETRY_TEMPERATURE = 0.7  # a greedy reply that cannot be read would come again
 
 
 class Critic(Protocol):
-    """Scores trajectories. A trajectory with an error gets no scores."""
+    """Scores trajectories. One with an error gets no scores, and one of several looks that of its answer alone: a look
+    is worth what comes after it."""
 
     name: str
 
@@ -63,10 +64,11 @@ class SceneOracle:
         return [self._judge(*pair) for pair in zip(samples, trajectories, strict=True)]
 
     def _judge(self, sample: Sample, trajectory: Trajectory) -> Verdict:
-        if trajectory.box is None or trajectory.answer is None:
+        if not trajectory.can_be_judged:
             return without_scores(trajectory)
         answers = [exact_match(answer, [sample.answer]) for answer in trajectory.all_answers]
-        return verdict_of(trajectory, self.box_score(sample, trajectory.box), answers)
+        box = scored_box(trajectory)
+        return verdict_of(trajectory, None if box is None else self.box_score(sample, box), answers)
 
     def box_score(self, sample: Sample, box: Box) -> float:
         """How well the crop of `box` lets the question be answered, in [0, 1].
@@ -90,7 +92,14 @@ class SceneOracle:
 def verdict_of(tried: Trajectory, box: float | None, answers: Sequence[float | None], raw: str = "") -> Verdict:
     """The verdict on a trajectory, from the score of its box and of each of its answers."""
     several = tuple(answers) if len(answers) > 1 else ()
-    return Verdict(tried.sample_id, tried.round, tried.branch, box, answers[0], raw, tried.repeat, several)
+    return Verdict(
+        tried.sample_id, tried.round, tried.branch, box, answers[0], raw, tried.repeat, several, path=tried.path
+    )
+
+
+def scored_box(tried: Trajectory) -> Box | None:
+    """The box that a critic scores: that of the one look; none of several."""
+    return tried.box if tried.end is None else None
 
 
 def without_scores(tried: Trajectory) -> Verdict:
@@ -153,26 +162,27 @@ class ModelCritic:
         talks: dict[OpinionKey, Conversation] = {}
         refused: dict[OpinionKey, Opinion] = {}
         for sample, trajectory in zip(samples, trajectories, strict=True):
-            if trajectory.box is None or trajectory.answer is None:
+            if not trajectory.can_be_judged:
                 continue
+            box = scored_box(trajectory)
             for answer in trajectory.all_answers:
-                keys = _keys(sample, trajectory.box, answer)
+                keys = _keys(sample, box, answer)
                 try:
-                    self._put(keys, sample, trajectory.box, answer, wholes, talks)
+                    self._put(keys, sample, box, answer, wholes, talks)
                 except (ImageError, PromptError) as error:  # one that cannot be shown stops no other
-                    refused |= dict.fromkeys(keys, Opinion(error=str(error)))
+                    refused |= dict.fromkeys(keys if box else keys[1:], Opinion(error=str(error)))
         opinions = self._ask(talks) | refused
         return [self._verdict(*pair, opinions) for pair in zip(samples, trajectories, strict=True)]
 
     def _put(
-        self, keys: tuple[OpinionKey, OpinionKey], sample: Sample, box: Box, answer: str, wholes: dict[Picture, View],
-        talks: dict[OpinionKey, Conversation],
+        self, keys: tuple[OpinionKey, OpinionKey], sample: Sample, box: Box | None, answer: str,
+        wholes: dict[Picture, View], talks: dict[OpinionKey, Conversation],
     ) -> None:  # fmt: skip
         """Put what is to be asked about one trajectory into `talks`, where it is not there yet."""
         picture = Picture(sample.image, size=sample.size)
         if picture not in wholes:
             wholes[picture] = open_view(picture, self.root)
-        if self.score_boxes and keys[0] not in talks:
+        if box is not None and self.score_boxes and keys[0] not in talks:
             part = crop_view(wholes[picture], Picture(sample.image, box), self.crop_rule)
             talks[keys[0]] = _about(critic_box_prompt(sample.question, sample.answer), part)
         if keys[1] not in talks:
@@ -201,9 +211,9 @@ class ModelCritic:
         return opinions
 
     def _verdict(self, sample: Sample, trajectory: Trajectory, opinions: dict[OpinionKey, Opinion]) -> Verdict:
-        if trajectory.box is None or trajectory.answer is None:
+        if not trajectory.can_be_judged:
             return without_scores(trajectory)
-        keys = [_keys(sample, trajectory.box, answer) for answer in trajectory.all_answers]
+        keys = [_keys(sample, scored_box(trajectory), answer) for answer in trajectory.all_answers]
         box, answers = opinions.get(keys[0][0]), [opinions[answer_key] for _, answer_key in keys]
         scores = [answer.score for answer in answers]
         return verdict_of(trajectory, box.score if box else None, scores, told(box, answers))
@@ -255,8 +265,8 @@ def _read_raw(raw: str) -> list[dict[str, Any] | None] | None:
     return [said["box"], said["answer"], *said.get("more answers", [])]
 
 
-def _keys(sample: Sample, box: Box, answer: str) -> tuple[OpinionKey, OpinionKey]:
-    corners = ",".join(f"{value:.6f}" for value in box.as_list())
+def _keys(sample: Sample, box: Box | None, answer: str) -> tuple[OpinionKey, OpinionKey]:
+    corners = ",".join(f"{value:.6f}" for value in box.as_list()) if box else ""
     return (*sample.place, "box", corners), (*sample.place, "answer", answer)
 
 

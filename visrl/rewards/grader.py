@@ -27,7 +27,8 @@ class GraderError(UserError, RuntimeError):
 
 
 class FunctionCritic:
-    """A grader as a critic. It is asked about trajectories that have a box and an answer; others get no scores.
+    """A grader as a critic. It is asked about trajectories that have a box and an answer, or after several looks an
+    answer; others get no scores.
 
     One with several answers is shown it once for each, in one call; its box has the score that came with the first.
     """
@@ -44,7 +45,7 @@ class FunctionCritic:
         Raises:
             GraderError: as `grade`.
         """
-        whole = [tried.box is not None and tried.answer is not None for tried in trajectories]
+        whole = [tried.can_be_judged for tried in trajectories]
         shown = [
             (sample, tried if not tried.answers else replace(tried, answer=answer, answers=()))
             for sample, tried, has in zip(samples, trajectories, whole, strict=True)

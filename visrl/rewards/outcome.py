@@ -13,7 +13,7 @@ from visrl.data.native import answer_texts
 from visrl.engines.base import Completion
 from visrl.prompts import IMAGE
 from visrl.records import Sample, Trajectory, Verdict
-from visrl.rewards.critic import Opinion, told, verdict_of, without_scores
+from visrl.rewards.critic import Opinion, scored_box, told, verdict_of, without_scores
 from visrl.rewards.judge import AnswerToJudge, AskAll, OnReply, judge_all
 from visrl.rewards.metrics import METRICS
 
@@ -44,7 +44,7 @@ class OutcomeCritic:
 
     def judge(self, samples: Sequence[Sample], trajectories: Sequence[Trajectory]) -> list[Verdict]:
         """One verdict per trajectory, in order; `samples` holds the sample of each."""
-        whole = [tried.box is not None and tried.answer is not None for tried in trajectories]
+        whole = [tried.can_be_judged for tried in trajectories]
         shown = [
             (sample, answer)
             for sample, tried, has in zip(samples, trajectories, whole, strict=True)
@@ -59,7 +59,7 @@ class OutcomeCritic:
 
     def _verdict(self, tried: Trajectory, opinions: Sequence[Opinion]) -> Verdict:
         scores = [one.score for one in opinions]
-        box = share_right(scores) if self.score_boxes else None
+        box = share_right(scores) if self.score_boxes and scored_box(tried) else None
         return verdict_of(tried, box, scores, told(None, opinions) if isinstance(self.grade, Judge) else "")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -57,11 +58,11 @@ class SftSamples(Dataset[Item]):
 
 
 class Preferences(Dataset[Item]):
-    """Preference rows grouped into items: both rows of a question, which follow each other in the file (`belongs_to`),
-    share a step.
+    """Preference rows grouped into items: the rows of a question, which follow each other in the file (`belongs_to`),
+    share a step. Stage 1 trains those of step "box", in which a side looks, and stage 2 all.
 
-    With `mismatched` (KTO) each row also holds a response of the next item that has a row of its step: by turns the
-    chosen and the rejected one, as both kinds are outputs of the data.
+    With `mismatched` (KTO) each row also holds a response of the next item that has a row of its step, of as many crops
+    where there is one: by turns the chosen and the rejected one, as both kinds are outputs of the data.
     """
 
     def __init__(
@@ -100,18 +101,27 @@ class Preferences(Dataset[Item]):
     def item(self, index: int, preferences: Sequence[Preference]) -> Item:
         """Item `index` with these of its preferences."""
         name = self.groups[index][0]
-        rows = [preference_row(self.encoder, preference, self.root, name) for preference in preferences]
-        if self.mismatched:
-            rows = [self._with_mismatched(index, row) for row in rows]
+        steps = Counter(preference.step for preference in self.groups[index][1])
+        rows = []
+        for preference in preferences:
+            row = preference_row(self.encoder, preference, self.root, name)
+            if steps[preference.step] > 1:  # after other numbers of looks; the key tells rows apart
+                row = replace(row, key=f"{row.key} after {len(preference.images) - 1} looks")
+            rows.append(self._with_mismatched(index, row, preference) if self.mismatched else row)
         return Item(name, tuple(rows))
 
-    def _with_mismatched(self, index: int, row: TrainingRow) -> TrainingRow:
-        for further in range(1, len(self.groups)):
-            for other in self.groups[(index + further) % len(self.groups)][1]:
-                if other.step == row.step:
-                    response = other.rejected if index % 2 else other.chosen
-                    return replace(row, responses=(*row.responses, ("mismatched", response)))
-        raise RecordError(f"{row.key}: KTO needs a second item with a row of its step, and there is none")
+    def _with_mismatched(self, index: int, row: TrainingRow, preference: Preference) -> TrainingRow:
+        def of_step(crops: int | None = None) -> Iterator[Preference]:
+            for further in range(1, len(self.groups)):
+                for other in self.groups[(index + further) % len(self.groups)][1]:
+                    if other.step == row.step and crops in (None, len(other.images) - 1):
+                        yield other
+
+        other = next(of_step(len(preference.images) - 1), None) or next(of_step(), None)
+        if other is None:
+            raise RecordError(f"{row.key}: KTO needs a second item with a row of its step, and there is none")
+        response = other.rejected if index % 2 else other.chosen
+        return replace(row, responses=(*row.responses, ("mismatched", response)))
 
 
 class Questions(Dataset[Sample]):
