@@ -14,7 +14,15 @@ from visrl.manifest import STARTED
 from visrl.pages.figures import Curve, is_drawn
 from visrl.pages.wording import NO_BREAK, count, number, percent, plus
 from visrl.records import RecordError, read_jsonl
-from visrl.report.shapes import JsonObject, ManifestShape, ReportError, RolloutShape, fault, read_run_object
+from visrl.report.shapes import (
+    JsonObject,
+    LooksRolloutShape,
+    ManifestShape,
+    ReportError,
+    RolloutShape,
+    fault,
+    read_run_object,
+)
 from visrl.train.rollout_cards import JOURNAL
 
 SHOWN = 4  # questions of the first step, and of the last, that are shown as pictures
@@ -114,7 +122,8 @@ def _ends(path: Path) -> tuple[list[JsonObject], list[JsonObject], int, int]:
             step = row.get("step") if isinstance(row, dict) else None
             is_new = step not in steps
             if is_new or len(last) < SHOWN:
-                wrong = fault(row, RolloutShape)
+                several = isinstance(row, dict) and "turns" in row
+                wrong = fault(row, LooksRolloutShape if several else RolloutShape)
                 if wrong is not None:
                     raise ReportError(f"{path}, row {questions}: {wrong}; run the training again")
                 last = [row] if is_new else [*last, row]

@@ -202,9 +202,7 @@ class RolledTurnShape(Shape):
         return self
 
 
-class RolloutShape(Shape):
-    """A line of `rollouts.jsonl`, which an online training writes: boxes with their answers, or turns."""
-
+class RolledQuestionShape(Shape):
     step: NonNegativeInt
     id: str | int
     image: str
@@ -213,14 +211,18 @@ class RolloutShape(Shape):
     true_box: BoxList | None = None
     true_looks: list[BoxList] | None = None
     repeat: NonNegativeInt = 0
-    boxes: list[RolledBoxShape] | None = None
-    turns: list[RolledTurnShape] | None = None
 
-    @model_validator(mode="after")
-    def _boxes_or_turns(self) -> RolloutShape:
-        if (self.boxes is None) == (self.turns is None):
-            raise ValueError("a row of rollouts has boxes, or turns where the model looks several times")
-        return self
+
+class RolloutShape(RolledQuestionShape):
+    """A line of `rollouts.jsonl`, which an online training writes."""
+
+    boxes: list[RolledBoxShape]
+
+
+class LooksRolloutShape(RolledQuestionShape):
+    """A line of `rollouts.jsonl` where the model looks several times."""
+
+    turns: list[RolledTurnShape]
 
 
 class LogShape(Shape):
