@@ -2,9 +2,10 @@
 
 `scenes:POOL/START+COUNT` names drawn scenes (`scenes:preference/0+2000`), a question of each; whole, it is
 `scenes:POOL@TAGSxNUMBERS:KIND,KIND/START+COUNT*PER_SCENE`: COUNT scenes of at most TAGS tags with numbers of up to
-NUMBERS digits, and of each up to PER_SCENE questions, of these kinds alone and about different tags first. A name in
-`dataset_dir/dataset_info.json` is that data set; a parquet file, or a folder that `datasets` saved, is read by its
-columns; anything else is a path to JSONL records.
+NUMBERS digits, and of each up to PER_SCENE questions, of these kinds alone and about different tags first;
+`scenes:POOL@looks…` are those that need no, one or two looks. A name in `dataset_dir/dataset_info.json` is that data
+set; a parquet file, or a folder that `datasets` saved, is read by its columns; anything else is a path to JSONL
+records.
 """
 
 from __future__ import annotations
@@ -30,7 +31,18 @@ from visrl.images import image_path, names_file
 from visrl.manifest import hash_files
 from visrl.plugins import is_plugin, plugin_file
 from visrl.records import Preference, RecordError, Sample, VisrlWarning
-from visrl.scenes import KINDS, LEVEL, MAX_NUMBERS, MAX_TAGS, POOLS, check_kind, read_level, scene_samples
+from visrl.scenes import (
+    KINDS,
+    LEVEL,
+    LOOK_KINDS,
+    MAX_NUMBERS,
+    MAX_TAGS,
+    POOLS,
+    check_kind,
+    check_level,
+    read_level,
+    scene_samples,
+)
 
 _SCENES = re.compile(
     rf"scenes:{LEVEL}(:(?P<kinds>\w+(,\w+)*))?/(?P<start>\d{{1,15}})\+(?P<count>\d{{1,15}})(\*(?P<each>[1-9]\d{{0,2}}))?"
@@ -74,11 +86,14 @@ def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
         )
     if match["pool"] not in POOLS:
         raise RecordError(f"no pool {match['pool']!r} of drawn scenes; there are {', '.join(POOLS)}")
+    max_tags, numbers, looks = read_level(match)
+    kinds = LOOK_KINDS if looks else KINDS
     try:
-        kinds = tuple(map(check_kind, match["kinds"].split(","))) if match["kinds"] else KINDS
+        if match["kinds"]:
+            kinds = tuple(map(check_kind, match["kinds"].split(",")))
+        check_level(kinds, looks)
     except ValueError as error:
         raise RecordError(f"{spec}: {error}") from error
-    max_tags, numbers = read_level(match)
     return scene_samples(
         match["pool"],
         int(match["start"]),
@@ -88,6 +103,7 @@ def _drawn_samples(spec: str, with_box: bool) -> list[Sample]:
         with_box=with_box,
         max_tags=max_tags,
         numbers=numbers,
+        looks=looks,
     )
 
 

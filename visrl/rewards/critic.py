@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from visrl.box import Box, CropRule, Size, crop_window
+from visrl.box import Box, CropRule, Size, Window, crop_window
 from visrl.conversation import Conversation, Message, PromptError, View, crop_view, open_view
 from visrl.engines.base import Engine, Sampling, seed_of
 from visrl.images import ImageError
@@ -71,7 +71,8 @@ class SceneOracle:
         return verdict_of(trajectory, None if box is None else self.box_score(sample, box), answers)
 
     def box_score(self, sample: Sample, box: Box) -> float:
-        """How well the crop of `box` lets the question be answered, in [0, 1].
+        """How well the crop of `box` lets the question be answered, in [0, 1]; of several tags that must be seen, the
+        worst counts.
 
         Raises:
             RecordError: the sample is not one of a drawn scene.
@@ -80,13 +81,11 @@ class SceneOracle:
             scene, question = find_question(sample.id)
         except ValueError as error:
             raise RecordError(f"the oracle judges drawn scenes only: {error}") from error
-        tag: Tag = scene.tags[question.target]
         window = crop_window(box, (SIDE, SIDE), self.crop_rule)
         size = (window[2] - window[0], window[3] - window[1])
         shown = self.shown_size(size)
-        height = GLYPH_HEIGHT * min(shown[0] / size[0], shown[1] / size[1])
-        legible = min(1.0, max(0.0, (height - ILLEGIBLE_HEIGHT) / (LEGIBLE_HEIGHT - ILLEGIBLE_HEIGHT)))
-        return _share(tag.content, window) * legible * (0.5 + 0.5 * _share(tag.box, window))
+        scale = min(shown[0] / size[0], shown[1] / size[1])
+        return min(_seen(scene.tags[index], window, scale) for index in question.targets)
 
 
 def verdict_of(tried: Trajectory, box: float | None, answers: Sequence[float | None], raw: str = "") -> Verdict:
@@ -105,6 +104,13 @@ def scored_box(tried: Trajectory) -> Box | None:
 def without_scores(tried: Trajectory) -> Verdict:
     """The verdict on a trajectory that has no box or no answer."""
     return verdict_of(tried, None, [None], tried.error or "nothing to judge")
+
+
+def _seen(tag: Tag, window: Window, scale: float) -> float:
+    """How well what a tag holds can be read in a crop that is shown at `scale`."""
+    height = GLYPH_HEIGHT * tag.scale * scale
+    legible = min(1.0, max(0.0, (height - ILLEGIBLE_HEIGHT) / (LEGIBLE_HEIGHT - ILLEGIBLE_HEIGHT)))
+    return _share(tag.content, window) * legible * (0.5 + 0.5 * _share(tag.box, window))
 
 
 def _share(part: PixelBox, window: tuple[float, float, float, float]) -> float:

@@ -9,12 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from visrl.box import CropRule
 from visrl.config import Adapters, ConfigError, Listed, SourceConfig, translate
 from visrl.rewards.asked_parts import RewardConfig
-from visrl.scenes import KINDS, Kind
+from visrl.scenes import KINDS, LOOK_KINDS, LookKind, check_level
 from visrl.train.fields import Count, Positive, TrainerFields
 from visrl.train.losses import LOSSES, Loss, find_loss
 from visrl.train.online_config import ONLINE_STAGES, OnlineFields, check_online, check_servers, given_keys
@@ -63,6 +72,10 @@ def _named_folder(path: Path) -> Path:
     return path
 
 
+def _kinds_of_level(values: dict[str, Any]) -> list[LookKind]:
+    return list(LOOK_KINDS if values.get("looks") else KINDS)
+
+
 class Phase(BaseModel):
     """One phase of a curriculum over drawn scenes."""
 
@@ -70,8 +83,12 @@ class Phase(BaseModel):
 
     steps: int = Field(gt=0)
     tasks: list[Task] = ["locate", "read"]
-    kinds: list[Kind] = list(KINDS)
-    boxes: list[Kind] = list(KINDS)  # kinds that have a box to locate; of others there is an answer to read alone
+    looks: bool = False  # scenes of several looks
+    start: int = Field(0, ge=0)  # the scene that is the first; another start shows other scenes
+    kinds: list[LookKind] = Field(default_factory=_kinds_of_level, min_length=1)
+    boxes: list[LookKind] = Field(default_factory=_kinds_of_level)  # kinds with boxes to locate; others are read alone
+    at_once: float = Field(1.0, ge=0, le=1)  # share of the questions about a large tag that are answered without a look
+    max_looks: int | None = Field(None, ge=1)  # a question of more has one: the smallest box around them all
     per_scene: int = Field(4, ge=1)
     margin: float = Field(0.0, ge=0, le=1)  # each side of a box to locate is drawn up to this share further out
     loose: float = Field(0.0, ge=0, lt=0.5)  # each side of a crop to read is moved by up to this share of the box
@@ -80,7 +97,19 @@ class Phase(BaseModel):
     def _all_kinds_teach(self) -> Phase:
         if "read" not in self.tasks and (without := sorted(set(self.kinds) - set(self.boxes))):
             raise ValueError(f"{', '.join(without)}: kinds without boxes have answers to read alone; add read to tasks")
+        check_level((*self.kinds, *self.boxes), self.looks)
+        if not self.looks and (of_looks := sorted({"at_once", "max_looks"} & self.model_fields_set)):
+            raise ValueError(f"{of_looks[0]} is about the scenes of several looks: set looks: true")
         return self
+
+    @model_serializer(mode="wrap")
+    def _recorded(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came later are left out where they say what was so before they came."""
+        values: dict[str, Any] = write(self)
+        return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
+
+
+_LATER: dict[str, Any] = {"looks": False, "start": 0, "at_once": 1.0, "max_looks": None}
 
 
 class TrainConfig(PPOFields, OnlineFields, TrainerFields, RewardConfig, SourceConfig):

@@ -44,7 +44,8 @@ class Lessons:
     def _draw(self, scene: Scene, phase: Stretch, chance: np.random.Generator) -> Iterator[RowBranch]:
         """Questions by the shares of their kinds, and one tag to read, whatever is asked of the others."""
         questions = questions_of(scene)
-        shares = {kind: self.recipe.kinds.get(kind, 0.0) for kind in sorted({one.kind for one in questions})}
+        present = {one.kind for one in questions}
+        shares = {kind: share for kind, share in sorted(self.recipe.kinds.items()) if kind in present}
         total = sum(shares.values())
         for _ in range(self.recipe.per_scene if total else 0):
             kind = str(chance.choice(list(shares), p=[share / total for share in shares.values()]))
