@@ -121,6 +121,27 @@ def test_the_visual_cot_benchmark_over_http(data, tmp_path, capsys):
     assert {tuple(turn.role for turn in talk.messages) for talk in answered} == {("user", "assistant", "user")}
 
 
+def test_the_visual_cot_benchmark_with_several_looks_goes_on_in_its_words(data, tmp_path):
+    """Every question gets a second look at the same place where it had one."""
+    script = Scripted()
+
+    def twice(conversation) -> str:
+        said = script(conversation)
+        looks_again = len(conversation.views) == 2
+        return conversation.messages[1].text if looks_again else said
+
+    with known(twice) as (url, _, _):
+        evaluate(config(data, tmp_path / "run", max_looks=2, **over_http(url)))
+    rows, scores = rows_of(tmp_path / "run"), scores_of(tmp_path / "run")
+    for name in NAMES:
+        right, _, none, _ = (rows[name, str(number)] for number in range(4))
+        assert (len(right["looks"]), right["exact"], right["hit"]) == (2, 1, 1)
+        assert (none["looks"], none["prediction"]) == ([], "somewhere on the left")
+    assert (scores["protocol"], scores["max_looks"], scores["looks"]["mean"]) == ("viscot", 2, 1.5)
+    longest = max(script.asked, key=lambda talk: len(talk.views))
+    assert [turn.role for turn in longest.messages] == ["user", "assistant", "user", "assistant", "user"]
+
+
 @pytest.mark.parametrize(("benchmark", "prefix"), [("viscot-detection", ""), ("refcoco", "REC_")])
 def test_boxes_are_scored_as_published_and_as_they_should_be(data, tmp_path, capsys, benchmark, prefix):
     script = Scripted()

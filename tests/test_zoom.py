@@ -19,11 +19,12 @@ from visrl.box import Box
 from visrl.codecs import CODECS
 from visrl.conversation import View, answer_conversation, crop_view, focus_conversation
 from visrl.prompts import IMAGE
-from visrl.records import Picture
+from visrl.records import Message, Picture
 from visrl.replies import whole_text
+from visrl.rollout.protocols import VISCOT
 from visrl.zoom.calls import grounding_of
 from visrl.zoom.episode import UNFINISHED, advance, begin
-from visrl.zoom.protocols import ZOOM_PROTOCOLS, visrl_looks
+from visrl.zoom.protocols import ZOOM_PROTOCOLS, viscot_looks, visrl_looks
 from visrl.zoom.windows import twice_as_large
 from visrl.zoom.written import CallError, between
 
@@ -270,3 +271,50 @@ def test_a_turn_of_visrl_without_a_box_answers_and_one_with_a_broken_box_ends():
     )  # fmt: skip
     broken = visrl_episode(3, text.replace("100", "9000"))
     assert (broken.end, broken.answer, len(broken.errors)) == ("no_call", None, 1)
+
+
+# --- The three turns of Visual-CoT as 0 to k looks --------------------------------------------------------------------
+
+BOX_SENTENCE = "Please provide the bounding box coordinate of the region that can help you answer the question better."
+AGAIN = "<image>\nPlease answer the question based on the original image and local detail image.Which Number?"
+
+
+def viscot_episode(max_looks: int, *replies: str):
+    episode = begin(viscot_looks(CODECS["viscot"], SIZE, SIZE, "viscot_square", max_looks), "Which Number?", whole())
+    for reply in replies:
+        episode = advance(episode, reply, SIZE)
+    return episode
+
+
+def test_looks_of_viscot_are_its_three_turns_again_to_the_letter_and_to_the_pixel():
+    """Boxes of 200 and 500 px, in fractions of the picture padded to a square; crops are squares of at least 224 px."""
+    first, second = "[0.300, 0.400, 0.500, 0.600]", "[0.500, 0.400, 1.000, 0.900]"
+    asked = viscot_episode(2)
+    assert asked.conversation.messages == (Message("user", f"<image>\nwhich number?. {BOX_SENTENCE}"),)
+    episode = viscot_episode(2, first, second, "7")
+    assert [(one.role, one.text) for one in episode.messages] == [
+        ("user", "<image>\nWhich Number?"),
+        ("assistant", first),
+        ("user", AGAIN),
+        ("assistant", second),
+        ("user", AGAIN),
+        ("assistant", "7"),
+    ]
+    assert (episode.end, episode.answer) == ("answered", "7")
+    assert [look.window for look in episode.looks] == [(288, 288, 512, 512), (500, 300, 1000, 800)]
+    for look, view in zip(episode.looks, crops(episode), strict=True):
+        assert np.array_equal(np.asarray(view.image), np.asarray(whole().image.crop(look.window)))
+
+
+def test_one_look_of_viscot_is_the_published_protocol():
+    text = "[0.300, 0.400, 0.500, 0.600]"
+    assert viscot_episode(1).conversation == VISCOT.focus("Which Number?", whole())
+    second = viscot_episode(1, text)
+    detail = crop_view(whole(), Picture("picture", Box(0.3, 0.375, 0.5, 0.625)), "viscot_square")
+    assert VISCOT.answer is not None
+    published = VISCOT.answer("Which Number?", whole(), text, detail)
+    assert second.conversation.messages == published.messages
+    assert [view.key for view in second.views] == [view.key for view in published.views]
+    assert np.array_equal(np.asarray(second.views[1].image), np.asarray(detail.image))
+    assert (viscot_episode(1, text, text).answer, viscot_episode(2, "7").answer) == (text, "7")
+    assert viscot_episode(2, "[0.300, 0.400, 0.500, 9.000]").end == "no_call"

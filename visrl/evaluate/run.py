@@ -194,13 +194,13 @@ def _protocol(config: EvalConfig, benchmark: Benchmark) -> LookProtocol:
     allowed = benchmark.protocols
     if config.protocol in ZOOM_PROTOCOLS:
         return _public_zoom(config, benchmark)
-    from visrl.rollout.protocols import several_looks
+    from visrl.rollout.protocols import SEVERAL_LOOKS, several_looks
 
     protocol = _one_look(config, benchmark, allowed)
     if config.max_looks is None:
         return protocol
-    if protocol.name != "visrl" or benchmark.scores == "boxes":
-        raise ConfigError(f"max_looks: {config.benchmark} takes several looks with protocol=visrl and answers")
+    if protocol.name not in SEVERAL_LOOKS or benchmark.scores == "boxes":
+        raise ConfigError(f"max_looks: {config.benchmark} scores one box, and several looks come to an answer")
     return several_looks(protocol, config.max_looks)
 
 

@@ -127,7 +127,7 @@ def look_at_end(chain: Sequence[SampledTurn]) -> Look:
         look = replace(look, text=last.text, box=last.box, detail=crops[-1] if crops else None)
     if episode.end == "failed":
         return replace(look, error=episode.error)
-    if episode.end == "no_call" and not episode.protocol.keeps_turns:
+    if episode.end == "no_call" and episode.protocol.on_failure == "end":  # a box that cannot be read
         return replace(look, text=spoken(reply.text or ""), error=f"box: {episode.errors[-1]}", box=None, detail=None)
     said = spoken(reply.text or "") if episode.end == "no_call" else episode.answer or ""
     if episode.protocol.keeps_turns:  # with the words that the turn opened with

@@ -15,7 +15,15 @@ from visrl.conversation import Conversation, Message, View, answer_conversation,
 from visrl.prompts import IMAGE, refcoco_prompt, viscot_answer_prompt, viscot_box_prompt, without_marks
 from visrl.zoom.config import LooksConfig
 from visrl.zoom.episode import begin
-from visrl.zoom.protocols import VISRL_TOKENS, ZOOM_PROTOCOLS, Fault, ZoomProtocol, visrl_looks
+from visrl.zoom.protocols import (
+    VISCOT_TOKENS,
+    VISRL_TOKENS,
+    ZOOM_PROTOCOLS,
+    Fault,
+    ZoomProtocol,
+    viscot_looks,
+    visrl_looks,
+)
 
 Plain = Callable[[str, View], Conversation]
 Zoom = Callable[[Codec, Size, Size, CropRule], ZoomProtocol]
@@ -89,11 +97,16 @@ def as_published(system: str | None, answer_tokens: int) -> LookProtocol:
     )
 
 
+# Protocols of ours that may look as often as they are allowed to, by their names.
+SEVERAL_LOOKS = {"visrl": visrl_looks, "viscot": viscot_looks}
+
+
 def several_looks(protocol: LookProtocol, max_looks: int) -> LookProtocol:
-    """`protocol`, one of `visrl`, with 0 to `max_looks` looks in the place of one."""
+    """`protocol`, one of `SEVERAL_LOOKS`, with 0 to `max_looks` looks in the place of one."""
+    looks = SEVERAL_LOOKS[protocol.name]
 
     def zoom(codec: Codec, original: Size, shown: Size, crop_rule: CropRule) -> ZoomProtocol:
-        return visrl_looks(codec, original, shown, crop_rule, max_looks)
+        return looks(codec, original, shown, crop_rule, max_looks)
 
     return replace(protocol, zoom=zoom)
 
@@ -125,6 +138,7 @@ def protocol_of(config: LooksConfig) -> LookProtocol:
 
 
 # Visual-CoT (arXiv 2403.16999): at most 128 tokens each, and a square crop of at least 224 pixels.
-VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, 128, 128, "viscot_square")
-VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, 128, 128, "viscot_square")
-REFCOCO = LookProtocol("refcoco", _one_turn(refcoco_prompt), None, 128, 128, "viscot_square")
+_TOKENS = (VISCOT_TOKENS, VISCOT_TOKENS)
+VISCOT = LookProtocol("viscot", _one_turn(viscot_box_prompt), _three_turns, *_TOKENS, "viscot_square")
+VISCOT_BOXES = LookProtocol("viscot-detection", _one_turn(viscot_box_prompt), None, *_TOKENS, "viscot_square")
+REFCOCO = LookProtocol("refcoco", _one_turn(refcoco_prompt), None, *_TOKENS, "viscot_square")

@@ -19,12 +19,12 @@ class LooksConfig(Config):
     protocol_faults: list[Fault] = Field(default_factory=list)
     """Faults of a public protocol's own code that are to be followed, by name (docs/EVALUATION.md)."""
     max_looks: int | None = Field(None, ge=0, le=MOST_LOOKS)
-    """protocol=visrl: as many looks as the model wants, up to so many; one look, always, if left out."""
+    """protocol=visrl and viscot: as many looks as the model wants, up to so many; one look, always, if left out."""
 
     @model_validator(mode="after")
     def _looks_together(self) -> Self:
-        if self.max_looks is not None and self.protocol not in (None, "visrl"):
-            raise ValueError(f"max_looks is for protocol=visrl; {self.protocol} has its own limits")
+        if self.max_looks is not None and self.protocol not in (None, "visrl", "viscot"):
+            raise ValueError(f"max_looks is for protocol=visrl and viscot; {self.protocol} has its own limits")
         if self.protocol not in ZOOM_PROTOCOLS:
             if self.protocol_faults:
                 raise ValueError(f"protocol_faults needs one of the protocols {', '.join(ZOOM_PROTOCOLS)}")

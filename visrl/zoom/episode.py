@@ -156,6 +156,9 @@ def _observed(episode: Episode, said: str, asked: tuple[ZoomCall | BadCall, ...]
     *before, last = episode.messages
     shown_in = Message("user", protocol.join(texts))
     grown = (*before, last, shown_in) if protocol.keeps_turns else (*before, Message("user", last.text + shown_in.text))
+    if protocol.asked is not None:
+        first = 1 if protocol.system else 0
+        grown = (*grown[:first], Message("user", protocol.asked(episode.question)), *grown[first + 1 :])
     return replace(episode, messages=grown, turn=turn + 1, prefill=protocol.prefill)
 
 
@@ -189,7 +192,7 @@ def _look(episode: Episode, text: str, call: ZoomCall | BadCall, shown: Size) ->
         boxes=(*episode.boxes, box),
         looks=(*episode.looks, ZoomedLook(episode.turn, text, source, window, named, call.label)),
     )
-    return grown, protocol.observe(Crop(view.size, episode.turn, number))
+    return grown, protocol.observe(Crop(view.size, episode.turn, number, episode.question))
 
 
 def _failed(episode: Episode, text: str, error: str, shown: Size) -> tuple[Episode, str]:
@@ -206,7 +209,7 @@ def _failed(episode: Episode, text: str, error: str, shown: Size) -> tuple[Episo
         grown, views=(*episode.views, whole), pictures=(*episode.pictures, whole),
         boxes=(*episode.boxes, episode.boxes[0]),
     )  # fmt: skip
-    return grown, protocol.observe(Crop(whole.size, episode.turn, len(episode.pictures)))
+    return grown, protocol.observe(Crop(whole.size, episode.turn, len(episode.pictures), episode.question))
 
 
 def _within(outer: Box, inner: Box) -> Box:

@@ -12,19 +12,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from visrl.box import Box, BoxError, Corners, CropRule, Size, Window, crop_window
 from visrl.codecs import Codec
 from visrl.conversation import crop_key
-from visrl.prompts import IMAGE, focus_prompt
+from visrl.prompts import IMAGE, focus_prompt, viscot_answer_prompt, viscot_box_prompt
 from visrl.replies import spoken
 from visrl.zoom import calls, windows
 
 MOST_LOOKS = 12  # what the longest of the public protocols allows
 VISRL_TOKENS = 64  # of one turn: a box text, or an answer
+VISCOT_TOKENS = 128  # likewise, as its scripts have it
 Fault = Literal["unmapped_coordinates", "labels_count_turns"]
 # What a call that cannot be followed gets: words, the whole picture, or nothing more.
 OnFailure = Literal["say", "show_whole", "end"]
@@ -32,11 +33,13 @@ OnFailure = Literal["say", "show_whole", "end"]
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """What an observation may speak of: the crop's size as it is shown, the turn from 0, its number among pictures."""
+    """What an observation may speak of: the crop's size as it is shown, the turn from 0, its number among pictures, and
+    the question."""
 
     size: Size
     turn: int
     number: int
+    question: str
 
 
 def _out_of_range(pictures: int) -> str:
@@ -49,7 +52,8 @@ class ZoomProtocol:
 
     `read` says what a turn asks for, `window` what it means in pixels of the picture it names, `resize` at which size
     that crop is shown, `observe` in which words; `say_error` are the words about a call that cannot be followed, and
-    `join` puts several observations of one turn together. `any_source`: crops of crops are allowed; else every crop is
+    `join` puts several observations of one turn together. `asked` is the question as it stands once it was answered
+    with a call, where that is not as it was asked. `any_source`: crops of crops are allowed; else every crop is
     cut from the first picture; `no_source` are the words about a picture that is not there, given how many there are,
     and `crops_are_as_shown` cuts from crops after they were resized. `boxes_in_text` reads boxes that are spoken of and
     never cut. `goes_on`: a turn without a call and without an answer is continued, not ended. `keeps_turns`: what the
@@ -79,6 +83,7 @@ class ZoomProtocol:
     goes_on: bool = False
     keeps_turns: bool = True
     last_answers: bool = False
+    asked: Callable[[str], str] | None = None
     crop_name: Callable[[calls.ZoomCall, Window], str] | None = None
     box_of: Callable[[calls.ZoomCall], Box] | None = None
     whole_call: calls.ZoomCall | None = None
@@ -123,6 +128,25 @@ def visrl_looks(codec: Codec, original: Size, shown: Size, crop_rule: CropRule, 
     """The `visrl` protocol with 0 to `max_looks` looks at an image of the size `original`, shown in the size `shown`:
     a turn that holds a box looks there, every other one answers. The crops stand under the question, one line each, as
     in the two steps of one look; what was written of a box is not shown again."""
+    return ZoomProtocol(
+        "visrl", None, focus_prompt, observe=lambda crop: f"\n{IMAGE}", turn_tokens=VISRL_TOKENS, keeps_turns=False,
+        **_boxes_as_calls(codec, original, shown, crop_rule, max_looks),
+    )  # fmt: skip
+
+
+def viscot_looks(codec: Codec, original: Size, shown: Size, crop_rule: CropRule, max_looks: int) -> ZoomProtocol:
+    """The `viscot` protocol likewise: the question with its box sentence; then the question, the box as the model's own
+    turn, and the question again with the crop. That is as published; here the turn after a crop may be another box,
+    which gets its crop in the same words."""
+    return ZoomProtocol(
+        "viscot", None, viscot_box_prompt, observe=lambda crop: viscot_answer_prompt(crop.question),
+        turn_tokens=VISCOT_TOKENS, asked=lambda question: f"{IMAGE}\n{question}",
+        **_boxes_as_calls(codec, original, shown, crop_rule, max_looks),
+    )  # fmt: skip
+
+
+def _boxes_as_calls(codec: Codec, original: Size, shown: Size, crop_rule: CropRule, max_looks: int) -> dict[str, Any]:
+    """What a protocol is like in which a turn that holds a box looks there, and every other one answers."""
 
     def read(text: str) -> calls.ZoomTurn:
         said = spoken(text)
@@ -134,16 +158,18 @@ def visrl_looks(codec: Codec, original: Size, shown: Size, crop_rule: CropRule, 
             )
         return calls.ZoomTurn((calls.ZoomCall(tuple(box.as_list())),))
 
-    def crop_name(call: calls.ZoomCall, window: Window) -> str:
-        return crop_key(Box(*call.numbers), crop_rule)
-
-    return ZoomProtocol(
-        "visrl", None, focus_prompt, read,
-        lambda numbers, size, shown: crop_window(Box(*numbers), size, crop_rule), lambda crop: f"\n{IMAGE}", str,
-        max_turns=max_looks + 1, max_pictures=max_looks + 1, turn_tokens=VISRL_TOKENS, on_failure="end",
-        keeps_turns=False, last_answers=True, crop_name=crop_name,
-        box_of=lambda call: Box(*call.numbers), whole_call=calls.ZoomCall((0, 0, 1, 1)),
-    )  # fmt: skip
+    return {
+        "read": read,
+        "window": lambda numbers, size, shown: crop_window(Box(*numbers), size, crop_rule),
+        "say_error": str,
+        "max_turns": max_looks + 1,
+        "max_pictures": max_looks + 1,
+        "on_failure": "end",
+        "last_answers": True,
+        "crop_name": lambda call, window: crop_key(Box(*call.numbers), crop_rule),
+        "box_of": lambda call: Box(*call.numbers),
+        "whole_call": calls.ZoomCall((0, 0, 1, 1)),
+    }
 
 
 def _table() -> dict[str, ZoomProtocol]:
