@@ -80,8 +80,7 @@ PART = {"type": "text", "text": "x"}
             "messages.0.content.0.image_url.url",
             "string",
         ),
-        ([USER, {"role": "assistant", "tool_calls": [{"id": "a"}]}], "messages.1.tool_calls", "not supported"),
-        ([USER, {"role": "tool", "content": "7", "tool_call_id": "a"}], "messages.1.role", "a tool message"),
+        ([USER, {"role": "assistant", "tool_calls": [{"id": "a"}]}], "messages.1.tool_calls.0.function", "required"),
         ([USER, {"role": "function", "content": "7", "name": "f"}], "messages.1.role", "a function message"),
         ([USER, {"role": "root", "content": "x"}], "messages.1.role", "'developer'"),
         ([USER, "x"], "messages.1", "object"),
@@ -119,7 +118,7 @@ REFUSED: dict[str, Any] = {
     "add_generation_prompt": False, "continue_final_message": True, "documents": [{"text": "x"}],
     "mm_processor_kwargs": {"max_pixels": 100}, "prompt_logprobs": 1, "top_logprobs": 3,
     "truncate_prompt_tokens": 4, "include_stop_str_in_output": True, "logits_processors": ["f"], "verbosity": "low",
-    "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "modalities": ["audio"],
+    "functions": [{}], "function_call": {"name": "x"}, "modalities": ["audio"],
     "web_search_options": {}, "a_field_of_tomorrow": 1, "Temperature": 1, "maxTokens": 5,
 }  # fmt: skip
 

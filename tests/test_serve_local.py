@@ -384,7 +384,7 @@ def output_of(command: list[str], folder: Path) -> str:
 
 
 def test_the_python_example_of_the_documentation_runs(server: tuple[str, Metrics], tmp_path: Path) -> None:
-    assert output_of([sys.executable, "-c", example("python", server[0])], tmp_path).strip()
+    assert output_of([sys.executable, "-c", example("python", server[0], "focus")], tmp_path).strip()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -33,9 +34,36 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model made of a tool: `arguments` is the JSON of an object, `id` names it to whoever answers."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_field(self) -> dict[str, Any]:
+        """The call in the form of OpenAI's protocol."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True, slots=True)
+class CallingTurn(Message):
+    """What a model said, with the calls that it made at its end."""
+
+    calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTurn(Message):
+    """What a tool answered to `call`."""
+
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages and their images, in the order of their `<image>` marks; the model speaks next. `prefill` are the words
-    that its turn opens with already.
+    that its turn opens with already, `tools` the definitions of what it may call, each as JSON.
 
     Raises:
         PromptError: more or fewer marks than images, as where a question or a reply holds one.
@@ -44,11 +72,29 @@ class Conversation:
     messages: tuple[Message, ...]
     views: tuple[View, ...] = ()
     prefill: str = ""
+    tools: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         marks = sum(message.text.count(IMAGE) for message in self.messages)
         if marks != len(self.views):
             raise PromptError(f"{marks} {IMAGE} marks but {len(self.views)} pictures in one conversation")
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """Every call that was made."""
+        return tuple(call for one in self.messages if isinstance(one, CallingTurn) for call in one.calls)
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether anything of it needs a chat template that shows tools."""
+        return bool(self.tools) or any(isinstance(one, CallingTurn | ToolTurn) for one in self.messages)
+
+    def texts(self) -> Iterator[str]:
+        """Everything that a model is shown of it as text."""
+        yield from (message.text for message in self.messages)
+        yield from self.tools
+        yield from (text for call in self.calls for text in (call.name, call.arguments))
+        yield self.prefill
 
 
 def image_view(picture: Picture, image: Image.Image) -> View:

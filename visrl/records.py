@@ -172,7 +172,7 @@ class Verdict:
 class Message:
     """What is said to a model, or by it; `<image>` in a text marks the place of each picture."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     text: str
 
 

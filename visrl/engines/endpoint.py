@@ -15,7 +15,7 @@ from PIL import Image
 
 from visrl.box import Size
 from visrl.codecs import CODECS, Codec
-from visrl.conversation import Conversation, Message, View
+from visrl.conversation import CallingTurn, Conversation, Message, ToolTurn, View
 from visrl.engines.base import Completion, Sampling
 from visrl.engines.client import Client
 from visrl.engines.openai_server import Ask, Endpoint, EndpointError
@@ -113,7 +113,8 @@ class EndpointEngine:
             urls = {view.key: urls.get(view.key) or sized_url(view, encoder) for view in conversation.views}
             messages = to_messages(conversation, urls, mark_crops=self._mark_crops)
             for seed in own:
-                yield Ask(messages, sampling, seed, self.adapter, unsaid, bool(conversation.prefill))
+                goes_on = bool(conversation.prefill)
+                yield Ask(messages, sampling, seed, self.adapter, unsaid, goes_on, conversation.tools)
 
 
 def unsaid_at(owners: set[str], encoder: Encoder | None) -> tuple[int, ...]:
@@ -154,15 +155,17 @@ def to_messages(conversation: Conversation, urls: dict[str, str], mark_crops: bo
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         first, *rest = message.text.split(IMAGE)
-        if not rest:
-            messages.append({"role": message.role, "content": message.text})
-            continue
         parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
         for text in rest:
             parts.append(_image_part(next(views), urls, mark_crops))
             if text:
                 parts.append({"type": "text", "text": text})
-        messages.append({"role": message.role, "content": parts})
+        made: dict[str, Any] = {"role": message.role, "content": parts if rest else message.text}
+        if isinstance(message, CallingTurn):
+            made["tool_calls"] = [call.as_field() for call in message.calls]
+        if isinstance(message, ToolTurn):
+            made["tool_call_id"] = message.call.id
+        messages.append(made)
     if conversation.prefill:  # goes on where the model's turn stands: `openai_server` says so in the request
         messages.append({"role": "assistant", "content": conversation.prefill})
     return messages

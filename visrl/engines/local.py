@@ -178,4 +178,4 @@ class LocalEngine:
 
 def _is_long(conversation: Conversation) -> bool:
     """Whether a conversation decodes by itself: every mask of a batch is as large as that of its longest text."""
-    return len(conversation.prefill) + sum(len(message.text) for message in conversation.messages) > LONG_TEXT
+    return sum(map(len, conversation.texts())) > LONG_TEXT

@@ -100,7 +100,8 @@ class Endpoint:
 class Ask:
     """One request for one text: the protocol's messages and how to sample. `model` is asked in the place of the
     endpoint's, an adapter of it (see client.py). `unsaid` are tokens that are not to be sampled. With `goes_on`
-    the reply goes on where the last message ends, which is the model's own.
+    the reply goes on where the last message ends, which is the model's own. `tools` are definitions, as JSON, that the
+    model is shown; its calls are read here.
     """
 
     messages: list[dict[str, Any]]
@@ -109,6 +110,7 @@ class Ask:
     model: str | None = None
     unsaid: tuple[int, ...] = ()
     goes_on: bool = False
+    tools: tuple[str, ...] = ()
 
 
 class Failure(Exception):
@@ -215,6 +217,8 @@ class Server:
             extra["logit_bias"] = {**asked, **dict.fromkeys(map(str, ask.unsaid), NEVER)}
         if ask.goes_on:  # in vLLM's and SGLang's fields
             extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        if ask.tools:  # vLLM and SGLang show them with "none", too, and leave the text as it is
+            extra |= {"tools": [json.loads(tool) for tool in ask.tools], "tool_choice": "none"}
         return extra
 
     def _tokens(self, ask: Ask) -> int:

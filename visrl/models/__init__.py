@@ -6,6 +6,7 @@ positions, masks what its entries name: where tokens stand, what they see; pixel
 parts, calls     the parts of a model, and what its own forward takes
 encode           chat template, tokenizer and image processor: conversation → token ids and pixels; in prefix trees
                  (tree_encoder), or as whole rows of the checkpoint's own processor (plain_encoder)
+tool_turns       conversations as chat templates take them, with tools; whether a template shows these
 probe            whether the model of a checkpoint takes a prefix tree, found by trial; asked: the trial's prompts
 candidates       what processor, signature and config say of a model; found is what was found of it, as data, derive
                  makes a family of that

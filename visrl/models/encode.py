@@ -8,12 +8,14 @@ plain form (plain_encoder.py), which leaves whole rows to the checkpoint's own p
 
 from __future__ import annotations
 
+import json
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from visrl.models.families import context_of, image_token
 from visrl.models.family import Family, Grid, ImageInputs, PixelRange
 from visrl.models.pixels import PIXEL_LIMITS, covering_limits, limited_size
 from visrl.models.settings import ModelSettings
+from visrl.models.tool_turns import as_messages, tool_fault
 from visrl.prompts import IMAGE
 from visrl.replies import whole_text
 from visrl.zoom.calls import TAGS
@@ -218,21 +221,41 @@ class Encoder(ABC):
             PromptError: a message holds one of the model's control tokens or half a character, or the chat template
                 refuses the conversation.
         """
-        for message in conversation.messages:
+        self.check_tools(conversation)
+        for said in conversation.texts():
             # The mark of an image may itself be a token of the model; the text around it may hold none.
-            for part in message.text.split(IMAGE):
+            for part in said.split(IMAGE):
                 self._check_text(part)
-        self._check_text(conversation.prefill)
-        try:
-            text = self.processor.apply_chat_template(
-                as_messages(conversation), chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
+        text = self._templated(as_messages(conversation), [json.loads(tool) for tool in conversation.tools])
         # Templates of models that always think open the thought themselves.
         is_open = conversation.prefill in TAGS and text.rstrip().endswith(conversation.prefill)
         opening = "" if is_open else conversation.prefill
         return (text if text.startswith(self._bos) else self._bos + text) + opening
+
+    def _templated(self, messages: list[dict[str, Any]], tools: list[Any]) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, TypeError) as error:  # the second of a template that expects another form of content
+            raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
+
+    def check_tools(self, conversation: Conversation) -> None:
+        """Make sure that the chat template shows what a conversation holds of tools.
+
+        Raises:
+            PromptError: it leaves something out, or writes it in a form that is not read here.
+        """
+        if conversation.has_tools and (fault := self._tool_fault) is not None:
+            raise PromptError(fault)
+
+    @cached_property
+    def _tool_fault(self) -> str | None:
+        return tool_fault(self._templated, self.image_mark)
 
     def _check_text(self, text: str) -> None:
         if any(token in text for token in self._control):
@@ -309,21 +332,6 @@ def refusing(view: View) -> Iterator[None]:
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         what = error if isinstance(error, PromptError) else f"{view.size[0]} × {view.size[1]} px: {error}"
         raise PromptError(f"{view.key[:80]}: {what}") from error
-
-
-def as_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """A conversation in the form that chat templates take."""
-    return [{"role": message.role, "content": _parts(message.text)} for message in conversation.messages]
-
-
-def _parts(said: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
-    for number, text in enumerate(said.split(IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts
 
 
 def chat_template_of(processor: Any) -> str | None:

@@ -15,9 +15,10 @@ from PIL import Image
 from visrl.conversation import Conversation, View, answer_conversation, focus_conversation
 from visrl.models import template_trial
 from visrl.models.candidates import TURNS
-from visrl.models.encode import Encoder, as_messages
+from visrl.models.encode import Encoder
 from visrl.models.families import FAMILIES, image_token_of
 from visrl.models.folder import CheckpointError
+from visrl.models.tool_turns import as_messages
 
 QUESTION = "Which number is on the tag?"
 WAIT_S = 60  # for a trial that has `template_trial.SECONDS` of a core; a busy machine is slower

@@ -2,7 +2,8 @@
 
 runner          the server from start to stop; config its keys
 app             the routes of the OpenAI protocol
-schemas, fields requests read and bounded; which fields are honoured, passed on or refused
+schemas, fields requests read and bounded; which fields are honoured, passed on or refused; strict: what is unknown
+tools           tools in a request: definitions, calls that were made, what they gave
 adapters        LoRA adapters loaded while the server runs
 replies         replies whole, and as events of a stream
 errors          what a caller is told
@@ -12,6 +13,7 @@ batching        the backend in this process; admission decides who waits and who
 requests        one text asked of it
 upstream        the backend in front of vLLM
 ways            in which way a request is answered
+calling         a turn that may call tools of the caller's
 focus, looks    `MODEL:focus`: the two steps of one request; several looks, by `visrl` or by a public protocol
 
 safety          who may ask, from where, how much; connections says whose turn it is

@@ -16,7 +16,7 @@ from visrl.serve.errors import RequestError
 CHANGES_NOTHING = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "request_id", "session_id", "cache_salt", "parallel_tool_calls", "stream_interval",
+        "request_id", "session_id", "cache_salt", "stream_interval",
     }
 )  # fmt: skip
 
@@ -49,9 +49,7 @@ ANSWERED_WITH: dict[str, tuple[Any, ...]] = {
 }
 # What neither this engine nor this server's replies can honour, whatever serves the model.
 HONOURED_NOWHERE: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
     "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "function_call": (None, "none", "auto"),
     "top_logprobs": (None, 0),
     "prompt_logprobs": (None,),
@@ -88,6 +86,8 @@ HONOURED_NOWHERE: dict[str, tuple[Any, ...]] = {
 }
 REMEDIES = {
     "best_of": "ask for several choices with n",
+    "functions": "define them in tools",
+    "function_call": "say it in tool_choice",
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend",
          "guided_whitespace_pattern", "structural_tag"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from visrl.conversation import ToolCall
 from visrl.serve.adapters import HeldAdapter
 from visrl.serve.schemas import FOCUS_SUFFIX, WHOLE_SUFFIX
 
@@ -29,6 +30,7 @@ class Choice:
     completion_tokens: int
     focus: dict[str, Any] | None = None
     tokens: Tokens | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,8 @@ class ChatReply:
 
 def _listed(index: int, choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        message |= {"content": choice.text or None, "tool_calls": [call.as_field() for call in choice.calls]}
     if choice.focus is not None:
         message["focus"] = choice.focus
     told = {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": None}

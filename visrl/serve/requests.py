@@ -30,12 +30,13 @@ class QueuedRequest:
     sampling: Sampling
     seed: int
     stops: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()  # texts that end it and stay
     on_text: OnText | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)  # fields of the protocol that are the backend's to honour
     index: int = 0  # which choice of its HTTP request
     adapter: Adapter | None = None  # that is to be on the model
     cancelled: bool = False
-    stopped_at: int | None = None  # where a stop text begins
+    stopped_at: int | None = None  # where a stop text begins, or one that ends it has ended
     shown: int = 0  # characters told so far
 
     @property
@@ -46,13 +47,14 @@ class QueuedRequest:
     @property
     def is_followed(self) -> bool:
         """Whether anything depends on the text before it ends."""
-        return self.on_text is not None or bool(self.stops)
+        return self.on_text is not None or bool(self.stops or self.ends)
 
     def see(self, text: str) -> tuple[bool, str | None]:
         """Whether to go on after `text` so far, and the visible part of it where that has grown."""
         if self.cancelled:
             return False, None
         found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        found += [place + len(end) for end in self.ends if (place := text.find(end)) >= 0]
         if found:
             self.stopped_at = min(found)
             visible = text[: self.stopped_at]
@@ -104,7 +106,7 @@ def length_guess(conversation: Conversation, of_images: Sequence[int] = ()) -> i
 
     `of_images` are the tokens of the images, where they are known.
     """
-    text = sum(len(message.text.encode()) for message in conversation.messages)
+    text = sum(len(text.encode()) for text in conversation.texts())
     return text + (sum(of_images) if of_images else IMAGE_TOKENS * len(conversation.views))
 
 

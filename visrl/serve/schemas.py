@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import pydantic
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -17,17 +18,17 @@ from pydantic import (
     FailFast,
     Field,
     PrivateAttr,
-    Strict,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from visrl.conversation import Conversation, Message, View
+from visrl.conversation import CallingTurn, Conversation, Message, ToolTurn, View
 from visrl.engines.base import Sampling, seed_of
 from visrl.prompts import IMAGE
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import passed_on
+from visrl.serve.strict import Strict, fault
+from visrl.serve.tools import Id, MadeCall, Tool, ToolChoice, answered_calls, check_definitions, read_choice
 from visrl.zoom.protocols import MOST_LOOKS
 
 FOCUS_SUFFIX = ":focus"
@@ -47,6 +48,7 @@ class Limits:
     max_tokens: int = 4096
     choices: int = 16
     stops: int = 8
+    tools: int = 128
     request_s: float = 120.0
     connections: int = 512
     idle_s: float = 15.0  # how long a connection may be without a whole request
@@ -58,25 +60,7 @@ class Limits:
     held_pixels: int = 250_000_000  # opened images of all requests in work: 750 MB
 
 
-def _fault(message: str, *at: str) -> PydanticCustomError:
-    """What a validator raises; `at` leads from where it stands to the field that is wrong."""
-    return PydanticCustomError("fault", "{message}", {"message": message, "at": at})
-
-
-class _Strict(BaseModel):
-    """A part of a request: what it does not know is refused, unless it says nothing."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def _knows_all(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}, ""):
-                raise _fault("not supported by this server; leave it out", name)
-        return self
-
-
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     url: str
     detail: Literal["auto", "low", "high", "original"] | None = None
 
@@ -97,7 +81,7 @@ def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class Part(_Strict):
+class Part(Strict):
     """A piece of a message: a text or an image."""
 
     type: Literal["text", "image_url"]
@@ -109,27 +93,44 @@ class Part(_Strict):
     @model_validator(mode="after")
     def _holds_what_it_says(self) -> Self:
         if (self.text if self.type == "text" else self.image_url) is None:
-            raise _fault(f"a part of type {self.type} has no {self.type}")
+            raise fault(f"a part of type {self.type} has no {self.type}")
         return self
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One turn. What clients send back of a reply (`refusal`, `focus`, …) is known, and shown to no model."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[Part], FailFast(), BeforeValidator(_as_parts)] = Field(default_factory=list)
     name: str | None = None  # no chat template that is served shows it
     focus: Any = None
+    tool_calls: Annotated[list[MadeCall] | None, FailFast()] = None
+    tool_call_id: Id | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _is_shown_to_a_model(cls, given: Any) -> Any:
         role = given.get("role") if isinstance(given, dict) else None
-        if role in ("tool", "function"):
-            raise _fault(f"a {role} message answers a tool, and this server calls none", "role")
-        if role in ("system", "developer", "user") and given.get("content") is None:
-            raise _fault(f"a {role} message holds a text or parts", "content")
+        if role == "function":
+            raise fault("a function message is of the protocol before tools; send it as a tool message", "role")
+        if role in ("system", "developer", "user", "tool") and given.get("content") is None:
+            raise fault(f"a {role} message holds a text or parts", "content")
+        if role == "tool" and given.get("tool_call_id") is None:
+            raise fault("a tool message names the call that it answers", "tool_call_id")
         return given
+
+    @model_validator(mode="after")
+    def _is_of_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise fault(f"a {self.role} message makes no calls", "tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise fault(f"a {self.role} message answers no call", "tool_call_id")
+        return self
+
+    @property
+    def text(self) -> str:
+        """What it says, each image's mark at its place."""
+        return "".join(IMAGE if part.type == "image_url" else part.text or "" for part in self.content)
 
 
 def _or(default: Any) -> BeforeValidator:
@@ -137,7 +138,7 @@ def _or(default: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: default if value is None else value)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: Annotated[bool, _or(False)] = False
     include_obfuscation: bool | None = None  # padding against eavesdroppers: nothing of a text
 
@@ -158,12 +159,31 @@ class ChatRequest(BaseModel):
     stop: Annotated[list[str], FailFast(), BeforeValidator(_as_list)] = Field(default_factory=list)
     stream: Annotated[bool, _or(False)] = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[bool, _or(False), Strict()] = False
-    return_token_ids: Annotated[bool, _or(False), Strict()] = False
+    logprobs: Annotated[bool, _or(False), pydantic.Strict()] = False
+    return_token_ids: Annotated[bool, _or(False), pydantic.Strict()] = False
     max_looks: int | None = Field(None, ge=0, le=MOST_LOOKS)
-    add_generation_prompt: Annotated[bool, _or(True), Strict()] = True
-    continue_final_message: Annotated[bool, _or(False), Strict()] = False
+    add_generation_prompt: Annotated[bool, _or(True), pydantic.Strict()] = True
+    continue_final_message: Annotated[bool, _or(False), pydantic.Strict()] = False
+    tools: Annotated[list[Tool], FailFast(), _or([])] = Field(default_factory=list)
+    tool_choice: Annotated[Any, BeforeValidator(read_choice)] = None
+    parallel_tool_calls: Annotated[bool, _or(True), pydantic.Strict()] = True
     _passed: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _tools_belong_together(self) -> Self:
+        check_definitions(self.tools, self.tool_choice)
+        answered_calls(self.messages)
+        return self
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Whether the model is to call a tool."""
+        return self.tool_choice or ToolChoice("auto" if self.tools else "none")
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it defines tools, or holds what they gave."""
+        return bool(self.tools) or any(message.tool_calls or message.role == "tool" for message in self.messages)
 
     @property
     def passed(self) -> dict[str, Any]:
@@ -219,6 +239,8 @@ class ChatRequest(BaseModel):
             raise _refused("continue_final_message", "the last of several messages must be the model's own")
         if any(part.type != "text" for part in last.content):
             raise _refused("continue_final_message", "the model's turn holds a picture")
+        if self.choice.opening:
+            raise _refused("continue_final_message", "tool_choice opens the model's turn by itself")
 
     def seeds(self) -> list[int]:
         """One seed per choice; the first is the caller's own, as an engine in this process would be given it."""
@@ -256,6 +278,9 @@ def _refused(name: str, remedy: str) -> RequestError:
 
 def _check_limits(request: ChatRequest, limits: Limits) -> None:
     texts = [part.text or "" for message in request.messages for part in message.content if part.type == "text"]
+    texts += [tool.definition for tool in request.tools]
+    for made in (made for message in request.messages for made in message.tool_calls or ()):
+        texts += [made.function.name, made.function.arguments]
     tokens = max(request.max_tokens or 0, request.max_completion_tokens or 0)
     for amount, limit, what in (
         (len(request.messages), limits.messages, "messages"),
@@ -264,6 +289,7 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
         (tokens, limits.max_tokens, "max_tokens"),
         (request.n, limits.choices, "choices (n)"),
         (len(request.stops), limits.stops, "stop texts"),
+        (len(request.tools), limits.tools, "tools"),
         (_bytes_of(request.stops, limits.text_bytes), limits.text_bytes, "bytes of stop texts"),
     ):
         if amount > limit:
@@ -280,13 +306,19 @@ def _bytes_of(texts: Sequence[str], enough: int) -> int:
 
 def to_conversation(request: ChatRequest, views: list[View]) -> Conversation:
     """The whole conversation, each image's mark at its place."""
-    messages = []
-    for message in request.messages:
-        role: Any = "system" if message.role == "developer" else message.role
-        text = "".join(IMAGE if part.type == "image_url" else part.text or "" for part in message.content)
-        messages.append(Message(role, text))
-    prefill = messages.pop().text if request.continue_final_message else ""
-    return Conversation(tuple(messages), tuple(views), prefill)
+    messages: list[Message] = []
+    answered = answered_calls(request.messages)
+    for place, message in enumerate(request.messages):
+        if place in answered:
+            messages.append(ToolTurn("tool", message.text, answered[place]))
+        elif message.tool_calls:
+            calls = tuple(made.call for made in message.tool_calls)
+            messages.append(CallingTurn("assistant", message.text, calls))
+        else:
+            role: Any = "system" if message.role == "developer" else message.role
+            messages.append(Message(role, message.text))
+    prefill = messages.pop().text if request.continue_final_message else request.choice.opening
+    return Conversation(tuple(messages), tuple(views), prefill, tuple(tool.definition for tool in request.tools))
 
 
 def to_question(request: ChatRequest) -> str:
@@ -295,6 +327,9 @@ def to_question(request: ChatRequest) -> str:
     Raises:
         RequestError: 400 where there is none, or not exactly one image in the conversation.
     """
+    if request.has_tools:
+        said = f"{request.suffix} takes no tools and none of their messages; ask {{}}, which hands calls to you"
+        raise RequestError(400, said.format(request.model.removesuffix(request.suffix)[:80]), param="tools")
     if len(request.image_urls()) != 1:
         raise RequestError(400, f"{request.suffix} takes exactly one picture, here are {len(request.image_urls())}")
     last = request.messages[-1]

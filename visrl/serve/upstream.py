@@ -172,6 +172,10 @@ class Upstream:
         if self._client is None:  # made in the loop that uses it
             self._client = self._new_client()
         try:
+            await asyncio.to_thread(self._known().check_tools, request.conversation)
+        except ValueError as error:
+            raise RequestError(400, str(error)) from error
+        try:
             urls = {
                 view.key: await asyncio.to_thread(sized_url, view, None if self._mark_crops else self._encoder)
                 for view in {view.key: view for view in request.conversation.views}.values()
@@ -180,7 +184,14 @@ class Upstream:
             raise RequestError(400, f"the model's processor refuses a picture: {error}") from error
         messages = to_messages(request.conversation, urls, self._mark_crops)
         goes_on = bool(request.conversation.prefill)
-        ask = Ask(messages, request.sampling, request.seed, unsaid=self._unsaid, goes_on=goes_on)
+        ask = Ask(
+            messages,
+            request.sampling,
+            request.seed,
+            unsaid=self._unsaid,
+            goes_on=goes_on,
+            tools=request.conversation.tools,
+        )
         more = {**request.passed, **({"stop": list(request.stops)} if request.stops else {})}
         text, reason, counts = "", "stop", (0, 0)
         async with aclosing(stream(self._client, ask, more)) as pieces:
@@ -191,6 +202,6 @@ class Upstream:
                 go_on, visible = request.see(text)
                 if visible is not None and request.on_text is not None:
                     request.on_text(visible)
-                if not go_on:
+                if not go_on and not request.ends:  # of what goes on to its end the tokens are counted there
                     break
         return Completion(text, counts[0], "length" if reason == "length" else "stop", prompt_tokens=counts[1])

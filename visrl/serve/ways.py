@@ -12,6 +12,7 @@ from visrl.conversation import View
 from visrl.engines.base import Sampling
 from visrl.rollout.protocols import instructed
 from visrl.serve.backend import Backend
+from visrl.serve.calling import answer_with_calls
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
@@ -94,9 +95,12 @@ class Ways:
             choice = await answer_with_looks(backend, to_question(asked), views[0], queued, on_look, looks=looks)
         elif asked.suffix:
             choice = await answer_with_focus(backend, to_question(asked), views[0], queued, on_look)
+        elif asked.choice.kind != "none":
+            choice = await answer_with_calls(backend, queued, stream, asked.choice, asked.parallel_tool_calls)
         else:
             choice = await answer_plainly(backend, queued)
-        stream.put_text(choice.text)
+        if asked.choice.kind == "none":  # else it is told already
+            stream.put_text(choice.text)
         if stream.is_read and choice.focus is not None:
             if "end" in choice.focus:
                 stream.put({"focus": {name: choice.focus[name] for name in ("end", "turns")}})

@@ -2,6 +2,7 @@
 
 written     the tags, JSON and numbers that calls are written in
 calls       what one turn of a model asks for: calls, an answer, or a call that cannot be read
+tool_calls  calls of tools in a turn as it grows, whatever the tool
 windows     from the numbers of a call to pixels of a picture, and the size at which a crop is shown
 protocols   ZOOM_PROTOCOLS, one row each: prompts, coordinates, observations, errors, limits
 config      the keys of several looks that verbs share
