@@ -133,6 +133,8 @@ FAST: dict[str, tuple[Damage, str]] = {
     "no folder": (shutil.rmtree, "there is no such folder"),
     "a loop of links": (_loop, "there is no such folder"),
     "unknown family": (_with("config.json", "model_type", value="bert"), "'bert' is not supported: transformers"),
+    "a look-alike": (_with("config.json", "model_type", value="qwen2vl"), "the nearest are qwen2_vl"),
+    "encoder and decoder": (_with("config.json", "is_encoder_decoder", value=True), "is an encoder–decoder"),
     "family of another type": (_with("config.json", "model_type", value=["qwen2_vl"]), "is not supported"),
     "nested deeply": (_to("config.json", '{"a":' + "[" * 90_000 + "]" * 90_000 + "}"), "nested too deeply"),
     "not UTF-8": (_to("config.json", b'{"model_type": "\xff"}'), "is not UTF-8 text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -129,6 +130,11 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     with reading(path, "its config.json cannot be read"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_family(path, config.to_dict(), trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{path}: {config.model_type} is an encoder–decoder: it reads prompts and writes replies as two sequences, "
+            "and models that do so in one are taken here"
+        )
     return config
 
 
@@ -153,9 +159,12 @@ def check_family(path: str | Path, values: Mapping[str, Any], *, trust_remote_co
             f"transformers {transformers.__version__}. Nothing of it was run; trust_remote_code: true runs it, in the "
             f"plain form{successor}"
         )
+    names = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    near = difflib.get_close_matches(str(model_type), names, 3)
     raise CheckpointError(
         f"{path}: the model type {model_type!r} is not supported: transformers {transformers.__version__} has no "
-        f"model of images and text by that name; known: {', '.join(sorted(FAMILIES))}"
+        f"model of images and text by that name. Of the {len(names)} it has "
+        + (f"the nearest are {', '.join(near)}" if near else f"these have entries here: {', '.join(sorted(FAMILIES))}")
     )
 
 
