@@ -3,7 +3,8 @@
 config          the keys of generate, filter, evolve and demo
 loop            iterations of generate → filter → stage 1 → stage 2: `visrl evolve`; demo is `visrl demo`
 generate        samples → trajectories → verdicts; batches is what is resumed and sharded, tokens what it costs
-filter          verdicts → preferences; pairs is Algorithm 1's rule, losers the others, pairs_page the page
+filter          verdicts → preferences; pairs is Algorithm 1's rule, losers the others, turns those of several looks;
+                pairs_page and turns_page the pages
 papers_rule     what the paper's critic and rule keep of the same tries, for comparison
 check           whether a critic is worth asking
 serving         generation in shards, and behind a server that is started for its policy

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
 from visrl.data.native import read_records
 from visrl.evolve.config import parse_shard
-from visrl.records import RecordError, Sample, Trajectory, Verdict
+from visrl.records import Place, RecordError, Sample, Trajectory, Verdict
 
 Kind = TypeVar("Kind", Trajectory, Verdict)
 PREFIX = "failed-"  # of the files of a run that is to be tried again
@@ -25,15 +24,15 @@ def shard_of(parts: list[Sequence[Sample]], shard: str) -> list[Sequence[Sample]
     return parts[(number - 1) * len(parts) // of : number * len(parts) // of]
 
 
-def keep_whole_batches(path: Path, parts: Sequence[Sequence[Sample]], per_sample: int) -> int:
-    """How many whole batches of records `path` holds; what a kill left of an unfinished one is cut off.
+def keep_whole_batches(path: Path, sizes: Sequence[int]) -> int:
+    """How many whole batches of records, of these sizes, `path` holds; what a kill left of an unfinished one is cut
+    off.
 
     Raises:
         RecordError: more records than the batches have.
     """
     if not path.is_file():
         return 0
-    sizes = [len(part) * per_sample for part in parts]
     with open(path, "rb+") as lines:
         whole = end = 0
         for size in sizes:
@@ -61,13 +60,25 @@ class SetAside(Generic[Kind]):
     def __init__(self, kind: type[Kind], file: Path, is_failed: Callable[[Kind], bool]) -> None:
         path = file.with_name(PREFIX + file.name)
         self._records: Iterator[Kind] = read_records(kind, path) if path.is_file() else iter(())
+        self._ahead: Kind | None = next(self._records, None)  # the first that has not been given
         self._is_failed: Callable[[Kind], bool] = is_failed
 
-    def batch(self, size: int) -> list[Kind]:
-        """The next `size` records where all of them are sound, else none. Called once for every batch of the run."""
-        records = list(islice(self._records, size))
-        sound = len(records) == size and not any(map(self._is_failed, records))
-        return records if sound else []
+    def batch(self, part: Sequence[Sample]) -> list[Kind]:
+        """The records of the next batch, which asks these questions, where there are any and all of them are sound,
+        else none. Called once for every batch of the run."""
+        records: list[Kind] = []
+        for place in (sample.place for sample in part):
+            of_question = list(self._of_question(place))
+            if not of_question:
+                return []
+            records += of_question
+        return [] if any(map(self._is_failed, records)) else records
+
+    def _of_question(self, place: Place) -> Iterator[Kind]:
+        """The next records, as long as they are of this question."""
+        while self._ahead is not None and self._ahead.place == place:
+            yield self._ahead
+            self._ahead = next(self._records, None)
 
 
 def set_aside(*files: Path) -> None:

@@ -15,6 +15,8 @@ from visrl.evolve.pairs import FilterSettings, Rule
 from visrl.rewards.open import CriticConfig
 from visrl.rollout.diversity import TRIGGER
 from visrl.scenes import KINDS, MAX_TAGS, Kind, count_scenes, format_source
+from visrl.zoom.config import LookPriceConfig, SampledLooksConfig
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
@@ -49,13 +51,14 @@ class QuestionsConfig(SourceConfig):
     """So many are passed by first."""
 
 
-class SamplingConfig(CriticConfig, QuestionsConfig):
+class SamplingConfig(CriticConfig, SampledLooksConfig, QuestionsConfig):
     """The keys of Algorithm 1's sampling, beside those of its engines."""
 
     rounds: int = Field(5, ge=1)
     """N of Algorithm 1; a round is two boxes. The released code uses 3."""
     answers: int = Field(1, ge=1)
-    """M: answers sampled from the crop of each box. `critic: outcome` scores the box by them."""
+    """M: answers sampled from the crop of each box. `critic: outcome` scores the box by them. With `max_looks` as many
+    turns after each look down to the `num_forks`-th, be they answers or looks."""
     temperature: float = Field(1.0, ge=0)
     """The paper names none and the released code samples at 2; docs/EVOLVE.md says what was tried."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -68,6 +71,27 @@ class SamplingConfig(CriticConfig, QuestionsConfig):
     """Questions in one batch: what a kill loses at most, and part of what makes a run repeat to the bit."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _of_several_looks(self) -> SamplingConfig:
+        if self.protocol in ZOOM_PROTOCOLS:
+            raise ValueError(
+                f"protocol: pairs show crops as visrl cuts them, and {self.protocol} shows its own; set max_looks, or "
+                f"train on {self.protocol} online"
+            )
+        if self.max_looks is None:
+            return self
+        if self.diversity:
+            raise ValueError("diversity: the controller replaces the one box of a try; set diversity: false")
+        if self.trigger != TRIGGER:
+            raise ValueError("trigger is the diversity controller's, which is off with max_looks; leave it out")
+        if not self.use_box_critic:
+            raise ValueError("use_box_critic: a look is worth what comes after it, no critic scores it; leave it out")
+        if self.num_forks > max(self.max_looks, 1):
+            raise ValueError(f"num_forks: there are at most {self.max_looks} turns after the first; give no more")
+        if self.answers > 1 and not min(self.num_forks, self.max_looks):
+            raise ValueError("answers: no look is gone on from several times; raise num_forks, or leave the key out")
+        return self
+
 
 class GenerateConfig(SamplingConfig):
     """What `visrl generate` takes."""
@@ -78,7 +102,7 @@ class GenerateConfig(SamplingConfig):
     output_dir: Path
 
 
-class RuleConfig(Config):
+class RuleConfig(LookPriceConfig):
     """The keys of the filter's rule."""
 
     rule: Rule = "paper"
@@ -91,7 +115,10 @@ class RuleConfig(Config):
     """Which box is rejected: "paper", by the rule above; "own", the worst of the policy's own boxes; "random", one of
     the diversity controller's. Of the latter two the winner is the best of the policy's own."""
     min_difference: float | None = Field(None, gt=0, le=1)
-    """Of losers: own and random, how much better the chosen box or answer must have scored; 0.5 by default."""
+    """Of losers: own and random, how much better the chosen box or answer must have scored; 0.5 by default. After
+    several looks: how much more the chosen turn must be worth."""
+    punish_unfinished: bool = False
+    """Of several looks: a try that came to a limit counts as a wrong answer. It has no score otherwise."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> RuleConfig:
@@ -106,7 +133,10 @@ class RuleConfig(Config):
 
     def filter_settings(self) -> FilterSettings:
         apart = MIN_DIFFERENCE if self.min_difference is None else self.min_difference
-        return FilterSettings(self.t_max, self.t_min, self.rule, self.use_box_critic, self.losers, apart)
+        return FilterSettings(
+            self.t_max, self.t_min, self.rule, self.use_box_critic, self.losers, apart,
+            look_price=self.look_price, punish_unfinished=self.punish_unfinished,
+        )  # fmt: skip
 
 
 class FilterConfig(RuleConfig, QuestionsConfig):
@@ -186,6 +216,19 @@ class EvolveConfig(SamplingConfig, RuleConfig, ServerConfig, StagesConfig):
     def _random_boxes(self) -> EvolveConfig:
         if self.losers == "random" and not self.diversity:
             raise ValueError("losers=random takes the diversity controller's boxes, and diversity=false draws none")
+        return self
+
+    @model_validator(mode="after")
+    def _several_looks(self) -> EvolveConfig:
+        if self.max_looks is None:
+            for key in ("look_price", "punish_unfinished"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} is of several looks; set max_looks, or leave it out")
+            return self
+        if self.losers != "own":
+            raise ValueError(f"losers={self.losers}: turns of several looks lose to others of the policy's; set own")
+        if self.compare_paper:
+            raise ValueError("compare_paper: the paper's critic and rule judge one look; leave it out with max_looks")
         return self
 
 

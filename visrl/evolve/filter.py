@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from visrl.evolve.generate import TRAJECTORIES, VERDICTS, read_questions
 from visrl.evolve.losers import Judged
 from visrl.evolve.pairs import Filtered, Pair, make_pairs
 from visrl.evolve.tokens import add_tokens, all_sampled
+from visrl.evolve.turns import FilteredTurns, count_turns, make_turn_pairs, turn_lines
 from visrl.manifest import claim_folder, hash_files, hold, read_manifest, write_manifest
 from visrl.records import Place, Record, RecordError, Trajectory, Verdict, write_records
 
@@ -39,7 +41,8 @@ def filter_pairs(config: FilterConfig | str | Path | None = None, /, **keys: Any
     Returns:
         Counts: `questions`, `kept`, `dropped_by_reason`, `answer_pairs` (and how many of them over another crop than
         the winner's), `boxes` (how winner and loser stand to the true box, where that is known; P is IoU > 0.5), and
-        `sampled_tokens_per_pair` (None: the generation did not count).
+        `sampled_tokens_per_pair` (None: the generation did not count). Of several looks pairs are counted by kind and
+        by the looks before them, and tries by their end (see `turns.count_turns`); they are set against no true box.
 
     Raises:
         RecordError: files that are missing, unfinished or not of the data set.
@@ -58,7 +61,7 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
             raise RecordError(f"no {path}: input_dir must be a folder that `visrl generate` finished")
     source = _source(config)
     identity = {
-        **config.model_dump(mode="json", exclude={"output_dir", "input_dir", "pictures"}),
+        **config.recorded(exclude={"output_dir", "input_dir", "pictures"}),
         **source,
         "input": hash_files(*(path for group in files for path in group)),
         "data": hash_source(source["dataset"], source["dataset_dir"]),
@@ -68,27 +71,71 @@ def _filter_pairs(config: FilterConfig) -> dict[str, Any]:
     truth = {sample.place: sample.box for sample in with_boxes if sample.box is not None}
     # What becomes a preference has never seen a true box.
     samples = [replace(sample, box=None) for sample in with_boxes]
-    result = make_pairs(samples, _all(Trajectory, files[0]), _all(Verdict, files[1]), config.filter_settings())
-    counts = {**count_pairs(result, truth), "sampled_tokens_per_pair": _tokens_per_pair(config.input_dir, result.kept)}
+    tries = _all(Trajectory, files[0])
+    first = next(tries, None)
+    several = first is not None and first.end is not None
+    _check_looks(config, several)
+    given = samples, chain([first] if first else [], tries), _all(Verdict, files[1]), config.filter_settings()
+    result = make_turn_pairs(*given) if several else make_pairs(*given)
+    counts = count_turns(result) if isinstance(result, FilteredTurns) else count_pairs(result, truth)
+    counts["sampled_tokens_per_pair"] = _tokens_per_pair(config.input_dir, len(result.pairs))
     if not done:
         write_records(config.output_dir / PREFERENCES, result.preferences)
         if config.pictures:
-            from visrl.evolve.pairs_page import write_page
-
-            write_page(config.output_dir / PAGE, result, truth, config.pictures, source["image_root"])
+            _write_page(config, result, truth, source["image_root"])
         parents = {"input": identity["input"]}
         write_manifest(config.output_dir, verb="filter", config=identity, parents=parents, counts=counts)
-    reasons = ", ".join(f"{count} {name}" for name, count in counts["dropped_by_reason"].items()) or "none dropped"
-    print(f"{result.kept} pairs of {result.questions} questions ({reasons}) → {config.output_dir}")
-    other = counts["answer_pairs_of_another_crop"]
-    print(f"{counts['answer_pairs']} with a pair of answers" + (f", {other} over another own crop" if other else ""))
-    if result.kept and not counts["answer_pairs"] and config.losers != "paper":
-        print("answers are compared over one crop: generate with answers=2 or more for pairs of them")
-    if counts["sampled_tokens_per_pair"] is not None:
-        print(f"{counts['sampled_tokens_per_pair']:,} tokens sampled per pair")
-    if counts["boxes"]:
-        print("\n".join(table_lines(counts["boxes"])))
+    print("\n".join([*_lines(config, counts, several), *_cost_lines(counts)]))
     return counts
+
+
+def _check_looks(config: FilterConfig, several: bool) -> None:
+    """Refuse keys that mean nothing for the tries that there are.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if several and config.losers != "own":
+        raise ConfigError(f"losers={config.losers}: turns of several looks lose to others of the policy's; set own")
+    for key in ("look_price", "punish_unfinished"):
+        if not several and getattr(config, key):
+            raise ConfigError(f"{key}: these are tries of one look; leave it out")
+
+
+def _write_page(
+    config: FilterConfig, result: Filtered | FilteredTurns, truth: dict[Place, Box], root: str | None
+) -> None:
+    from visrl.evolve.pairs_page import write_page
+    from visrl.evolve.turns_page import write_turns_page
+
+    page = config.output_dir / PAGE
+    if isinstance(result, FilteredTurns):
+        write_turns_page(page, result, config.pictures, root)
+    else:
+        write_page(page, result, truth, config.pictures, root)
+
+
+def _lines(config: FilterConfig, counts: dict[str, Any], several: bool) -> list[str]:
+    """What came of a filter, as text."""
+    reasons = ", ".join(f"{count} {name}" for name, count in counts["dropped_by_reason"].items()) or "none dropped"
+    kept, asked = counts["kept"], counts["questions"]
+    if several:
+        first = f"{counts['pairs']} pairs of {kept} of {asked} questions ({reasons}) → {config.output_dir}"
+        return [first, *turn_lines(counts, config.filter_settings())]
+    lines = [f"{kept} pairs of {asked} questions ({reasons}) → {config.output_dir}"]
+    other = counts["answer_pairs_of_another_crop"]
+    lines.append(
+        f"{counts['answer_pairs']} with a pair of answers" + (f", {other} over another own crop" if other else "")
+    )
+    if kept and not counts["answer_pairs"] and config.losers != "paper":
+        lines.append("answers are compared over one crop: generate with answers=2 or more for pairs of them")
+    return lines
+
+
+def _cost_lines(counts: dict[str, Any]) -> list[str]:
+    tokens, boxes = counts["sampled_tokens_per_pair"], counts.get("boxes")
+    lines = [] if tokens is None else [f"{tokens:,} tokens sampled per pair"]
+    return lines + (table_lines(boxes) if boxes else [])
 
 
 def _tokens_per_pair(folders: Sequence[Path], pairs: int) -> float | None:

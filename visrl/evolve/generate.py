@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from visrl.engines.base import Policy
 from visrl.engines.open import opened_policy
 from visrl.evolve.batches import PREFIX, SetAside, clear_aside, keep_whole_batches, set_aside, shard_of
 from visrl.evolve.config import GenerateConfig, SamplingConfig
-from visrl.evolve.tokens import TOKENS, format_tokens, judge_counted, roll_out_counted, total_tokens
+from visrl.evolve.tokens import TOKENS, batch_sizes, format_tokens, judge_counted, roll_out_counted, total_tokens
 from visrl.failures import Tally, is_failure
 from visrl.manifest import (
     claim_folder,
@@ -35,7 +35,9 @@ from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_fai
 from visrl.rewards.open import NOT_IDENTITY, Grading, critic_hash, opened_critic
 from visrl.rewards.outcome import OutcomeCritic
 from visrl.rollout.rollout import RolloutSettings
+from visrl.rollout.trees import TreeSettings
 from visrl.sequences import batched
+from visrl.zoom.episode import UNFINISHED
 
 TRAJECTORIES, VERDICTS = "trajectories.jsonl", "verdicts.jsonl"
 
@@ -51,9 +53,9 @@ def generate(config: GenerateConfig | str | Path | None = None, /, **keys: Any) 
         keys: keys of `GenerateConfig`, over what `config` says; an unknown one is refused with the nearest known one.
 
     Returns:
-        `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order,
-        `tokens.jsonl` (what each batch cost), and manifest. Boxes are fractions of the image; scores are in [0, 1],
-        None where none could be read.
+        `output_dir`: `trajectories.jsonl` and `verdicts.jsonl`, `rounds` × 2 lines for every question in one order
+        (with `max_looks` one for each end of its tree), `tokens.jsonl` (what each batch cost), and manifest. Boxes are
+        fractions of the image; scores are in [0, 1], None where none could be read.
 
     Raises:
         ConfigError: an unknown key, or no critic for these samples.
@@ -109,31 +111,34 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models:
     from visrl.progress import progress
 
     tried, judged = config.output_dir / TRAJECTORIES, config.output_dir / VERDICTS
-    per_sample = 2 * config.rounds
-    kept, seen = (keep_whole_batches(path, parts, per_sample) for path in (tried, judged))
+    settings = rollout_settings(config, models)
+    if isinstance(settings, TreeSettings):
+        sizes, each, most = batch_sizes(config.output_dir / TOKENS)[: len(parts)], None, settings.most_leaves
+    else:
+        each = most = 2 * config.rounds
+        sizes = [each * len(part) for part in parts]
+    kept, seen = (keep_whole_batches(path, sizes) for path in (tried, judged))
     if kept:
         print(f"going on after {kept} of {len(parts)} batches")
     counts: Counter[str] = Counter()
     tallies = Tally("trajectories", config.max_failed), Tally("verdicts", config.max_failed)
-    total = sum(map(len, parts)) * per_sample
+    total = sum(map(len, parts)) * most
     again = SetAside(Trajectory, tried, lambda t: is_failure(t.error))
     again_verdicts = SetAside(Verdict, judged, lambda v: critic_failure(v) is not None)
     with Journal(tried) as tries, Journal(judged) as verdicts, Journal(config.output_dir / TOKENS) as costs:
-        settings = rollout_settings(config, models)
         earlier, earlier_verdicts = read_records(Trajectory, tried), read_records(Verdict, judged)
         for number, part in enumerate(progress(parts, "generate", units="batches")):
-            size = len(part) * per_sample
-            sound, sound_verdicts = again.batch(size), again_verdicts.batch(size)
+            sound, sound_verdicts = again.batch(part), again_verdicts.batch(part)
             rolled: Sequence[Trajectory]
             if number < kept:
-                rolled = list(islice(earlier, size))
-                _check_same(tried, part, rolled, per_sample)
+                rolled = list(islice(earlier, sizes[number]))
+                _check_same(tried, part, rolled, each)
             else:
                 rolled = sound
                 if not sound:
                     rolled, cost = roll_out_counted(models.policy, part, settings, config.image_root)
                     costs.append([{"batch": number, **cost}])
-                _check_same(tried, part, rolled, per_sample)
+                _check_same(tried, part, rolled, each)
                 tries.append(rolled)
             if number < seen:
                 said = list(islice(earlier_verdicts, len(rolled)))
@@ -141,7 +146,8 @@ def _work_off(config: GenerateConfig, parts: Sequence[Sequence[Sample]], models:
                 said = sound_verdicts
                 verdicts.append(said)
             else:
-                asked = [sample for sample in part for _ in range(per_sample)]
+                of_place = {sample.place: sample for sample in part}
+                asked = [of_place[one.place] for one in rolled]
                 said, cost = judge_counted(models.critic, asked, rolled)
                 costs.append([{"batch": number, **cost}])
                 verdicts.append(said)
@@ -234,8 +240,10 @@ def opened_policy_and_critic(config: GenerateConfig, samples: Sequence[Sample]) 
             yield PolicyAndCritic(opened.policy, rule, critic)
 
 
-def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> RolloutSettings:
-    """How a config has trajectories sampled."""
+def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> RolloutSettings | TreeSettings:
+    """How a config has trajectories sampled: of one look, or trees of several."""
+    if config.max_looks is not None:
+        return tree_settings(config, models.crop_rule)
     return RolloutSettings(
         rounds=config.rounds,
         temperature=config.temperature,
@@ -245,6 +253,21 @@ def rollout_settings(config: SamplingConfig, models: PolicyAndCritic) -> Rollout
         crop_rule=models.crop_rule,
         seed=config.seed,
         answers=config.answers,
+    )
+
+
+def tree_settings(config: SamplingConfig, crop_rule: CropRule) -> TreeSettings:
+    """How a config has trees of several looks sampled."""
+    assert config.max_looks is not None
+    return TreeSettings(
+        max_looks=config.max_looks,
+        rounds=config.rounds,
+        answers=config.answers,
+        num_forks=config.num_forks,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        crop_rule=crop_rule,
+        seed=config.seed,
     )
 
 
@@ -260,10 +283,12 @@ def generation_identity(config: GenerateConfig, samples: Sequence[Sample]) -> di
     }
 
 
-def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], per_sample: int) -> None:
-    wanted = [sample.place for sample in part for _ in range(per_sample)]
-    found = [trajectory.place for trajectory in rolled]
-    if found != wanted:
+def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory], each: int | None) -> None:
+    """That a batch has the trajectories of its questions in their order, so many of `each` where that is known."""
+    found = [(place, len(list(own))) for place, own in groupby(rolled, lambda one: one.place)]
+    if [place for place, _ in found] != [sample.place for sample in part] or any(
+        each not in (None, n) for _, n in found
+    ):
         raise RecordError(f"{path} holds trajectories of other questions; remove it or give another output folder")
 
 
@@ -271,12 +296,16 @@ def _check_same(path: Path, part: Sequence[Sample], rolled: Sequence[Trajectory]
 
 
 def count_trajectories(trajectories: Iterable[Trajectory]) -> Counter[str]:
-    """How boxes came about ("sampled", "random"), and errors by kind."""
+    """How boxes came about ("sampled", "random"), and errors by kind; of several looks also how they ended."""
     counts: Counter[str] = Counter()
     for trajectory in trajectories:
         counts[trajectory.origin] += 1
         if trajectory.error:
             counts[f"error: {trajectory.error.split(':')[0]}"] += 1
+        elif trajectory.end in UNFINISHED:
+            counts[f"unfinished: {trajectory.end}"] += 1
+        elif trajectory.end is not None:
+            counts[f"answered after {len(trajectory.looks)} looks"] += 1
     return counts
 
 

@@ -6,6 +6,7 @@ start → online reinforcement, where steps of it are asked for; → evaluation 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from visrl.evolve.config import (
     parse_shard,
 )
 from visrl.evolve.filter import filter_pairs
-from visrl.evolve.generate import generation_questions, read_questions
+from visrl.evolve.generate import generation_questions, read_questions, tree_settings
 from visrl.evolve.papers_rule import filter_by_papers_rule
 from visrl.evolve.scores import evaluate_all, format_scores, write_summary
 from visrl.evolve.serving import generate_in_shards, generate_served, shard_config
 from visrl.evolve.training import check_train_configs, online_config, train_and_merge, train_online
 from visrl.manifest import claim_folder, hash_checkpoint, hold, read_manifest, write_manifest
+from visrl.records import Sample
 from visrl.redact import without_secrets
 from visrl.report.loop import ONLINE
 from visrl.rewards.open import NOT_IDENTITY, asks_model, critic_kind, critic_name
@@ -87,16 +89,10 @@ def plan(config: EvolveConfig) -> list[str]:
         ConfigError: a data set that is too short.
     """
     samples = generation_questions(_generation(config, 0, config.model_name_or_path))
-    tries = 2 * config.rounds * len(samples)
     critic = critic_name(config, samples)
-    about_boxes = config.use_box_critic and critic_kind(config, samples) == "model"
-    asks = (about_boxes + config.answers) * tries if asks_model(config, samples) else 0
-    asked = f", up to {asks} questions to the critic" if asks else ""
-    answers = f", {config.answers} answers from each crop" if config.answers > 1 else ""
     lines = [
         f"start {config.model_name_or_path}; critic {critic}; {config.iterations} iterations → {config.output_dir}",
-        f"each: {len(samples)} questions × {config.rounds} rounds × 2 = {tries} tries{answers}{asked}; "
-        f"{_rule(config)}, diversity controller {_on(config.diversity)}",
+        f"each: {_tries(config, samples)}; {_rule(config)}, diversity controller {_on(config.diversity)}",
     ]
     if config.losers == "own" and config.diversity:
         lines.append("its random boxes are left out of pairs of the policy's own; diversity=false saves their cost")
@@ -240,8 +236,25 @@ def _policy_after(base: Path, policy: str) -> str:
     return str(base / "stage2-merged")
 
 
+def _tries(config: EvolveConfig, samples: Sequence[Sample]) -> str:
+    """How much is sampled in an iteration, and how much the critic is asked."""
+    firsts = f"{len(samples)} questions × {config.rounds} rounds × 2"
+    about_boxes = config.use_box_critic and critic_kind(config, samples) == "model"
+    if config.max_looks is not None:
+        tries = asks = len(samples) * tree_settings(config, "exact").most_leaves
+        made = f"{firsts} first turns, up to {tries} tries of up to {config.max_looks} looks"
+    else:
+        tries = 2 * config.rounds * len(samples)
+        asks = (about_boxes + config.answers) * tries
+        made = f"{firsts} = {tries} tries"
+        made += f", {config.answers} answers from each crop" if config.answers > 1 else ""
+    return made + (f", up to {asks} questions to the critic" if asks_model(config, samples) else "")
+
+
 def _rule(config: EvolveConfig) -> str:
     settings = config.filter_settings()
+    if config.max_looks is not None:
+        return f"turns worse by {settings.min_difference:g}, a look costs {settings.look_price:g}"
     if settings.losers == "paper":
         return f"losers 'paper', rule {settings.rule!r}, box critic {_on(settings.use_box_critic)}"
     return f"losers {settings.losers!r}, worse by {settings.min_difference:g}"

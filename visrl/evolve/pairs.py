@@ -22,7 +22,8 @@ Rule = Literal["paper", "released"]
 class FilterSettings:
     """Thresholds of the filter. `use_box_critic=False` is the paper's ablation: the answer's score decides alone.
 
-    `rule` and its thresholds are those of `losers="paper"`; the other losers need `min_difference` only.
+    `rule` and its thresholds are those of `losers="paper"`; the other losers need `min_difference` only. The last two
+    are of several looks (see turns.py).
     """
 
     t_max: float = 0.8
@@ -31,6 +32,8 @@ class FilterSettings:
     use_box_critic: bool = True
     losers: Losers = "paper"
     min_difference: float = MIN_DIFFERENCE
+    look_price: float = 0.0
+    punish_unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,23 @@ def make_pairs(
 ) -> Filtered:
     """Pick winner and loser of every question, and write its box and answer preference.
 
+    Raises:
+        RecordError: as `by_question`, or tries of several looks.
+    """
+    result = Filtered()
+    for sample, judged in by_question(samples, trajectories, verdicts):
+        if judged:
+            _settle(result, sample, judged, settings)
+        else:
+            result.missed.append(Miss(sample, "not_generated", ()))
+    return result
+
+
+def by_question(
+    samples: Iterable[Sample], trajectories: Iterable[Trajectory], verdicts: Iterable[Verdict]
+) -> Iterator[tuple[Sample, list[Judged]]]:
+    """The tries at every question with their verdicts; at the end the questions that have none.
+
     Trajectories and verdicts come in one order, those of a question together, as `visrl generate` writes them: files
     of any length are read through once.
 
@@ -89,16 +109,14 @@ def make_pairs(
         RecordError: a trajectory without its verdict, a question twice, or one that is not among the samples.
     """
     waiting = {sample.place: sample for sample in samples}
-    result = Filtered()
     for place, judged in groupby(_matched(trajectories, verdicts), key=lambda pair: pair[0].place):
         if place not in waiting:
             raise RecordError(
                 f"question {place[0]!r} has trajectories in two places, or is not in the data set; give each shard "
                 "once, and the dataset that was generated from"
             )
-        _settle(result, waiting.pop(place), list(judged), settings)
-    result.missed += [Miss(sample, "not_generated", ()) for sample in waiting.values()]
-    return result
+        yield waiting.pop(place), list(judged)
+    yield from ((sample, []) for sample in waiting.values())
 
 
 def _matched(trajectories: Iterable[Trajectory], verdicts: Iterable[Verdict]) -> Iterator[Judged]:
@@ -113,11 +131,15 @@ def _matched(trajectories: Iterable[Trajectory], verdicts: Iterable[Verdict]) ->
         yield trajectory, verdict
 
 
-def _turn(record: Trajectory | Verdict) -> tuple[Place, int, int]:
-    return record.place, record.round, record.branch
+def _turn(record: Trajectory | Verdict) -> tuple[Place, int, int, tuple[int, ...]]:
+    return record.place, record.round, record.branch, record.path
 
 
 def _settle(result: Filtered, sample: Sample, judged: list[Judged], settings: FilterSettings) -> None:
+    if any(trajectory.end is not None for trajectory, _ in judged):
+        raise RecordError(
+            f"question {sample.id!r} has tries of several looks among those of one; filter each generation by itself"
+        )
     picked = pick(judged, settings)
     if isinstance(picked, str):
         read = [pair for pair in judged if _is_read(pair, settings)] or judged

@@ -102,7 +102,7 @@ def _card(
                 iou(trajectory.box, true_box) if trajectory.box and true_box else None,
             )
         )
-    picture, problem = _picture(sample, marks, root)
+    picture, problem = picture_of(sample, marks, root)
     return QuestionCard(sample.question, sample.answer, reason, picture, problem, shown, compared)
 
 
@@ -113,7 +113,8 @@ def _compared(pair: Pair) -> str:
     return f"answers over {whose}: chosen {pair.answers.chosen}, rejected {pair.answers.rejected}"
 
 
-def _picture(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:
+def picture_of(sample: Sample, marks: Iterable[Mark], root: str | None) -> tuple[str, str]:
+    """The image of a question with `marks` drawn on it, as a data URI ("" for none), and why there is none."""
     try:
         image = open_image(sample.image, root, sample.size)
     except ImageError as error:

@@ -31,7 +31,9 @@ def evaluate_all(
     of the last of the iterations."""
     ends = _ends(list(checkpoints))
     own: list[Mode] = ["own"]
-    bounds = _applicable_modes(samples) if controls else own
+    if controls and config.looks_several_times:
+        print("controls are left out: they put one box in the model's place, and it looks several times")
+    bounds = _applicable_modes(samples) if controls and not config.looks_several_times else own
     for name, path in checkpoints.items():
         modes = bounds if name in ends else own
         clock.time(f"eval/{name}", partial(_evaluate, run, samples, name, path, modes, config))
@@ -64,6 +66,7 @@ def _evaluate(
     from visrl.engines.open import PolicyConfig, opened_policy
     from visrl.records import write_records
     from visrl.rewards.scored import evaluate_samples
+    from visrl.rollout.protocols import protocol_of
 
     folder = run / "eval"
     files = {mode: folder / (f"{name}.jsonl" if mode == "own" else f"{name}.{mode}.jsonl") for mode in modes}
@@ -75,7 +78,10 @@ def _evaluate(
         rule = config.crop_rule or opened.settings.crop_rule
         for mode, file in files.items():
             if not file.is_file():
-                rows = evaluate_samples(opened.policy, samples, mode=mode, crop_rule=rule, root=config.image_root)
+                rows = evaluate_samples(
+                    opened.policy, samples, mode=mode, protocol=protocol_of(config), crop_rule=rule,
+                    root=config.image_root,
+                )  # fmt: skip
                 write_records(file, rows)
     print(f"evaluated {name} on {len(samples)} held-out questions ({', '.join(modes)})")
 

@@ -135,7 +135,7 @@ def server_command(asked: GenerateConfig, server: ServerConfig, port: int) -> li
             open_served_encoder(asked, settings),
             port,
             served_name=SERVED_NAME,
-            max_images=2,
+            max_images=2 if asked.max_looks is None else 1 + asked.max_looks,
             trust_remote_code=asked.trust_remote_code,
             more=server.server_args,
         )

@@ -1,13 +1,15 @@
 """What a generation costs in tokens: counted batch by batch beside its records, so that a resumed run's total is whole.
 
 A batch has two lines in `tokens.jsonl`, one of the policy and one of the critic, each written before the records that
-it is the cost of: one that a kill cut off is done again, and its last line counts.
+it is the cost of: one that a kill cut off is done again, and its last line counts. Of several looks the policy's line
+also says how many trajectories the batch has.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,29 @@ from visrl.engines.base import Policy
 from visrl.records import Sample, Trajectory, Verdict, read_jsonl
 from visrl.rewards.critic import Critic
 from visrl.rollout.rollout import RolloutSettings, roll_out
+from visrl.rollout.trees import TreeSettings, roll_out_trees
 
 TOKENS = "tokens.jsonl"
 SAMPLED = ("box", "answer", "critic")
+TRAJECTORIES = "trajectories"
 
 Cost = dict[str, Any]
 
 
 def roll_out_counted(
-    policy: Policy, part: Sequence[Sample], settings: RolloutSettings, root: str | None
+    policy: Policy, part: Sequence[Sample], settings: RolloutSettings | TreeSettings, root: str | None
 ) -> tuple[list[Trajectory], Cost]:
     """The trajectories of a batch, and the tokens sampled for its boxes and answers, and prefilled (None: not here)."""
     sampled: Counter[str] = Counter()
     before = getattr(policy, "prefilled_tokens", None)
-    rolled = roll_out(policy, part, settings, root, sampled)
+    if isinstance(settings, TreeSettings):
+        rolled = roll_out_trees(policy, part, settings, root, sampled)
+    else:
+        rolled = roll_out(policy, part, settings, root, sampled)
     after = getattr(policy, "prefilled_tokens", None)
     prefilled = None if before is None or after is None else after - before
-    return rolled, {"of": "policy", "box": sampled["box"], "answer": sampled["answer"], "prefilled": prefilled}
+    cost = {"of": "policy", "box": sampled["box"], "answer": sampled["answer"], "prefilled": prefilled}
+    return rolled, cost | ({TRAJECTORIES: len(rolled)} if isinstance(settings, TreeSettings) else {})
 
 
 def judge_counted(
@@ -41,6 +49,15 @@ def judge_counted(
     before = critic.sampled_tokens
     verdicts = critic.judge(samples, rolled)
     return verdicts, {"of": "critic", "critic": critic.sampled_tokens - before}
+
+
+def batch_sizes(path: Path) -> list[int]:
+    """How many trajectories each of the first batches of a generation of several looks has, as far as it got."""
+    sizes: dict[int, int] = {}
+    for line in read_jsonl(path, unfinished="leave_out") if path.is_file() else ():
+        if TRAJECTORIES in line:
+            sizes[line["batch"]] = line[TRAJECTORIES]
+    return [sizes[number] for number in takewhile(sizes.__contains__, count())]
 
 
 def total_tokens(path: Path, batches: int) -> dict[str, Any]:

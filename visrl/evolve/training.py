@@ -99,6 +99,9 @@ def online_config(config: EvolveConfig) -> TrainConfig:
         "max_steps": config.online_steps,
         **_as_the_loop_looks(config, config.model_name_or_path),
     }
+    if config.max_looks is not None:
+        looks = ("max_looks", "num_forks", "look_price", "punish_unfinished")
+        values |= {key: getattr(config, key) for key in looks}
     found = _train_config(config.online_config, {"train_online": config.train_online}, values)
     if not found.is_online:
         raise ConfigError(f"online_config: {config.online_config} is of stage {found.stage}, which samples nothing")

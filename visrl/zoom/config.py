@@ -43,23 +43,37 @@ class LooksConfig(Config):
         return self.max_looks is not None or self.protocol in ZOOM_PROTOCOLS
 
 
-class ForkedLooksConfig(LooksConfig):
+class SampledLooksConfig(LooksConfig):
     """How looks are sampled to be compared: many first turns, several turns after each of the first looks, then one."""
 
     num_forks: int = Field(1, ge=0, le=MOST_LOOKS)
     """After so many looks, one after the other, several next turns are sampled; later ones go on once."""
-    look_price: float = Field(0.0, ge=0)
-    """Taken off the reward of an answer for every look that was taken for it."""
 
     @model_validator(mode="after")
     def _forks_together(self) -> Self:
         if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
             raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
-        for key in ("num_forks", "look_price"):
-            if not self.looks_several_times and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: one look is always taken; set max_looks or a protocol, or leave the key out")
+        if not self.looks_several_times and self.num_forks != 1:
+            raise ValueError("num_forks: one look is always taken; set max_looks or a protocol, or leave the key out")
         return self
 
     def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
         """As `Config.recorded`; manifests from before there were several looks name no protocol."""
         return super().recorded({*exclude, "protocol"} if self.protocol is None else exclude)
+
+
+class LookPriceConfig(Config):
+    """What a look costs."""
+
+    look_price: float = Field(0.0, ge=0)
+    """Taken off the reward of an answer for every look that was taken for it."""
+
+
+class ForkedLooksConfig(SampledLooksConfig, LookPriceConfig):
+    """How looks are sampled, and what one costs."""
+
+    @model_validator(mode="after")
+    def _price_of_several(self) -> Self:
+        if not self.looks_several_times and self.look_price:
+            raise ValueError("look_price: one look is always taken; set max_looks or a protocol, or leave the key out")
+        return self
