@@ -29,7 +29,7 @@ def documented_commands() -> list[list[str]]:
 @pytest.mark.slow
 def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     commands = documented_commands()
-    assert len(commands) == 13
+    assert len(commands) == 15
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "visrl"):
         (tmp_path / name).symlink_to(ROOT / name)

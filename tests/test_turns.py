@@ -1,24 +1,30 @@
 """Several looks in the loop: which turns become pairs, and what is trained on them."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from loud import louder
+from waiting import wait_until
 
 from visrl.box import Box
-from visrl.config import ConfigError, build_config
+from visrl.config import CONFIGS, ConfigError, build_config
 from visrl.data.check import check
 from visrl.data.convert import convert
 from visrl.data.native import read_records
 from visrl.data.sources import read_preferences
-from visrl.evolve.config import EvolveConfig, FilterConfig, GenerateConfig
+from visrl.evolve.batches import SetAside
+from visrl.evolve.config import TINY_ONLINE, EvolveConfig, FilterConfig, GenerateConfig
 from visrl.evolve.filter import filter_pairs
 from visrl.evolve.generate import generate
 from visrl.evolve.pairs import FilterSettings, make_pairs
+from visrl.evolve.tokens import batch_sizes
 from visrl.evolve.turns import make_turn_pairs, tree_of, turn_pairs, turn_preference
+from visrl.manifest import read_manifest
 from visrl.models.attention import use_tree_attention
 from visrl.models.load import load_encoder, load_model
 from visrl.models.tiny import CHECKPOINT
@@ -40,6 +46,7 @@ from visrl.rewards.grader import FunctionCritic
 from visrl.rewards.outcome import OutcomeCritic, metric_grader
 from visrl.train.data import Preferences
 from visrl.train.items import Collator
+from visrl.train.losses import dpo
 
 ASKED = Sample("q", "scene:train/0", "Which number?", "7")
 BOXES = {"A": Box(0, 0, 0.5, 0.5), "B": Box(0.5, 0, 1, 0.5), "C": Box(0.25, 0.25, 0.75, 0.75), "D": Box(0, 0.5, 0.5, 1)}
@@ -321,6 +328,11 @@ def test_an_item_with_five_pictures_has_the_log_probabilities_of_its_rows_one_by
     together = branch_logps(model, collate([item])["batch"].packed)
     alone = [branch_logps(model, collate([replace(item, rows=(row,))])["batch"].packed).sums for row in item.rows]
     torch.testing.assert_close(together.sums, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    losses = [
+        dpo(sums[::2], sums[1::2], -sums[::2].detach(), sums[1::2].detach())
+        for sums in (together.sums, torch.cat(alone))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     weights = torch.linspace(-1, 2, len(together.sums))
     grads = []
     for sums in (together.sums, torch.cat(alone)):
@@ -333,26 +345,83 @@ def test_an_item_with_five_pictures_has_the_log_probabilities_of_its_rows_one_by
 # --- Generation -------------------------------------------------------------------------------------------------------
 
 
-def test_a_generation_of_several_looks_cut_at_any_byte_goes_on_to_the_same_files(tmp_path):
+def test_a_generation_of_several_looks_that_was_cut_goes_on_to_the_same_files(tmp_path):
     values = {
-        "model_name_or_path": str(CHECKPOINT), "dataset": "scenes:preference/0+6", "critic": "outcome",
-        "max_looks": 2, "num_forks": 2, "answers": 2, "rounds": 1, "batch_size": 2, "diversity": False,
+        "model_name_or_path": str(CHECKPOINT), "dataset": "scenes:preference/0+4", "critic": "outcome",
+        "max_looks": 2, "num_forks": 2, "answers": 2, "rounds": 1, "batch_size": 1, "diversity": False,
     }  # fmt: skip
-    whole = generate(GenerateConfig(**values, output_dir=tmp_path / "whole"))
+    whole, out = generate(GenerateConfig(**values, output_dir=tmp_path / "whole")), tmp_path / "out"
     tries = list(read_records(Trajectory, whole / "trajectories.jsonl"))
     keys = [(one.sample_id, one.round, one.branch, one.path) for one in tries]
-    assert len(set(keys)) == len(keys) > 12
+    assert len(set(keys)) == len(keys) > 8
     assert {one.end for one in tries} <= {"answered", "no_call", "tokens"}
-    files = {name: (whole / name).read_bytes() for name in ("trajectories.jsonl", "verdicts.jsonl", "tokens.jsonl")}
-    for part, (t, v) in {0: (0.5, 0.4), 1: (0.9, 0.7)}.items():
-        out = tmp_path / str(part)
-        out.mkdir()
-        (out / "started.json").write_bytes((whole / "started.json").read_bytes())
-        cuts = {"trajectories.jsonl": t, "verdicts.jsonl": v, "tokens.jsonl": 1.0}
-        for name, data in files.items():
-            (out / name).write_bytes(data[: int(cuts[name] * len(data))])
-        generate(GenerateConfig(**values, output_dir=out))
-        assert all((out / name).read_bytes() == files[name] for name in list(files)[:2])
-    halves = [generate(GenerateConfig(**values, shard=f"{n}/2", output_dir=tmp_path / f"s{n}")) for n in (1, 2)]
-    joined = b"".join((half / "trajectories.jsonl").read_bytes() for half in halves)
-    assert joined == files["trajectories.jsonl"]
+    out.mkdir()
+    for name, cut in {
+        "started.json": 1.0,
+        "tokens.jsonl": 0.9,
+        "trajectories.jsonl": 0.7,
+        "verdicts.jsonl": 0.4,
+    }.items():
+        data = (whole / name).read_bytes()
+        (out / name).write_bytes(data[: int(cut * len(data))])
+    generate(GenerateConfig(**values, output_dir=out))
+    for name in ("trajectories.jsonl", "verdicts.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    costs = [read_manifest(folder)["sampled_tokens"] for folder in (whole, out)]
+    assert costs[0] == costs[1]
+
+
+def test_what_failed_is_tried_again_and_what_did_not_is_taken_over(tmp_path):
+    """Batches of several looks differ in how many tries they have: what an earlier run left is found by its
+    questions."""
+    samples = [replace(ASKED, id=name) for name in "abcd"]
+    left = [tried(0, "A7", name="a"), tried(1, "7", name="a"), tried(0, "", end="failed", name="b")]
+    left += [tried(0, "7", name=name) for name in "cd"]
+    write_records(tmp_path / "failed-t.jsonl", [one for one, _ in left])
+    again = SetAside(Trajectory, tmp_path / "t.jsonl", lambda one: one.error is not None)
+    found = [again.batch(samples[:1]), again.batch(samples[1:2]), again.batch(samples[2:])]
+    assert [[one.sample_id for one in batch] for batch in found] == [["a", "a"], [], ["c", "d"]]
+    write_records(tmp_path / "tokens.jsonl", [
+        {"batch": 0, "of": "policy", "trajectories": 3}, {"batch": 0, "of": "critic"},
+        {"batch": 1, "of": "policy", "trajectories": 9}, {"batch": 1, "of": "policy", "trajectories": 2},
+        {"batch": 3, "of": "policy", "trajectories": 5},
+    ])  # fmt: skip
+    assert batch_sizes(tmp_path / "tokens.jsonl") == [3, 2], "a batch that was done again has its last size"
+
+
+@pytest.mark.slow
+def test_an_iteration_killed_while_it_generates_ends_as_an_uninterrupted_one(tmp_path):
+    """Through the command line: two looks, trees of two forks, a price; both stages are trained on what is kept."""
+    keys = {
+        "iterations": 1, "dataset": "scenes:preference/0+24", "max_samples": 24, "compare_paper": "false",
+        "max_looks": 2, "num_forks": 2, "answers": 2, "rounds": 2, "batch_size": 4, "look_price": 0.1,
+        "min_difference": 0.1, "train": "{max_steps: 2}", "eval_dataset": "scenes:test/0+8",
+        "online_steps": 1, "online_config": TINY_ONLINE, "train_online": "{num_answers: 2, save_steps: 1}",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "visrl.cli", "evolve", str(CONFIGS / "tiny" / "evolve.yaml")]
+    command += [f"{key}={value}" for key, value in keys.items()]
+
+    def made(folder: str) -> list[bytes]:
+        iteration = tmp_path / folder / "iter0"
+        names = ("trajectories.jsonl", "verdicts.jsonl")
+        kept = [(iteration / "generate" / name).read_bytes() for name in names]
+        return [*kept, (iteration / "filter" / "preferences.jsonl").read_bytes()]
+
+    subprocess.run([*command, f"output_dir={tmp_path / 'whole'}"], check=True)
+    killed = subprocess.Popen([*command, f"output_dir={tmp_path / 'killed'}"])
+    tries = tmp_path / "killed" / "iter0" / "generate" / "trajectories.jsonl"
+    wait_until(lambda: tries.is_file() and tries.stat().st_size)
+    killed.kill()
+    killed.wait()
+    assert not tries.with_name("manifest.json").exists(), "it was killed in the middle of its work"
+    again = subprocess.run([*command, f"output_dir={tmp_path / 'killed'}"], check=True, capture_output=True, text=True)
+    assert "going on after" in again.stdout
+    assert "controls are left out" in again.stdout
+    assert made("killed") == made("whole")
+    counts = read_manifest(tmp_path / "whole" / "iter0" / "filter")["counts"]
+    assert counts["pairs"] > counts["kept"] > 0
+    assert len(counts["pairs_by_looks_before"]) > 1
+    for step in ("stage1", "stage2-merged"):
+        assert read_manifest(tmp_path / "killed" / "iter0" / step) is not None
+    asked = read_manifest(tmp_path / "whole" / "online")["config"]
+    assert (asked["max_looks"], asked["num_forks"], asked["look_price"]) == (2, 2, 0.1)

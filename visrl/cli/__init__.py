@@ -100,9 +100,8 @@ def generate(
     run(settings)
     if settings.shard == "1/1":
         pairs = settings.output_dir.with_name(f"{settings.output_dir.name}-pairs")
-        typer.echo(
-            next_command("keep pairs", "visrl", "filter", f"input_dir={settings.output_dir}", f"output_dir={pairs}")
-        )
+        words = [f"input_dir={settings.output_dir}", *["losers=own"] * settings.looks_several_times]
+        typer.echo(next_command("keep pairs", "visrl", "filter", *words, f"output_dir={pairs}"))
 
 
 @app.command(name="filter")

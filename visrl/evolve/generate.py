@@ -305,7 +305,8 @@ def count_trajectories(trajectories: Iterable[Trajectory]) -> Counter[str]:
         elif trajectory.end in UNFINISHED:
             counts[f"unfinished: {trajectory.end}"] += 1
         elif trajectory.end is not None:
-            counts[f"answered after {len(trajectory.looks)} looks"] += 1
+            looks = len(trajectory.looks)
+            counts[f"answered after {looks} look{'s' if looks != 1 else ''}"] += 1
     return counts
 
 

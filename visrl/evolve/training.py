@@ -83,6 +83,8 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
     }
     if config.chosen_only:
         values |= {"pref_loss": "sft", "pref_ftx": 0.0}
+    if config.max_looks is not None and {**config.train, **own}.get("rollout_samples"):
+        values["max_looks"] = config.max_looks  # held-out questions are asked as the loop asks
     return _train_config(config.train_config, {"train": config.train, f"train_stage{stage}": own}, values)
 
 
@@ -99,10 +101,10 @@ def online_config(config: EvolveConfig) -> TrainConfig:
         "max_steps": config.online_steps,
         **_as_the_loop_looks(config, config.model_name_or_path),
     }
-    if config.max_looks is not None:
-        looks = ("max_looks", "num_forks", "look_price", "punish_unfinished")
-        values |= {key: getattr(config, key) for key in looks}
-    found = _train_config(config.online_config, {"train_online": config.train_online}, values)
+    shared = ("max_looks", "num_forks", "look_price", "punish_unfinished")
+    looks = {key: getattr(config, key) for key in shared} if config.max_looks is not None else {}
+    over = {"the loop's looks": looks, "train_online": config.train_online}
+    found = _train_config(config.online_config, over, values)
     if not found.is_online:
         raise ConfigError(f"online_config: {config.online_config} is of stage {found.stage}, which samples nothing")
     return found
