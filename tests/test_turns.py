@@ -17,7 +17,9 @@ from visrl.data.check import check
 from visrl.data.convert import convert
 from visrl.data.native import read_records
 from visrl.data.sources import read_preferences
+from visrl.engines.base import Completion
 from visrl.evolve.batches import SetAside
+from visrl.evolve.check import check_lines, measure_critic
 from visrl.evolve.config import TINY_ONLINE, EvolveConfig, FilterConfig, GenerateConfig
 from visrl.evolve.filter import filter_pairs
 from visrl.evolve.generate import generate
@@ -41,7 +43,7 @@ from visrl.records import (
     write_records,
 )
 from visrl.rewards.advantages import value_of
-from visrl.rewards.critic import SceneOracle
+from visrl.rewards.critic import ModelCritic, SceneOracle
 from visrl.rewards.grader import FunctionCritic
 from visrl.rewards.outcome import OutcomeCritic, metric_grader
 from visrl.train.data import Preferences
@@ -191,6 +193,33 @@ def test_critics_score_the_answer_alone_and_nothing_that_has_none():
         assert [one.path for one in verdicts] == [one.path for one in tries]
 
 
+class Agreeable:
+    """An engine that gives everything it is asked about a full score; `asked` are the questions."""
+
+    name = "agreeable"
+
+    def __init__(self):
+        self.asked: list[str] = []
+
+    def complete(self, talks, sampling, seeds):
+        self.asked += [talk.messages[0].text for talk in talks]
+        return [[Completion('{"score": 1}', tokens=5)] for _ in talks]
+
+
+def test_a_model_is_asked_once_about_each_answer_and_never_about_a_box():
+    engine = Agreeable()
+    tries = [tried(0, "A7")[0], tried(1, "7")[0], tried(2, "AB1")[0], tried(3, "A", end="tokens")[0]]
+    critic = ModelCritic(engine)
+    verdicts = critic.judge([ASKED] * 4, tries)
+    assert [one.answer_score for one in verdicts] == [1.0, 1.0, 1.0, None]
+    assert [text.count("Their answer: 7") + text.count("Their answer: 1") for text in engine.asked] == [1, 1]
+    samples = [replace(ASKED, id=str(n), answer=str(n), box=BOXES["A"]) for n in range(4)]
+    told = check_lines(measure_critic(critic, samples, about_boxes=False))
+    assert told[1].startswith("answers: AUC 0.500")
+    assert not any("This picture is a part" in text for text in engine.asked)
+    assert told[-1] == "boxes: not checked, a look is worth what comes after it"
+
+
 # --- Keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +296,7 @@ def test_filter_counts_pairs_by_kind_and_depth_and_questions_by_reason(filtered,
     report = check("visrl", [str(filtered / "f" / "preferences.jsonl")])
     assert (report.good, report.rows) == (3, 3)
     summary = convert("visrl", "sharegpt", [str(filtered / "f" / "preferences.jsonl")], str(filtered / "r.json"))
-    assert (sum(summary.written.values()), dict(summary.bad)) == (0, {"several_looks": 1})
+    assert (sum(summary.written.values()), dict(summary.bad)) == (1, {"several_looks": 1})
 
 
 def test_a_price_means_nothing_to_tries_of_one_look(tmp_path):

@@ -156,7 +156,8 @@ def _units(
             if not (grouped and isinstance(record, Preference)):
                 yield path, row, (record,)
                 continue
-            if last and group and not belongs_to(group, record):
+            alike = any(one.step == record.step for one in group)  # after other looks, which is another row
+            if last and group and (alike or not belongs_to(group, record)):
                 yield *last, group
                 group = ()
             group, last = (*group, record), (path, row)

@@ -49,7 +49,8 @@ def check_critic(config: GenerateConfig, count: int) -> dict[str, Any]:
     """
     samples = generation_questions(config, with_box=True)[:count]
     with opened_policy_and_critic(config, samples) as models:
-        result = measure_critic(models.critic, samples, config.seed, config.max_failed)
+        one_look = not config.looks_several_times
+        result = measure_critic(models.critic, samples, config.seed, config.max_failed, about_boxes=one_look)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     Path(config.output_dir, "check.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(check_lines(result)))
@@ -57,15 +58,21 @@ def check_critic(config: GenerateConfig, count: int) -> dict[str, Any]:
 
 
 def measure_critic(
-    critic: Critic, samples: Sequence[Sample], seed: int = 0, max_failed: float = MAX_FAILED
+    critic: Critic,
+    samples: Sequence[Sample],
+    seed: int = 0,
+    max_failed: float = MAX_FAILED,
+    *,
+    about_boxes: bool = True,
 ) -> dict[str, Any]:
-    """What `critic` makes of right and wrong answers, and of true and random boxes where the samples have true ones.
+    """What `critic` makes of right and wrong answers, and of true and random boxes where the samples have true ones and
+    boxes are scored (`about_boxes`).
 
     Raises:
         FailedRun: it gave no reply about more than the share `max_failed`.
     """
     known = {sample.place for sample in samples if sample.box is not None}
-    boxes = bool(known) and not isinstance(critic, OutcomeCritic)  # which looks at no box
+    boxes = bool(known) and about_boxes and not isinstance(critic, OutcomeCritic)  # which looks at no box
     asked: list[tuple[Sample, Trajectory]] = []
     for number, sample in enumerate(samples):
         box = sample.box or WHOLE
@@ -76,6 +83,8 @@ def measure_critic(
         apart = sample.box and random_box_apart(sample.box, sample.box, seed_of(seed, *sample.place, "check"))
         if boxes and apart is not None:
             asked.append((sample, _tried(sample, 2, apart, sample.answer)))
+    if not about_boxes:  # tries of several looks, which critics score by their answers alone
+        asked = [(sample, replace(tried, end="answered")) for sample, tried in asked]
     blind = [replace(sample, box=None) for sample, _ in asked]  # no critic has ever seen a true box
     verdicts = critic.judge(blind, [tried for _, tried in asked])
     tally = Tally("verdicts", max_failed)
@@ -89,6 +98,7 @@ def measure_critic(
         "counts": dict(count_verdicts(verdicts)),
         "answers": asdict(tell_apart(_answers(verdicts, 0), _answers(verdicts, 1))),
         "boxes": asdict(tell_apart(true_boxes, [v.box_score for v in verdicts if v.branch == 2])) if boxes else None,
+        **({} if about_boxes else {"several_looks": True}),
     }
 
 
@@ -113,11 +123,12 @@ def check_lines(result: dict[str, Any]) -> list[str]:
         found = result[what]
         if found is None:
             by_answers = result["critic"].startswith("outcome:")
-            why = (
-                "they are scored by answers sampled from their crops"
-                if by_answers
-                else "the data set holds no true ones"
-            )
+            if result.get("several_looks"):
+                why = "a look is worth what comes after it"
+            elif by_answers:
+                why = "they are scored by answers sampled from their crops"
+            else:
+                why = "the data set holds no true ones"
             lines.append(f"boxes: not checked, {why}")
             continue
         asked = found["right"] + found["wrong"] + found["unread"]

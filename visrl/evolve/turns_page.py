@@ -73,7 +73,7 @@ def _pair_card(asked: TurnQuestion, pair: TurnPair, root: str | None) -> TurnCar
         *_marks(worst[0].looks[before:], LOSER_COLOUR, "loser", before),
     ]
     picture, problem = picture_of(asked.sample, marks, root)
-    note = f"{pair.kind}, after {before} {'look' if before == 1 else 'looks'}"
+    note = f"{pair.kind}, after {_looks(before)}"
     turns = [_shown_side("winner", pair.chosen, best), _shown_side("loser", pair.rejected, worst)]
     return TurnCard(asked.sample.question, asked.sample.answer, note, picture, problem, turns)
 
@@ -85,7 +85,7 @@ def _dropped_card(asked: TurnQuestion, root: str | None) -> TurnCard:
         tried, verdict = judged
         marks += _marks(tried.looks, colour, label, 0)
         said = " · ".join(look.text for look in tried.looks) or tried.box_text
-        turns.append(ShownTurn(label, f"{len(tried.looks)} looks", said, verdict.answer_score, 1, _ended(judged)))
+        turns.append(ShownTurn(label, _looks(len(tried.looks)), said, verdict.answer_score, 1, _ended(judged)))
     picture, problem = picture_of(asked.sample, marks, root)
     note = f"dropped: {asked.reason.replace('_', ' ')}"
     return TurnCard(asked.sample.question, asked.sample.answer, note, picture, problem, turns)
@@ -97,6 +97,10 @@ def _shown_side(label: str, side: TurnSide, drawn: Judged) -> ShownTurn:
 
 def _marks(looks: Sequence[TrajectoryLook], colour: str, label: str, first: int) -> list[Mark]:
     return [(look.box, colour, f"{label} {number}") for number, look in enumerate(looks, start=first + 1)]
+
+
+def _looks(count: int) -> str:
+    return f"{count} look{'s' if count != 1 else ''}"
 
 
 def _ended(judged: Judged) -> str:
