@@ -10,7 +10,7 @@ import pytest
 
 from visrl.cli import main
 from visrl.models.tiny import CHECKPOINT
-from visrl.train.config import SECTIONS, TrainConfig
+from visrl.train.config import SECTIONS, Phase, TrainConfig
 from visrl.train.losses import LOSSES, Loss
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,8 @@ def test_every_key_and_config_of_the_documentation_exists() -> None:
     table = [line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `")]
     said = {key for cell in table for key in re.findall(r"`(\w+)`", cell)}
     assert len(said) > 8
-    assert said <= TrainConfig.known_keys() | set(SECTIONS)
+    assert said <= TrainConfig.known_keys() | set(SECTIONS) | Phase.model_fields.keys()
+    assert Phase.model_fields.keys() <= said
     for named in re.findall(r"configs/[\w/]+\.yaml", TEXT):
         assert (ROOT / named).is_file()
 

@@ -153,7 +153,7 @@ def _tags_of_looks(rng: np.random.Generator) -> tuple[tuple[Tag, ...], list[Pixe
     """The tags of a scene of several looks, and places for outlines. The first two tags lie apart and can be compared
     or counted together: both hold a number, not the same, or both dots. The last may be a large one."""
     large = rng.random() < LARGE_SHARE
-    small = 3 if large else int(rng.integers(3, MAX_TAGS + 1))
+    small = 2 if large else int(rng.integers(2, MAX_TAGS))
     while True:
         places = _places(rng, small + int(rng.integers(0, 2)), [_place(rng, 300, 340)] if large else [])
         if lie_apart(places[large], places[large + 1]):
