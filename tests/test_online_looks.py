@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from looking_anywhere import looking_anywhere
 from online_runs import online_config, read_lines
 from safetensors.torch import load_file
 from test_online import collator, loss_and_gradients, model, separate  # noqa: F401 (fixtures)
+from waiting import wait_until
 
 from visrl.config import ConfigError, read_config
 from visrl.conversation import focus_conversation, image_view
@@ -21,6 +25,7 @@ from visrl.engines.local import LocalEngine
 from visrl.images import open_image
 from visrl.packing.forward import token_logps
 from visrl.records import Picture
+from visrl.report.shapes import LooksRolloutShape, fault
 from visrl.rewards.advantages import Fork, credit_at_forks, grpo
 from visrl.rollout.episodes import SampledTurn, sampled_turns
 from visrl.rollout.rollout import OpenedQuestion
@@ -30,7 +35,9 @@ from visrl.train.items import Collator
 from visrl.train.online_rollouts import pack_responses
 from visrl.train.online_turns import outcomes_of, turn_responses, until_stop
 from visrl.train.responses import Response
+from visrl.train.rollout_cards import rollout_cards
 from visrl.train.run import train
+from visrl.train.show_rollouts import completion_rows
 from visrl.train.turn_watch import all_turns, weighted_ends
 
 # --- the tree of a question -------------------------------------------------------------------------------------------
@@ -146,6 +153,71 @@ def test_steps_with_two_looks_resume_where_they_were_killed(tmp_path: Path, monk
             if end.get("end") == "answered":
                 scores = end["parts"]
                 assert end["reward"] == pytest.approx(scores["answer"] + scores["iou"] - 0.1)
+
+
+@pytest.mark.parametrize("given", [
+    {"stage": "ppo", "kl_coef": 0.1},
+    {"stage": "raft", "dynamic_sampling": True, "max_resample_times": 1, "mask_truncated_completions": True},
+    {"stage": "reinforce++", "beta": 0.1, "num_iterations": 2, "epsilon": 0.1, "finetuning_type": "full"},
+])  # fmt: skip
+def test_every_estimator_learns_from_several_looks(tmp_path: Path, given: dict[str, Any]) -> None:
+    """With what goes with it: a value head, a KL, several updates, questions that are sampled again."""
+    out = train(online_config(tmp_path / "out", max_looks=2, rewards=["iou", "area"], max_steps=1, **given))
+    row = next(row for row in read_lines(out / "log.jsonl") if "loss" in row)
+    assert row["grad_norm"] > 0
+    assert row["sampling/logp_difference"] < 1e-4
+    assert ("resampled" in row, "kl" in row) == ("dynamic_sampling" in given, "dynamic_sampling" not in given)
+    if given["stage"] == "ppo":  # what a turn is worth is its reward, and the advantages are those of its tokens
+        for turn in read_lines(out / "rollouts.jsonl")[0]["turns"]:
+            assert turn["advantage"] == turn["value"]
+
+
+def test_a_card_shows_every_look_of_an_answer_in_order() -> None:
+    """Two looks of the second first turn, and none of the first."""
+    end = {"end": "answered", "parts": {"answer": 1.0}, "value": 1.0, "reward": 1.0}
+    second = {"text": "b", "looks": [[0.5, 0.5, 1, 1]], "value": 1.0, "advantage": 0.0,
+              "turns": [{"text": "7", "looks": [], "answer": "7", "advantage": 0.0, **end}]}  # fmt: skip
+    turns = [
+        {"text": "8", "looks": [], "answer": "", "advantage": -0.5, **end, "parts": {"answer": 0.0}, "end": "turns"},
+        {"text": "a", "looks": [[0, 0, 0.5, 0.5]], "value": 1.0, "advantage": 0.5, "turns": [second]},
+    ]
+    row = {"step": 3, "id": "q", "image": "scene:train/0", "question": "Which?", "answer": "7", "turns": turns,
+           "true_looks": [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]}  # fmt: skip
+    assert fault(row, LooksRolloutShape) is None
+    assert fault({**row, "turns": [{**second, "end": "answered"}]}, LooksRolloutShape) is not None
+    (card,) = rollout_cards([row], "exact")
+    assert [[len(one.crops) for one in start.ends] for start in card.starts] == [[0], [2]]
+    assert [number for number, picture in card.starts[1].ends[0].crops if picture] == ["2", "2.1"]
+    assert [start.standing for start in card.starts] == ["worse", "better"]
+    assert [start.ends[0].answer.right for start in card.starts] == [False, True]
+    assert card.starts[0].ends[0].answer.text == "(no answer)"
+    assert [(one["box"], one["completion"], one["box_advantage"]) for one in completion_rows([row])] == [
+        ("", "", -0.5), ("a → b", "7", 0.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_the_command_line_it_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    """SIGKILL once the second step's rollouts are there; the same command goes on."""
+
+    def command(name: str) -> list[str]:
+        given = online_config(
+            tmp_path / name, max_looks=2, num_forks=2, look_price=0.05, max_steps=3, save_steps=1,
+            save_strategy="steps", rewards=["answer", "iou"],
+        )  # fmt: skip
+        keys = [
+            f"{key}={json.dumps(value)}" for key, value in given.model_dump(mode="json", exclude_unset=True).items()
+        ]
+        return [sys.executable, "-m", "visrl.cli", "train", *keys]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    with subprocess.Popen(command("again"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        journal = tmp_path / "again" / "rollouts.jsonl"
+        wait_until(lambda: journal.is_file() and len(journal.read_bytes().splitlines()) > 2)
+        process.kill()
+    subprocess.run(command("again"), check=True, capture_output=True)
+    for name in ("adapter_model.safetensors", "rollouts.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ from visrl.rewards.open_parts import OPENERS, opened_parts
 from visrl.rewards.parts import PARTS, Attempt, Part, PartKind, RewardPart, Scored, Scores, check_parts, score_attempts
 from visrl.rewards.reward_function import RewardError
 from visrl.rollout.steps import Look
+from visrl.zoom.config import LooksConfig
+from visrl.zoom.episode import ZoomedLook
 
 NO_ENCODER: Any = None  # which no part here asks
 SETTING = RewardSetting(
@@ -309,6 +311,10 @@ def columns(split, weights, note, box, **kwargs):
     assert "image_size" not in kwargs and box[0] == kwargs["true_box"][0]
     return [len(w) + (n is None) + (s == "train") for s, w, n in zip(split, weights, note)]
 
+def how_often(looks, box, **kwargs):
+    assert [one[-1] if one else None for one in looks] == box
+    return [len(one) for one in looks]
+
 def no_kwargs(completions): return [1.0] * len(completions)
 def wants_more(completions, trainer_state, **kwargs): return [1.0] * len(completions)
 """
@@ -386,3 +392,65 @@ def test_a_function_may_do_with_its_arguments_what_it_likes(module: str) -> None
     for _ in range(2):
         found = scored(given, attempt("7", "8", sample=own), setting=setting)
         assert found.parts == {f"{module}:mutates": [[2.7, 2.7]], "answer": [[1, 0]]}
+
+
+# --- Several looks ----------------------------------------------------------------------------------------------------
+
+SMALL = Box(0.5, 0.5, 1, 1)  # which shares nothing with the true box
+
+
+def after(answer: str | None, *boxes: Box, end: Any = "answered", error: str | None = None) -> Look:
+    """An answer after these looks, or why there is none."""
+    looks = tuple(ZoomedLook(n, "[…]", 0, (0, 0, 1, 1), box) for n, box in enumerate(boxes))
+    last = boxes[-1] if boxes and error is None else None
+    return Look("Which?", WHOLE, "[…]", last, error, answer, looks=looks, end=end)
+
+
+SEVERAL = [
+    after("7", SMALL, HALF), after("8", QUARTER, SMALL), after("7"),
+    after(None, QUARTER, end="no_call", error="box: no box"), after("", QUARTER, end="turns"),
+]  # fmt: skip
+
+
+def test_every_part_after_several_looks_by_hand() -> None:
+    """Right after two looks, of which the second shares half with the true box; wrong after two, the first of them
+    exact; right at once; a box that cannot be read after an exact one; and no answer before the last turn."""
+    tried = Attempt(SAMPLE, tuple(SEVERAL), without="8")
+    wanted: dict[str, list[float]] = {
+        "answer": [1, 0, 1, 0, 0],
+        "outcome": [0.4] * 5,
+        "crop_gain": [1, 0, 0, 0, 0],
+        "format": [1, 1, 1, 0, 0],
+        "iou": [0.5, 1, 0, 1, 1],
+        "dual_iou": [(0.5 + 0.25) / 2, (1 + 0.5) / 2, 0, 1, 1],
+        "area": [0.5, 0.75, 1, 0, 0.75],
+    }
+    for name, scores in wanted.items():
+        assert rewards(parts(name), tried) == [scores], name
+    assert {name for name, kind in PARTS.items() if not kind.about_several} == {
+        "critic", "critic_box", "critic_answer", "model",
+    }  # fmt: skip
+
+
+def test_iou_is_that_of_all_true_looks() -> None:
+    """Of two true looks one is met exactly and the other not: ½. Where none is needed nothing is said."""
+    two = replace(SAMPLE, looks=(QUARTER, SMALL))
+    assert rewards(parts("iou"), Attempt(two, (after("7", QUARTER), after("7", SMALL, QUARTER), after("7")))) == [
+        [0.5, 1, 0]
+    ]
+    none = replace(SAMPLE, looks=())
+    assert rewards(parts("iou", "answer"), Attempt(none, (after("7", QUARTER), after("8")))) == [[1, 0]]
+
+
+def test_a_function_is_told_all_looks(module: str) -> None:
+    """`box` is the last; a column of the data that is called so is not handed on."""
+    setting = replace(SETTING, config=Several(model_name_or_path="m", max_looks=3))
+    given = parts(f"{module}:how_often")
+    own = replace(SAMPLE, raw={"looks": ["mine"]})
+    assert scored(given, Attempt(own, tuple(SEVERAL[:3])), setting=setting).rewards == [[2, 2, 0]]
+    with pytest.raises(ConfigError, match="missing a required argument: 'looks'"):
+        scored(given, attempt("7"))
+
+
+class Several(CheckpointConfig, LooksConfig):
+    """A config of a policy that says how often it looks."""

@@ -125,6 +125,18 @@ def test_steps_with_a_server_are_those_of_this_process(server: str, folder: Path
     assert "sync_every" not in read_manifest(here)["config"]
 
 
+def test_several_looks_are_sampled_by_servers_as_here(server: str, folder: Path) -> None:
+    """Turn by turn, with a crop more in each prompt; a server that takes fewer images is refused before the start."""
+    given = {"max_looks": 2, "look_price": 0.1, "max_steps": 1}
+    names = {"rollout_url": server, "rollout_served_name": "tiny"}
+    here, there = train(config(folder / "looks", **given)), train(config(folder / "looks there", **given, **names))
+    assert journal(there) == journal(here)
+    assert any("turns" in turn for row in journal(here) for turn in row["turns"])
+    assert_same_weights(here, there)
+    with pytest.raises(EndpointError, match=r"a prompt of 9 images failed: .*max_images=9"):
+        train(config(folder / "no", **names, max_looks=8))
+
+
 def test_an_adapter_some_steps_old_is_weighed(server: str, folder: Path) -> None:
     """Given every second step: in between the policy has moved on from the one that samples."""
     names = {"rollout_url": [server], "rollout_served_name": "tiny", "sync_every": 2}

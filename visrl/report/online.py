@@ -33,9 +33,15 @@ MEASURES = [
     ("eval_rollout/accuracy", "Held-out answers right, greedy", PERCENT),
     ("eval_rollout/iou", "Held-out mean IoU, greedy", PLAIN),
     ("eval_rollout/right_object", "Held-out boxes on the right object, greedy", PERCENT),
+    ("eval_rollout/looks_mean", "Held-out looks a question, greedy", PLAIN),
+    ("eval_rollout/no_look", "Held-out questions answered without a look, greedy", PERCENT),
     ("reward", "Reward", PLAIN),
-    ("frac_reward_zero_std", "Questions whose boxes are all worth the same", PERCENT),
+    ("frac_reward_zero_std", "Questions whose boxes, or first turns, are all worth the same", PERCENT),
     ("frac_reward_zero_std/answer", "Crops whose answers are all worth the same", PERCENT),
+    ("frac_reward_zero_std/1", "Second turns that are all worth the same", PERCENT),
+    ("rollout/looks_mean", "Looks a question", PLAIN),
+    ("rollout/no_look", "Questions answered without a look", PERCENT),
+    ("rollout/unfinished", "Episodes that came to a limit", PERCENT),
     ("left_out", "Answers whose reward could not be told", PERCENT),
     ("entropy/box", "Entropy of box texts, nats per token", PLAIN),
     ("entropy/answer", "Entropy of answers, nats per token", PLAIN),
@@ -230,7 +236,12 @@ def online_lede(run: OnlineRun) -> str:
     config = run.config
     stage = f" ({config['stage']})" if config.get("stage") else ""
     a_question = ""
-    if "num_generations" in config:
+    if config.get("max_looks") is not None or config.get("protocol") not in (None, "visrl"):
+        most = (
+            f"up to {count(config['max_looks'], 'look')}" if "max_looks" in config else f"looks by {config['protocol']}"
+        )
+        a_question = f", {config['num_generations']} first turns a question and {most}"
+    elif "num_generations" in config:
         a_question = f", {config['num_generations']} boxes a question and {config['num_answers']} answers a crop"
     text = f"Online reinforcement{stage}: {count(run.step_count, 'step')}{a_question}."
     if (reward := ends_of(run.rows, "reward")) is not None:

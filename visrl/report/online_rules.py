@@ -19,6 +19,7 @@ WHOLE = 0.6  # of the image: boxes that are larger, and have grown by half, crop
 SHRUNK = 0.25  # of its start: area below this share of it
 CUT = 0.2  # of responses cut off at max_completion_length
 LEFT_OUT = 0.2  # of answers whose reward could not be told
+UNFINISHED = 0.2  # of episodes that came to a limit
 
 Rule = Callable[[Sequence[JsonObject]], str | None]
 
@@ -52,8 +53,8 @@ def _answer_entropy_collapse(rows: Sequence[JsonObject]) -> str | None:
 
 
 def _all_flat(rows: Sequence[JsonObject]) -> str | None:
-    boxes, answers = (_ends(rows, f"frac_reward_zero_std{of}") for of in ("", "/answer"))
-    if boxes is None or boxes[1] < ALL_FLAT or (answers is not None and answers[1] < ALL_FLAT):
+    boxes, *later = (_ends(rows, f"frac_reward_zero_std{of}") for of in ("", "/answer", "/1"))
+    if boxes is None or boxes[1] < ALL_FLAT or any(ends is not None and ends[1] < ALL_FLAT for ends in later):
         return None
     return (
         f"Nothing to learn from: at the end the boxes of {percent(boxes[1], 0)} of the questions are all worth the "
@@ -126,6 +127,16 @@ def _left_out(rows: Sequence[JsonObject]) -> str | None:
     )
 
 
+def _unfinished(rows: Sequence[JsonObject]) -> str | None:
+    ends = _ends(rows, "rollout/unfinished")
+    if ends is None or ends[1] < UNFINISHED:
+        return None
+    return (
+        f"Episodes come to no end: {percent(ends[1], 0)} of them at the end, and nothing is learned from those. Raise "
+        "max_looks, max_completion_length or cutoff_len, or set punish_unfinished or a look_price."
+    )
+
+
 RULES: list[Rule] = [
     _entropy_collapse,
     _answer_entropy_collapse,
@@ -136,4 +147,5 @@ RULES: list[Rule] = [
     _reward_without_answers,
     _cut_off,
     _left_out,
+    _unfinished,
 ]

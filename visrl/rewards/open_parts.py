@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from visrl.rewards.asked_parts import RewardSetting, open_critic, open_judge
 from visrl.rewards.parts import Attempt, PartKind, RewardPart, Scorer, Scores, kind_of
 from visrl.rewards.reward_function import load_function, opened_function
+from visrl.zoom.config import LooksConfig
 
 Opener = Callable[[RewardPart, RewardSetting], AbstractContextManager[Scorer]]
 
@@ -49,7 +50,8 @@ def opened_parts(parts: Sequence[RewardPart], setting: RewardSetting) -> Iterato
 def _opened(part: RewardPart, setting: RewardSetting, stack: ExitStack) -> Scorer:
     kind = kind_of(part.name)
     if kind is None:
-        return stack.enter_context(opened_function(part.name, setting.samples))
+        several = isinstance(setting.config, LooksConfig) and setting.config.looks_several_times
+        return stack.enter_context(opened_function(part.name, setting.samples, several=several))
     if kind.score is None:
         return stack.enter_context(OPENERS[part.name.partition(":")[0]](part, setting))
     return _each(part, kind)

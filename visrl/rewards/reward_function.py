@@ -31,6 +31,7 @@ OURS = (
     "prompts", "completions", "completion_ids", "answer", "solution", "question", "image", "id", "true_box", "box",
     "box_text",
 )  # fmt: skip
+LOOKS = "looks"  # beside them where the policy says how often it looks: all boxes, of which `box` is the last
 KEPT_BACK = {*OURS, "prompt", "completion"}  # the last two are no columns of a reward function in TRL, either
 
 
@@ -41,10 +42,11 @@ class RewardError(UserError, RuntimeError):
 class RewardFunction:
     """A `parts.Scorer`: a user's function, with every argument by keyword, each a list with an entry for every look."""
 
-    def __init__(self, name: str, function: Any, columns: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, function: Any, columns: Sequence[str] = (), *, several: bool = False) -> None:
         self.name = name
         self.function = function
-        self.columns = columns  # of the data, beside ours
+        self.columns = [column for column in columns if not several or column != LOOKS]  # of the data, beside ours
+        self.several = several  # whether the policy says how often it looks
         self._loop = _Loop()
 
     def __call__(self, attempts: Sequence[Attempt]) -> list[Scores]:
@@ -55,7 +57,8 @@ class RewardFunction:
         """
         rows = [(one.sample, look) for one in attempts for look in one.looks]
         try:
-            given: Any = self.function(**_columns(rows, self.columns))
+            looks = {LOOKS: [[one.box for one in look.looks or ()] for _, look in rows]} if self.several else {}
+            given: Any = self.function(**_columns(rows, self.columns), **looks)
             if inspect.isawaitable(given):
                 given = self._loop.wait_for(given)
         except (Exception, SystemExit) as error:  # whatever a user's function raises is told, and ends the run
@@ -73,7 +76,7 @@ class RewardFunction:
             signature = inspect.signature(self.function)
         except (TypeError, ValueError):  # one that is not written in Python does not say
             return
-        columns = [*OURS, *self.columns]
+        columns = [*OURS, *([LOOKS] if self.several else []), *self.columns]
         try:
             signature.bind(**dict.fromkeys(columns))
         except TypeError as error:
@@ -109,8 +112,9 @@ async def _waited(work: Awaitable[Any]) -> Any:
     return await work
 
 
-def load_function(name: str, samples: Sequence[Sample] = ()) -> RewardFunction:
-    """The function that `module:function` names, for questions whose rows may have columns of their own.
+def load_function(name: str, samples: Sequence[Sample] = (), *, several: bool = False) -> RewardFunction:
+    """The function that `module:function` names, for questions whose rows may have columns of their own, and a policy
+    that may say how often it looks (`several`).
 
     Raises:
         ConfigError: it is not there, or is no function.
@@ -119,17 +123,18 @@ def load_function(name: str, samples: Sequence[Sample] = ()) -> RewardFunction:
     if not callable(function):
         raise ConfigError(f"reward {name!r} is no function of completions")
     rows = [sample.raw for sample in samples if isinstance(sample.raw, dict)]
-    return RewardFunction(name, function, list(dict.fromkeys(key for row in rows for key in row if _is_own(key))))
+    columns = list(dict.fromkeys(key for row in rows for key in row if _is_own(key)))
+    return RewardFunction(name, function, columns, several=several)
 
 
 @contextmanager
-def opened_function(name: str, samples: Sequence[Sample]) -> Iterator[RewardFunction]:
+def opened_function(name: str, samples: Sequence[Sample], *, several: bool = False) -> Iterator[RewardFunction]:
     """`load_function`, found to take its arguments, and closed at the end.
 
     Raises:
         ConfigError: it is not there, is no function, or takes other arguments.
     """
-    function = load_function(name, samples)
+    function = load_function(name, samples, several=several)
     function.check_signature()
     try:
         yield function

@@ -38,6 +38,7 @@ from visrl.train.online_rollouts import (
     responses_of,
     sample_rollouts,
     score_rollouts,
+    still_batch,
 )
 from visrl.train.online_watch import Objects, journal_row, measures_of
 from visrl.train.responses import Response
@@ -124,9 +125,8 @@ class OnlineTrainer(VisrlTrainer):
             self._add(name, value)
         self._write_journal(rollouts, step, objects)
         ends = [sum(map(len, questions[: n + 1])) for n in range(len(questions))]
-        batches = [
-            self._pack(responses[end - len(batch) : end], batch) for end, batch in zip(ends, questions, strict=True)
-        ]
+        parts = [slice(end - len(batch), end) for end, batch in zip(ends, questions, strict=True)]
+        batches = [self._pack(responses[part], rollouts[part]) for part in parts]
         self._add("tokens/update", sum(batch.packed.tokens for batch in batches))
         return batches
 
@@ -164,7 +164,7 @@ class OnlineTrainer(VisrlTrainer):
             self._add("resampled", count / len(rollouts))
         return rollouts
 
-    def _pack(self, responses: Sequence[Sequence[Response]], samples: Sequence[Sample]) -> OnlineBatch:
+    def _pack(self, responses: Sequence[Sequence[Response]], rollouts: Sequence[QuestionRollouts]) -> OnlineBatch:
         config = self.visrl_config
         packed = pack_responses(
             responses,
@@ -172,11 +172,13 @@ class OnlineTrainer(VisrlTrainer):
             mask_truncated=config.mask_truncated_completions,
             keep_all=config.beta > 0 or config.stage == "ppo",
         )
+        if packed is None and any(one.unfinished for one in rollouts):
+            packed = still_batch(responses, self.collator)
         if packed is None:
+            names = ", ".join(one.question.sample.id for one in rollouts[:3])
             raise TrainingError(
-                f"step {self.state.global_step + 1}: nothing that was sampled of rows "
-                f"{', '.join(sample.id for sample in samples[:3])} can be learned from: no reward could be told, or "
-                f"all was cut at {config.max_completion_length} tokens; see {JOURNAL}"
+                f"step {self.state.global_step + 1}: nothing that was sampled of rows {names} can be learned from: no "
+                f"reward could be told, or all was cut at {config.max_completion_length} tokens; see {JOURNAL}"
             )
         return packed
 

@@ -41,7 +41,14 @@ from visrl.rollout.steps import Look, answer_request
 from visrl.train.checkpoints import TrainingError
 from visrl.train.config import TrainConfig
 from visrl.train.items import Branch, Collator, TrainingBatch
-from visrl.train.online_turns import ends_of, fork_values, outcomes_of, sample_turns, turn_responses
+from visrl.train.online_turns import (
+    ends_of,
+    fork_values,
+    is_unfinished,
+    outcomes_of,
+    sample_turns,
+    turn_responses,
+)
 from visrl.train.responses import Response, check_prompt
 
 NO_ADVANTAGES = GroupAdvantages((), True)
@@ -92,6 +99,11 @@ class QuestionRollouts:
     def ends(self) -> list[Attempt]:
         """Every answer as an attempt by itself."""
         return [replace(attempt, looks=(look,)) for attempt in self.attempts for look in attempt.looks]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an episode came to a limit, and teaches nothing."""
+        return any(is_unfinished(look) for attempt in self.attempts for look in attempt.looks)
 
     @property
     def flat(self) -> bool:
@@ -319,6 +331,17 @@ def pack_responses(
         sum(map(len, known)),
         sum(len(one.completion.ids) for own in taught for one in own),
     )
+
+
+def still_batch(questions: Sequence[Sequence[Response]], collator: Collator) -> OnlineBatch | None:
+    """A batch without a gradient where all that was sampled came to no end: its shortest response, of an advantage 0.
+    None where nothing of it can be computed."""
+    mark = collator.encoder.image_token_id
+    known = [one for own in questions for one in own if mark not in one.completion.ids]
+    if not known:
+        return None
+    shortest = min(known, key=lambda one: len(one.completion.ids))
+    return pack_responses([[replace(shortest, advantage=0.0)]], collator, mask_truncated=False, keep_all=False)
 
 
 def _in_order(packed: PackedBatch, values: Sequence[Sequence[float]]) -> torch.Tensor:

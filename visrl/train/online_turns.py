@@ -25,6 +25,7 @@ from visrl.train.responses import Response, check_prompt
 from visrl.zoom.episode import UNFINISHED
 
 Turns = Sequence[SampledTurn]
+NO_END = "unfinished"  # the first word of the error of what came to a limit
 
 
 def sample_turns(
@@ -54,9 +55,14 @@ def ends_of(first: SampledTurn, *, punish_unfinished: bool) -> tuple[Look, ...]:
     wrong. That a policy needs more turns than it is given says nothing against them (Mini-o3, arXiv 2509.07969)."""
     looks = map(look_at_end, leaves(first))
     return tuple(
-        replace(look, error=f"unfinished: {look.end}") if look.end in UNFINISHED and not punish_unfinished else look
+        replace(look, error=f"{NO_END}: {look.end}") if look.end in UNFINISHED and not punish_unfinished else look
         for look in looks
     )
+
+
+def is_unfinished(look: Look) -> bool:
+    """Whether a look came to a limit, and teaches nothing."""
+    return look.error is not None and look.error.startswith(NO_END)
 
 
 def outcomes_of(turns: Turns, rewards: Iterator[float | None]) -> tuple[Outcome, ...]:

@@ -30,10 +30,13 @@ from visrl.engines.openai_server import EndpointError
 from visrl.models.encode import Encoder, TokenPath
 from visrl.models.modes import evaluating
 from visrl.packing.forward import token_logps
+from visrl.prompts import IMAGE
+from visrl.records import Message
 from visrl.rollout.protocols import VISRL
 from visrl.train.checkpoints import TrainingError
 from visrl.train.config import TrainConfig
 from visrl.train.items import Collator
+from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 FOLDER = "rollout-adapters"
 TRIALS, TRIAL_TOKENS, TRIAL_SIDE = 4, 24, 112
@@ -117,6 +120,25 @@ class RolloutServers:
             said = [client.ask_at(server, ask) for ask in asks]
             if fault := self._fault(model, said, prompt, temperature):
                 raise EndpointError(f"{server.shown}: {fault}")
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        """Make sure that every server takes as many images in a prompt as the longest episode shows."""
+        count = most_pictures(self._config)
+        if count < 2:
+            return
+        image = Image.linear_gradient("L").resize((TRIAL_SIDE, TRIAL_SIDE)).convert("RGB")
+        views = tuple(View(f"trial {n}", image, is_crop=n > 0) for n in range(count))
+        talk = Conversation((Message("user", f"{IMAGE}\n" * count + "What is there?"),), views)
+        client = self._engine.client
+        for server in client.servers:
+            (said,) = [client.ask_at(server, ask) for ask in self._engine.asks([(talk, [0])], Sampling(max_tokens=1))]
+            if said.text is None:
+                raise EndpointError(
+                    f"{server.shown}: a prompt of {count} images failed: {said.error}; start vLLM with "
+                    f"--limit-mm-per-prompt '{{\"image\": {count}}}' (`visrl api` with max_images={count}) and room "
+                    "for them, or look less often"
+                )
 
     def _fault(
         self, model: torch.nn.Module, said: Sequence[Completion], prompt: TokenPath, temperature: float
@@ -212,6 +234,12 @@ class RolloutServers:
             except EndpointError as error:
                 print(f"the adapter of this run was not unloaded: {error}", file=sys.stderr, flush=True)
             self._engine.close()
+
+
+def most_pictures(config: TrainConfig) -> int:
+    """How many images a prompt of several looks shows at most; 0 where one look is the rule."""
+    row = ZOOM_PROTOCOLS.get(config.protocol or "")
+    return row.max_pictures if row else 0 if config.max_looks is None else config.max_looks + 1
 
 
 def _untold(one: Completion) -> str | None:
