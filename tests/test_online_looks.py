@@ -152,7 +152,7 @@ def test_steps_with_two_looks_resume_where_they_were_killed(tmp_path: Path, monk
         for end in turn.get("turns", []):
             if end.get("end") == "answered":
                 scores = end["parts"]
-                assert end["reward"] == pytest.approx(scores["answer"] + scores["iou"] - 0.1)
+                assert end["reward"] == pytest.approx(0.9 * (scores["answer"] + scores["iou"]))
 
 
 @pytest.mark.parametrize("given", [

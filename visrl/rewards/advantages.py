@@ -193,8 +193,14 @@ def box_reward(answers: Rewards) -> Reward:
 
 
 def with_price(reward: Reward, looks: int, price: float) -> Reward:
-    """The reward of an answer for which so many looks were taken, each at `price`: looking is learned where it pays."""
-    return None if reward is None else reward - price * looks
+    """The reward of an answer after so many looks, each of which takes the share `price` off it: looking is learned
+    where it pays.
+
+    A wrong answer has nothing that could be taken off: were the price subtracted from it, too, a question that nobody
+    gets right would differ by nothing else, and estimators that divide by a group's deviation would make of that the
+    same push as of right and wrong.
+    """
+    return reward if reward is None or reward <= 0 else reward * max(0.0, 1 - price * looks)
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class SampledLooksConfig(LooksConfig):
 class LookPriceConfig(Config):
     """What a look costs."""
 
-    look_price: float = Field(0.0, ge=0)
-    """Taken off the reward of an answer for every look that was taken for it."""
+    look_price: float = Field(0.0, ge=0, le=1)
+    """The share of an answer's reward that every look costs which was taken for it."""
 
 
 class ForkedLooksConfig(SampledLooksConfig, LookPriceConfig):
