@@ -52,6 +52,29 @@ def test_the_online_benchmark_at_a_tiny_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_several_looks_at_a_tiny_shape(tmp_path: Path) -> None:
+    out = tmp_path / "looks.json"
+    command = [sys.executable, str(SCRIPT.with_name("looks.py")), "--shapes", "tiny", "--repeats", "1"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    shapes = json.loads(out.read_text())["shapes"]
+    kinds = [(shape["form"], shape["forked"], shape["turns"]) for shape in shapes]
+    assert kinds == [
+        (form, forked, 30 if forked else 40) for form in ("question", "dialog") for forked in (False, True)
+    ]
+    for shape in shapes:
+        assert shape["grad_rel_error"] < 1e-5
+        assert 1 <= shape["over_floor"] < 1.3
+        assert shape["flops_ratio_turn"] > 2.5
+        if shape["form"] == "dialog":
+            assert 1 < shape["flops_ratio_rollout"] < shape["flops_ratio_turn"]
+        if not shape["forked"]:
+            assert shape["prefill_ratio"] > 4
+            assert shape["dpo_flops_ratio"] > shape["dpo_policy_flops_ratio"] > 3
+            assert min(shape[name] for name in ("cpu_ours", "cpu_turn", "peak_mb_ours", "peak_mb_turn")) > 0
+
+
+@pytest.mark.slow
 def test_the_gpu_benchmark_at_a_tiny_shape_on_the_cpu(tmp_path: Path) -> None:
     """Every layout runs; the figures themselves say something on a GPU only."""
     out = tmp_path / "gpu.json"
