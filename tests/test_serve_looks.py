@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -15,9 +18,13 @@ from PIL import Image
 from serve_help import NAME, body, known, post
 from test_zoom import SIZE, TRANSCRIPTS, whole
 
-from visrl.conversation import Conversation
+from visrl.codecs import CODECS
+from visrl.conversation import Conversation, View
+from visrl.engines.base import Completion, Sampling
 from visrl.prompts import IMAGE
 from visrl.serve.config import ServeConfig
+from visrl.serve.looks import answer_with_looks, own_looks, public_looks, within
+from visrl.serve.requests import QueuedRequest
 from visrl.zoom.episode import Episode, advance, begin
 from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
@@ -91,6 +98,68 @@ def test_focus_answers_by_the_whole_episode_of_the_checkpoints_protocol(name: st
     assert sent[:-1] == [look | {"look": number} for number, look in enumerate(focus["looks"])]
     assert sent[-1] == {"end": "answered", "turns": replies}
     assert "".join(delta.get("content", "") for delta in deltas) == last.answer
+
+
+GARBAGE = [
+    "",
+    "<image>",
+    "\ud800",
+    "<tool_call>",
+    "</tool_call>",
+    "<answer>",
+    "<think>",
+    "[",
+    "{",
+    "1e999",
+    "NaN",
+    "\0",
+    "é",
+]
+
+
+def test_garbage_and_truncations_end_in_an_answer_or_a_limit_with_every_look_listed() -> None:
+    """1,000 requests of all protocols: replies cut anywhere, and strewn with what must not be there."""
+    dice, ends = random.Random(7), Counter[str]()
+    small = View("small", whole().image.resize((120, 96)))
+    rows = {"visrl": None} | dict(ZOOM_PROTOCOLS)
+    for number in range(1000):
+        name, row = list(rows.items())[number % len(rows)]
+        said = TRANSCRIPTS[name]["replies"] if row else ["[0.1, 0.2, 0.6, 0.9]", "7"]
+        looks = own_looks(3) if row is None else public_looks(within(row, dice.choice((None, 0, 2))))
+        backend: Any = Spoiled(said, dice)
+        choice = asyncio.run(answer_with_looks(backend, "?", small, request_of(), looks=looks))
+        assert choice.focus is not None
+        for look in choice.focus["looks"]:
+            assert (look["error"] is None) == (look["box"] is not None)
+            assert json.dumps(look, ensure_ascii=False).encode()
+        ends[choice.focus.get("end", "visrl")] += 1
+    assert set(ends) >= {"visrl", "answered", "no_call", "turns", "tokens"}
+
+
+def request_of() -> QueuedRequest:
+    return QueuedRequest(Conversation(()), Sampling(max_tokens=50), seed=1)
+
+
+class Spoiled:
+    """A backend that says these replies, cut and strewn with garbage; it holds pictures and marks together."""
+
+    codec, crop_rule = CODECS["visrl"], "exact"
+
+    def __init__(self, replies: list[str], dice: random.Random) -> None:
+        self.replies, self.dice = replies, dice
+
+    def processed_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    async def submit(self, request: QueuedRequest) -> Completion:
+        assert sum(one.text.count(IMAGE) for one in request.conversation.messages) == len(request.conversation.views)
+        text = self.dice.choice(self.replies)
+        for _ in range(self.dice.choice((0, 0, 1, 3))):
+            place = self.dice.randrange(len(text) + 1)
+            text = text[:place] + self.dice.choice(GARBAGE) + text[place + self.dice.randrange(3) :]
+        cut = self.dice.random() < 0.3
+        text = text[: self.dice.randrange(len(text) + 1)] if cut else text
+        return Completion(text, len(text), "length" if cut else "stop")
 
 
 CALL = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 200, 400, 600]}}\n</tool_call>'

@@ -262,6 +262,49 @@ def test_a_loop_that_the_client_runs_is_the_episode_to_the_letter_and_to_the_pix
     assert (episode.end, episode.answer, len(episode.looks)) == ("answered", text, 2)
 
 
+def shown_part(image: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return picture_part("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+@pytest.mark.parametrize("name", [name for name, row in ZOOM_PROTOCOLS.items() if row.tool])
+def test_the_tool_of_a_checkpoints_protocol_is_handed_over_in_the_protocols_own_words(name: str) -> None:
+    """Templates of most such checkpoints show no tools; what the model reads is still its own episode, letter by
+    letter."""
+    row, question = ZOOM_PROTOCOLS[name], TRANSCRIPTS[name]["question"]
+    replies = [one for one in TRANSCRIPTS[name]["replies"] if "500}}" not in one]  # that one is no JSON
+    own = tool(row.tool[0], parameters={"type": "object", "properties": {key: {} for key in row.tool[1:]}})
+    messages: list[Any] = [
+        {"role": "user", "content": [picture_part(picture_url()), {"type": "text", "text": question}]}
+    ]
+    episode, states = begin(row, question, whole()), list[Any]()
+
+    def speak(talk: Conversation) -> str:
+        return replies[sum(one.role == "assistant" for one in talk.messages)]
+
+    with known(speak, protocol=row, sampling=Sampling(max_tokens=500)) as (url, engine, _):
+        for reply in replies:
+            states.append(episode)
+            message = client_of(url).create(model=NAME, messages=messages, tools=[own]).choices[0].message
+            messages.append(message)
+            before, episode = episode, advance(episode, reply, SIZE)
+            shown = [[shown_part(view.image)] for view in episode.views[len(before.views) :]]
+            given = shown + list(episode.errors[len(before.errors) :]) if row.on_failure == "say" else shown
+            messages += [answering(call.id, one) for call, one in zip(message.tool_calls or (), given, strict=True)]
+        wrong = tool(row.tool[0], parameters={"type": "object", "properties": {"where": {}}})
+        refused = post(url, {"model": NAME, "messages": messages[:1], "tools": [wrong]})
+        opened = post(url, {"model": NAME, "messages": [USER], "tools": [own]})
+    assert (message.tool_calls, episode.end) == (None, "answered")
+    for batch, state in zip(engine.batches, states, strict=True):
+        talk = batch[0].conversation
+        assert [(one.role, one.text) for one in talk.messages] == [(one.role, one.text) for one in state.messages]
+        for sent, wanted in zip(talk.views, state.views, strict=True):
+            assert np.array_equal(np.asarray(sent.image), np.asarray(wanted.image))
+    assert f"takes {' and '.join(row.tool[1:])}" in refused.json()["error"]["message"]
+    assert "opens with one image and then the question" in opened.json()["error"]["message"]
+
+
 def test_a_real_model_is_shown_tools_and_their_images_as_its_template_writes_them() -> None:
     model, encoder = make("qwen3_vl")
     encoder.chat_template = TEMPLATE

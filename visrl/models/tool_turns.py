@@ -26,7 +26,7 @@ _TOOL = {
 _CALL = ToolCall("tried", "tried_tool", '{"tried_key": "tried value"}')
 _REMEDY = (
     "describe the tools in a system message and read the calls in the text, or serve the checkpoint by the protocol "
-    "that it was trained on (protocol: …) and ask NAME:focus"
+    "that it was trained on (protocol: …), which has words for its own tool and for NAME:focus"
 )
 
 

@@ -19,19 +19,25 @@ from visrl.zoom.tool_calls import END, CallReader, WrittenCall
 
 
 async def answer_with_calls(
-    backend: Backend, request: QueuedRequest, stream: ChoiceStream, choice: ToolChoice, several: bool
+    backend: Backend,
+    request: QueuedRequest,
+    stream: ChoiceStream,
+    choice: ToolChoice,
+    *,
+    several: bool,
+    keeps_space: bool = False,
 ) -> Choice:
     """One turn, its text and its calls put into `stream` as they become whole. Unless it may make `several` calls, it
-    ends with the first.
+    ends with the first. `keeps_space` is `CallReader`'s.
 
     Raises:
         RequestError: what the backend raises, or 502 where it gave no text.
     """
-    turn = _Turn(stream, choice.opening)
+    turn = _Turn(stream, choice.opening, CallReader(keeps_space))
     if request.on_text is not None:
         request.on_text = turn.grow
     if not several:
-        request.ends = (END,)
+        request.ends = (*request.ends, END)
     said = await answer_plainly(backend, request)
     turn.end(said.text)
     reason = said.finish_reason
@@ -43,8 +49,8 @@ async def answer_with_calls(
 class _Turn:
     """The turn so far, taken apart and told."""
 
-    def __init__(self, stream: ChoiceStream, opening: str) -> None:
-        self._stream, self._opening, self._reader = stream, opening, CallReader()
+    def __init__(self, stream: ChoiceStream, opening: str, reader: CallReader) -> None:
+        self._stream, self._opening, self._reader = stream, opening, reader
         self.texts: list[str] = []
         self.calls: list[ToolCall] = []
 

@@ -39,6 +39,11 @@ def own_looks(most: int) -> Looks:
     return looks
 
 
+def public_looks(row: ZoomProtocol) -> Looks:
+    """A public protocol, which is the same for every image."""
+    return lambda backend, whole, shown: row
+
+
 def within(row: ZoomProtocol, most: int | None) -> ZoomProtocol:
     """A public protocol with at most `most` looks, where that is less than its own limit."""
     if most is None:

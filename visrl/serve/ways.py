@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from visrl.conversation import View
+from visrl.conversation import Conversation, PromptError, View
 from visrl.engines.base import Sampling
 from visrl.rollout.protocols import instructed
 from visrl.serve.backend import Backend
@@ -16,10 +16,11 @@ from visrl.serve.calling import answer_with_calls
 from visrl.serve.errors import RequestError
 from visrl.serve.fields import for_the_box
 from visrl.serve.focus import answer_from_whole, answer_plainly, answer_with_focus
-from visrl.serve.looks import Looks, answer_with_looks, own_looks, within
+from visrl.serve.looks import Looks, answer_with_looks, own_looks, public_looks, within
 from visrl.serve.replies import Choice, ChoiceStream
 from visrl.serve.requests import QueuedRequest
 from visrl.serve.schemas import FOCUS_SUFFIX, WHOLE_SUFFIX, ChatRequest, Limits, to_question
+from visrl.zoom.handed import worded
 from visrl.zoom.protocols import MOST_LOOKS, ZoomProtocol
 
 Keep = Callable[[dict[str, Any], int], None]  # told each look of a reply, and how many pixels it holds on to
@@ -48,6 +49,7 @@ class Ways:
             RequestError: 400 with what is wrong.
         """
         if not asked.suffix:
+            self._own_tool(asked)
             return
         to_question(asked)
         if asked.suffix != FOCUS_SUFFIX:
@@ -86,6 +88,9 @@ class Ways:
             keep(look, pixels)
             stream.put({"focus": look})
 
+        own = None if asked.suffix else self._own_tool(asked)
+        if own is not None:
+            queued.conversation, queued.ends = _worded(own, queued.conversation), own.stop
         if asked.suffix == WHOLE_SUFFIX and self.protocol is not None:
             queued.conversation = instructed(None)(to_question(asked), views[0])
             choice = await answer_plainly(backend, queued)
@@ -96,7 +101,10 @@ class Ways:
         elif asked.suffix:
             choice = await answer_with_focus(backend, to_question(asked), views[0], queued, on_look)
         elif asked.choice.kind != "none":
-            choice = await answer_with_calls(backend, queued, stream, asked.choice, asked.parallel_tool_calls)
+            several, keeps_space = asked.parallel_tool_calls, own is not None
+            choice = await answer_with_calls(
+                backend, queued, stream, asked.choice, several=several, keeps_space=keeps_space
+            )
         else:
             choice = await answer_plainly(backend, queued)
         if asked.choice.kind == "none":  # else it is told already
@@ -108,6 +116,22 @@ class Ways:
         stream.put({}, choice.finish_reason)
         return choice
 
+    def _own_tool(self, asked: ChatRequest) -> ZoomProtocol | None:
+        """The checkpoint's protocol, where a request defines its tool and no other.
+
+        Raises:
+            RequestError: 400 where it is defined with arguments that it does not have.
+        """
+        names = [tool.function.name for tool in asked.tools]
+        if self.protocol is None or names != [*self.protocol.tool[:1]] or not names:
+            return None
+        known = self.protocol.tool[1:]
+        given = (asked.tools[0].function.parameters or {}).get("properties")
+        if given is not None and not (isinstance(given, dict) and set(given) <= set(known)):
+            said = f"{names[0]} of {self.protocol.name} takes {' and '.join(known)}, and nothing else"
+            raise RequestError(400, said, param="tools.0.function.parameters")
+        return self.protocol
+
     def _most(self, asked: ChatRequest) -> int | None:
         return self.max_looks if asked.max_looks is None else asked.max_looks
 
@@ -115,8 +139,7 @@ class Ways:
         most = self._most(asked)
         if self.protocol is None:
             return None if most is None else own_looks(most)
-        row = within(self.protocol, most)
-        return lambda backend, whole, shown: row
+        return public_looks(within(self.protocol, most))
 
     def _pictures(self, asked: ChatRequest) -> int:
         most = self._most(asked)
@@ -125,3 +148,10 @@ class Ways:
     def _turn_tokens(self) -> int:
         assert self.protocol is not None
         return min(self.protocol.turn_tokens, self.limits.max_tokens)
+
+
+def _worded(protocol: ZoomProtocol, talk: Conversation) -> Conversation:
+    try:
+        return worded(protocol, talk)
+    except PromptError as error:
+        raise RequestError(400, str(error)) from error

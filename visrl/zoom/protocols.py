@@ -58,6 +58,7 @@ class ZoomProtocol:
     and `crops_are_as_shown` cuts from crops after they were resized. `boxes_in_text` reads boxes that are spoken of and
     never cut. `goes_on`: a turn without a call and without an answer is continued, not ended. `keeps_turns`: what the
     model said stays in the conversation, and an observation is a turn; else observations are added to the question.
+    `tool` is the name of the tool that its calls name, with those of its arguments, where they are JSON in tags.
     `last_answers`: the last turn is the answer, whatever it holds. `crop_name` tells the crops of a picture apart,
     `box_of` is the box that a call itself names, where that is not the one of its window, and `whole_call` is the crop
     that "show_whole" shows, where it is not the picture itself once more. `faults` are those of the published code that
@@ -91,6 +92,7 @@ class ZoomProtocol:
     stop: tuple[str, ...] = ()
     prefill: str = ""
     final_prefill: str | None = None
+    tool: tuple[str, ...] = ()
     known_faults: tuple[Fault, ...] = ()
     faults: frozenset[Fault] = field(default_factory=frozenset)
 
@@ -172,6 +174,9 @@ def _boxes_as_calls(codec: Codec, original: Size, shown: Size, crop_rule: CropRu
     }
 
 
+_ZOOM_TOOL = ("image_zoom_in_tool", "bbox_2d", "label")
+
+
 def _table() -> dict[str, ZoomProtocol]:
     deepeyes, focus = _prompts()["deepeyes"], _prompts()["chain_of_focus"]
     tree, vigorl = _prompts()["treevgr"], _prompts()["vigorl"]
@@ -179,7 +184,7 @@ def _table() -> dict[str, ZoomProtocol]:
         ZoomProtocol(
             "deepeyes", deepeyes["system"], lambda question: f"{IMAGE}{question}{deepeyes['suffix']}",
             calls.deepeyes_turn, windows.deepeyes_window, lambda crop: deepeyes["observation"], str,
-            max_turns=5, max_pictures=6, turn_tokens=10_240,
+            max_turns=5, max_pictures=6, turn_tokens=10_240, tool=_ZOOM_TOOL,
             resize=windows.ShownSize(28, 4 * 28**2, 16384 * 28**2), known_faults=("unmapped_coordinates",),
         ),
         ZoomProtocol(
@@ -196,11 +201,13 @@ def _table() -> dict[str, ZoomProtocol]:
             lambda error: _prompt("pixel_reasoner", "error").format(e=error),
             max_turns=5, max_pictures=16, turn_tokens=12 * 1024 - 200, any_source=True, crops_are_as_shown=True,
             resize=windows.ShownSize(28, 256 * 28**2, 5120 * 28**2),
+            tool=("crop_image_normalized", "bbox_2d", "target_image"),
         ),
         ZoomProtocol(
             "chain_of_focus", focus["system"], lambda question: f"{IMAGE}Question: {question}{focus['suffix']}",
             calls.chain_of_focus_turn, windows.chain_of_focus_window, lambda crop: IMAGE + focus["suffix"], str,
             max_turns=6, max_pictures=6, turn_tokens=512, resize=windows.twice_as_large, on_failure="show_whole",
+            tool=_ZOOM_TOOL,
         ),
         ZoomProtocol(
             "treevgr", tree["system"], lambda question: f"{IMAGE}{question}{tree['suffix']}",
@@ -212,6 +219,7 @@ def _table() -> dict[str, ZoomProtocol]:
             calls.vigorl_turn, windows.point_window(182), lambda crop: vigorl["observation"], str,
             max_turns=5, max_pictures=5, turn_tokens=1024, resize=windows.to_square(672), goes_on=True,
             stop=("</tool_call>", "</answer>"), final_prefill=vigorl["final_prefill"],
+            tool=("search_coordinate", "coordinate"),
         ),
         ZoomProtocol(
             "qwen3vl", _prompt("qwen3vl", "system"), lambda question: f"{IMAGE}{question}",
@@ -219,7 +227,7 @@ def _table() -> dict[str, ZoomProtocol]:
             lambda error: f"<tool_response>\n{error}\n</tool_response>",
             max_turns=10, max_pictures=12, turn_tokens=8192, any_source=True, join="\n".join,
             no_source=lambda pictures: f"Error: Invalid input image {list(range(pictures))}",
-            resize=windows.ShownSize(32, 256 * 32**2, 12_845_056),
+            resize=windows.ShownSize(32, 256 * 32**2, 12_845_056), tool=(*_ZOOM_TOOL, "img_idx"),
         ),
     ]  # fmt: skip
     return {row.name: row for row in rows}

@@ -45,10 +45,11 @@ class CallReader:
     """Takes a turn apart as it grows: text that is no call, and calls, in their order.
 
     Text is given as soon as it can no more be the beginning of a call. The space between a text and a call belongs to
-    the call, as chat templates write it.
+    the call, as chat templates write it; with `keeps_space` to the text, for words that are no template's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_space: bool = False) -> None:
+        self._keeps_space = keeps_space
         self._place = 0  # up to where the turn has been given
         self._searched = 0  # up to where the end of the open call was looked for
         self.count = 0
@@ -59,12 +60,12 @@ class CallReader:
             end = text.find(END, max(begin + len(BEGIN), self._searched))
             if end < 0:
                 self._searched = max(begin + len(BEGIN), len(text) - len(END) + 1)
-                yield from self._text(text, self._place + len(text[self._place : begin].rstrip()))
+                yield from self._text(text, self._before(text, begin))
                 return
             call = read_call(text[begin + len(BEGIN) : end])
             yield from self._call(text, begin, end + len(END), call)
         safe = len(text) - _begun(text)
-        yield from self._text(text, self._place + len(text[self._place : safe].rstrip()))
+        yield from self._text(text, self._before(text, safe))
 
     def finish(self, text: str) -> Iterator[str | WrittenCall]:
         """The rest of a turn that has ended. A call that is whole but for its closing tag is one."""
@@ -79,10 +80,16 @@ class CallReader:
         if call is None:
             yield from self._text(text, end)
             return
-        yield from self._text(text, self._place + len(text[self._place : begin].rstrip()))
+        yield from self._text(text, self._before(text, begin))
         self._place = end
         self.count += 1
         yield call
+
+    def _before(self, text: str, begin: int) -> int:
+        """Where the text ends that may stand before a call."""
+        if self._keeps_space and not self.count:
+            return begin
+        return self._place + len(text[self._place : begin].rstrip())
 
     def _text(self, text: str, end: int) -> Iterator[str]:
         if end > self._place:
