@@ -3,7 +3,7 @@
 runner          the server from start to stop; config its keys
 app             the routes of the OpenAI protocol
 schemas, fields requests read and bounded; which fields are honoured, passed on or refused; strict: what is unknown
-tools           tools in a request: definitions, calls that were made, what they gave
+messages, tools the messages of a request; tools in a request: definitions, calls that were made, what they gave
 adapters        LoRA adapters loaded while the server runs
 replies         replies whole, and as events of a stream
 errors          what a caller is told
