@@ -21,6 +21,7 @@ from visrl.zoom.protocols import ZOOM_PROTOCOLS
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
 ONLINE_STEPS, ONLINE_BATCH = 120, 16  # of the demo; the batch is that of TINY_ONLINE
+LOOK_STEPS, LOOK_BATCH = 60, 16  # of online reinforcement with several looks; the batch is that of its config
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
 SCENES_PER_QUESTION = (
     8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three
@@ -258,6 +259,8 @@ class DemoConfig(StagesConfig):
     temperature: float = Field(1.0, gt=0)
     method: Method = "outcome"  # how pairs are made: a row of METHODS
     online_steps: int = Field(ONLINE_STEPS, ge=0)  # of online reinforcement beside the iterations; 0: none
+    look_steps: int = Field(LOOK_STEPS, ge=0)  # of online reinforcement with several looks; 0: one look alone
+    look_questions: int = Field(600, ge=1)  # held out, about scenes that need no look, one or two
     threads: int = Field(0, ge=0)  # CPU threads; 0: all
     seed: int = 0
 

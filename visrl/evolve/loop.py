@@ -6,7 +6,7 @@ start → online reinforcement, where steps of it are asked for; → evaluation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,11 @@ def plan(config: EvolveConfig) -> list[str]:
     return lines
 
 
-def run_iterations(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Path:
+def run_iterations(
+    config: EvolveConfig, verb: str, shown: dict[str, Any], beside: Callable[[StepClock], None] | None = None
+) -> Path:
     """Run what is left of all iterations, score every checkpoint, and write the report; its path. `shown` is the config
-    that the manifest of `verb` shows."""
+    that the manifest of `verb` shows; `beside` does what a verb does beside the loop, in the same run and report."""
     from visrl.report.page import write_report
 
     run = config.output_dir
@@ -132,6 +134,8 @@ def run_iterations(config: EvolveConfig, verb: str, shown: dict[str, Any]) -> Pa
                 image_root=config.image_root, with_box=True,
             )  # fmt: skip
             evaluate_all(run, samples, checkpoints, config, controls=config.controls, clock=clock)
+        if beside is not None:
+            beside(clock)
     summary = write_summary(run, list(checkpoints), config.iterations, seed=config.seed, clock=clock, config=shown)
     parents = {"model": hash_checkpoint(config.model_name_or_path)}
     write_manifest(

@@ -85,7 +85,7 @@ def stage_config(config: EvolveConfig, base: Path, stage: int, policy: str) -> T
         values |= {"pref_loss": "sft", "pref_ftx": 0.0}
     if config.max_looks is not None and {**config.train, **own}.get("rollout_samples"):
         values["max_looks"] = config.max_looks  # held-out questions are asked as the loop asks
-    return _train_config(config.train_config, {"train": config.train, f"train_stage{stage}": own}, values)
+    return build_train_config(config.train_config, {"train": config.train, f"train_stage{stage}": own}, values)
 
 
 def online_config(config: EvolveConfig) -> TrainConfig:
@@ -104,7 +104,7 @@ def online_config(config: EvolveConfig) -> TrainConfig:
     shared = ("max_looks", "num_forks", "look_price", "punish_unfinished")
     looks = {key: getattr(config, key) for key in shared} if config.max_looks is not None else {}
     over = {"the loop's looks": looks, "train_online": config.train_online}
-    found = _train_config(config.online_config, over, values)
+    found = build_train_config(config.online_config, over, values)
     if not found.is_online:
         raise ConfigError(f"online_config: {config.online_config} is of stage {found.stage}, which samples nothing")
     return found
@@ -125,7 +125,13 @@ def _as_the_loop_looks(config: EvolveConfig, policy: str) -> dict[str, Any]:
     return {"model_name_or_path": policy, "seed": config.seed, **given}
 
 
-def _train_config(path: Path, over: dict[str, dict[str, Any]], values: dict[str, Any]) -> TrainConfig:
+def build_train_config(path: Path, over: dict[str, dict[str, Any]], values: dict[str, Any]) -> TrainConfig:
+    """The config of `visrl train` in the file `path`, with the keys of `over`, said by where they are from, and then
+    `values` over its own.
+
+    Raises:
+        ConfigError: together they are no config of `visrl train`.
+    """
     from visrl.train.config import TrainConfig, without_sections
 
     read = translate(TrainConfig, without_sections(read_yaml(path)), str(path))

@@ -24,6 +24,7 @@ from visrl.report.online import SHOWN, OnlineRun, measure_table, online_lede, pa
 from visrl.report.online_rules import failures
 from visrl.report.rules import critic_words, rule_lines
 from visrl.report.run import Run, load_run
+from visrl.report.several_looks import LOOKS, ONLINE, looks_by_kind
 from visrl.report.shapes import JsonObject
 from visrl.report.story import beside_the_loop, caveats, change, gap_closed, headlines, intention, lede
 from visrl.rewards.crop_effects import BASELINES, gain_and_harm
@@ -70,6 +71,7 @@ def render(run: Run) -> str:
         **_kinds(run),
         **_gallery(run),
         online_runs=[_online(run, one) for one in run.online_runs],
+        **_several_looks(run),
         notes=caveats(run),
     )
 
@@ -165,6 +167,18 @@ def _online(run: Run, one: OnlineRun) -> JsonObject:
         "table": measure_table(one.rows),
         "times": time_shares(one.rows),
         "sides": [cards for cards in (first, last) if cards],
+    }
+
+
+def _several_looks(run: Run) -> JsonObject:
+    """What was learned of several looks beside the loop."""
+    known = [one for _, one in run.lessons]
+    reinforced = run.manifests.get(f"{LOOKS}/{ONLINE}", {}).get("config", {})
+    return {
+        "look_titles": [title for title, _ in run.lessons],
+        "look_kinds": looks_by_kind(known),
+        "most_looks": max((one.facts.get("max_looks") or 0 for one in known), default=0),
+        "look_price": reinforced.get("look_price"),
     }
 
 

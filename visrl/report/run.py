@@ -18,6 +18,7 @@ from visrl.report.evaluations import Evaluation, read_evaluations
 from visrl.report.loop import ONLINE, Pairs, Stage, read_controls, read_pairs, read_stages, stage_files
 from visrl.report.measures import Scores
 from visrl.report.online import OnlineRun, read_online
+from visrl.report.several_looks import read_lessons
 from visrl.report.shapes import (
     JsonObject,
     LogShape,
@@ -46,6 +47,7 @@ class Run:
     curves: list[Curve]  # of the trainings that are not online
     online_runs: list[OnlineRun]
     evaluations: list[Evaluation]
+    lessons: list[tuple[str, Evaluation]]  # of several looks, beside the loop
     manifests: dict[str, JsonObject]  # by folder, relative to the run
     missing: list[str]
 
@@ -96,6 +98,7 @@ def load_run(folder: Path) -> Run:
         curves=[curve for where, curve in curves.items() if where not in {one.folder for one in online_runs}],
         online_runs=online_runs,
         evaluations=evaluations,
+        lessons=read_lessons(folder),
         manifests={
             str(path.parent.relative_to(folder)): read_run_object(path, ManifestShape)
             for path in sorted(folder.rglob(MANIFEST))
