@@ -8,7 +8,7 @@ filter          verdicts → preferences; pairs is Algorithm 1's rule, losers th
 papers_rule     what the paper's critic and rule keep of the same tries, for comparison
 check           whether a critic is worth asking
 serving         generation in shards, and behind a server that is started for its policy
-look_lessons    several looks in the demo: warm-up, online reinforcement, evaluation
+look_lessons    several looks in the demo: online reinforcement, evaluation before and after
 training        the two stages of an iteration, and online reinforcement beside them
 scores          checkpoints on held-out questions, and summary.json
 clock           seconds and memory of the steps

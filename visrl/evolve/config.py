@@ -20,6 +20,7 @@ from visrl.zoom.protocols import ZOOM_PROTOCOLS
 
 TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
+TINY_LOOKS = CONFIGS / "tiny" / "train_online_looks.yaml"
 ONLINE_STEPS, ONLINE_BATCH = 120, 16  # of the demo; the batch is that of TINY_ONLINE
 LOOK_STEPS, LOOK_BATCH = 60, 16  # of online reinforcement with several looks; the batch is that of its config
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself

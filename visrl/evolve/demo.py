@@ -40,11 +40,11 @@ def run_demo(config: DemoConfig | str | Path | None = None, /, **keys: Any) -> P
     evolution = config.evolution()
     check_train_configs(evolution)
     start = Path(evolution.model_name_or_path)
-    check_looks(config, str(start))
+    check_looks(config)
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})
     with hold(config.output_dir):
         claim_folder(config.output_dir, {**identity, "model": hash_checkpoint(start)})
-        beside = partial(learn_looks, config, str(start)) if config.look_steps else None
+        beside = partial(learn_looks, config) if config.look_steps else None
         return run_iterations(evolution, "demo", shown=config.model_dump(mode="json"), beside=beside)
