@@ -21,7 +21,8 @@ from visrl.models.tiny import CHECKPOINT
 from visrl.records import Preference, Trajectory
 from visrl.scenes import KINDS, find_question, true_box
 
-SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1, "online_steps": 2}
+SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1, "online_steps": 2, "look_steps": 1}
+SMALL["look_questions"] = 32
 
 
 def command(out: Path) -> list[str]:
