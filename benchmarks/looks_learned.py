@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/looks_learned.py [--seeds 4] [--scenes 200] [--out runs/looks_learned]
         [--first-seed 0] [--only two one warm free priced] [--json FILE]
 
-Of each seed there are five models, trained on scenes of its own and evaluated on held-out ones of its own. The
-warm-ups are that of configs/tiny/train_looks.yaml over fewer kinds of questions:
+Of each seed there are four models, trained on scenes of its own and evaluated on held-out ones of its own. The first
+two are short warm-ups about two tags, by configs/tiny/train_looks.yaml but for the questions and their number; the
+others start from the shipped warm-up (warm), and are asked every kind of question:
 
-two      about two tags: a look at each
+two      a look at each tag
 one      the same steps, questions and learning rate, with one look: at the smallest box around both tags
-warm     about one tag, large or small: of those about a large one some are answered at once, and some with a look
-free     online reinforcement of "warm" (configs/tiny/train_online_looks.yaml) for right answers alone
+free     online reinforcement (configs/tiny/train_online_looks.yaml) for right answers alone
 priced   the same with its `look_price`
 
 Compared question by question over all seeds: "two" with "one", each with as many looks as it was taught; how many of
@@ -37,9 +37,11 @@ from visrl.evaluate.run import evaluate
 from visrl.evolve.clock import StepClock
 from visrl.manifest import read_manifest
 from visrl.models.load import load_encoder
+from visrl.models.tiny import LOOKS_CHECKPOINT
 from visrl.packing.forward import token_logps
 from visrl.records import read_jsonl
 from visrl.rewards.results import dataset_name
+from visrl.scenes import LOOK_KINDS
 from visrl.statistics import interval, paired
 from visrl.train.config import Phase, TrainConfig
 from visrl.train.curriculum import Curriculum
@@ -49,15 +51,15 @@ from visrl.train.run import train
 
 WARM_UP, ONLINE = Path("configs/tiny/train_looks.yaml"), Path("configs/tiny/train_online_looks.yaml")
 BLOCK = 100_000  # scenes of a seed alone
-TWO_TAGS, ONE_TAG = ("both", "compare", "sum"), ("large", "colour", "count", "shape")
+TWO_TAGS = ("both", "compare", "sum")
 MORE_LOOKS = 6
 # Of each model: the kinds of its questions, how many of each held-out scene, and how often it may look when asked.
 ASKED = {
     "two": (TWO_TAGS, 1, (2, MORE_LOOKS)),
     "one": (TWO_TAGS, 1, (1,)),
-    "warm": (ONE_TAG, 2, (3,)),
-    "free": (ONE_TAG, 2, (3, MORE_LOOKS)),
-    "priced": (ONE_TAG, 2, (3, MORE_LOOKS)),
+    "warm": (LOOK_KINDS, 2, (3, MORE_LOOKS)),
+    "free": (LOOK_KINDS, 2, (3, MORE_LOOKS)),
+    "priced": (LOOK_KINDS, 2, (3, MORE_LOOKS)),
 }
 
 Rows = list[dict[str, Any]]
@@ -71,23 +73,15 @@ def two_tags(start: int, max_looks: int | None) -> list[Phase]:
     return [Phase(steps=100, tasks=["locate"], **asked), Phase(steps=150, loose=0.15, **asked)]
 
 
-def one_tag(start: int) -> list[Phase]:
-    """To read large tags in the whole image; then that small ones are looked at, and so are some large ones."""
-    large: Any = ["large", "large", "colour", "large", "large", "count"]
-    mixed: Any = ["large", "colour", "large", "count", "large", "shape"]
-    asked: dict[str, Any] = {"looks": True, "start": start, "per_scene": 3, "loose": 0.2}
-    return [
-        Phase(steps=100, tasks=["read"], kinds=large, **asked),
-        Phase(steps=150, kinds=mixed, margin=0.3, at_once=0.7, **asked),
-    ]
-
-
 def warm_up(name: str, seed: int, out: Path) -> TrainConfig:
-    """The config of a warm-up: "two", "one" or "warm"."""
-    config = read_config(TrainConfig, WARM_UP, [f"output_dir={out / name}", f"seed={seed}"])
-    start = seed * BLOCK
-    phases = one_tag(start) if name == "warm" else two_tags(start, 1 if name == "one" else None)
-    return config.model_copy(update={"curriculum": phases})
+    """The config of a short warm-up: "two" or "one"."""
+    given = [
+        f"output_dir={out / name}",
+        f"seed={seed}",
+        "lr_scheduler_kwargs={num_decay_steps: 60, min_lr_ratio: 0.05}",
+    ]
+    config = read_config(TrainConfig, WARM_UP, given)
+    return config.model_copy(update={"curriculum": two_tags(seed * BLOCK, 1 if name == "one" else None)})
 
 
 def warm_up_gflops(name: str) -> float:
@@ -107,11 +101,9 @@ def train_model(name: str, seed: int, out: Path) -> None:
     """Train one of the models, or what is left of it."""
     if name in ("free", "priced"):
         price = ["look_price=0.0"] if name == "free" else []
-        given = [f"model_name_or_path={out / 'warm'}", f"output_dir={out / name}", f"seed={seed}", *price]
-        config = read_config(TrainConfig, ONLINE, given)
+        config = read_config(TrainConfig, ONLINE, [f"output_dir={out / name}", f"seed={seed}", *price])
         count = str(config.dataset).rpartition("+")[2]
-        own = f"scenes:preference@looks:{','.join(ONE_TAG)}/{seed * BLOCK}+{count}"
-        config = config.model_copy(update={"dataset": own})
+        config = config.model_copy(update={"dataset": f"scenes:preference@looks/{seed * BLOCK}+{count}"})
     else:
         config = warm_up(name, seed, out)
     train(config)
@@ -122,7 +114,7 @@ def rows_of(model: str, max_looks: int, seed: int, given: argparse.Namespace) ->
     kinds, each, _ = ASKED[model]
     out = given.out / f"seed{seed}"
     config = EvalConfig(
-        model_name_or_path=str(out / model),
+        model_name_or_path=str(LOOKS_CHECKPOINT if model == "warm" else out / model),
         dataset=f"scenes:test@looks:{','.join(kinds)}/{seed * BLOCK}+{given.scenes}*{each}",
         max_looks=max_looks,
         output_dir=out / f"{model}-{max_looks}",
@@ -137,7 +129,7 @@ def run_seed(seed: int, given: argparse.Namespace) -> dict[str, Any]:
     clock = StepClock(out / "seconds.json")
     found: dict[str, Any] = {"rows": {}, "cpu_seconds": clock.cpu_seconds, "steps": {}}
     for name in given.only:
-        if not (out / name / "manifest.json").is_file():
+        if name != "warm" and not (out / name / "manifest.json").is_file():
             clock.time(name, lambda name=name: train_model(name, seed, out))  # type: ignore[misc]
         found["steps"][name] = (read_manifest(out / name) or {}).get("steps")
         for looks in ASKED[name][2]:
@@ -266,7 +258,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     found = result([run_seed(seed, given) for seed in range(given.first_seed, given.first_seed + given.seeds)])
-    found["gflops"] = {name: warm_up_gflops(name) for name in ("two", "one", "warm") if name in given.only}
+    found["gflops"] = {name: warm_up_gflops(name) for name in ("two", "one") if name in given.only}
     print(table(found))
     print(
         "operations of a warm-up: " + ", ".join(f"{name} {count:,.0f} GFLOP" for name, count in found["gflops"].items())

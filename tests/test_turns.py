@@ -104,11 +104,11 @@ def test_turns_of_one_text_are_one_turn_that_was_sampled_several_times():
 
 def test_a_price_turns_a_preference_around():
     """A is right in three of four tries, B looks once more and is always right: at no price B is better by a quarter;
-    at ½ a look A is worth ½ of that and B nothing."""
+    at ½ a look A is worth ½ of that and B a quarter."""
     judged = [*(tried(0, f"A{said}", (n,)) for n, said in enumerate("7771")), tried(1, "BC7")]
-    free, dear = (replace(OWN, min_difference=0.25, look_price=price) for price in (0.0, 0.5))
+    free, dear = (replace(OWN, min_difference=0.1, look_price=price) for price in (0.0, 0.5))
     assert told(turn_pairs(ASKED, judged, free))[0] == ("", "B", "A", 1.0, 0.75)
-    assert told(turn_pairs(ASKED, judged, dear))[0] == ("", "A", "B", 0.375, 0.0)
+    assert told(turn_pairs(ASKED, judged, dear))[0] == ("", "A", "B", 0.375, 0.25)
 
 
 def test_answering_at_once_is_better_by_the_price_and_no_less_by_rounding():

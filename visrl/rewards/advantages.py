@@ -193,14 +193,14 @@ def box_reward(answers: Rewards) -> Reward:
 
 
 def with_price(reward: Reward, looks: int, price: float) -> Reward:
-    """The reward of an answer after so many looks, each of which takes the share `price` off it: looking is learned
-    where it pays.
+    """The reward of an answer after so many looks, each of which takes the share `price` off what is left of it, like
+    the discount of a step: looking is learned where it pays.
 
     A wrong answer has nothing that could be taken off: were the price subtracted from it, too, a question that nobody
     gets right would differ by nothing else, and estimators that divide by a group's deviation would make of that the
     same push as of right and wrong.
     """
-    return reward if reward is None or reward <= 0 else reward * max(0.0, 1 - price * looks)
+    return reward if reward is None or reward <= 0 else reward * (1 - price) ** looks
 
 
 # --- Arithmetic -------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class LookPriceConfig(Config):
     """What a look costs."""
 
     look_price: float = Field(0.0, ge=0, le=1)
-    """The share of an answer's reward that every look costs which was taken for it."""
+    """The share that every look takes off what is left of its answer's reward."""
 
 
 class ForkedLooksConfig(SampledLooksConfig, LookPriceConfig):
