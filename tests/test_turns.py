@@ -278,7 +278,8 @@ def filtered(tmp_path: Path) -> Path:
 
 def test_filter_counts_pairs_by_kind_and_depth_and_questions_by_reason(filtered, capsys):
     given = {"input_dir": filtered / "g", "dataset": str(filtered / "mine.jsonl")}
-    counts = filter_pairs(FilterConfig(**given, losers="own", look_price=0.1, output_dir=filtered / "f"))
+    kept = {"losers": "own", "look_price": 0.1, "min_difference": 0.4}
+    counts = filter_pairs(FilterConfig(**given, **kept, output_dir=filtered / "f"))
     assert (counts["questions"], counts["kept"], counts["pairs"]) == (3, 1, 3)
     assert counts["dropped_by_reason"] == {"not_generated": 1, "one_text": 1}
     assert counts["pairs_by_kind"]["answer over look"] == 1
