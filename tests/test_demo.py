@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -11,18 +12,20 @@ from pathlib import Path
 import pytest
 
 from visrl.box import overlap
-from visrl.config import ConfigError
+from visrl.config import CONFIGS, ConfigError, read_config
 from visrl.data.native import read_records
 from visrl.evolve.config import DemoConfig
 from visrl.evolve.demo import run_demo
 from visrl.evolve.generate import read_questions
-from visrl.manifest import ManifestError, read_manifest
-from visrl.models.tiny import CHECKPOINT
-from visrl.records import Preference, Trajectory
+from visrl.manifest import ManifestError, hash_checkpoint, read_manifest
+from visrl.models.tiny import CHECKPOINT, LOOKS_CHECKPOINT
+from visrl.records import Preference, Trajectory, read_jsonl
+from visrl.report.several_looks import EVALUATED, LOOKS, ONLINE, WARM_UP
 from visrl.scenes import KINDS, find_question, true_box
+from visrl.train.config import TrainConfig
 
-SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1, "online_steps": 2, "look_steps": 1}
-SMALL["look_questions"] = 32
+SMALL = {"questions": 64, "test_questions": 64, "rounds": 5, "iterations": 1, "online_steps": 2}
+SMALL |= {"look_steps": 1, "look_questions": 48}
 
 
 def command(out: Path) -> list[str]:
@@ -95,6 +98,30 @@ def test_the_embedded_model_reads_the_crop_and_not_the_whole_picture(demo):
     read = {mode: scores["answer_accuracy"]["mean"] for mode, scores in controls.items()}
     assert read["truth"] > 0.4
     assert max(read["no_crop"], read["random"], read["center"]) < read["truth"] - 0.15
+
+
+def test_several_looks_are_learned_beside_the_loop_and_shown_by_kind(demo):
+    rows = {}
+    for name in (WARM_UP, ONLINE):
+        rows[name] = list(read_jsonl(demo / LOOKS / EVALUATED.format(name) / "results.jsonl"))
+        assert len(rows[name]) == SMALL["look_questions"]
+    assert [row["id"] for row in rows[WARM_UP]] == [row["id"] for row in rows[ONLINE]]
+    taken = Counter(len(row["looks"]) for row in rows[WARM_UP])
+    assert min(taken[count] for count in (0, 1, 2)) > 3, taken
+    trained = read_manifest(demo / LOOKS / ONLINE)
+    assert (trained["steps"], trained["config"]["look_price"] > 0) == (1, True)
+    page = (demo / "report.html").read_text()
+    assert "Several looks, where they pay" in page
+    assert re.search(r"<th scope=.row.>sum</th>", page)
+
+
+def test_the_model_of_several_looks_is_made_by_its_config():
+    manifest = read_manifest(LOOKS_CHECKPOINT)
+    config = read_config(TrainConfig, CONFIGS / "tiny" / "train_looks.yaml", [])
+    assert manifest["parents"]["model"] == hash_checkpoint(CHECKPOINT)
+    assert manifest["config"]["curriculum"] == config.recorded()["curriculum"]
+    for key in ("seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "per_device_train_batch_size"):
+        assert manifest["config"][key] == config.recorded()[key], key
 
 
 def test_the_same_command_again_is_complete_and_another_is_refused(demo):
