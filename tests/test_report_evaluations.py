@@ -76,6 +76,36 @@ def test_one_evaluation_shows_its_answers_and_counts_what_failed(tmp_path):
     assert "✗ engine" in page.text
 
 
+def looked_rows() -> list[dict]:
+    """Questions that were answered after no look, after one, after three, and one that came to no answer."""
+    boxes = [Box(0.5, 0.5, 0.9, 0.9), Box(0.05, 0.6, 0.3, 0.9), TRUE]
+    rows = []
+    for row, count in zip(rows_of(4), (0, 1, 3, 2), strict=True):
+        own = [box.as_list() for box in boxes[3 - count :]]
+        rows.append(row | {"looks": own, "end": "answered", "box": own[-1] if own else None, "iou": 1.0 * bool(own)})
+    rows[3] |= {"end": "turns", "prediction": "", "exact": 0}
+    return rows
+
+
+def test_several_looks_are_shown_in_their_order_and_counted(tmp_path):
+    page = page_of(write_evaluation(tmp_path, looked_rows()))
+    crops = [one["alt"] for one in page.all("img") if "Look " in one.get("alt", "")]
+    name = tmp_path.name
+    assert sorted(crops) == sorted(f"Look {n} of {name}" for n in (1, 1, 2, 3, 1, 2))
+    places = [crops.index(f"Look {n} of {name}") for n in (1, 2, 3)]
+    assert places == sorted(places)
+    for told in ("did not look", "1 look, IoU", "3 looks, the last: IoU", "2 looks, the last: IoU 1.000 · ended: turns",
+                 "✗ no answer", "0 1 25.0", "How the episodes ended: answered 3, turns 1."):  # fmt: skip
+        assert told in page.text.replace("\u00a0", " "), told
+    other = write_evaluation(tmp_path / "both" / "second", looked_rows())
+    write_evaluation(tmp_path / "both" / "first", rows_of(4))
+    text = page_of(other.parent).text
+    assert "the last of second's 3 boxes has IoU 1.00" in " ".join(
+        one.get("alt", "") for one in page_of(other.parent).all("img")
+    )
+    assert text.count("How often it looked") == 2  # a section and its link
+
+
 def test_controls_without_boxes_and_questions_without_a_true_one_are_shown(tmp_path):
     samples = [Sample(str(n), f"scene:test@1/{n}", "Which number?", "7", source="scenes") for n in range(3)]
     write_evaluation(tmp_path / "a", [Result(one, prediction="7").eval_row() for one in samples], "no_box")
@@ -129,6 +159,7 @@ def test_the_lot_takes_names_that_no_file_could_hold():
         ({"box": ["a", 0, 1, 1]}, "box is"),
         ({"true_box": [0, 0, 5, 5]}, "true_box is"),
         ({"exact": "yes"}, "exact is 'yes'"),
+        ({"looks": [[0, 0, 1, 1], [0, 0, 1]]}, r"looks\[1\] is .* four fractions"),
         ({"repeat": [1]}, r"repeat is \[1\]"),
     ],
 )

@@ -77,7 +77,11 @@ def _fault(row: Any) -> str | None:
         value = row[name]
         if value is not None and not is_score(value):
             return f"{name} is {repr(value)[:80]}; it must be null or lie between 0 and 1"
-    return next((fault for name in ("box", "true_box") if (fault := _box_fault(name, row.get(name)))), None)
+    if not isinstance(looks := row.get("looks", []), list):
+        return f"looks is {str(looks)[:80]}; it lists the boxes of all looks"
+    boxes = [("box", row.get("box")), ("true_box", row.get("true_box"))]
+    boxes += [(f"looks[{number}]", box) for number, box in enumerate(looks)]
+    return next((fault for name, box in boxes if (fault := _box_fault(name, box))), None)
 
 
 def _box_fault(name: str, value: Any) -> str | None:

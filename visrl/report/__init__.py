@@ -4,7 +4,7 @@ run             what lies in a run folder; loop and evaluations read its parts, 
 rules           which critic and rule made the pairs of an iteration
 measures        scores with intervals and their titles
 online          an online training; online_rules tells known failures from its curves
-several_looks   what a run learned of several looks, kind by kind
+several_looks   what a run learned of several looks, kind by kind; looks counts those of every evaluation
 page            the page; figures draws, gallery picks questions to look at, story puts it into words
 """
 

@@ -18,6 +18,7 @@ from visrl.images import ImageError, crop, open_image
 from visrl.pages.draw import FIRST_COLOUR, LAST_COLOUR, TRUE_COLOUR, annotate, data_uri, shrink
 from visrl.records import utf8
 from visrl.report.shapes import JsonObject
+from visrl.zoom.episode import UNFINISHED
 
 PICTURES = 36
 LONGEST_SIDE, PICTURE_LIMIT = 448, 75_000  # px, and characters of its data URI
@@ -38,13 +39,16 @@ class AnswerSet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GalleryLook:
-    """What one checkpoint did with a question: its crop as a data URI ("" without a box), answer and IoU.
+    """What one checkpoint did with a question: its crops as data URIs in the order of its looks, answer and IoU.
 
-    `iou` is None where there is no box to compare, or no true one.
+    `several` where it says itself how often it looks; `end` is then how it came to its end, "" where it answered.
+    `iou` is None where there is no box to compare, or no true one; of several looks it is that of the last.
     """
 
     title: str
-    crop: str
+    crops: list[str]
+    several: bool
+    end: str
     answer: str
     correct: bool
     iou: float | None
@@ -140,23 +144,27 @@ def _exhibit(stages: Sequence[AnswerSet], rule: CropRule, root: str | None, name
     ends = [(stages[0], FIRST_COLOUR)] + [(stage, LAST_COLOUR) for stage in stages[1:][-1:]]
     rows = [stage.rows[name] for stage, _ in ends]
     boxes = [Box(*row["box"]) if row.get("box") else None for row in rows]
+    looked = [_looks_of(row) for row in rows]
     question = str(rows[0].get("question", ""))
     image, problem = _open(rows[0]["image"], root)
     marks = [(Box(*rows[0]["true_box"]), TRUE_COLOUR, "true")] if rows[0].get("true_box") else []
     labels = [stage.title if len(stage.title) <= LONGEST_LABEL else place
               for (stage, _), place in zip(ends, ("first", "last"), strict=False)]  # fmt: skip
-    marks += [(box, colour, label) for box, (_, colour), label in zip(boxes, ends, labels, strict=False) if box]
+    for own, (_, colour), label, row in zip(looked, ends, labels, rows, strict=False):
+        marks += [(box, colour, name) for box, name in zip(own, _names(row, label, len(ends) > 1), strict=True)]
     looks = [
         GalleryLook(
             title=stage.title,
-            crop=data_uri(shrink(crop(image, box, rule), LONGEST_CROP), CROP_LIMIT) if image and box else "",
+            crops=_crops(image, own, rule) if image else [],
+            several="looks" in row,
+            end="" if row.get("end") in (None, "answered") else str(row["end"]).replace("_", " "),
             answer=_said(row),
             correct=bool(row["correct"]),
             iou=row.get("iou"),
         )
-        for (stage, _), row, box in zip(ends, rows, boxes, strict=True)
+        for (stage, _), row, own in zip(ends, rows, looked, strict=True)
     ]
-    described = [_described(look, box) for look, box in zip(looks, boxes, strict=True)]
+    described = [_described(look, box, len(own)) for look, box, own in zip(looks, boxes, looked, strict=True)]
     return Exhibit(
         id=str(rows[0]["id"]),
         kind=rows[0].get("kind") or rows[0].get("dataset") or "",
@@ -173,17 +181,40 @@ def _exhibit(stages: Sequence[AnswerSet], rule: CropRule, root: str | None, name
     )
 
 
+def _looks_of(row: JsonObject) -> list[Box]:
+    """The boxes of a row in the order of its looks."""
+    boxes = row["looks"] if "looks" in row else [row["box"]] if row.get("box") else []
+    return [Box(*box) for box in boxes]
+
+
+def _names(row: JsonObject, label: str, compared: bool) -> list[str]:
+    """What is written beside the boxes of a row: their numbers where there may be several, and whose they are."""
+    if "looks" not in row:
+        return [label] if row.get("box") else []
+    return [f"{label} {n}" if compared else str(n) for n in range(1, 1 + len(row["looks"]))]
+
+
+def _crops(image: Image.Image, boxes: Sequence[Box], rule: CropRule) -> list[str]:
+    """The crops of a row: together no longer than two of them, so that the page does not grow with the looks."""
+    share = max(1, len(boxes))
+    side = LONGEST_CROP if share == 1 else LONGEST_CROP // 2
+    return [data_uri(shrink(crop(image, box, rule), side), CROP_LIMIT // share) for box in boxes]
+
+
 def _said(row: JsonObject) -> str:
     """What stands for the answer of a row: its text, or why there is none."""
+    if row.get("end") in UNFINISHED:
+        return "no answer"
     if row.get("prediction") is None:
         return row.get("error") or ("no answer" if "prediction" in row else "a box only")
     return str(row["prediction"]) or "(an empty reply)"
 
 
-def _described(look: GalleryLook, box: Box | None) -> str:
-    if box is None:
-        return f"{look.title} gave no box"
-    return f"{look.title}'s box" + ("" if look.iou is None else f" has IoU {look.iou:.2f}")
+def _described(look: GalleryLook, box: Box | None, count: int) -> str:
+    if not count:
+        return f"{look.title} {'did not look' if look.several else 'gave no box'}"
+    whose = f"{look.title}'s box" if count == 1 else f"the last of {look.title}'s {count} boxes"
+    return whose + ("" if look.iou is None or box is None else f" has IoU {look.iou:.2f}")
 
 
 def _open(ref: str, root: str | None) -> tuple[Image.Image | None, str]:

@@ -18,6 +18,7 @@ from visrl.pages.html import render_page
 from visrl.records import write_text
 from visrl.report.figures import control_figure, kind_figure, stage_figure
 from visrl.report.gallery import AnswerSet, comparable, count_outcomes, draw_lot, exhibits, images_of, shared_ids
+from visrl.report.looks import LooksLine, counted_ends, looks_lines
 from visrl.report.loop import CONTROLS, Pairs
 from visrl.report.measures import TITLES
 from visrl.report.online import SHOWN, OnlineRun, measure_table, online_lede, paired_rows, time_shares
@@ -67,6 +68,7 @@ def render(run: Run) -> str:
         intention=intention(run),
         grounded=_grounded(run),
         crop_effects=_crop_effects(run),
+        looked=_looked(run),
         control_figures=_present(control_figure(run.controls, measure) for measure in ("answer_accuracy", "box_iou")),
         **_kinds(run),
         **_gallery(run),
@@ -134,6 +136,13 @@ def _crop_effects(run: Run) -> list[tuple[str, JsonObject]]:
             effect = gain_and_harm(without.rows.values(), with_crop.rows.values())
             found.append((f"{with_crop.title} over {without.title}", effect))
     return [(title, effect) for title, effect in found if effect]
+
+
+def _looked(run: Run) -> list[tuple[str, list[LooksLine], dict[str, int]]]:
+    """Of every checkpoint and evaluation that says itself how often it looks: answers by looks, and ends."""
+    shown: list[AnswerSet] = [*run.checkpoints, *run.evaluations]
+    found = [(one.title, looks_lines(one.rows.values()), counted_ends(one.rows.values())) for one in shown]
+    return [one for one in found if one[1]]
 
 
 def _kinds(run: Run) -> JsonObject:

@@ -157,6 +157,8 @@ class AnswerShape(Shape):
     kind: str = ""
     repeat: NonNegativeInt = 0
     error: str | None = None
+    looks: list[BoxList] = []
+    end: str | None = None
 
 
 class TryShape(Shape):
