@@ -102,8 +102,8 @@ def train_model(name: str, seed: int, out: Path) -> None:
     if name in ("free", "priced"):
         price = ["look_price=0.0"] if name == "free" else []
         config = read_config(TrainConfig, ONLINE, [f"output_dir={out / name}", f"seed={seed}", *price])
-        count = str(config.dataset).rpartition("+")[2]
-        config = config.model_copy(update={"dataset": f"scenes:preference@looks/{seed * BLOCK}+{count}"})
+        kinds, _, count = str(config.dataset).partition("/")
+        config = config.model_copy(update={"dataset": f"{kinds}/{seed * BLOCK}+{count.rpartition('+')[2]}"})
     else:
         config = warm_up(name, seed, out)
     train(config)

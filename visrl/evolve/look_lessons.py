@@ -12,7 +12,6 @@ from visrl.evolve.config import LOOK_BATCH, TINY_LOOKS, DemoConfig
 from visrl.evolve.training import build_train_config
 from visrl.models.tiny import LOOKS_CHECKPOINT
 from visrl.report.several_looks import EVALUATED, LOOKS, ONLINE, WARM_UP
-from visrl.scenes import LOOK_KINDS, format_source
 
 if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
@@ -40,14 +39,17 @@ def learn_looks(config: DemoConfig, clock: StepClock) -> None:
 
 def _training(config: DemoConfig) -> TrainConfig:
     """The online training; every seed of a demo has scenes of its own."""
-    values = {
-        "model_name_or_path": str(LOOKS_CHECKPOINT),
-        "output_dir": str(config.output_dir / LOOKS / ONLINE),
-        "seed": config.seed,
-        "max_steps": config.look_steps,
-        "dataset": _scenes("preference", config.seed, config.look_steps * LOOK_BATCH),
-    }
-    return build_train_config(TINY_LOOKS, {}, values)
+    asked = build_train_config(TINY_LOOKS, {}, {})
+    kinds, questions = str(asked.dataset).partition("/")[0], config.look_steps * LOOK_BATCH
+    return asked.model_copy(
+        update={
+            "model_name_or_path": str(LOOKS_CHECKPOINT),
+            "output_dir": str(config.output_dir / LOOKS / ONLINE),
+            "seed": config.seed,
+            "max_steps": config.look_steps,
+            "dataset": f"{kinds}/{_places(config.seed, questions)}",
+        }
+    )
 
 
 def _evaluate(config: DemoConfig, name: str, policy: Path) -> None:
@@ -57,14 +59,14 @@ def _evaluate(config: DemoConfig, name: str, policy: Path) -> None:
     evaluate(
         EvalConfig(
             model_name_or_path=str(policy),
-            dataset=_scenes("test", config.seed, config.look_questions),
+            dataset=f"scenes:test@looks/{_places(config.seed, config.look_questions)}",
             max_looks=_training(config).max_looks,
             output_dir=config.output_dir / LOOKS / EVALUATED.format(name),
         )
     )
 
 
-def _scenes(pool: str, seed: int, questions: int) -> str:
-    """The source of so many questions about scenes of several looks, two about each, that are this seed's alone."""
+def _places(seed: int, questions: int) -> str:
+    """What a source says of so many questions, two about each scene, of scenes that are this seed's alone."""
     count = -(-questions // 2)
-    return format_source(pool, seed * count, count, per_scene=2, kinds=LOOK_KINDS, looks=True)
+    return f"{seed * count}+{count}*2"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from visrl.records import Sample
-from visrl.scenes.questions import KINDS, LOOK_KINDS, Kind, LookKind, choose_questions, questions_of, true_looks
+from visrl.scenes.questions import KINDS, Kind, LookKind, choose_questions, questions_of, true_looks
 from visrl.scenes.scene import MAX_TAGS, format_level, make_scene
 
 
@@ -57,16 +57,9 @@ def count_scenes(
 
 
 def format_source(
-    pool: str,
-    start: int,
-    count: int,
-    *,
-    per_scene: int = 1,
-    kinds: tuple[LookKind, ...] = KINDS,
-    max_tags: int = MAX_TAGS,
-    looks: bool = False,
+    pool: str, start: int, count: int, *, per_scene: int = 1, kinds: tuple[Kind, ...] = KINDS, max_tags: int = MAX_TAGS
 ) -> str:
     """The source that names what `scene_samples` gives for the same arguments."""
-    of_kinds = "" if kinds == (LOOK_KINDS if looks else KINDS) else f":{','.join(kinds)}"
+    of_kinds = "" if kinds == KINDS else f":{','.join(kinds)}"
     each = "" if per_scene == 1 else f"*{per_scene}"
-    return f"scenes:{pool}{format_level(max_tags, looks=looks)}{of_kinds}/{start}+{count}{each}"
+    return f"scenes:{pool}{format_level(max_tags)}{of_kinds}/{start}+{count}{each}"
