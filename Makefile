@@ -85,11 +85,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The recipe of the embedded model, from random weights to runs/tiny/warm. One thread, so that it repeats to the bit; the
-# same command goes on where it was stopped.
+# The recipes of the embedded models: from random weights to runs/tiny/warm, and from that as it is shipped to
+# runs/tiny/looks. One thread, so that they repeat to the bit; the same command goes on where it was stopped.
 warm-up: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m visrl.models.tiny.pretrain configs/tiny/pretrain.yaml
 	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_sft.yaml
+	OMP_NUM_THREADS=1 $(BIN)/visrl train configs/tiny/train_looks.yaml
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(VLLM) $(LMMS) runs build *.egg-info
