@@ -22,7 +22,7 @@ TINY_RL = CONFIGS / "tiny" / "train_rl.yaml"
 TINY_ONLINE = CONFIGS / "tiny" / "train_online.yaml"
 TINY_LOOKS = CONFIGS / "tiny" / "train_online_looks.yaml"
 ONLINE_STEPS, ONLINE_BATCH = 120, 16  # of the demo; the batch is that of TINY_ONLINE
-LOOK_STEPS, LOOK_BATCH = 60, 16  # of online reinforcement with several looks; the batch is that of its config
+LOOK_STEPS = 60  # of online reinforcement with several looks
 MAX_ITERATIONS = 100  # of a demo: each seed has so many blocks of scenes to itself
 SCENES_PER_QUESTION = (
     8  # of a block: no kind is asked about in every scene, and count about a single tag in one of three

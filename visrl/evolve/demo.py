@@ -11,7 +11,7 @@ from typing import Any
 
 from visrl.config import ConfigError, as_config
 from visrl.evolve.config import DemoConfig
-from visrl.evolve.look_lessons import check_looks, learn_looks
+from visrl.evolve.look_lessons import check_lessons, learn_looks
 from visrl.evolve.loop import run_iterations
 from visrl.evolve.training import check_train_configs
 from visrl.manifest import claim_folder, hash_checkpoint, hold
@@ -40,7 +40,7 @@ def run_demo(config: DemoConfig | str | Path | None = None, /, **keys: Any) -> P
     evolution = config.evolution()
     check_train_configs(evolution)
     start = Path(evolution.model_name_or_path)
-    check_looks(config)
+    check_lessons(config)
     if not (start / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: no model at {start}")
     identity = config.model_dump(mode="json", exclude={"output_dir", "threads"})

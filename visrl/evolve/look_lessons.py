@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visrl.evolve.clock import StepClock
-from visrl.evolve.config import LOOK_BATCH, TINY_LOOKS, DemoConfig
+from visrl.evolve.config import TINY_LOOKS, DemoConfig
 from visrl.evolve.training import build_train_config
 from visrl.models.tiny import LOOKS_CHECKPOINT
 from visrl.report.several_looks import EVALUATED, LOOKS, ONLINE, WARM_UP
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from visrl.train.config import TrainConfig
 
 
-def check_looks(config: DemoConfig) -> None:
+def check_lessons(config: DemoConfig) -> None:
     """Refuse a demo whose lessons could not start.
 
     Raises:
@@ -40,14 +40,14 @@ def learn_looks(config: DemoConfig, clock: StepClock) -> None:
 def _training(config: DemoConfig) -> TrainConfig:
     """The online training; every seed of a demo has scenes of its own."""
     asked = build_train_config(TINY_LOOKS, {}, {})
-    kinds, questions = str(asked.dataset).partition("/")[0], config.look_steps * LOOK_BATCH
+    kinds, batch = str(asked.dataset).partition("/")[0], int(asked.trainer_values()["per_device_train_batch_size"])
     return asked.model_copy(
         update={
             "model_name_or_path": str(LOOKS_CHECKPOINT),
             "output_dir": str(config.output_dir / LOOKS / ONLINE),
             "seed": config.seed,
             "max_steps": config.look_steps,
-            "dataset": f"{kinds}/{_places(config.seed, questions)}",
+            "dataset": f"{kinds}/{_places(config.seed, config.look_steps * batch)}",
         }
     )
 

@@ -258,7 +258,7 @@ def _tries(config: EvolveConfig, samples: Sequence[Sample]) -> str:
 def _rule(config: EvolveConfig) -> str:
     settings = config.filter_settings()
     if config.max_looks is not None:
-        return f"turns worse by {settings.min_difference:g}, a look costs {settings.look_price:g}"
+        return f"turns worse by {settings.min_difference:g}, a look takes {settings.look_price:g} of its score"
     if settings.losers == "paper":
         return f"losers 'paper', rule {settings.rule!r}, box critic {_on(settings.use_box_critic)}"
     return f"losers {settings.losers!r}, worse by {settings.min_difference:g}"

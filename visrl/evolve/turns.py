@@ -1,10 +1,10 @@
 """Pairs of several looks: which two turns at one state of a question become a preference.
 
 What was sampled at a question is a tree of turns. A turn is worth what came after it (`rewards.advantages.value_of`),
-each answer by its score less the price of the looks that were taken for it. Turns of one text lead to one state, and
-are one turn that was sampled several times. At every state at which different turns were sampled, the best of them is
-set against the worst, where they differ enough: one look more against the answer at once, a look against another
-look, an answer against an answer.
+each answer by its score, of which every look that was taken for it takes its share. Turns of one text lead to one
+state, and are one turn that was sampled several times. At every state at which different turns were sampled, the best
+of them is set against the worst, where they differ enough: one look more against the answer at once, a look against
+another look, an answer against an answer.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _unfinished(rows: Sequence[JsonObject]) -> str | None:
         return None
     return (
         f"Episodes come to no end: {percent(ends[1], 0)} of them at the end, and nothing is learned from those. Raise "
-        "max_looks, max_completion_length or cutoff_len, or set punish_unfinished or a look_price."
+        "max_completion_length or cutoff_len, or set punish_unfinished or a look_price."
     )
 
 

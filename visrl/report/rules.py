@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visrl.pages.wording import count
+from visrl.pages.wording import count, percent
 from visrl.report.shapes import JsonObject
 
 PAPER = "filter-paper"  # beside `filter`: the same tries, filtered by the paper's rule
@@ -42,14 +42,17 @@ def critic_words(generated: JsonObject) -> str:
     return f"{words}{sampled}."
 
 
-def rule_words(config: Mapping[str, Any]) -> str:
-    """Which winners and losers a filter takes, by its config."""
-    losers = config.get("losers", "paper")
+def rule_words(config: Mapping[str, Any], several: bool = False) -> str:
+    """Which winners and losers a filter takes, by its config; of one look, or of the turns of `several`."""
+    losers, apart = config.get("losers", "paper"), config.get("min_difference")
+    if several:
+        price = config.get("look_price")
+        cost = f"; every look takes {percent(price, 0)} of what an answer is worth" if price else ""
+        return "at every state the best turn against the worst" + (f", worse by {apart}" if apart else "") + cost
     if losers == "paper":
         critic = "" if config.get("use_box_critic", True) else ", without the box critic"
         limits = f"winners score {config.get('t_max', '?')} or more, losers {config.get('t_min', '?')} or less"
         return f"{config.get('rule', 'paper')} rule: {limits}{critic}"
-    apart = config.get("min_difference")
     whose = {"own": "the worst of its own", "random": "the worst of random ones"}.get(losers, str(losers))
     return f"the policy's best box against {whose}" + (f", worse by {apart}" if apart else "")
 
@@ -67,7 +70,7 @@ def rule_lines(manifests: Mapping[str, JsonObject], iteration: int) -> list[Rule
         found.append(
             RuleLine(
                 title=title,
-                rule=rule_words(manifest.get("config", {})),
+                rule=rule_words(manifest.get("config", {}), several="pairs_by_kind" in counts),
                 questions=counts.get("questions", 0),
                 kept=counts["kept"],
                 positive=boxes.get("WP-LN", 0) / pairs if pairs else None,

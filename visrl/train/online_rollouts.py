@@ -243,7 +243,7 @@ def _plain_answers(
 def score_rollouts(
     rollouts: Sequence[Rolled], config: TrainConfig, scorers: Mapping[str, Scorer]
 ) -> list[QuestionRollouts]:
-    """The rollouts with their rewards, by the parts' scorers; less the price of the looks that were taken.
+    """The rollouts with their rewards, by the parts' scorers; less the share that each look takes.
 
     Raises:
         RewardError: a function of the user's own gave no scores.

@@ -34,9 +34,14 @@ def turn_measures(rollouts: Sequence[QuestionRollouts], image_ids: Sequence[int]
     rewards = [reward for one in rollouts for own in one.scored.rewards for reward in own]
     for count in sorted({count for _, count in looks}):
         yield f"rollout/looks/{count}", sum(weight for weight, own in looks if own == count)
-        known = [reward for (_, own), reward in zip(looks, rewards, strict=True) if own == count and reward is not None]
+        known = [
+            (weight, reward)
+            for (weight, own), reward in zip(looks, rewards, strict=True)
+            if own == count and reward is not None
+        ]
         if known:
-            yield f"rollout/reward/{count}", mean(known)
+            total = sum(weight for weight, _ in known)
+            yield f"rollout/reward/{count}", sum(weight * reward for weight, reward in known) / total
     yield from _forks(rollouts)
     turns = [turn for one in rollouts for turn in all_turns(one.turns)]
     asked = [turn for turn in turns if step_of(turn) == "box" and turn.completion.text is not None]
