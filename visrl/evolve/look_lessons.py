@@ -41,15 +41,14 @@ def _training(config: DemoConfig) -> TrainConfig:
     """The online training; every seed of a demo has scenes of its own."""
     asked = build_train_config(TINY_LOOKS, {}, {})
     kinds, batch = str(asked.dataset).partition("/")[0], int(asked.trainer_values()["per_device_train_batch_size"])
-    return asked.model_copy(
-        update={
-            "model_name_or_path": str(LOOKS_CHECKPOINT),
-            "output_dir": str(config.output_dir / LOOKS / ONLINE),
-            "seed": config.seed,
-            "max_steps": config.look_steps,
-            "dataset": f"{kinds}/{_places(config.seed, config.look_steps * batch)}",
-        }
-    )
+    values = {
+        "model_name_or_path": str(LOOKS_CHECKPOINT),
+        "output_dir": str(config.output_dir / LOOKS / ONLINE),
+        "seed": config.seed,
+        "max_steps": config.look_steps,
+        "dataset": f"{kinds}/{_places(config.seed, config.look_steps * batch)}",
+    }
+    return build_train_config(TINY_LOOKS, {}, values)
 
 
 def _evaluate(config: DemoConfig, name: str, policy: Path) -> None:
