@@ -104,7 +104,8 @@ def test_a_turn_that_fails_ends_its_episode_and_no_other():
 
 @pytest.mark.parametrize(("keys", "told"), [
     ({"max_looks": 13}, "max_looks"),
-    ({"max_looks": 2, "protocol": "viscot"}, "viscot has its own limits"),
+    ({"max_looks": 2, "protocol": "viscot"}, "Input should be 'visrl', 'deepeyes'"),
+    ({"max_looks": 2, "protocol": "deepeyes"}, "deepeyes has its own limits"),
     ({"protocol": "deepeyes", "protocol_faults": ["labels_count_turns"]}, "protocol_faults: deepeyes has no fault"),
     ({"num_forks": 2}, "num_forks: one look is always taken"),
     ({"look_price": 0.1}, "look_price: one look is always taken"),
