@@ -88,10 +88,7 @@ class SamplingConfig(CriticConfig, SampledLooksConfig, QuestionsConfig):
             raise ValueError("trigger is the diversity controller's, which is off with max_looks; leave it out")
         if not self.use_box_critic:
             raise ValueError("use_box_critic: a look is worth what comes after it, no critic scores it; leave it out")
-        if self.num_forks > max(self.max_looks, 1):
-            raise ValueError(f"num_forks: there are at most {self.max_looks} turns after the first; give no more")
-        if self.answers > 1 and not min(self.num_forks, self.max_looks):
-            raise ValueError("answers: no look is gone on from several times; raise num_forks, or leave the key out")
+        self.check_forks("answers", self.answers > 1)
         return self
 
 

@@ -29,6 +29,7 @@ from visrl.manifest import (
     release_folder,
     write_manifest,
 )
+from visrl.pages.wording import count
 from visrl.records import Journal, RecordError, Sample, Trajectory, Verdict
 from visrl.redact import without_secrets
 from visrl.rewards.critic import Critic, ModelCritic, count_verdicts, critic_failure
@@ -305,8 +306,7 @@ def count_trajectories(trajectories: Iterable[Trajectory]) -> Counter[str]:
         elif trajectory.end in UNFINISHED:
             counts[f"unfinished: {trajectory.end}"] += 1
         elif trajectory.end is not None:
-            looks = len(trajectory.looks)
-            counts[f"answered after {looks} look{'s' if looks != 1 else ''}"] += 1
+            counts[f"answered after {count(len(trajectory.looks), 'look')}"] += 1
     return counts
 
 

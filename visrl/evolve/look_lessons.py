@@ -32,9 +32,9 @@ def learn_looks(config: DemoConfig, clock: StepClock) -> None:
     from visrl.train.run import train
 
     asked = _training(config)
-    clock.time(f"{LOOKS}/{EVALUATED.format(WARM_UP)}", partial(_evaluate, config, WARM_UP, LOOKS_CHECKPOINT))
+    clock.time(f"{LOOKS}/{EVALUATED.format(WARM_UP)}", partial(_evaluate, config, asked, WARM_UP, LOOKS_CHECKPOINT))
     clock.time(f"{LOOKS}/{ONLINE}", partial(train, asked))
-    clock.time(f"{LOOKS}/{EVALUATED.format(ONLINE)}", partial(_evaluate, config, ONLINE, Path(asked.output_dir)))
+    clock.time(f"{LOOKS}/{EVALUATED.format(ONLINE)}", partial(_evaluate, config, asked, ONLINE, Path(asked.output_dir)))
 
 
 def _training(config: DemoConfig) -> TrainConfig:
@@ -51,7 +51,8 @@ def _training(config: DemoConfig) -> TrainConfig:
     return build_train_config(TINY_LOOKS, {}, values)
 
 
-def _evaluate(config: DemoConfig, name: str, policy: Path) -> None:
+def _evaluate(config: DemoConfig, asked: TrainConfig, name: str, policy: Path) -> None:
+    """Evaluate `policy` with as many looks as the training `asked` allows."""
     from visrl.evaluate.config import EvalConfig
     from visrl.evaluate.run import evaluate
 
@@ -59,7 +60,7 @@ def _evaluate(config: DemoConfig, name: str, policy: Path) -> None:
         EvalConfig(
             model_name_or_path=str(policy),
             dataset=f"scenes:test@looks/{_places(config.seed, config.look_questions)}",
-            max_looks=_training(config).max_looks,
+            max_looks=asked.max_looks,
             output_dir=config.output_dir / LOOKS / EVALUATED.format(name),
         )
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visrl.evolve.pairs_page import LOSER_COLOUR, WINNER_COLOUR, picture_of
+from visrl.pages import wording
 from visrl.pages.draw import SAME_COLOUR, Mark
 from visrl.pages.html import render_page
 from visrl.records import place_name, write_text
@@ -73,7 +74,7 @@ def _pair_card(asked: TurnQuestion, pair: TurnPair, root: str | None) -> TurnCar
         *_marks(worst[0].looks[before:], LOSER_COLOUR, "loser", before),
     ]
     picture, problem = picture_of(asked.sample, marks, root)
-    note = f"{pair.kind}, after {_looks(before)}"
+    note = f"{pair.kind}, after {wording.count(before, 'look')}"
     turns = [_shown_side("winner", pair.chosen, best), _shown_side("loser", pair.rejected, worst)]
     return TurnCard(asked.sample.question, asked.sample.answer, note, picture, problem, turns)
 
@@ -85,7 +86,9 @@ def _dropped_card(asked: TurnQuestion, root: str | None) -> TurnCard:
         tried, verdict = judged
         marks += _marks(tried.looks, colour, label, 0)
         said = " · ".join(look.text for look in tried.looks) or tried.box_text
-        turns.append(ShownTurn(label, _looks(len(tried.looks)), said, verdict.answer_score, 1, _ended(judged)))
+        turns.append(
+            ShownTurn(label, wording.count(len(tried.looks), "look"), said, verdict.answer_score, 1, _ended(judged))
+        )
     picture, problem = picture_of(asked.sample, marks, root)
     note = f"dropped: {asked.reason.replace('_', ' ')}"
     return TurnCard(asked.sample.question, asked.sample.answer, note, picture, problem, turns)
@@ -97,10 +100,6 @@ def _shown_side(label: str, side: TurnSide, drawn: Judged) -> ShownTurn:
 
 def _marks(looks: Sequence[TrajectoryLook], colour: str, label: str, first: int) -> list[Mark]:
     return [(look.box, colour, f"{label} {number}") for number, look in enumerate(looks, start=first + 1)]
-
-
-def _looks(count: int) -> str:
-    return f"{count} look{'s' if count != 1 else ''}"
 
 
 def _ended(judged: Judged) -> str:

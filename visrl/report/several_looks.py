@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visrl.report.evaluations import Evaluation, read_evaluations
+from visrl.report.measures import Score
 from visrl.report.shapes import JsonObject
 from visrl.rewards.results import dataset_name
 from visrl.statistics import interval
@@ -22,9 +23,7 @@ class LooksTaken:
     right (with its 95 % interval) and without a look, and the mean number of looks."""
 
     n: int
-    right: float
-    low: float
-    high: float
+    right: Score
     at_once: float
     looks: float
 
@@ -46,6 +45,7 @@ def _taken(evaluation: Evaluation, kind: str) -> LooksTaken | None:
     rows: list[JsonObject] = [row for row in evaluation.rows.values() if dataset_name(row) == kind]
     if not rows:
         return None
-    looks, right = [len(row.get("looks") or ()) for row in rows], interval([float(row["correct"]) for row in rows])
+    looks = [len(row.get("looks") or ()) for row in rows]
+    right = Score(**interval([float(row["correct"]) for row in rows]))
     at_once = sum(not count for count in looks) / len(rows)
-    return LooksTaken(len(rows), right["mean"], right["low"], right["high"], at_once, sum(looks) / len(rows))
+    return LooksTaken(len(rows), right, at_once, sum(looks) / len(rows))

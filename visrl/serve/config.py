@@ -69,8 +69,7 @@ class ServeConfig(ModelConfig, RequestConfig, LooksConfig):
 
     @model_validator(mode="after")
     def _shows_enough(self) -> Self:
-        if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
-            raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
+        self.check_protocol()
         pictures = self.zoom_protocol.max_pictures if self.zoom_protocol else (self.max_looks or 0) + 1
         if self.infer_backend == "vllm" and pictures > self.max_images:
             named = f"protocol={self.protocol}" if self.zoom_protocol else f"max_looks={self.max_looks}"

@@ -192,11 +192,7 @@ def check_looks(config: OnlineFields) -> None:
             raise ValueError("punish_unfinished: one look always comes to an answer; set max_looks, or leave it out")
         return
     row = ZOOM_PROTOCOLS.get(config.protocol or "")
-    most = row.max_turns - 1 if row else config.max_looks or 0
-    if config.num_forks > most and config.num_forks != type(config).model_fields["num_forks"].default:
-        raise ValueError(f"num_forks: there are at most {most} turns after the first; give no more")
-    if not min(config.num_forks, most) and given_keys(config, {"num_answers"}):
-        raise ValueError("num_answers: no look is gone on from several times; raise num_forks, or leave the key out")
+    config.check_forks("num_answers", bool(given_keys(config, {"num_answers"})))
     for part in config.rewards:
         kind = kind_of(part.name)
         if kind is not None and not kind.about_several:

@@ -37,6 +37,15 @@ class LooksConfig(Config):
             raise ValueError(f"protocol_faults: {error}") from error
         return self
 
+    def check_protocol(self) -> None:
+        """Refuse what is neither `visrl` nor a public protocol, where nothing else is known how to ask by.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
+            raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
+
     @property
     def looks_several_times(self) -> bool:
         """Whether the model says how often it looks, where one look was the rule."""
@@ -51,11 +60,28 @@ class SampledLooksConfig(LooksConfig):
 
     @model_validator(mode="after")
     def _forks_together(self) -> Self:
-        if self.protocol is not None and self.protocol != "visrl" and self.protocol not in ZOOM_PROTOCOLS:
-            raise ValueError(f"protocol: Input should be 'visrl', {', '.join(map(repr, ZOOM_PROTOCOLS))}")
+        self.check_protocol()
         if not self.looks_several_times and self.num_forks != 1:
             raise ValueError("num_forks: one look is always taken; set max_looks or a protocol, or leave the key out")
         return self
+
+    @property
+    def most_looks(self) -> int:
+        """How many turns there can be after the first."""
+        row = ZOOM_PROTOCOLS.get(self.protocol or "")
+        return row.max_turns - 1 if row else self.max_looks or 0
+
+    def check_forks(self, width: str, has_width: bool) -> None:
+        """Refuse forks that no look allows. `width` is the key that says how many turns are sampled after a look, and
+        `has_width` whether it says anything.
+
+        Raises:
+            ValueError: so it is; the message names the key.
+        """
+        if self.num_forks > max(self.most_looks, 1):
+            raise ValueError(f"num_forks: there are at most {self.most_looks} turns after the first; give no more")
+        if has_width and not min(self.num_forks, self.most_looks):
+            raise ValueError(f"{width}: no look is gone on from several times; raise num_forks, or leave the key out")
 
     def recorded(self, exclude: Iterable[str] = ()) -> dict[str, Any]:
         """As `Config.recorded`; manifests from before there were several looks name no protocol."""
